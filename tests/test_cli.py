@@ -30,7 +30,7 @@ from tests.command_line import call
         (["assets", "fetch", "nope"], "unknown asset 'nope'"),
         (["assets", "path", "nope"], "unknown asset 'nope'"),
         (["stages", "train.sfd"], "did you mean 'train.sft'"),
-        (["chat", "http://127.0.0.1:1/v1"], "name the model"),
+        (["chat", "http://127.0.0.1:1/v1"], "no model"),
         (["data", "chat", "--data", "none.jsonl", "--out", "o"], "no such file or directory"),
         (["data", "chat", "--out", "o"], "--data"),
         (["data", "chat", "--data", "empty.jsonl", "--out", "o"], "is empty"),
@@ -44,19 +44,19 @@ from tests.command_line import call
         ),
         (
             ["data", "mix", "--data", "good.jsonl", "--out", "o"],
-            "--data good.jsonl: give it a name, as in --data NAME=good.jsonl",
+            "--data good.jsonl: name is missing, write --data NAME=good.jsonl",
         ),
         (
             ["data", "mix", "--data", "a=good.jsonl", "--data", "a=good.jsonl", "--out", "o"],
             "the name 'a' is given twice",
         ),
-        (["data", "mix", "--data", "a=", "--out", "o"], "give it a name"),
+        (["data", "mix", "--data", "a=", "--out", "o"], "name is missing"),
         (["data", "clean", "--data", "good.jsonl", "--data", "good.jsonl", "--out", "o"], "--data is given 2 times"),
-        (["data", "clean", "--data", "", "--out", "o"], "an empty reference"),
+        (["data", "clean", "--data", "", "--out", "o"], "empty reference"),
         (["rnu", "recipe.yaml"], "unknown command 'rnu', did you mean 'run'"),
         (["dta", "chat", "--data", "good.jsonl"], "did you mean 'data chat'"),
-        (["show", "quickstart/nothing"], "no such file or directory, here or in"),
-        (["gc"], "no workspace there"),
+        (["show", "quickstart/nothing"], "no such file or directory, neither here nor in"),
+        (["gc"], "not a workspace"),
         (["data", "--hlp"], "unknown command 'data --hlp', the group has data chat"),
         (["data", "split", "--data", "good.jsonl", "--out", "o"], "config.split is missing (Literal['train', 'test'"),
         (["data", "chat", "--data", "good.jsonl", "--config", "bad.yaml", "--out", "o"], "bad.yaml:2: not YAML"),
@@ -65,12 +65,12 @@ from tests.command_line import call
         (["chat", "cut", "hi", "--temperature", "-1"], "temperature is -1"),
         (["data", "chat", "--data", "good.jsonl", "--set", "format", "--out", "o"], "key=value"),
         (["data", "chat", "--data", "good.jsonl", "--config", "none.yaml", "--out", "o"], "none.yaml: no such file"),
-        (["data", "chat", "--data", "good.jsonl", "--out", "mine"], "exists already"),
-        (["data", "chat", "--data", "notes.txt", "--out", "o"], "conversations are read from .jsonl"),
-        (["data", "split", "--data", "good.jsonl", "--set", "split=test", "--out", "o"], "has no Parquet files"),
+        (["data", "chat", "--data", "good.jsonl", "--out", "mine"], "already exists"),
+        (["data", "chat", "--data", "notes.txt", "--out", "o"], "supported are .jsonl"),
+        (["data", "split", "--data", "good.jsonl", "--set", "split=test", "--out", "o"], "no Parquet files"),
         (
             ["train", "sft", "--model", "good.jsonl", "--data", "good.jsonl", "--out", "o"],
-            "is a dataset, wanted is model",
+            "is a dataset, expected model",
         ),
         (
             ["evaluate", "good.jsonl", "--max-tokens=5"],
@@ -78,7 +78,7 @@ from tests.command_line import call
         ),
         (["evaluate", "good.jsonl", "--nothing", "5"], "(see llmworks evaluate --help)"),
         (["quantize", "gguf", "--model", "cut", "--out", "o"], "truncated"),
-        (["merge"], "a file is missing: mergekit's YAML"),
+        (["merge"], "the file is missing: mergekit's YAML"),
         (["merge", "none.yml", "--out", "o"], "none.yml: no such file; give mergekit's YAML"),
         (
             ["merge", "two.yml", "--set", "merge_method=slrp", "--out", "o"],
@@ -89,7 +89,7 @@ from tests.command_line import call
             ["merge", "two.yml", "--set", "models.0.parameters.weight=much", "--out", "o"],
             "nowhere: no such file or directory",
         ),
-        (["quantize", "gguf", "--model", "bad.gguf", "--out", "o"], "is gguf already"),
+        (["quantize", "gguf", "--model", "bad.gguf", "--out", "o"], "is already gguf"),
         (["model", "from_gguf", "--source", "bad.gguf", "--out", "o"], "not a readable GGUF file"),
         (["chat", "bad.gguf", "hi"], "not a readable GGUF file"),
     ],
@@ -130,11 +130,11 @@ def test_broken_line_is_kept_aside_and_counted(tmp_path: Path, chat_file: Path) 
 def test_a_name_that_was_of_another_kind_is_told(tmp_path: Path, chat_file: Path, pico: Path) -> None:
     made = call("data", "chat", chat_file, "--out", "one", "--quiet", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
-    assert "until now" not in made.stderr
+    assert "linked to a" not in made.stderr
     before = (tmp_path / "one").resolve()
     again = call("quantize", "gguf", pico, "--set", "type=Q8_0", "--out", "one", "--quiet", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "one named a dataset until now" in again.stderr
+    assert "one linked to a dataset before" in again.stderr
     assert before.exists()
     assert (tmp_path / "one" / "model.gguf").exists()
 

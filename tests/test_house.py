@@ -197,8 +197,11 @@ def test_a_command_is_in_the_file_of_its_name() -> None:
     files = {file.stem for file in (SOURCE / "commands").glob("*.py")} - shared
     assert files == {Command.module(name) for name in COMMANDS}
     for name in COMMANDS:
-        names = {node.name for node in ast.parse((SOURCE / "commands" / f"{Command.module(name)}.py").read_text()).body
-                 if isinstance(node, ast.FunctionDef)}  # fmt: skip
+        names = {
+            node.name
+            for node in ast.parse((SOURCE / "commands" / f"{Command.module(name)}.py").read_text()).body
+            if isinstance(node, ast.FunctionDef)
+        }
         assert "build_parser" in names, name
 
 

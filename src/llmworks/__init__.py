@@ -1,7 +1,7 @@
-"""One workshop for the whole life of a language model.
+"""One workshop for the whole life cycle of a language model.
 
-`run` runs a recipe, `Session.make` one stage, `load` finds an artifact, `open_engine` answers with a model. Importing
-this package costs no torch: each name is imported when it is used.
+`run` runs a recipe, `Session.make` runs one stage, `load` loads an artifact, `open_engine` opens an engine over a
+model. Each name is imported on first use, so that importing this package does not import torch.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is used."""
+    """Import a public name on first use."""
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("llmworks")
     if name not in _LAZY:
@@ -85,5 +85,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names."""
+    """Return the public names."""
     return sorted(__all__)

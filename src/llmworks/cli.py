@@ -1,6 +1,6 @@
-"""The command line: an argument shell.
+"""The command line.
 
-Parsers are built only for the command that was typed; nothing heavy is imported for help.
+Only the parser of the given command is built; help imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmworks.runtime.stages import Stage
 
 HELP = """\
-llmworks: one workshop for the whole life of a language model
+llmworks: one workshop for the whole life cycle of a language model
 
 usage: llmworks COMMAND ...
 
@@ -29,21 +29,21 @@ single stages: llmworks {usage}
 {stages}
 
 A MODEL or ARTIFACT is a path, a name in the workspace (quickstart/merged), asset:NAME, hf:ORG/NAME, gguf:FILE,
-url:URL#sha256=HEX or http://HOST:PORT/v1#MODEL. `llmworks COMMAND --help` tells more.
-Exit codes: 0 done, 1 a check failed, 2 a mistake in what was given, 3 the machine lacks something or a server fails,
+url:URL#sha256=HEX or http://HOST:PORT/v1#MODEL. See `llmworks COMMAND --help`.
+Exit codes: 0 success, 1 a check failed, 2 invalid input, 3 a missing dependency or a failing server or worker,
 130 interrupted.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
+    """Run a command and return the exit code."""
     from llmworks.commands import launch
     from llmworks.core.errors import LlmworksError
 
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         signal.signal(signal.SIGTERM, _interrupt)
-        if os.environ.get("RANK", "0") != "0":  # of processes that were started together the first tells what was made
+        if os.environ.get("RANK", "0") != "0":  # only rank 0 prints the result
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         code = launch.spread(words)
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"llmworks: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("llmworks: interrupted; the same command again goes on from here", file=sys.stderr)
+        print("llmworks: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     except BrokenPipeError:
         with contextlib.suppress(OSError):
@@ -73,12 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """A polite kill ends as Ctrl-C does: workers are stopped, drafts removed."""
+    """Handle SIGTERM like Ctrl-C: workers are stopped, drafts removed."""
     raise KeyboardInterrupt
 
 
 def dispatch(words: list[str]) -> int:
-    """Find the command and call it."""
+    """Find and run the command."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0
@@ -93,14 +93,14 @@ def dispatch(words: list[str]) -> int:
         return _run_stage(words)
     command = importlib.import_module(f"llmworks.commands.{Command.module(name)}")
     parser, rest = command.build_parser(), words[len(name.split()) :]
-    # options may stand between words; argparse does not allow that together with subcommands
+    # options may stand between positionals; argparse does not allow that with subcommands
     args = parser.parse_args(rest) if name == "assets" else parser.parse_intermixed_args(rest)
     command.handle(args)
     return 0
 
 
 def help_text() -> str:
-    """What `llmworks --help` prints: commands by group, then all stages that are run by hand."""
+    """Return the text of `llmworks --help`: commands by group, then all public stages."""
     groups = dict.fromkeys(command.group for command in COMMANDS.values())
     stages = "\n".join(
         f"  {name.replace('.', ' '):<23} {stage.summary}"
@@ -118,7 +118,7 @@ def _stages() -> dict[str, Stage]:
 
 
 def _run_stage(words: list[str]) -> int:
-    """`llmworks GROUP STAGE ...`: the stage named by the first two words, or by the first alone."""
+    """Run `llmworks GROUP STAGE ...`: the stage named by the first two words, or by the first alone."""
     from llmworks.runtime.resolve import resolve
     from llmworks.runtime.stages import table
 
@@ -135,7 +135,7 @@ def _run_stage(words: list[str]) -> int:
 
 
 def _unknown(words: list[str]) -> int:
-    """Help on a group of stages and commands; or what a command that is not known may have meant."""
+    """Print help on a group, or suggest what an unknown command may have meant."""
     import difflib
 
     from llmworks.runtime.names import find_stage
@@ -147,7 +147,7 @@ def _unknown(words: list[str]) -> int:
     if group and words[1:] in ([], ["-h"], ["--help"]):
         rows = "\n".join(f"  {name:<20} {known[name]}" for name in group)
         usage = STAGE_USAGE.removeprefix("GROUP ")
-        print(f"usage: llmworks {words[0]} {usage}\n\n{rows}\n\n`llmworks {group[0]} --help` tells more.")
+        print(f"usage: llmworks {words[0]} {usage}\n\n{rows}\n\nSee `llmworks {group[0]} --help`.")
         return 0
     typed = " ".join(words[:2] if group else [w for w in words[:2] if not w.startswith("-")])
     renamed = find_stage(typed.replace(" ", "."), table()).replace(".", " ")
@@ -156,7 +156,7 @@ def _unknown(words: list[str]) -> int:
         typed = words[0]
         groups = {name.split()[0] for name in known}
         near = difflib.get_close_matches(typed, [*COMMANDS, *groups, "--version", "--help"], n=1)
-        near = [name for name in known if name.split()[-1] == typed] or near  # `sft`, without its group
+        near = [name for name in known if name.split()[-1] == typed] or near  # `sft` without its group
     hint = (
         f"did you mean {near[0]!r}?"
         if near

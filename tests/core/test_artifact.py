@@ -76,7 +76,7 @@ def test_a_draft_is_no_artifact(tmp_path: Path) -> None:
     draft = workspace.draft("k" * 64)
     (draft / "a.txt").write_text("half")
     assert workspace.artifacts() == []
-    with pytest.raises(ArtifactError, match="not a complete artifact"):
+    with pytest.raises(ArtifactError, match="not a complete llmworks artifact"):
         load(draft)
     assert list(workspace.draft("k" * 64).iterdir()) == []  # what a killed run left is gone
 
@@ -84,9 +84,9 @@ def test_a_draft_is_no_artifact(tmp_path: Path) -> None:
 def test_every_kind_of_tampering_is_named(tmp_path: Path) -> None:
     made = publish(Workspace(tmp_path), "k" * 64, "xyz")
     (made.path / "a.txt").write_text("xyZ")
-    assert changed_files(made) == ["a.txt: changed (same size, other bytes)"]
+    assert changed_files(made) == ["a.txt: modified (same size, different bytes)"]
     (made.path / "a.txt").write_text("x")
-    assert changed_files(made) == ["a.txt: 1 bytes, recorded 3"]
+    assert changed_files(made) == ["a.txt: 1 bytes, expected 3"]
     (made.path / "a.txt").unlink()
     (made.path / "c.txt").write_text("new")
     assert changed_files(made) == ["a.txt: missing", "c.txt: not in the manifest"]
@@ -131,7 +131,7 @@ def test_lock_excludes_another_process_and_dies_with_it(tmp_path: Path) -> None:
 
 def test_gc_waits_for_no_run(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
-    with workspace.in_use(), pytest.raises(UserError, match="a run is going on"):
+    with workspace.in_use(), pytest.raises(UserError, match="a run is active"):
         workspace.collect()
     assert workspace.collect() == []
 
@@ -168,7 +168,7 @@ def test_gc_keeps_names_their_ancestors_and_outside_links(tmp_path: Path) -> Non
 def test_out_never_overwrites_what_is_not_ours(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "w")
     (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         workspace.link_out(tmp_path / "mine", publish(workspace, "k" * 64, "x"))
 
 

@@ -121,7 +121,7 @@ def test_one_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         tracking.log(row)
     tracking.close()
     assert heard == [0]
-    assert said == ["tensorboard: failed (OSError: no route to host); the run goes on without it"]
+    assert said == ["tensorboard: failed (OSError: no route to host); the run continues without it"]
 
 
 def test_mistakes(
@@ -138,7 +138,9 @@ def test_mistakes(
         "--quiet",
     ]
     assert main([*words, "--track", "tensorbord"]) == 2
-    assert "--track tensorbord: it can be tensorboard, wandb, mlflow, trackio" in capsys.readouterr().err
+    assert (
+        "--track tensorbord: unknown tool; choose from tensorboard, wandb, mlflow, trackio" in capsys.readouterr().err
+    )
     monkeypatch.setitem(track.TOOLS, "trackio", ("no_such_package", track.TOOLS["trackio"][1]))
     assert main([*words, "--track", "trackio"]) == 3
     assert "pip install 'llmworks[track]'" in capsys.readouterr().err

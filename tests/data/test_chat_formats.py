@@ -220,10 +220,10 @@ def test_one_conversation_in_every_shape(name: str) -> None:
     ("name", "messages", "why"),
     [
         ("alpaca", [U, {**A, "tool_calls": [CALL]}], "without tools"),
-        ("alpaca", [A, U], "in pairs only"),
-        ("chatml", [U, {**A, "content": "<|im_end|>"}], "which would end it"),
-        ("chatml", [U, {**A, "tool_calls": [CALL]}], "no place for tools"),
-        ("sharegpt", [U, {**A, "tool_calls": [CALL]}], "no place for both"),
+        ("alpaca", [A, U], "only alternating user"),
+        ("chatml", [U, {**A, "content": "<|im_end|>"}], "content contains"),
+        ("chatml", [U, {**A, "tool_calls": [CALL]}], "cannot hold tools"),
+        ("sharegpt", [U, {**A, "tool_calls": [CALL]}], "cannot hold both"),
         ("completion", [U], "no completion"),
         ("preference", [U, A], "cannot be written as 'preference'"),
     ],
@@ -236,9 +236,9 @@ def test_what_a_shape_cannot_hold(name: str, messages: list[Any], why: str) -> N
 @pytest.mark.parametrize(
     ("raw", "why"),
     [
-        ({"a": 1, "b": 2}, r"its keys \(a, b\) are of no known shape"),
+        ({"a": 1, "b": 2}, r"has no known format \(keys: a, b\)"),
         ({}, "none"),
-        ({"text": "plain"}, "no known shape"),
+        ({"text": "plain"}, "no known format"),
         ({"messages": []}, "must be a list of turns"),
         ({"messages": ["x"]}, "must be a list of turns"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "unknown role 'robot'"),
@@ -247,18 +247,18 @@ def test_what_a_shape_cannot_hold(name: str, messages: list[Any], why: str) -> N
         ({"messages": [U, A], "tools": "{"}, "`tools` is not JSON"),
         ({"messages": [U, A], "tools": "7"}, "list of functions"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 1 is from 'alien'"),
-        ({"conversations": [{"from": "human", "value": None}]}, "turn 1: `value` must be text"),
-        ({"conversations": [{"from": "function_call", "value": "f(1)"}]}, "no JSON object with name"),
-        ({"instruction": 1, "output": "x"}, "`instruction` must be text"),
-        ({"instruction": "a", "output": "b", "history": [["x"]]}, "pair of texts"),
-        ({"text": "<|im_start|>user\nHi"}, "a turn never ends"),
-        ({"text": "<|im_start|>user\nHi<|im_start|>assistant\nx<|im_end|>"}, "never ends"),
+        ({"conversations": [{"from": "human", "value": None}]}, "turn 1: `value` must be a string"),
+        ({"conversations": [{"from": "function_call", "value": "f(1)"}]}, "not a JSON object with name"),
+        ({"instruction": 1, "output": "x"}, "`instruction` must be a string"),
+        ({"instruction": "a", "output": "b", "history": [["x"]]}, "pair of strings"),
+        ({"text": "<|im_start|>user\nHi"}, "a turn is not terminated"),
+        ({"text": "<|im_start|>user\nHi<|im_start|>assistant\nx<|im_end|>"}, "is not terminated"),
         ({"text": "<|im_start|>user\nHi<|im_end|>stray"}, "outside of turns"),
         ({"text": "<|im_start|>robot\nHi<|im_end|>"}, "unknown role 'robot'"),
-        ({"prompt": 1, "completion": "x"}, "text or a list of turns"),
+        ({"prompt": 1, "completion": "x"}, "a string or a list of turns"),
         ({"chosen": "a", "rejected": "b"}, "no prompt"),
-        ({"chosen": [U, A], "rejected": [{**U, "content": "other"}, A]}, "do not begin with the same turns"),
-        ({"prompt": "x", "chosen": None, "rejected": "b"}, "text or a list"),
+        ({"chosen": [U, A], "rejected": [{**U, "content": "other"}, A]}, "have no common first turns"),
+        ({"prompt": "x", "chosen": None, "rejected": "b"}, "a string or a list"),
         (
             {"messages": [U, {**A, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
             "arguments of a tool call are not JSON",
@@ -269,8 +269,7 @@ def test_what_is_no_row(raw: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         shapes.read(raw)
 
-
-# turns
+        # turns
 
 
 def turns(spoken: str) -> tuple[Message, ...]:
@@ -313,7 +312,7 @@ def test_good_turns(spoken: str) -> None:
         ("u=", r"turn 2 \(assistant\) is empty"),
         ("uta", "turn 2 is a tool result without a call"),
         ("uctta", "turn 4 is a tool result without a call"),
-        ("ucTa", "answers the call 'c9', which was not made"),
+        ("ucTa", "is the result of 'c9', which no turn called"),
         ("ucua", r"turn 3 \(user\) comes before the result of 1 call"),
         ("uCta", "before the result of 1 call"),
         ("u0", "every assistant turn has weight 0"),
@@ -341,8 +340,7 @@ def test_neighbours_can_be_joined() -> None:
     assert [len(m.tool_calls) for m in merged(turns("uac"))] == [0, 1]
     assert problems(merged(turns("uctaa"))) == []
 
-
-# the stages
+    # the stages
 
 
 @pytest.fixture
@@ -388,10 +386,10 @@ def test_many_shapes_become_one_data_set_and_go_back(
     rows = read_chat(Dataset(tmp_path / "chat"))
     rejected = [json.loads(line) for line in (tmp_path / "chat/rejected.jsonl").read_text().splitlines()]
     assert [(r["file"], r["line"], r["reason"].split(" (")[0]) for r in rejected if "JSON" not in r["reason"]] == [
-        ("a.jsonl", 5, "its keys"),
+        ("a.jsonl", 5, "has no known format"),
         ("e.jsonl", 1, "turns 1 and 2 are both user turns"),
         ("e.jsonl", 2, "a preference pair among conversations"),
-        ("e.jsonl", 3, "the id '7' stands twice"),
+        ("e.jsonl", 3, "duplicate id '7'"),
     ]
     shapes_found = json.loads((tmp_path / "chat/report/report.json").read_text())["shapes"]
     assert shapes_found == {"messages": 3, "sharegpt": 5, "alpaca": 2, "completion": 1}
@@ -462,11 +460,16 @@ def test_preference_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ("content", "name", "words", "says"),
     [
         (b"", "x.jsonl", [], "is empty"),
-        (b"{}", "x.txt", [], "conversations are read from .jsonl"),
+        (b"{}", "x.txt", [], "supported are .jsonl"),
         (b"[", "x.json", [], "cannot be read"),
         (b"PAR1", "x.parquet", [], "cannot be read"),
-        (b'{"a": 1}\n', "x.jsonl", [], "no row could be read as a conversation: x.jsonl line 1: its keys (a)"),
-        (b'{"a": 1}\n', "x.jsonl", ["--set", "format=alpaca"], "is not of the shape 'alpaca'"),
+        (
+            b'{"a": 1}\n',
+            "x.jsonl",
+            [],
+            "no row could be read as a conversation: x.jsonl line 1: has no known format (keys: a)",
+        ),
+        (b'{"a": 1}\n', "x.jsonl", ["--set", "format=alpaca"], "is not in the format 'alpaca'"),
         (b'{"a": 1}\n', "x.jsonl", ["--set", "format=yaml"], "format"),
         (b"\xff\xfe\n", "x.jsonl", [], "not UTF-8"),
     ],
@@ -509,21 +512,21 @@ def test_reasons_on_the_card() -> None:
             "turn 2 (user) is empty": 1,
             "turn 4 (assistant) is empty": 2,
             "turns 1 and 2 are both user turns": 1,
-            "its keys (a, b) are of no known shape; known: messages": 3,
+            "has no known format (keys: a, b); known: messages": 3,
             "not JSON (Expecting value: line 1 column 1 (char 0))": 1,
             "message 3 has the unknown role 'x'; known: user": 1,
-            "the same as another row (r1)": 5,
-            "the id '7' stands twice": 1,
+            "duplicate of another row (r1)": 5,
+            "duplicate id '7'": 1,
         }
     )
     assert counted == {
         "a turn is empty": 3,
         "turns are both user turns": 1,
-        "its keys are of no known shape": 3,
+        "has no known format": 3,
         "not JSON": 1,
         "a turn has the unknown role ...": 1,
-        "the same as another row": 5,
-        "the id ... stands twice": 1,
+        "duplicate of another row": 5,
+        "duplicate id ...": 1,
     }
 
 
@@ -549,10 +552,10 @@ def test_rows_without_turns_and_converted_sets(
     assert [(r["reason"], r["row"]) for r in rejected] == [
         ("has no turns: `conversations` is empty", {"conversations": []}),
         ("has no turns: `messages` is empty", {"messages": None}),
-        ("a lone surrogate, which is no text", {"messages": [{"role": "user", "content": "\ud800"}]}),
+        ("a lone surrogate, which is not valid Unicode text", {"messages": [{"role": "user", "content": "\ud800"}]}),
     ]
     assert run("chat", tmp_path / "chat", tmp_path / "twice") == 2
-    assert "holds conversations of this schema already" in capsys.readouterr().err
+    assert "already holds conversations in this schema" in capsys.readouterr().err
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -600,7 +603,7 @@ def test_what_stands_beside_the_prompt_of_a_pair() -> None:
         {"history": "x", "prompt": "Q", "completion": "A"},
         {"context": "C", "prompt": [{"role": "user", "content": "Q"}], "completion": "A"},
     ):
-        with pytest.raises(ValueError, match=r"must be|stands beside"):
+        with pytest.raises(ValueError, match=r"must be|cannot be combined"):
             shapes.read(wrong)
 
 
@@ -616,7 +619,7 @@ def test_weights_and_marks_of_other_trainers() -> None:
     assert weights(weight=0) == weights(train=False) == weights(loss=False) == [1, 0]
     assert weights(weight=1) == weights(train=True) == [1, 1]
     for wrong in (0.5, 2, "1", "0"):
-        with pytest.raises(ValueError, match="it must be 0 or 1"):
+        with pytest.raises(ValueError, match="must be 0 or 1"):
             weights(weight=wrong)
 
 
@@ -631,7 +634,7 @@ def test_older_function_calls_and_keys_that_are_lost() -> None:
     assert [m["role"] for m in row["messages"]] == ["user", "assistant", "tool", "assistant"]
     assert row["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
     assert shapes.write(row) == {"messages": turns}
-    with pytest.raises(ValueError, match=r"`refusal` is not read"):
+    with pytest.raises(ValueError, match=r"`refusal` is not supported"):
         shapes.read(
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "refusal": "no"}]}
         )

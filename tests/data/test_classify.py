@@ -143,8 +143,8 @@ def test_quantile_and_workers(words: list[str], tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (["threshold=0.5", "quantile=0.5"], "choose one"),
-        (["threshold=1"], "no document has a score of 1 or more"),
+        (["threshold=0.5", "quantile=0.5"], "mutually exclusive"),
+        (["threshold=1"], "no document scores 1 or more"),
         (["max_examples=3"], "greater than or equal to 20"),
     ],
 )

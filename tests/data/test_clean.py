@@ -57,7 +57,8 @@ def test_nothing_is_lost(corpus: Path, tmp_path: Path) -> None:
 def test_only_english_and_no_rules(corpus: Path, tmp_path: Path) -> None:
     config = tmp_path / "clean.yaml"
     config.write_text(
-        "repair: null\ngopher_quality: null\ngopher_repetition: null\nc4: null\nfineweb: null\nlanguage: {languages: [de]}\n"
+        "repair: null\ngopher_quality: null\ngopher_repetition: null\nc4: null\nfineweb: null\nlanguage: {languages:"
+        " [de]}\n"
     )
     assert run("--data", str(corpus), "--config", str(config), "--out", str(tmp_path / "a")) == 0
     assert [d.id for d in read_documents(Dataset(tmp_path / "a"))] == ["german"]
@@ -71,7 +72,7 @@ def test_only_english_and_no_rules(corpus: Path, tmp_path: Path) -> None:
         ("language.languages=[english]", "unknown language code 'english'; known are ISO 639 codes such as en"),
         ("gopher_quality.min_doc_words=-1", "greater than or equal to 0"),
         ("gopher.min_words=5", "did you mean"),
-        ("gopher_quality.min_doc_words=90000", "no document is left of 402"),
+        ("gopher_quality.min_doc_words=90000", "all 402 documents were dropped"),
     ],
 )
 def test_mistakes_are_one_line(

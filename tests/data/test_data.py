@@ -30,7 +30,7 @@ def test_broken_lines_are_set_aside_with_number_and_reason(tmp_path: Path) -> No
     ]
     said: list[str] = []
     rejected.write(tmp_path, said.append)
-    assert "4 rows set aside" in said[0]
+    assert "4 rows rejected" in said[0]
     assert "line 2" in said[0]
     assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 4
 

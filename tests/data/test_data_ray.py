@@ -79,8 +79,8 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         str(tmp_path / "ws"),
     ]
     assert main([*words, "--address", "x:1"]) == 2
-    assert "give --engine ray with it" in capsys.readouterr().err
+    assert "add --engine ray" in capsys.readouterr().err
     assert main([*words, "--engine", "ray", "--address", "127.0.0.1:1"]) == 2
-    assert "--address 127.0.0.1:1: no Ray cluster answers there (" in capsys.readouterr().err
+    assert "--address 127.0.0.1:1: cannot connect to a Ray cluster (" in capsys.readouterr().err
     assert main([*words, "--workers", "0"]) == 2
     assert "workers is 0" in capsys.readouterr().err

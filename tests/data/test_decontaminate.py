@@ -165,16 +165,16 @@ def test_conversations_and_documents_are_test_sets_too(inputs: tuple[Path, Path,
 def test_mistakes(inputs: tuple[Path, Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, tests, _ = inputs
     for setting, says in (
-        ("short_ngram=20", "short_n must not be larger"),
+        ("short_ngram=20", "short_ngram must not be larger"),
         ("action=remove", "Input should be 'drop' or 'flag'"),
     ):
         assert run(data, tests, tmp_path / "a", "--set", setting) == 2
         assert says in capsys.readouterr().err
     assert run(data, data, tmp_path / "a") == 2
-    assert "nothing is left" in capsys.readouterr().err
+    assert "no document is left" in capsys.readouterr().err
     tests.write_text("")
     assert run(data, tests, tmp_path / "a") == 2
-    assert "has no rows that could be compared" in capsys.readouterr().err
+    assert "has no rows to compare" in capsys.readouterr().err
     tests.write_text("{broken")
     assert run(data, tests, tmp_path / "a") == 2
     assert "not JSON" in capsys.readouterr().err

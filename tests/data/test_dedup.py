@@ -287,8 +287,8 @@ def test_workers_and_mistakes(
     capsys.readouterr()
     for setting, says in (
         (["near.num_perm=100"], "must be a power of two"),
-        (["exact=null", "near=null"], "nothing is looked for"),
-        (["keep=highest", "score_field=stars"], "no number 'stars' in its metadata"),
+        (["exact=null", "near=null"], "set at least one"),
+        (["keep=highest", "score_field=stars"], "no numeric 'stars' (score_field) in its metadata"),
     ):
         words = [word for s in setting for word in ("--set", s)]
         assert run("--data", str(path), *words, "--out", str(tmp_path / "bad")) == 2

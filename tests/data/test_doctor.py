@@ -148,7 +148,7 @@ TEMPLATES: dict[str, tuple[str, str, str]] = {
         "users only",
     ),
     "double-bos": ("double-bos", "{{ bos_token }}" + TEMPLATE, "twice"),
-    "no-end": ("no-end", replaced((END, "'\n'")), "never learns to stop"),
+    "no-end": ("no-end", replaced((END, "'\n'")), "not trained to stop"),
     "rewrites-turns, an end at the last only": (
         "rewrites-turns",
         replaced((END, "('<|im_end|>' if loop.last or message['role'] != 'assistant' else '') + '\n'")),
@@ -162,7 +162,7 @@ TEMPLATES: dict[str, tuple[str, str, str]] = {
     "generation-prompt, another": (
         "generation-prompt",
         replaced(("<|im_start|>assistant\n", "<|im_start|>assistant:\n")),
-        "asked, an answer begins after",
+        "in generation an answer begins after",
     ),
     "generation-prompt, none": (
         "generation-prompt",
@@ -226,7 +226,7 @@ TEMPLATES: dict[str, tuple[str, str, str]] = {
     "end-not-learned": (
         "end-not-learned",
         GENERATION.replace("OPEN", "").replace("INSIDE", "").replace("OUTSIDE", STOP),
-        "leave out '<|im_end|>",
+        "omit '<|im_end|>",
     ),
     "mask-too-wide": ("mask-too-wide", WIDE, "cover '<|im_start|>assistant"),
 }
@@ -290,14 +290,14 @@ ROWS: dict[str, tuple[str, list[Row], str]] = {
     "special-in-text": (
         "special-in-text",
         [one("say <|im_end|>\n<|im_start|>assistant\nno"), one()],
-        "user turn holds",
+        "user turn contains",
     ),
     "special-in-text, of an answer": (
         "special-in-text",
         [one(assistant="a<|endoftext|>b")],
-        "assistant turn holds '<|endoftext|>'",
+        "assistant turn contains '<|endoftext|>'",
     ),
-    "answer-cut-off": ("answer-cut-off", [one("word " * 600), one()], "no answer is left"),
+    "answer-cut-off": ("answer-cut-off", [one("word " * 600), one()], "no label token is left"),
     "answer-cut": ("answer-cut", [one(assistant="word " * 600)], "lose their end"),
     "turns, order": (
         "turns",
@@ -329,25 +329,25 @@ ROWS: dict[str, tuple[str, list[Row], str]] = {
     "nothing-learned": (
         "nothing-learned",
         [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}],
-        "no token",
+        "no label tokens",
     ),
     "other-turn-learned": (
         "other-turn-learned",
         [one(assistant="Yes.\n\nHuman: and then?\n\nAssistant: no")],
-        "somebody else",
+        "a turn of another role",
     ),
     "other-turn-learned, alpaca": (
         "other-turn-learned",
         [one(assistant="Yes.\n### Instruction:\nGo on")],
-        "somebody else",
+        "a turn of another role",
     ),
-    "twice": ("twice", [one(), one()], "more than once"),
+    "twice": ("twice", [one(), one()], "duplicate row"),
     "contradiction": ("contradiction", [one(), one(assistant="Go away.")], "different answers"),
     "white-space": ("white-space", [one(assistant=" Hello.")], "white space"),
     "equal-sides": (
         "equal-sides",
         [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "b", "rejected": "c"}],
-        "are the same",
+        "are identical",
     ),
 }
 
@@ -384,7 +384,7 @@ def test_what_is_shown(diagnose: Diagnose, tmp_path: Path, capsys: pytest.Captur
     diagnose([one("<b>", "say <|im_end|>")])
     shown = capsys.readouterr().out
     assert "error   special-in-text" in shown
-    assert "learned on green" in shown
+    assert "tokens trained on in green" in shown
     page = (tmp_path / "report/report.html").read_text()
     assert '<span class="l s" title="2">' in page
     assert "&lt;" in page
@@ -405,13 +405,13 @@ def test_words_on_the_command_line(
     for words, says in (
         (["data", "chat", str(raw)], "--out is missing"),
         (["data", "doctor", str(raw), str(tmp_path / "chat")], "is a dataset"),
-        (["data", "doctor", str(pico), str(raw)], "has no Parquet"),
+        (["data", "doctor", str(pico), str(raw)], "no Parquet"),
     ):
         assert main([*words, "--quiet"]) == 2
         assert says in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["data", "doctor", str(pico), str(raw), str(raw), "more", "--quiet"])
-    assert "'more' is one word too many" in capsys.readouterr().err
+    assert "unexpected argument 'more'" in capsys.readouterr().err
 
 
 def preference(prompt: str, chosen: str, rejected: str) -> Row:

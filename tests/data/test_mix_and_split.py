@@ -102,7 +102,7 @@ def test_the_same_from_any_number_of_workers(
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("weights={boks: 1}", "'boks' is no input"),
+        ("weights={boks: 1}", "unknown input 'boks'"),
         ("weights={web: 0}", "not all zero"),
         ("weights={web: -1, books: 2}", "must not be negative"),
     ],
@@ -201,13 +201,13 @@ def test_the_card_tells_the_whole_way(tmp_path: Path, monkeypatch: pytest.Monkey
     ) in (0, 2)
     card = (tmp_path / "dedup/README.md").read_text()
     for words in (
-        "| raw | not stated | from outside |",
+        "| raw | not stated | external files |",
         "| data.read | raw | 12 | 0 |",
         "| data.clean | raw | 8 | 4 | gopher: too few words 4 |",
         "| data.dedup | raw | 1 | 7 | near-duplicate 7 |",
     ):
         assert words in card
-    assert "Near-duplicate rate before they were dropped: 87.50%." in card
+    assert "Near-duplicate rate before deduplication: 87.50%." in card
     assert "| en | 1 |" in card
     assert sentence[:60] in card
     about = json.loads((tmp_path / "dedup/manifest.json").read_text())["about"]

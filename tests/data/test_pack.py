@@ -111,13 +111,13 @@ def test_pieces_are_what_the_template_makes(tmp_path: Path, pico: Path, chats: D
     rejected = [json.loads(line) for line in (tmp_path / "p" / "out" / "rejected.jsonl").read_text().splitlines()]
     assert {r["row"] for r in rejected} | seen == set(range(200))
     reasons = {r["id"]: r["reason"] for r in rejected}
-    assert reasons["c7"].startswith("longer than length (")
+    assert reasons["c7"].startswith("longer than max_length (")
     lone = [
         i
         for i, row in enumerate(source)
         if sum(m["role"] == "assistant" and m.get("weight", 1) for m in row["messages"]) == 0
     ]
-    assert {i for i, reason in reasons.items() if reason == "no assistant token to learn"} == {f"c{i}" for i in lone}
+    assert {i for i, reason in reasons.items() if reason == "no assistant token to train on"} == {f"c{i}" for i in lone}
     assert result.metrics["fill"] > 0.97
     assert result.metrics["learned"] == sum(int(rows[i].learned.sum()) for i in range(len(rows)))
     assert result.metrics["tokens"] == sum(len(rows[i].ids) for i in range(len(rows)))
@@ -150,9 +150,9 @@ def test_roles_and_control_tokens(tmp_path: Path, pico: Path) -> None:
     result = packed(tmp_path / "p", pico, data)
     reasons = {r["id"]: r["reason"] for r in map(json.loads, (result.path / "rejected.jsonl").read_text().splitlines())}
     assert {id: reasons[id] for id in ("asks", "says", "tool")} == {
-        "asks": "a control token in the text (<|im_end|>)",
-        "says": "a control token in the text (<|endoftext|>)",
-        "tool": "a control token in the text (<|im_end|>)",
+        "asks": "a special token in the text (<|im_end|>)",
+        "says": "a special token in the text (<|endoftext|>)",
+        "tool": "a special token in the text (<|im_end|>)",
     }
     assert "unknown role 'robot'" in reasons["unknown"]
     tokenizer = make_tokenizer(TEMPLATE)
@@ -395,9 +395,9 @@ def test_mistakes_are_told(tmp_path: Path, pico: Path, chats: Dataset, capsys: p
     part = tmp_path / "broken" / "part-00000.parquet"
     table = pq.read_table(part)
     pq.write_table(table.set_column(table.column_names.index("tools"), "tools", pa.array(["[{"])), part)
-    told("row 'r': tools, answer or extra is no JSON", DataError, Dataset(tmp_path / "broken"))
-    told("is no token of this tokenizer", ModelError, documents(tmp_path / "d", ["a"]), eos_token="<end>")
-    told("all 200 rows were set aside .longer than length", DataError, chats, max_length=8)
+    told("row 'r': tools, answer or extra is not JSON", DataError, Dataset(tmp_path / "broken"))
+    told("is not a token of this tokenizer", ModelError, documents(tmp_path / "d", ["a"]), eos_token="<end>")
+    told("all 200 rows were rejected .longer than max_length", DataError, chats, max_length=8)
     endless = make_pico(tmp_path / "endless", template=TEMPLATE.replace("<|im_end|>", ""))
     told("without an end token|ends without", ModelError, chats, model=endless)
     result = packed(tmp_path / "fine", pico, chats)
@@ -406,9 +406,9 @@ def test_mistakes_are_told(tmp_path: Path, pico: Path, chats: Dataset, capsys: p
     shard.unlink()
     for broken in (data[:-10], data[:5], b"", b"\xff" * 100, data[:8] + b"[" + data[9:]):
         shard.write_bytes(broken)
-        with pytest.raises(DataError, match=r"is no shard of packed tokens .*data\.pack"):
+        with pytest.raises(DataError, match=r"is not a shard of packed tokens .*data\.pack"):
             map_shard(shard)
-    with pytest.raises(DataError, match="has no shards of tokens"):
+    with pytest.raises(DataError, match="has no shards of packed tokens"):
         Packed(chats)
     assert (
         main(["data", "pack", "--model", str(pico), "--data", str(tmp_path / "none"), "--out", str(tmp_path / "o")])

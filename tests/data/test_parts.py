@@ -155,9 +155,20 @@ def test_the_number_of_workers_changes_no_byte(tmp_path: Path) -> None:
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     make_files(tmp_path / "raw", 3000)
     command = [
-        sys.executable, "-m", "llmworks.cli", "data", "read", "--data", str(tmp_path / "raw"), "--workers", "2",
-        "--out", str(tmp_path / "out"), "--workspace", str(tmp_path / "ws"),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "llmworks.cli",
+        "data",
+        "read",
+        "--data",
+        str(tmp_path / "raw"),
+        "--workers",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+        "--workspace",
+        str(tmp_path / "ws"),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("ws/scratch/*/read-*/*/summary.json")) and time.monotonic() < deadline:
@@ -170,7 +181,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     again = call(*command[3:])
     assert again.returncode == 0
-    assert f"goes on, {len(kept)} of 12 parts were done before" in again.stderr
+    assert f"resuming, {len(kept)} of 12 parts are already done" in again.stderr
     whole = [*command[3:-1], str(tmp_path / "ws2")]
     whole[whole.index(str(tmp_path / "out"))] = str(tmp_path / "out2")
     assert call(*whole).returncode == 0

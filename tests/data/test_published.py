@@ -37,11 +37,11 @@ def test_worked_examples(tmp_path: Path) -> None:
     ]
     assert (first["id"], first["group"], first["answer"], last["answer"]) == ("sums-1", "sums", "(B)", "(A)")
     assert [r["reason"] for r in rejected.rows] == [
-        "an example does not end with one of its options",
-        "no example (Q: and A: at the beginning of lines)",
+        "an example's answer is not one of its options",
+        "no example (lines beginning with Q: and A:)",
     ]
     (tmp_path / "a.json").write_text("[]")
-    with pytest.raises(DataError, match="must be a JSON object of subjects"):
+    with pytest.raises(DataError, match="must be a JSON object that maps subjects"):
         flan_cot.rows(tmp_path, rejected)
 
 
@@ -61,8 +61,8 @@ def test_questions_get_databases(tmp_path: Path) -> None:
     (row,) = spider.rows(tmp_path / "s.jsonl", rejected)
     assert [r["reason"] for r in rejected.rows] == [
         "its query cannot be run (no such column: colour)",
-        "its query gives nothing on made-up data",
-        "not a question with tables and a query",
+        "its query returns nothing on synthetic data",
+        "not a question with tables and a gold query",
         "lists no tables",
     ]
     assert (row["id"], row["group"], row["messages"][0]["role"]) == ("spider-1", "singer+song", "user")
@@ -128,4 +128,4 @@ def test_the_real_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     )
     made = json.loads((tmp_path / "h" / "manifest.json").read_text())
     assert made["metrics"]["rows"] + made["metrics"]["rejected"] == 28614
-    assert made["about"]["dropped"] == {"the same as another row": 116}
+    assert made["about"]["dropped"] == {"duplicate of another row": 116}

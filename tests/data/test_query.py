@@ -51,7 +51,10 @@ def test_rows_become_documents(database: Path, tmp_path: Path, monkeypatch: pyte
     ]
     assert made[0].metadata == {"author": "ann", "stars": 4.5, "raw": "AAE="}
     rejected = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
-    assert [(r["line"], r["reason"]) for r in rejected] == [(2, "field 'body' is no text (NoneType)"), (4, "empty")]
+    assert [(r["line"], r["reason"]) for r in rejected] == [
+        (2, "field 'body' is not a string (NoneType)"),
+        (4, "empty"),
+    ]
     assert hashlib.sha256(database.read_bytes()).hexdigest() == before
 
 
@@ -90,7 +93,7 @@ def test_a_url_with_a_secret(
     assert run("--set", sql, "--set", "url=postgresql://me:hunter2@host/db", "--out", str(tmp_path / "out")) == 2
     assert "hunter2" not in capsys.readouterr().err
     assert run("--set", sql, "--set", "url=sqlite:///${NOTES_PATH}", "--out", str(tmp_path / "out")) == 2
-    assert "the environment has no NOTES_PATH" in capsys.readouterr().err
+    assert "environment variable NOTES_PATH is not set" in capsys.readouterr().err
     assert run("--set", sql, "--out", str(tmp_path / "out")) == 2
     assert "either the input `database`" in capsys.readouterr().err
     monkeypatch.chdir(database.parent)
@@ -105,4 +108,4 @@ def test_no_sqlite_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     (tmp_path / "a.sqlite").write_text("not one")
     assert run("--database", str(tmp_path / "a.sqlite"), "--set", "sql=select 1", "--out", str(tmp_path / "out")) == 2
-    assert "is no SQLite file" in capsys.readouterr().err
+    assert "is not a SQLite file" in capsys.readouterr().err

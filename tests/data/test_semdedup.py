@@ -68,4 +68,4 @@ def test_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     } == {"a": "b", "d": "b"}
     (tmp_path / "static/model.safetensors").write_bytes(b"broken")
     assert main([*words, str(tmp_path / "static"), "--set", "threshold=0.7"]) == 2
-    assert "the static vectors cannot be read" in capsys.readouterr().err
+    assert "the static embeddings cannot be read" in capsys.readouterr().err

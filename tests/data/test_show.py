@@ -102,7 +102,7 @@ def test_rows_and_statistics(chats: Path, tmp_path: Path, pico: Path, capsys: py
     assert facts["languages"]["de"] == 1
     assert facts["lengths"]["assistant"]["100%"] == len("Sehr gut, vielen Dank.")
     said = capsys.readouterr().out
-    assert "1 stand more than once; 2 ask what another asks" in said
+    assert "1 duplicates; 2 with a duplicate question" in said
     assert "<|im_start|>assistant⏎\n«So.<|im_end|>»" in said
 
 
@@ -128,7 +128,7 @@ def test_choosing_rows(chats: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(not item["tokens"] for item in shown)
     assert "user\n  Same question" in capsys.readouterr().out
     for words, says in (
-        (["--set", "contains=nowhere"], "no row holds 'nowhere'"),
+        (["--set", "contains=nowhere"], "no row contains 'nowhere'"),
         (["--set", "offset=9"], "no row comes after the first 9"),
     ):
         assert main(["data", "show", str(chats), *words]) == 2
@@ -162,7 +162,7 @@ def test_packed_tokens(chats: Path, tmp_path: Path, pico: Path, capsys: pytest.C
         == 0
     )
     assert main(["data", "show", str(tmp_path / "packed"), "--quiet"]) == 2
-    assert "give its --model" in capsys.readouterr().err
+    assert "give --model" in capsys.readouterr().err
     assert (
         main(["data", "show", str(tmp_path / "packed"), "--model", str(pico), "--out", str(tmp_path / "r"), "--quiet"])
         == 0
@@ -184,7 +184,7 @@ def test_documents_are_shown_elsewhere(chats: Path, tmp_path: Path, capsys: pyte
     (tmp_path / "t.txt").write_text("some text")
     assert main(["data", "read", str(tmp_path / "t.txt"), "--out", str(tmp_path / "docs"), "--quiet"]) == 0
     assert main(["data", "show", str(tmp_path / "docs"), "--quiet"]) == 2
-    assert "documents are shown by data.map" in capsys.readouterr().err
+    assert "use data.map for documents" in capsys.readouterr().err
 
 
 def test_long_rows_and_models_without_a_template(
@@ -199,13 +199,16 @@ def test_long_rows_and_models_without_a_template(
     shown = capsys.readouterr().out
     assert len(shown) < 5000
     assert "first" in shown
-    assert "tokens, which the page shows" in shown
+    assert "more tokens on the page" in shown
     assert "at last" in shown
     bare = make_pico(tmp_path / "bare", template=None)
     assert main(["data", "show", str(tmp_path / "long"), "--model", str(bare), "--quiet"]) == 2
     assert "has no chat template" in capsys.readouterr().err
     (tmp_path / "raw.jsonl").write_text("{}\n")
     (tmp_path / "empty.jsonl").touch()
-    for name, says in (("raw.jsonl", "make them with the stage data.chat"), ("empty.jsonl", "is empty")):
+    for name, says in (
+        ("raw.jsonl", "convert them to conversations with the stage data.chat"),
+        ("empty.jsonl", "is empty"),
+    ):
         assert main(["data", "show", str(tmp_path / name), "--quiet"]) == 2
         assert says in capsys.readouterr().err

@@ -124,12 +124,12 @@ def test_votes_in_the_terminal(tmp_path: Path) -> None:
     assert "x" not in shown.replace("x1b", "").replace("next", "").replace(
         "(a tie)", ""
     )  # nobody is named, ever: styles would be known after one vote
-    with pytest.raises(UserError, match="ann has voted on all pairs"):
+    with pytest.raises(UserError, match="ann has already voted on all pairs"):
         vote(reports, file, "ann", 0, io.StringIO(), screen)
     assert vote(reports, file, "ben", 0, io.StringIO("s\nq\n"), screen) == 0
     assert vote(reports, file, "ben", 0, io.StringIO(""), screen) == 0
     file.write_text(file.read_text() + "no JSON")
-    with pytest.raises(UserError, match="is no file of votes"):
+    with pytest.raises(UserError, match="is not a votes file"):
         vote(reports, file, "ann", 0, io.StringIO(), screen)
 
 
@@ -196,7 +196,7 @@ def test_a_leader_by_chance_is_not_told_apart(tmp_path: Path) -> None:
     for share, beside in ((0.55, 1), (0.9, 0)):
         made, _ = run(tmp_path, votes(40, "x", "y", share))
         assert made.metrics["not_significant"] == beside
-        assert ("not told apart from y" in (tmp_path / "out" / "report.md").read_text()) == bool(beside)
+        assert ("not significantly different from y" in (tmp_path / "out" / "report.md").read_text()) == bool(beside)
 
 
 def test_a_judgement_that_was_changed_by_hand(tmp_path: Path) -> None:
@@ -204,17 +204,17 @@ def test_a_judgement_that_was_changed_by_hand(tmp_path: Path) -> None:
     (tmp_path / "j").mkdir()
     for pair in ({**good, "lengths": 3}, {**good, "verdicts": ["A"]}, {**good, "verdicts": {"judge": "left"}}, "pair"):
         (tmp_path / "j" / "report.json").write_text(json.dumps({"models": ["x", "y"], "pairs": [good, pair]}))
-        with pytest.raises(DataError, match="changed by hand or is broken"):
+        with pytest.raises(DataError, match="edited or is corrupt"):
             of_judges(Report(tmp_path / "j", name="j"))
 
 
 WRONG = {
     "too few": (votes(9, "x", "y", 0.5), "9 votes on 2 models are too few"),
-    "islands": ([*votes(10, "x", "y", 0.5), *votes(10, "u", "v", 0.5)], "no vote joins u, v with x, y"),
+    "islands": ([*votes(10, "x", "y", 0.5), *votes(10, "u", "v", 0.5)], "no vote connects u, v with x, y"),
     "no vote": ([{"question": "q", "a": "x", "b": "y"}], "row 1: has no `vote`"),
-    "another word": ([{"question": "q", "a": "x", "b": "y", "vote": "left"}], "the vote 'left' is none of A, B, C"),
-    "itself": ([{"question": "q", "a": "x", "b": "x", "vote": "A"}], "'x' is voted on against itself"),
-}  # fmt: skip
+    "another word": ([{"question": "q", "a": "x", "b": "y", "vote": "left"}], "the vote 'left' must be A, B or C"),
+    "itself": ([{"question": "q", "a": "x", "b": "x", "vote": "A"}], "'x' is compared with itself"),
+}
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -231,4 +231,4 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main(["evaluate", "arena", "--votes", str(tmp_path / "v.jsonl"), "--quiet"]) == 0
     assert "votes 20" in capsys.readouterr().out
     assert main(["arena", str(tmp_path / "v.jsonl"), "--votes", str(tmp_path / "w.jsonl")]) == 2
-    assert "wanted is an evaluation" in capsys.readouterr().err
+    assert "expected an evaluation" in capsys.readouterr().err

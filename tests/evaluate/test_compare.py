@@ -229,7 +229,7 @@ def test_lower_is_better_where_it_is(run: Run, tmp_path: Path, pico: Path) -> No
     worse = compare(CompareConfig(bootstrap_iters=500), a, b, context(tmp_path / "compared"))
     back = compare(CompareConfig(bootstrap_iters=500), b, a, context(tmp_path / "back"))
     sign = b.metrics["score"] > a.metrics["score"]
-    assert {worse.about["verdict"], back.about["verdict"]} in ({"better", "worse"}, {"not told apart"})
+    assert {worse.about["verdict"], back.about["verdict"]} in ({"better", "worse"}, {"not significantly different"})
     assert worse.about["verdict"] != ("better" if sign else "worse")
     assert worse.metrics["gained"] == back.metrics["lost"]
 
@@ -272,9 +272,9 @@ def test_the_page_is_filtered_by_cause(run: Run, tmp_path: Path, pico: Path) -> 
 def test_what_cannot_be_paired(run: Run, tmp_path: Path) -> None:
     a = run("a", CHOICE)
     for name, fields, count, message in (
-        ("b", CHOICE, 30, "not of the same task and samples"),
-        ("c", {**CHOICE, "metrics": ["acc_norm"]}, 40, "have other scores"),
-        ("d", {**CHOICE, "name": "u"}, 40, "not of the same task"),
+        ("b", CHOICE, 30, "do not have the same task and samples"),
+        ("c", {**CHOICE, "metrics": ["acc_norm"]}, 40, "differ in metric"),
+        ("d", {**CHOICE, "name": "u"}, 40, "do not have the same task"),
     ):
         with pytest.raises(DataError, match=message):
             compare(CompareConfig(), a, run(name, fields, count=count), context(tmp_path / "x"))
@@ -307,18 +307,18 @@ def test_of_several_changes_none_is_blamed_alone(run: Run, tmp_path: Path) -> No
         (
             "c",
             {**CHOICE, "question": "Question: {{q}}\nA:", "shots": {"count": 1}},
-            "2 settings differ at once (question, shots)",
+            "2 settings differ (question, shots)",
         ),
     ):
         page = ReportBuilder()
         compare(CompareConfig(bootstrap_iters=200), a, run(name, fields), context(tmp_path / f"to-{name}", report=page))
         notes = " ".join(block.text for block in page.blocks)
-        assert ("differ at once" in notes) == bool(said)
+        assert ("cannot be separated" in notes) == bool(said)
         assert said in notes
 
 
 SPOILT: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "no samples": (lambda d: d.pop("samples"), "has no `samples`"),
+    "no samples": (lambda d: d.pop("samples"), "without `samples`"),
     "samples are none": (lambda d: d.update(samples=[]), "samples"),
     "a score in words": (lambda d: d["samples"][3].update(score="right"), r"samples\.3\.score"),
     "a score is missing": (lambda d: d["samples"][3].pop("score"), r"sample '4' \(number 4\) has no `score`"),
@@ -326,7 +326,7 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a log-probability in words": (lambda d: d["samples"][0].update(logprobs=["high"]), r"samples\.0\.logprobs\.0"),
     "an interval in words": (lambda d: d["intervals"].update(acc="wide"), r"intervals\.acc"),
     "samples by name": (lambda d: d.update(samples={"1": {}}), "samples: "),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", SPOILT)
@@ -340,13 +340,12 @@ def test_reports_that_were_changed_by_hand(what: str, run: Run, tmp_path: Path) 
         compare(CompareConfig(), a, b, context(tmp_path / "x"))
     with pytest.raises(DataError, match=message):
         leaderboard(LeaderboardConfig(), [a, b], context(tmp_path / "y"))
-    for text, said in (("{", "cannot be read"), ("[]", "holds no report"), ("\udcff", "cannot be read")):
+    for text, said in (("{", "cannot be read"), ("[]", "not a report"), ("\udcff", "cannot be read")):
         (b.path / "report.json").write_text(text, errors="surrogateescape")
         with pytest.raises(ArtifactError, match=said):
             compare(CompareConfig(), a, b, context(tmp_path / "x"))
 
-
-# boards
+            # boards
 
 
 def test_holms_procedure() -> None:
@@ -385,7 +384,7 @@ def test_a_board_compares_only_what_was_asked_alike(run: Run, tmp_path: Path, pi
     assert card.count("\n| ") == 2 + 1  # of a task that was asked in two ways one
     (tmp_path / "z").mkdir()
     (tmp_path / "z" / "report.json").write_text("{}")
-    with pytest.raises(DataError, match="is no evaluation of a task"):
+    with pytest.raises(DataError, match="is not a task evaluation"):
         leaderboard(LeaderboardConfig(), [Report(tmp_path / "z", name="z")], context(tmp_path / "y"))
 
 
@@ -440,8 +439,11 @@ def test_a_board_says_whether_its_first_is_ahead_by_more_than_chance() -> None:
             entry("y", "3", 31),
         )
     }
-    assert ahead(cells, ["x", "y"], ["1", "3"]) == " No task tells it apart from y, which comes next."
-    assert ahead(cells, ["x", "y"], ["1", "2", "3"]) == " 1 of 3 tasks tells it apart from y, which comes next."
+    assert ahead(cells, ["x", "y"], ["1", "3"]) == " No task shows a significant difference from y, which comes next."
+    assert (
+        ahead(cells, ["x", "y"], ["1", "2", "3"])
+        == " 1 of 3 tasks shows a significant difference from y, which comes next."
+    )
     for one in cells.values():
         one.data["percent"] = False  # type: ignore[index]
     assert ahead(cells, ["x", "y"], ["1", "2"]) == ""
@@ -455,7 +457,7 @@ def test_suites_name_tasks_that_are_there() -> None:
     assert {i.limit for i in items_of("tools, logiqa", 7)} == {7}
     with pytest.raises(UserError, match="did you mean 'quick'"):
         items_of("quik")
-    with pytest.raises(UserError, match="no task is named"):
+    with pytest.raises(UserError, match="no task given"):
         items_of(",")
 
 
@@ -501,7 +503,7 @@ def test_tasks_are_listed_and_written(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["tasks", str(tmp_path / "own.yaml"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["name"] == "logiqa"
     assert main(["tasks", "function-call", "--harness"]) == 2
-    assert "conversations cannot be written" in capsys.readouterr().err
+    assert "conversations cannot be exported" in capsys.readouterr().err
 
 
 def test_buttons_are_few(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_short_samples_are_compared_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_what_is_no_evaluation(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is no evaluation"):
+    with pytest.raises(DataError, match="is not a task evaluation"):
         run(tmp_path, [], ["x"])
 
 

@@ -133,8 +133,8 @@ def test_nothing_failed_and_nothing_to_divide(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no right and wrong answers"):
         error_analysis(ErrorAnalysisConfig(), Report(tmp_path / "e", name="e"), context(tmp_path))
 
+        # practice
 
-# practice
 
 TASK: dict[str, Any] = {
     "name": "t",
@@ -212,7 +212,7 @@ def test_failed_rows_become_training_rows_and_no_test_row_does(
 def test_only_the_practice_side_is_taken(
     tmp_path: Path, asked: Callable[..., tuple[Report, Dataset, list[str]]]
 ) -> None:
-    for place, side, message in (("a", "all", "was made of all rows"), ("b", "test", "was made of the test side")):
+    for place, side, message in (("a", "all", "evaluates all rows"), ("b", "test", "evaluates the test half")):
         report, data, _ = asked(TASK, rows_of(30), place, split_half=side)
         with pytest.raises(DataError, match=message):
             to_training(ToTrainingConfig(), report, data, context(tmp_path / place / "p"))
@@ -224,7 +224,7 @@ def test_only_the_practice_side_is_taken(
     )
     other = load(str(tmp_path / "other.jsonl"))
     assert isinstance(other, Dataset)
-    with pytest.raises(DataError, match="is not among its dev rows"):
+    with pytest.raises(DataError, match="is not in its dev half"):
         to_training(ToTrainingConfig(), report, other, context(tmp_path / "q"))
 
 

@@ -111,7 +111,7 @@ def test_answers_survive_a_break(tmp_path: Path, data: Dataset, model: Model) ->
 
 def test_shots_stand_in_front_and_need_examples(tmp_path: Path, data: Dataset, model: Model) -> None:
     write_chat(tmp_path / "few", read_chat(data)[:60])
-    with pytest.raises(UserError, match="shots is 90, but there are 60 rows"):
+    with pytest.raises(UserError, match="num_fewshot is 90, but there are only 60 rows"):
         evaluate(
             EvaluateConfig(task="function-call", num_fewshot=90),
             model,

@@ -355,14 +355,14 @@ def test_chat_prompts_are_those_of_the_harness(
 
 
 REFUSED = {
-    "a function": ({"doc_to_text": "!function utils.text"}, "doc_to_text is a function"),
-    "process_docs": ({"process_docs": "!function utils.docs"}, "process_docs is a function"),
+    "a function": ({"doc_to_text": "!function utils.text"}, "doc_to_text is a Python function"),
+    "process_docs": ({"process_docs": "!function utils.docs"}, "process_docs is a Python function"),
     "an unknown field": ({"doc_to_image": "x"}, "field 'doc_to_image'"),
     "an unknown filter": (
         {"filter_list": [{"name": "x", "filter": [{"function": "majority_vote"}]}]},
         "filter 'majority_vote'",
     ),
-    "an unknown metric": ({"metric_list": [{"metric": "mcc"}]}, "'mcc' is not known here"),
+    "an unknown metric": ({"metric_list": [{"metric": "mcc"}]}, "'mcc' is not supported"),
     "an unknown sampler": ({"fewshot_config": {"sampler": "balanced"}}, "sampler 'balanced'"),
     "an unknown way to write": (
         {"output_type": "generate_until", "generation_kwargs": {"top_k": 5}},

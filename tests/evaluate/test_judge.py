@@ -169,7 +169,7 @@ def test_a_good_judge_says_what_is_so(tmp_path: Path, world: dict[str, Any]) -> 
     wins = sum(a > b for a, b in zip(x, y, strict=True)), sum(a < b for a, b in zip(x, y, strict=True))
     assert (made.metrics["wins"], made.metrics["losses"], made.metrics["ties"]) == (*wins, 40 - sum(wins))
     assert made.metrics["score"] == pytest.approx((wins[0] + (40 - sum(wins)) / 2) / 40)
-    assert tables["What sways the judges"][0]["same in both orders"] == "100%"
+    assert tables["Judge biases"][0]["consistent in both orders"] == "100%"
     assert engines["j"].asked == 80  # both orders
 
 
@@ -177,17 +177,17 @@ def test_a_judge_that_prefers_the_first_decides_nothing(tmp_path: Path, world: d
     made, tables, _ = ask(tmp_path, world, {"j": "first"})
     assert (made.metrics["score"], made.metrics["ties"]) == (0.5, 40)
     assert (
-        tables["What sways the judges"][0]["the first wins"],
-        tables["What sways the judges"][0]["same in both orders"],
+        tables["Judge biases"][0]["prefers first"],
+        tables["Judge biases"][0]["consistent in both orders"],
     ) == ("100%", "0%")
 
 
 def test_a_judge_that_prefers_the_longer_is_seen(tmp_path: Path, world: dict[str, Any]) -> None:
     _, tables, _ = ask(tmp_path, world, {"good": "good", "long": "longest"})
-    by = {row["judge"]: row for row in tables["What sways the judges"]}
-    assert by["long"]["the longer wins"].startswith("100%")
-    assert int(by["good"]["the longer wins"].split("%")[0]) < 90
-    (pair,) = tables["Agreement of judges"]
+    by = {row["judge"]: row for row in tables["Judge biases"]}
+    assert by["long"]["longer wins"].startswith("100%")
+    assert int(by["good"]["longer wins"].split("%")[0]) < 90
+    (pair,) = tables["Inter-judge agreement"]
     assert float(pair["kappa"]) < 0.6
 
 
@@ -199,8 +199,8 @@ def test_a_jury_decides_by_majority(tmp_path: Path, world: dict[str, Any]) -> No
 
 def test_kinship_is_told(tmp_path: Path, world: dict[str, Any]) -> None:
     _, tables, _ = ask(tmp_path, world, {"kin": "good", "other": "first"}, digests={"kin": "digest-x"})
-    by = {row["judge"]: row["its own answers"] for row in tables["What sways the judges"]}
-    assert re.fullmatch(r"\d+% for its own answers; the others 50%", by["kin"])
+    by = {row["judge"]: row["self-preference"] for row in tables["Judge biases"]}
+    assert re.fullmatch(r"\d+% for its own answers; other judges 50%", by["kin"])
     assert by["other"] == "–"
 
 
@@ -218,7 +218,7 @@ def test_grades_and_people(tmp_path: Path, world: dict[str, Any]) -> None:
     assert made.metrics["score"] == pytest.approx(sum(world["quality"]["x"]) / 40 / 9)
     assert made.metrics["kappa"] == pytest.approx(1.0)
     assert made.metrics["labelled"] == 30
-    assert tables["Agreement with people"][0]["95% interval"] == "100.0% to 100.0%"
+    assert tables["Agreement with human labels"][0]["95% interval"] == "100.0% to 100.0%"
 
 
 def test_people_who_disagree_with_a_judge(tmp_path: Path, world: dict[str, Any]) -> None:
@@ -237,7 +237,7 @@ def test_people_who_disagree_with_a_judge(tmp_path: Path, world: dict[str, Any])
 
 def test_a_judge_without_verdicts(tmp_path: Path, world: dict[str, Any]) -> None:
     for habit in ("silent", "refusing", "grades eleven"):
-        with pytest.raises(DataError, match="no judge gave a verdict; the first said"):
+        with pytest.raises(DataError, match="no judge gave a verdict; the first response"):
             ask(tmp_path, world, {"j": habit}, pairs=False, place=habit)
     made, _, _ = ask(tmp_path, world, {"s": "silent", "g": "good"}, place="both")
     assert (made.metrics["unparsed"], made.metrics["judged"]) == (40, 40)
@@ -252,8 +252,8 @@ BAD = {
         [{"id": "1", "label": "A", "rater": "ann"}, {"id": "1", "label": "A", "rater": "ann"}],
         "'ann' labels the sample '1' twice",
     ),
-    "an unknown sample": ([{"id": "99", "label": "A"}], "the id '99' is no sample"),
-    "another label": ([{"id": "1", "label": "left"}], "the label 'left' is none of A, B, C"),
+    "an unknown sample": ([{"id": "99", "label": "A"}], "the id '99' is not a sample"),
+    "another label": ([{"id": "1", "label": "left"}], "the label 'left' must be A, B or C"),
 }
 
 
@@ -330,5 +330,5 @@ def test_what_cannot_be_judged(tmp_path: Path, world: dict[str, Any]) -> None:
         json.dumps({"samples": [{"id": "1", "question": "q", "text": "", "logprobs": [1.0]}]})
     )
     world["reports"]["x"] = Report(tmp_path / "z", name="z")
-    with pytest.raises(DataError, match="has no written answers"):
+    with pytest.raises(DataError, match="has no generated answers"):
         ask(tmp_path, world, {"j": "good"}, pairs=False)

@@ -105,7 +105,7 @@ def test_the_best_mean_is_kept_and_what_it_lost_is_said(tmp_path: Path) -> None:
     made, page = kept(tmp_path, [a, b, child], reports)
     assert made.metrics["kept"] == "child"
     assert (tmp_path / "out" / "model.safetensors").read_text() == "child"
-    assert page.data["verdicts"]["x"].startswith(("not told apart", "the best"))
+    assert page.data["verdicts"]["x"].startswith(("not significantly different", "the best"))
     assert page.data["verdicts"]["y"].startswith("worse: -0.300")
     assert made.metrics["lost_skills"] == 1
     assert "worse than the best at y" in page.lead
@@ -123,10 +123,10 @@ def test_bad_input(tmp_path: Path) -> None:
     one, two = evaluation(tmp_path, a, "x", [1.0] * 20), evaluation(tmp_path, a, "y", [1.0] * 20)
     for number, (models, reports, given, said) in enumerate(
         (
-            ([a, b], [one], {}, "b was not asked x"),
-            ([a], [one, two], {"candidates": ["c"]}, "no model is called 'c'"),
-            ([b], [one], {}, "is of a model that is not given"),
-            ([a], [], {}, "no evaluation is given"),
+            ([a, b], [one], {}, "b has no evaluation on x"),
+            ([a], [one, two], {"candidates": ["c"]}, "no model is named 'c'"),
+            ([b], [one], {}, "evaluates a model that is not an input"),
+            ([a], [], {}, "no evaluations given"),
         )
     ):
         place = tmp_path / str(number)

@@ -123,14 +123,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "samples that are the same": ({**GENERATE, "samples": 4}, "samples is 4, but temperature is 0"),
     "more tries than samples": (
         {**GENERATE, "metrics": [{"name": "pass_at", "of": "key", "k": 3}]},
-        "k=3 needs as many samples, there are 1",
+        "k=3 needs samples >= k, but samples is 1",
     ),
     "pass_at of nothing": ({**GENERATE, "metrics": ["pass_at"]}, "pass_at needs `of`"),
     "a stride above its window": ({**PERPLEXITY, "stride": 17}, "stride 17 is above window 16"),
     "an unknown step": ({**GENERATE, "extract": ["guess"]}, r"extract\.\.0\.how: Input should be 'regex'"),
     "conversations as choices": (
         {**CHOICE, "rows": "chat", "question": ""},
-        "conversations are asked with kind generate",
+        "conversations without `question` need kind generate",
     ),
 }
 
@@ -178,17 +178,17 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], str]] = {
     "a missing field": (
         CHOICE,
         [{"opts": ["a", "b"], "gold": 0}],
-        r"row '1': the template 'Q: \{\{q\}\}\\nA:' cannot be filled \('q' is undefined\)",
+        r"row '1': the template 'Q: \{\{q\}\}\\nA:' cannot be rendered \('q' is undefined\)",
     ),
-    "choices that are none": (CHOICE, [{**ROWS[0], "opts": 7}], "'opts' gives no list of texts"),
+    "choices that are none": (CHOICE, [{**ROWS[0], "opts": 7}], "'opts' must give a list of strings"),
     "a broken row": (CHOICE, [], "is empty"),
     "not enough examples": (
         {**CHOICE, "shots": {"count": 5}},
         ROWS[:5],
-        "shots is 5, but there are 5 rows to take examples from, the one that is asked among them",
+        "num_fewshot is 5, but there are only 5 rows to draw examples from, including the row itself",
     ),
     "an answer no score function can read": ({**GENERATE, "metrics": ["regex"]}, [ROWS[0]], "`answer` must be"),
-    "code in a template": ({**CHOICE, "question": "{{q.__class__.__mro__}}"}, [ROWS[0]], "cannot be filled"),
+    "code in a template": ({**CHOICE, "question": "{{q.__class__.__mro__}}"}, [ROWS[0]], "cannot be rendered"),
 }
 
 
@@ -213,13 +213,11 @@ def test_an_engine_that_cannot_is_told_before_the_run(run: Run, pico: Path) -> N
     def remote() -> Engine:
         return RemoteEngine("http://127.0.0.1:9/v1", "m")
 
-    with pytest.raises(
-        UserError, match="needs log-probabilities of given text, and m offers embed, parallel, schema, tools"
-    ):
+    with pytest.raises(UserError, match="needs loglikelihoods, but m offers embed, parallel, schema, tools"):
         run(CHOICE, ROWS, remote)
-    with pytest.raises(UserError, match=r"goes on with plain text.*ask it with prompt: chat"):
+    with pytest.raises(UserError, match=r"continues plain text.*use prompt_format: chat"):
         run({**GENERATE, "prompt": "plain"}, ROWS, remote)
-    with pytest.raises(UserError, match="begins the answer for the model"):
+    with pytest.raises(UserError, match="prefills the answer"):
         run({**GENERATE, "prefix": "It is"}, ROWS, remote)
 
     def base() -> Engine:
@@ -227,11 +225,12 @@ def test_an_engine_that_cannot_is_told_before_the_run(run: Run, pico: Path) -> N
         engine.tokenizer.chat_template = None
         return engine
 
-    with pytest.raises(ModelError, match="has no chat template, and the task 'g' asks in turns; use prompt: plain"):
+    with pytest.raises(
+        ModelError, match="has no chat template, but task 'g' uses chat prompts; use prompt_format: plain"
+    ):
         run(GENERATE, ROWS, base)
 
-
-# questions
+        # questions
 
 
 def test_no_row_is_its_own_example() -> None:
@@ -276,9 +275,9 @@ def test_white_space_moves_to_what_is_scored(pico: Path) -> None:
     cut = pair(encode, "a " * 100, "brown fox", 10, 1)
     assert len(cut.ids) == 11
     assert cut.cut == len(encode("a " * 99 + "a brown fox")) - 11
-    with pytest.raises(DataError, match="adds no token"):
+    with pytest.raises(DataError, match="adds no tokens"):
         pair(encode, "the", "", 512, 1)
-    with pytest.raises(DataError, match="more than the 3 that the engine reads"):
+    with pytest.raises(DataError, match="more than the engine's context length 3"):
         pair(encode, "the", " brown fox Oslo what 1 2 3 4 5", 3, 1)
 
 
@@ -305,8 +304,7 @@ def test_intervals_treat_groups_as_one_draw(run: Run) -> None:
         grouped["metrics"]["high"],
     )
 
-
-# engines
+    # engines
 
 
 @pytest.mark.slow
@@ -406,7 +404,7 @@ def test_a_pattern_that_takes_too_long_is_told(run: Run, monkeypatch: pytest.Mon
         lambda self, requests: ((place, Completion("x" * 60 + "b", "stop")) for place in range(len(requests))),
     )
     made = run({**GENERATE, "extract": [{"how": "regex", "pattern": "(x|xx)+$"}]}, ROWS[:3])
-    assert {s["reason"] for s in made["samples"]} == {"extract: the pattern takes longer than 0.05 s"}
+    assert {s["reason"] for s in made["samples"]} == {"extract: the pattern timed out after 0.05 s"}
     assert {s["score"] for s in made["samples"]} == {0.0}
 
 
@@ -425,7 +423,7 @@ def test_rows_that_are_left_out_are_counted(run: Run) -> None:
     made = run({**CHOICE, "only": "{{gold == 1}}"}, ROWS)
     assert made["protocol"]["left_out"] == sum(row["gold"] != 1 for row in ROWS)
     assert len(made["samples"]) == sum(row["gold"] == 1 for row in ROWS)
-    with pytest.raises(DataError, match="none of the 24 rows is for the task"):
+    with pytest.raises(DataError, match="none of the 24 rows passes the filter of task"):
         run({**CHOICE, "only": "{{gold > 7}}"}, ROWS, place="b")
 
 
@@ -437,7 +435,7 @@ def test_examples_of_the_same_group() -> None:
         assert [part.split("\nA:")[0] for part in question.plain[0].split("\n\n")[:2]] == [
             f"Q: {row['q']}" for row in firsts
         ]
-    with pytest.raises(UserError, match=r"shots is 2, but there are 1 rows of the group 's3'"):
+    with pytest.raises(UserError, match=r"num_fewshot is 2, but there are only 1 rows of the group 's3'"):
         questions(task, [rows[23]], [*rows[:3], rows[3]], same_pool=False)
 
 

@@ -376,7 +376,7 @@ FINAL = {
             400,
         ),
         AccessError,
-        r"400: API key not valid.; is the key in \$GEMINI_API_KEY right",
+        r"400: API key not valid.; check the key in \$GEMINI_API_KEY",
     ),
     "anthropic: no credit": (
         "anthropic",
@@ -393,13 +393,13 @@ FINAL = {
             {"type": "error", "error": {"type": "invalid_request_error", "message": "temperature: not supported"}}, 400
         ),
         RequestError,
-        r"write \?sampling=default behind",
+        r"append \?sampling=default",
     ),
     "cohere: a wrong key": (
         "cohere",
         says({"message": "invalid api token"}, 401),
         AccessError,
-        r"401: invalid api token; is the key in \$CO_API_KEY",
+        r"401: invalid api token; check the key in \$CO_API_KEY",
     ),
     "google: another end": (
         "google",

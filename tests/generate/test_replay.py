@@ -64,7 +64,7 @@ def test_a_record_is_replayed_on_its_own_model(
     assert check(str(tmp_path / "small"))[:2] == (0, {"tokens": True, "logits": True})
     code, _, said = check(str(pico))
     assert code == 2
-    assert "has no golden tokens recorded" in said
+    assert "no golden tokens recorded" in said
     assert check(str(pico), str(tmp_path / "small"))[0] == 0
     assert main(["verify", str(pico), "more"]) == 2
 
@@ -113,23 +113,23 @@ def test_servers(check: Callable[..., Any], pico: Path, server: Loopback) -> Non
     tokenizer = make_tokenizer(TEMPLATE)
     ref = f"{server.url}#m"
     server.behaviours = [counting(tokenizer)] * 10
-    assert check(str(pico), ref)[:2] == (0, {"prompts": True, "greedy answers": None})
+    assert check(str(pico), ref)[:2] == (0, {"prompts": True, "greedy completions": None})
     server.behaviours = [counting(tokenizer, extra=1)] * 10
     code, found, said = check(str(pico), ref)
     assert (code, found["prompts"]) == (1, False)
     assert "the server read" in said
-    assert "a token added in front" in said
+    assert "an extra BOS token" in said
     server.behaviours = [counting(make_tokenizer(TEMPLATE.replace("{% for", "{{ '<|im_start|>' }}{% for", 1)))] * 10
     assert check(str(pico), ref)[0] == 1
     server.behaviours = [counting(tokenizer, usage=False)] * 10
-    assert check(str(pico), ref)[:2] == (0, {"prompts": None, "greedy answers": None})
+    assert check(str(pico), ref)[:2] == (0, {"prompts": None, "greedy completions": None})
 
 
 def test_mistakes(check: Callable[..., Any], pico: Path, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"a": 1}\n')
     code, _, said = check(str(pico), str(tmp_path / "data.jsonl"))
     assert code == 2
-    assert "golden tokens are those of a model" in said
+    assert "only models and adapters have golden tokens" in said
     code, _, said = check(str(pico), "http://127.0.0.1:9/v1#m")
     assert code in (1, 3)
     assert len(said.strip().splitlines()) == 1

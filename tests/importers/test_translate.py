@@ -326,7 +326,9 @@ def test_all_weights_of_axolotl_from_two_sets(made: Any) -> None:
         "eval_loss",
     )
     assert "parallel" not in config
-    assert "the best weights are kept whole" in next(note.text for note in found.notes if note.key == "deepspeed")
+    assert "best-model selection needs unsharded weights" in next(
+        note.text for note in found.notes if note.key == "deepspeed"
+    )
     assert (config["eval_steps"], config["save_steps"], config["early_stopping_patience"]) == (20, 40, 3)
     assert config["optimizer"] == {
         "learning_rate": 2e-5,
@@ -424,14 +426,14 @@ def test_what_stays_as_it_is_where_nothing_is_said(made: Any) -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "preferences": (AXOLOTL["lora"] | {"rl": "dpo"}, "rl: dpo is no supervised fine-tuning"),
+    "preferences": (AXOLOTL["lora"] | {"rl": "dpo"}, "rl: dpo is not supervised fine-tuning"),
     "no data": ({"base_model": "a/b", "learning_rate": 1}, "datasets is missing"),
     "no rate": (AXOLOTL["lora"] | {"learning_rate": None}, "learning_rate is missing"),
     "a word for a number": (AXOLOTL["lora"] | {"micro_batch_size": "two"}, "micro_batch_size: 'two' is not a number"),
     "no number": (AXOLOTL["lora"] | {"learning_rate": float("nan")}, "is not a number"),
     "a strange set": (
         AXOLOTL["lora"] | {"datasets": [{"path": "a/b", "type": "context_qa.load_v2"}]},
-        "datasets[0].type: 'context_qa.load_v2' is not translated",
+        "datasets[0].type: 'context_qa.load_v2' is not supported",
     ),
     "a prompt of its own": (
         AXOLOTL["lora"] | {"datasets": [{"path": "a/b", "type": {"format": "x"}}]},
@@ -442,29 +444,29 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         AXOLOTL["lora"] | {"datasets": [{"path": "a/b", "type": "alpaca"}, {"path": "a/c", "type": "completion"}]},
         "documents and conversations",
     ),
-    "another adapter": (AXOLOTL["lora"] | {"adapter": "llama-adapter"}, "adapter: 'llama-adapter' is not trained here"),
+    "another adapter": (AXOLOTL["lora"] | {"adapter": "llama-adapter"}, "adapter: 'llama-adapter' is not supported"),
     "a pattern": (
         AXOLOTL["lora"] | {"lora_target_linear": False, "lora_target_modules": [r"model.layers.[\d]+.up_proj"]},
-        "a pattern is not translated",
+        "patterns are not translated",
     ),
-    "no name": (AXOLOTL["lora"] | {"base_model": "llama"}, "'llama' is neither a file here nor ORG/NAME"),
+    "no name": (AXOLOTL["lora"] | {"base_model": "llama"}, "'llama' is neither a local file nor ORG/NAME"),
     "neither true": (AXOLOTL["lora"] | {"load_in_4bit": "maybe"}, "neither true nor false"),
     "pairs": (USUAL | {"dataset": "pairs"}, "'pairs' holds preference pairs"),
-    "another stage": (USUAL | {"stage": "dpo"}, "stage: 'dpo' is no supervised"),
+    "another stage": (USUAL | {"stage": "dpo"}, "stage: 'dpo' is not supervised"),
     "layers": (USUAL | {"finetuning_type": "freeze"}, "finetuning_type: 'freeze' is not translated"),
     "an unknown set": (USUAL | {"dataset": "alpaca_de"}, "'alpaca_de' is not in"),
     "other columns": (
         USUAL | {"dataset": "renamed"},
-        "dataset 'renamed': messages: dialog: rows are recognised by their usual keys",
+        "dataset 'renamed': messages: dialog: rows are recognized by their usual keys",
     ),
     "half a rank": (AXOLOTL["lora"] | {"lora_r": 8.5}, "lora_r: 8.5 is not a whole number"),
     "nothing to train": (USUAL | {"do_train": False}, "do_train is false"),
     "other messages": (
         AXOLOTL["lora"] | {"datasets": [{"path": "a/b", "type": "chat_template", "field_messages": "dialog"}]},
-        "datasets[0].field_messages: conversations are looked for in",
+        "datasets[0].field_messages: conversations are read from",
     ),
     "no model": ({"model_name_or_path": None, "dataset": "identity"}, "model_name_or_path is missing"),
-    "neither tool": ({"model": "x"}, "is no configuration of Axolotl"),
+    "neither tool": ({"model": "x"}, "not a configuration of Axolotl"),
 }
 
 
@@ -505,7 +507,7 @@ def test_what_would_be_another_training_is_told(made: Any) -> None:
 
 def test_a_key_that_stands_twice(tmp_path: Path) -> None:
     (tmp_path / "twice.yml").write_text("base_model: a/b\nlearning_rate: 1\nlearning_rate: 2\n")
-    with pytest.raises(UserError, match="'learning_rate' stands twice"):
+    with pytest.raises(UserError, match="duplicate key 'learning_rate'"):
         translate(tmp_path / "twice.yml")
     with pytest.raises(UserError, match="is a directory"):
         translate(tmp_path)
@@ -555,7 +557,7 @@ def test_a_translated_recipe_trains(
     tuned = load_recipe(tmp_path / "mine.yaml").steps["tuned"]
     assert isinstance(tuned, StageStep)
     assert main(["run", "mine.yml"]) == 2
-    assert "this is a configuration of Axolotl; `llmworks import mine.yml`" in capsys.readouterr().err
+    assert "this is a configuration for Axolotl; convert it with `llmworks import mine.yml`" in capsys.readouterr().err
     assert main(["run", "mine.yaml", "--quiet", "--workspace", str(tmp_path / "ws")]) == 0
     assert json.loads((tmp_path / "ws" / "mine" / "tuned" / "base.json").read_text())["kept"] == "nf4"
 

@@ -211,9 +211,9 @@ def test_licences_that_may_not_go_together() -> None:
     }
     found = conflicts(family, said)
     assert found == [
-        "child: under apache-2.0, from nc (cc-by-nc-4.0), which ask for more",
-        "both: from gemma (gemma) and llama (llama3): terms that may not go together",
-        "silent: under no licence of their own, from nc (cc-by-nc-4.0), which allows no commercial use",
+        "child: under apache-2.0, from nc (cc-by-nc-4.0), which have stricter terms",
+        "both: from gemma (gemma) and llama (llama3): possibly incompatible terms",
+        "silent: without a license of their own, from nc (cc-by-nc-4.0), which allows no commercial use",
     ]
 
 
@@ -253,7 +253,7 @@ def test_a_foreign_model_s_parents_by_files_and_by_weights(
     assert "found is a merge of" in told.err
     lines = told.out.splitlines()
     assert any("found" in line and "+ " in line for line in lines)
-    assert any("licences: found: under mit, from a (cc-by-nc-4.0)" in line for line in lines)
+    assert any("licenses: found: under mit, from a (cc-by-nc-4.0)" in line for line in lines)
     assert all(file.stat().st_size > 500 for file in files.values())
     assert main([*words, "--json"]) == 0
     data: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -281,4 +281,4 @@ def test_only_models(tmp_path: Path) -> None:
     )
     small = family.of_kinds("model")
     assert set(small.nodes) == {"a", "b"}
-    assert small.nodes["b"].parents == (("model, by way of others", "a"),)
+    assert small.nodes["b"].parents == (("model, indirectly", "a"),)

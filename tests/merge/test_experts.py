@@ -166,7 +166,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "the same prompts": ({"experts": twice("few", positive_prompts=["a"])}, "all experts have the same prompts"),
     "too many a token": (
         {"experts": twice("few"), "gate_mode": "random", "experts_per_token": 4},
-        "experts_per_token is 4, there are 3 experts",
+        "experts_per_token is 4, but there are 3 experts",
     ),
     "shared in mixtral": (
         {
@@ -179,7 +179,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "none shared in qwen": (
         {"experts": twice("few"), "gate_mode": "random", "architecture": "qwen"},
-        "give shared_experts",
+        "set shared_experts",
     ),
     "another kind": ({"experts": twice("few"), "gate_mode": "random", "architecture": "qwen3"}, "few is a llama"),
     "a key": ({"experts": twice("few"), "gate_mode": "random", "routers": 1}, "routers"),

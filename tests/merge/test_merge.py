@@ -393,7 +393,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"merge_method": "tise", "base_model": "base", "models": of("a", weight=1)},
         "did you mean 'ties'",
     ),
-    "no base": ({"merge_method": "ties", "models": of("a", weight=1)}, "needs a base_model"),
+    "no base": ({"merge_method": "ties", "models": of("a", weight=1)}, "requires a base_model"),
     "no weight": (
         {"merge_method": "linear", "models": of("a")},
         "the parameter weight is missing for model.embed_tokens.weight",
@@ -404,7 +404,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "three to slerp": (
         {"merge_method": "slerp", "base_model": "base", "models": of("a", "b"), "parameters": {"t": 0.5}},
-        "takes 2 models, given are 3",
+        "takes 2 models, but 3 are given",
     ),
     "one to model_stock": (
         {"merge_method": "model_stock", "base_model": "base", "models": of("a")},
@@ -418,7 +418,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "opposites": ({"merge_method": "multislerp", "models": weighted(("a", 1), ("b", -1))}, "sum to zero"),
     "too many layers": (
         {"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [2, 6]}]}]},
-        "it has 4 layers",
+        "the model has 4 layers",
     ),
     "base not in the slice": (
         {
@@ -429,26 +429,26 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         },
         "base_model base is not among the sources",
     ),
-    "the same twice": ({"merge_method": "linear", "models": weighted(("a", 1), ("a", 1))}, "the model a stands twice"),
+    "the same twice": ({"merge_method": "linear", "models": weighted(("a", 1), ("a", 1))}, "the model a occurs twice"),
     "strange module": (
         {"merge_method": "linear", "modules": {"x": {"models": of("a", weight=1)}, "y": {"models": of("a", weight=1)}}},
         "modules: 'x'; a has the stacks of layers model.layers",
     ),
     "NaN": (
         {"merge_method": "linear", "models": of("a", "nan", weight=1)},
-        f"nan: {Q} holds values that are no numbers",
+        f"nan: {Q} holds NaN or infinite values",
     ),
     "NaN that would be copied": (
         {"merge_method": "passthrough", "models": of("nan")},
-        f"nan: {Q} holds values that are no numbers",
+        f"nan: {Q} holds NaN or infinite values",
     ),
     "missing tensor": (
         {"merge_method": "linear", "models": of("a", "less", weight=1)},
-        "less: has no tensor model.layers.0.self_attn.q_proj.weight, which others have",
+        "less: has no tensor model.layers.0.self_attn.q_proj.weight, which other models have",
     ),
     "missing layer": (
         {"merge_method": "linear", "models": of("a", "gap", weight=1)},
-        "gap: of the layers model.layers.N there are 3, numbered up to 3",
+        "gap: has 3 layers model.layers.N, numbered up to 3",
     ),
     "shapes": (
         {"merge_method": "linear", "models": of("a", "wide", weight=1)},
@@ -466,7 +466,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
             "parameters": {"normalize": False},
             "out_dtype": "float16",
         },
-        "float16 cannot hold",
+        "float16 cannot represent",
     ),
     "vocabularies": (
         {"merge_method": "linear", "models": of("few", "swapped", weight=1)},
@@ -474,7 +474,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "sizes of vocabularies": (
         {"merge_method": "linear", "models": of("few", "more", weight=1)},
-        "Give tokenizer_source",
+        "Set tokenizer_source",
     ),
     "no tokenizer": (
         {"merge_method": "linear", "models": of("a", "few", weight=1), "tokenizer_source": "union"},
@@ -490,7 +490,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a template's tokens": (
         {"merge_method": "linear", "models": of("few", weight=1), "chat_template": "chatml"},
-        "chatml writes <|im_start|>, which is no token of few",
+        "chatml uses <|im_start|>, which is not a token of few",
     ),
     "no template": (
         {"merge_method": "linear", "models": of("few", weight=1), "chat_template": "chatl"},
@@ -533,8 +533,8 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {
         {"models": None, "slices": [{"sources": [{"model": "a", "layer_range": [0, 2], "wait": 1}]}]},
         "wait",
     ),
-    "no models": ({"models": None}, "give models, slices or modules"),
-    "both": ({"slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}]}]}, "one of them"),
+    "no models": ({"models": None}, "give exactly one of models, slices and modules"),
+    "both": ({"slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}]}]}, "give exactly one of"),
     "lengths": (
         {
             "models": None,
@@ -542,8 +542,11 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "2 and 3 layers",
     ),
-    "no layer": ({"models": None, "slices": [{"sources": [{"model": "a", "layer_range": [2, 2]}]}]}, "holds no layer"),
-    "a number format": ({"dtype": "int8"}, "'int8' is no number format"),
+    "no layer": (
+        {"models": None, "slices": [{"sources": [{"model": "a", "layer_range": [2, 2]}]}]},
+        "contains no layer",
+    ),
+    "a number format": ({"dtype": "int8"}, "'int8' is not a supported dtype"),
     "override": ({"models": [{"model": {"model": "a", "override_architecture": "x"}}]}, "model"),
     "two tokenizers": ({"tokenizer_source": "base", "tokenizer": {"source": "union"}}, "not both"),
 }
@@ -590,7 +593,7 @@ def test_the_tokenizer_is_looked_at(
     made = attempt("out")
     assert made.golden is not None
     assert made.golden.conversations[0].top_logits
-    assert "other ends its answers with" in capsys.readouterr().err
+    assert "other ends its replies with" in capsys.readouterr().err
     copied = vocabulary.copy_tokenizer
 
     def planted(change: Callable[[dict[str, Any]], Any], file: str) -> Callable[[Path, Path], None]:
@@ -666,7 +669,7 @@ def test_a_file_of_several_merges(
     circle = last.replace("ties", "linear").replace("base_model: base", "name: x")
     file.write_text(f"{circle}---\n{first.replace('model: b', 'model: x')}")
     assert main(["merge", str(file), "--out", str(tmp_path / "circle"), "--workspace", str(tmp_path / "ws")]) == 2
-    assert "in a circle: x uses mean uses x" in capsys.readouterr().err
+    assert "in a cycle: x uses mean uses x" in capsys.readouterr().err
     file.write_text(first.replace("name: mean\n", ""))
     assert main(["merge", str(file), "--plan", "--json", "--workspace", str(tmp_path / "ws")]) == 0
     plan = json.loads(capsys.readouterr().out)

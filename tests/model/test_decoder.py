@@ -306,11 +306,11 @@ def test_it_learns_and_takes_adapters() -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"hidden_size": 30}, "width 30 is not divided by heads 4"),
-        ({"num_key_value_heads": 3}, "heads 4 is not divided by kv_heads 3"),
-        ({"head_dim": 7}, "a head of width 7 is odd"),
-        ({"global_attn_every_n_layers": 2}, "needs a window"),
-        ({"experts": {"num_experts": 2, "num_experts_per_tok": 3}}, "more than experts.count"),
+        ({"hidden_size": 30}, "hidden_size 30 is not divisible by num_attention_heads 4"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not divisible by num_key_value_heads 3"),
+        ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"global_attn_every_n_layers": 2}, "needs a sliding_window"),
+        ({"experts": {"num_experts": 2, "num_experts_per_tok": 3}}, "larger than num_experts"),
         ({"position_embedding_type": "absolute"}, "Input should be"),
         ({"hiden": 3}, "Extra inputs"),
     ],
@@ -321,10 +321,10 @@ def test_shapes_that_do_not_fit(more: dict[str, Any], says: str) -> None:
 
 
 def test_ids_and_lengths_beyond() -> None:
-    with pytest.raises(ModelError, match="token id 61 is beyond the vocabulary of 61"):
+    with pytest.raises(ModelError, match="token id 61 is out of range for a vocabulary of 61"):
         model()(input_ids=torch.tensor([[3, 61]]))
     learned = model(position_embedding_type="learned")
-    with pytest.raises(ModelError, match="49 tokens, the model has positions for 48"):
+    with pytest.raises(ModelError, match="49 tokens, the model has 48 position embeddings"):
         learned(input_ids=torch.zeros(1, 49, dtype=torch.long))
 
 

@@ -248,15 +248,15 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert main(["data", "read", str(tmp_path / "t.txt"), "--out", str(tmp_path / "read"), "--quiet"]) == 0
     capsys.readouterr()
     assert main(["model", "embedding", str(tmp_path / "read"), "--out", str(tmp_path / "o"), "--quiet"]) == 2
-    assert "only 0 words stand 5 times or more" in capsys.readouterr().err
+    assert "only 0 words occur 5 times or more" in capsys.readouterr().err
     (tmp_path / "t.txt").write_text("king queen man " * 100)
     assert main(["data", "read", str(tmp_path / "t.txt"), "--out", str(tmp_path / "more"), "--quiet"]) == 0
     (tmp_path / "p.tsv").write_text("king\tqueen\t1\nking\tman\t1\nman\tqueen\t1\nman\tman\t1\n")
     capsys.readouterr()
     for words, says in (
-        (["--set", "char_ngrams=[6,3]"], "parts is [6, 3]"),
-        (["--set", "char_ngrams=[-1,3]"], "parts is [-1, 3]"),
-        (["--tests", f"words={tmp_path / 'p.tsv'}"], "cannot be called 'words'"),
+        (["--set", "char_ngrams=[6,3]"], "char_ngrams is [6, 3]"),
+        (["--set", "char_ngrams=[-1,3]"], "char_ngrams is [-1, 3]"),
+        (["--tests", f"words={tmp_path / 'p.tsv'}"], "cannot be named 'words'"),
         (["--set", "min_count=1000"], "only 0 words"),
         (["--set", "vector_size=8", "--set", "method=glove", "--set", "learning_rate=1e30"], "only 3 words"),
     ):
@@ -268,7 +268,7 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert len(told.splitlines()) == 1
     for text, says in (
         (b"a b\n", "line 1 is neither"),
-        (b"", "holds no test"),
+        (b"", "holds no word similarity"),
         (b"a\tb\t1\na b c d\n", "line 2 is neither"),
         (b"a\tb\tnan\n", "line 1 is neither"),
         (b"\xff\xfe", "not UTF-8"),

@@ -258,18 +258,18 @@ def test_broken_directories_are_told(tmp_path: Path) -> None:
             load_decoder(tmp_path / "m")
         assert "\n" not in str(caught.value)
 
-    told(r"has no decoder\.blocks\.1\.feed_forward\.up\.weight ", {"model.layers.1.mlp.up_proj.weight": None})
-    told(r"has more than the shape needs: model\.extra\.weight", {"model.extra.weight": torch.zeros(2)})
-    told(r"has no .* and 8 more", None, {"num_hidden_layers": 4})
+    told(r"is missing decoder\.blocks\.1\.feed_forward\.up\.weight ", {"model.layers.1.mlp.up_proj.weight": None})
+    told(r"has unexpected model\.extra\.weight", {"model.extra.weight": torch.zeros(2)})
+    told(r"is missing .* and 8 more", None, {"num_hidden_layers": 4})
     told(
-        r"decoder\.norm\.weight has the shape \(49,\), config.json asks for \(48,\)",
+        r"decoder\.norm\.weight has shape \(49,\), config.json requires \(48,\)",
         {"model.norm.weight": torch.zeros(49)},
     )
-    told("heads 4 is not divided by kv_heads 3", None, {"num_key_value_heads": 3})
+    told("num_attention_heads 4 is not divisible by num_key_value_heads 3", None, {"num_key_value_heads": 3})
     told("'rms_norm_eps' is missing", None, {"rms_norm_eps": ...})
-    told("the architecture 'bert' is not known here; known: llama, mistral, qwen2", None, {"model_type": "bert"})
-    told("rotary positions of the type 'longrope'", None, {"rope_parameters": {"rope_type": "longrope"}})
-    told("activation 'relu' is not known", None, {"hidden_act": "relu"})
+    told("the architecture 'bert' is not supported; supported: llama, mistral, qwen2", None, {"model_type": "bert"})
+    told("RoPE type 'longrope'", None, {"rope_parameters": {"rope_type": "longrope"}})
+    told("activation 'relu' is not supported", None, {"hidden_act": "relu"})
     told("truncate false", None, {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}})
     told("attention_bias without mlp_bias", None, {"attention_bias": True})
     file.write_bytes(file.read_bytes()[:-100])
@@ -280,9 +280,9 @@ def test_broken_directories_are_told(tmp_path: Path) -> None:
         load_decoder(tmp_path / "m")
     with pytest.raises(ModelError, match="use_bidirectional_attention"):
         shape_of({**Gemma3TextConfig(**SIZES, use_bidirectional_attention=True).to_dict()})
-    with pytest.raises(ModelError, match="layer_types differ"):
+    with pytest.raises(ModelError, match="layer_types that differ"):
         shape_of({**Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=2).to_dict()})
-    with pytest.raises(ModelError, match="soft caps"):
+    with pytest.raises(ModelError, match="softcapping"):
         shape_of({**Gemma3TextConfig(**SIZES, final_logit_softcapping=30.0).to_dict()})
 
 

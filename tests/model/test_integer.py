@@ -111,8 +111,8 @@ def test_scales_are_rounded_before_they_are_used() -> None:
 
 def test_what_is_refused() -> None:
     with pytest.raises(
-        ModelError, match="rows of 576 weights are not divided by groups of 128; they are by 16, 32, 48, 64, 96, 192"
+        ModelError, match="rows of 576 weights are not divisible by group size 128; possible: 16, 32, 48, 64, 96, 192"
     ):
         whole(torch.ones(2, 576), Grid(4, 128))
-    with pytest.raises(ModelError, match="2 of its weights are no numbers"):
+    with pytest.raises(ModelError, match="2 of its weights are NaN or infinite"):
         whole(torch.tensor([[1.0, float("nan"), float("inf")]]), Grid(4))

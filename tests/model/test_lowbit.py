@@ -198,9 +198,7 @@ def test_files_are_read_tensor_by_tensor(biased: Path) -> None:
     text = config.read_text()
     config.write_text(text.replace('"intermediate_size": 192', '"intermediate_size": 256'))
     try:
-        with pytest.raises(
-            ModelError, match=r"gate.weight has the shape \(192, 128\), config.json asks for \(256, 128\)"
-        ):
+        with pytest.raises(ModelError, match=r"gate.weight has shape \(192, 128\), config.json requires \(256, 128\)"):
             load_decoder(biased)
     finally:
         config.write_text(text)

@@ -72,7 +72,7 @@ def test_a_shape_of_its_own_answers(workspace: Path, pico: Path) -> None:
 
 def test_mistakes(workspace: Path, pico: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, says in (
-        (["--set", "num_attention_heads=5"], "width 32 is not divided by heads 5"),
+        (["--set", "num_attention_heads=5"], "hidden_size 32 is not divisible by num_attention_heads 5"),
         (["--set", "vocab_size=10"], "the tokenizer has"),
         (["--set", "hiden=3"], "did you mean 'hidden_size'"),
         (["--set", "position_embedding_type=rotary"], "'rope'"),

@@ -194,12 +194,12 @@ def test_odd_rows(kind: str) -> None:
         assert (
             model(IDS, attention_mask=torch.zeros_like(IDS), use_cache=True).past_key_values.state is None
         )  # nothing but padding
-    with pytest.raises(ModelError, match="below zero"):
+    with pytest.raises(ModelError, match="is negative"):
         model(IDS - 61)
 
 
 def test_ids_beyond_the_vocabulary() -> None:
-    with pytest.raises(ModelError, match="token id 61 is beyond the vocabulary of 61"):
+    with pytest.raises(ModelError, match="token id 61 is out of range for a vocabulary of 61"):
         made("gru")(torch.full_like(IDS, 61))
 
 
@@ -241,8 +241,8 @@ def test_mistakes(
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     for words, says in (
         (["rnn_type=lstm", "heads=4"], "unknown key 'heads'"),
-        (["rnn_type=gru", "window_size=4"], "window_size is of rnn_type mlp"),
-        (["rnn_type=mlp", "num_hidden_layers=2"], "kind mlp has one layer"),
+        (["rnn_type=gru", "window_size=4"], "window_size needs rnn_type mlp"),
+        (["rnn_type=mlp", "num_hidden_layers=2"], "rnn_type mlp has one layer"),
         (["vocab_size=10"], "the tokenizer has"),
         (["rnn_type=lstms"], "'lstm'"),
     ):

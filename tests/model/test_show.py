@@ -127,7 +127,7 @@ def test_drawings_hold_what_shapes_say() -> None:
         "× 8",
         "RMSNorm",
         "8 query heads of 64, 2 key-value (grouped-query)",
-        "stretched 4 times (yarn)",
+        "RoPE scaling yarn, factor 4",
         "512 → 1,408 → 512, SwiGLU",
     } <= set(usual)
     assert usual.count("RMSNorm") == 3
@@ -137,7 +137,7 @@ def test_drawings_hold_what_shapes_say() -> None:
         Shape(sliding_window=64, global_attn_every_n_layers=3, experts={"num_experts": 8, "num_experts_per_tok": 2}),
         RecurrentShape(rnn_type="lstm", num_hidden_layers=2),
     )  # type: ignore[arg-type]
-    assert {"looks back 64 tokens, all in every 3th", "8 experts, 2 for each token", "LSTM"} <= set(two)
+    assert {"sliding window 64 tokens, full attention every 3 layers", "8 experts, 2 per token", "LSTM"} <= set(two)
     assert two.count("LSTM") == 2
 
 
@@ -188,7 +188,7 @@ def test_the_stage(
     assert "0–1" in told  # two blocks that are alike, once
     page = (tmp_path / "two" / "report.html").read_text()
     assert page.count("<svg") == 1
-    assert "What differs" in page
+    assert "Differences" in page
     assert main(["model", "show", str(pico), str(pico_gguf), "--out", str(tmp_path / "same"), "--quiet"]) == 0
     one, other = json.loads((tmp_path / "same" / "report.json").read_text())["models"].values()
     assert one == other
@@ -196,7 +196,7 @@ def test_the_stage(
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     (tmp_path / "bert" / "model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
     for words, says in (
-        ([str(tmp_path / "bert")], "'bert' is not known here; known: llama"),
+        ([str(tmp_path / "bert")], "'bert' is not supported; supported: llama"),
         ([str(pico), "--set", "kv_cache_dtype=int8"], "cache"),
         ([str(tmp_path / "none")], "none"),
     ):

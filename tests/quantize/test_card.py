@@ -38,8 +38,8 @@ def test_a_card_says_what_was_done(pico: Path, texts: Dataset, tmp_path: Path) -
     assert card.data.tags == ["quantized", "gptq", "4-bit", "compressed-tensors"]
     assert card.data.library_name == "transformers"
     assert card.text.lstrip().startswith(f"# {pico.name}-quantized.w4a16")
-    assert f"| divergence from the original, nats a token | {made.metrics['kl']:.4g} |" in card.text
-    assert f"on {made.metrics['eval_tokens']} tokens of texts that nothing was calibrated by" in card.text
+    assert f"| KL divergence from the original, nats per token | {made.metrics['kl']:.4g} |" in card.text
+    assert f"on {made.metrics['eval_tokens']} held-out tokens of texts" in card.text
     assert str(tmp_path) not in card.content
     two = quantized("gguf", pico, texts, tmp_path / "two", type="q8_0")
     card = ModelCard.load(two.path / "README.md")
@@ -72,7 +72,7 @@ def test_what_the_original_says_of_itself_is_carried(tmp_path: Path) -> None:
         assert card.data.license == "apache-2.0"
         assert card.data.language == ["en"]
         assert card.data.tags == ["quantized", "awq", "4-bit"]
-        assert "The damage was not measured on texts." in card.text
+        assert "The divergence from the original was not measured." in card.text
     (base / "README.md").unlink()
     write_card(
         tmp_path,

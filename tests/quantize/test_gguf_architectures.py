@@ -198,10 +198,10 @@ def test_merges_that_llama_cpp_would_not_follow_are_refused(tmp_path: Path) -> N
     assert scores_of(good, types, tmp_path)[3:] == [0.0, -1.0, -2.0]
     with pytest.raises(
         ModelError,
-        match=r"'a' and 'bc' have no merge though 'abc' is a token, so that llama.cpp would tokenize in another way",
+        match=r"'a' and 'bc' have no merge although 'abc' is a token, so llama.cpp would tokenize differently",
     ):
         scores_of({**good, "merges": good["merges"][:3]}, types, tmp_path)
-    with pytest.raises(ModelError, match="merges that make 'abc' do not follow one another"):
+    with pytest.raises(ModelError, match="merges that produce 'abc' are not consecutive"):
         scores_of({**good, "merges": [["a", "b"], ["ab", "c"], ["b", "c"], ["a", "bc"]]}, types, tmp_path)
 
 
@@ -236,9 +236,9 @@ def test_texts_are_split_as_in_llama_cpp(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"query_pre_attn_scalar": 16}, "this is another"),
+        ({"query_pre_attn_scalar": 16}, "this model differs"),
         ({"model_type": "mamba"}, "cannot be written as GGUF, only LlamaForCausalLM, MistralForCausalLM"),
-        ({"vocab_size": 20}, "its embedding 20 rows"),
+        ({"vocab_size": 20}, "its embedding only 20 rows"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(change: dict[str, Any], match: str, tmp_path: Path) -> None:

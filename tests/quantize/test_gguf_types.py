@@ -123,7 +123,7 @@ def test_what_is_important_is_kept_better() -> None:
 
 def test_importance_is_needed_by_some_and_changes_the_mix(wide: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(
-        ModelError, match=r"iq2_xs needs an importance matrix: blk.0.ffn_gate.weight would be IQ2_XS; give `data`"
+        ModelError, match=r"iq2_xs requires an importance matrix: blk.0.ffn_gate.weight would be IQ2_XS; give `data`"
     ):
         write_gguf(wide["shared"], tmp_path / "x.gguf", "iq2_xs", QUIET)
     assert not (tmp_path / "x.gguf").exists()
@@ -204,7 +204,7 @@ def test_formats_by_what_tensors_bear_are_no_larger_and_lose_less(pico: Path, te
     assert made.metrics["expected_kl"] == pytest.approx(made.metrics["kl"], rel=1.5)
     kinds = {tensor.tensor_type.name for tensor in open_reader(made.path / "model.gguf").tensors}
     assert len(kinds) > 3
-    with pytest.raises(DataError, match=r"config.allocate has to see what the model is for; give `data`"):
+    with pytest.raises(DataError, match=r"config.allocate_bits requires `data`"):
         quantized("gguf", pico, None, tmp_path / "none", allocate_bits=True)
 
 
@@ -270,7 +270,7 @@ def test_what_was_found_once_serves_many_files(pico: Path, texts: Dataset, tmp_p
     given = {"blk.0.ffn_up.weight": np.arange(1, 65, dtype=np.float32)}
     write_importance(tmp_path / "i.gguf", given, "texts", 3, 48)
     assert np.allclose(read_importance(tmp_path / "i.gguf")["blk.0.ffn_up.weight"], given["blk.0.ffn_up.weight"])
-    with pytest.raises(DataError, match="was made of another model"):
+    with pytest.raises(DataError, match="was computed for another model"):
         gguf(GgufConfig(type="q4_0"), other, context(tmp_path / "no"), None, found)
-    with pytest.raises(DataError, match=r"is no result of quantize.imatrix \(no importance.gguf\)"):
+    with pytest.raises(DataError, match=r"is not a result of quantize.imatrix \(no importance.gguf\)"):
         gguf(GgufConfig(type="q4_0"), model, context(tmp_path / "no2"), None, Report(tmp_path / "by"))

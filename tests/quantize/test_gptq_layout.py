@@ -107,18 +107,18 @@ def test_the_form_changes_nothing(stage: str, form: str, pico: Path, texts: Data
 
 
 def test_what_has_no_place_is_refused(pico: Path, texts: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="save_format: awq has no layout for 8 bits"):
+    with pytest.raises(ValidationError, match="save_format: awq does not support 8 bits"):
         GptqConfig(save_format="awq", bits=8)
-    with pytest.raises(ValidationError, match="dtype: the form gptq keeps scales in float16"):
+    with pytest.raises(ValidationError, match="dtype: save_format gptq stores scales in float16"):
         GptqConfig(save_format="gptq", dtype="bfloat16")
-    with pytest.raises(ModelError, match="60 x 64 weights in 4 bits do not fill words of 32 bits"):
+    with pytest.raises(ModelError, match="60 x 64 weights of 4 bits do not fill 32-bit words"):
         Gptq.tensors_of("layer", whole(torch.randn(60, 64), Grid(4, 32)))
-    with pytest.raises(ModelError, match="layer: its tensors do not belong together"):
+    with pytest.raises(ModelError, match="layer: its tensors do not match"):
         dense(
             {"layer.qweight": torch.zeros(16, 64, dtype=torch.int32), "layer.scales": torch.ones(4, 64)},
             {"quant_method": "gptq", "bits": 4},
         )
     with pytest.raises(
-        ModelError, match=r"of AWQ checkpoints those of 4 bits in the version gemm can be read here, not 4 bits, gemv"
+        ModelError, match=r"only AWQ checkpoints of 4 bits, version gemm, are supported, not 4 bits, gemv"
     ):
         dense({}, {"quant_method": "awq", "bits": 4, "version": "gemv"})

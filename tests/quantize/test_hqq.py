@@ -139,16 +139,16 @@ def test_what_has_no_place_is_refused() -> None:
     with pytest.raises(ValidationError, match="Input should be 2, 3, 4 or 8"):
         HqqConfig(bits=5)
     weight = torch.randn(5, 64)
-    with pytest.raises(ModelError, match="layer: its 5 groups do not fill bytes of 2, as the form hqq has them"):
+    with pytest.raises(ModelError, match="layer: its 5 groups do not fill bytes of 2, which the format hqq requires"):
         hqq_layout.tensors_of("layer", whole(weight, Grid(4, 0, symmetric=False, real=True)))
     made = hqq_layout.tensors_of("layer", whole(weight, Grid(8, 32, symmetric=False, real=True)))
     with pytest.raises(
-        ModelError, match=r"layer: of hqq's layers those of 2, 3, 4 or 8 bits with groups along rows \(axis 1\)"
+        ModelError, match=r"layer: only hqq layers of 2, 3, 4 or 8 bits with groups along rows \(axis 1\)"
     ):
         dense({**made, "layer.axis": torch.tensor(0)}, CONFIG)
-    with pytest.raises(ModelError, match="layer: its tensors do not belong together"):
+    with pytest.raises(ModelError, match="layer: its tensors do not match"):
         dense({**made, "layer.scale": torch.ones(7, 1)}, CONFIG)
-    with pytest.raises(ModelError, match="layer: its tensors do not belong together"):
+    with pytest.raises(ModelError, match="layer: its tensors do not match"):
         dense({name: one for name, one in made.items() if not name.endswith("zero")}, CONFIG)
-    with pytest.raises(ModelError, match="the form hqq has one number of bits"):
+    with pytest.raises(ModelError, match="the format hqq has one bit width"):
         hqq_layout.config_of({"a": Grid(4, 32), "b": Grid(8, 32)}, [])

@@ -121,7 +121,7 @@ def test_budgets_are_kept_and_used_well(seed: int) -> None:
             default=float("inf"),
         )
         assert best <= sum(row[at] for row, at in zip(table, chosen, strict=True)) <= max(best, spare) + 1e-12
-    with pytest.raises(ValueError, match="the smallest choices take 10, 9 are there"):
+    with pytest.raises(ValueError, match="the smallest choices take 10, which exceeds the budget of 9"):
         allocate(table, sizes, 9.0)
 
 
@@ -155,10 +155,10 @@ def test_what_is_refused(pico: Path, texts: Dataset, tmp_path: Path) -> None:
     more: dict[str, Any] = {"sensitivity_samples": 2, "group_size": 32}
     with pytest.raises(
         ModelError,
-        match=r"config.bits: 2.2 bits a weight are fewer than 2.5, the fewest of config.choices with their scales",
+        match=r"config.bits: 2.2 bits per weight is less than 2.5, the minimum of config.bit_choices with their scales",
     ):
         quantized("mixed", pico, texts, tmp_path, bits=2.2, **more)
-    with pytest.raises(ValidationError, match="each must be from 2 to 8, and there once"):
+    with pytest.raises(ValidationError, match="each must be from 2 to 8, without duplicates"):
         MixedConfig(bit_choices=[4, 4])
 
 
@@ -177,8 +177,8 @@ def test_what_needs_a_gpu_is_handed_over_or_refused(
     with pytest.raises(
         MissingDependency,
         match=(
-            f"{form} files are written by {package}, which is not installed; .* quantize.mixed gives bits within a"
-            " budget"
+            f"{form} files are written by {package}, which is not installed; .* quantize.mixed also"
+            " allocates bits within a budget"
         ),
     ):
         exl2(Exl2Config(save_format=form), Model(pico), context(tmp_path / "a"))
@@ -205,7 +205,7 @@ def test_what_needs_a_gpu_is_handed_over_or_refused(
     )
     monkeypatch.syspath_prepend(str(tmp_path / "packages"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
-    with pytest.raises(MissingDependency, match=f"{package} needs a CUDA GPU, and there is none here"):
+    with pytest.raises(MissingDependency, match=f"{package} requires a CUDA GPU, but none is available"):
         exl2(Exl2Config(save_format=form), Model(pico), context(tmp_path / "b"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     made = exl2(Exl2Config(save_format=form, bits=3.5), Model(pico), context(tmp_path / "c"))

@@ -431,30 +431,34 @@ def test_what_is_refused(pico: Path, texts: Dataset, tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "refused" / "scratch", ignore_errors=True)
 
     done = quantized("absmax", pico, None, tmp_path / "done").path
+    refused("is already quantized \\(compressed-tensors\\); give the original model", ModelError, "gptq", done)
     refused(
-        "is quantized already \\(compressed-tensors\\); give the model that it was made of", ModelError, "gptq", done
-    )
-    refused(
-        r"texts: is \d+ texts of 400 tokens, 12 to calibrate by and 3 apart are wanted; give more data, or set texts,"
-        r" held or length",
+        r"texts: has only \d+ sequences of 400 tokens, but 12 for calibration and 3 held-out ones are required; give"
+        r" more data, or set num_calibration_samples, eval_samples or max_seq_length",
         DataError,
         "gptq",
         pico,
         max_seq_length=400,
     )
     refused(
-        "rows of 64 weights are not divided by groups of 48; they are by 16, 32, 64",
+        "rows of 64 weights are not divisible by group size 48; possible: 16, 32, 64",
         ModelError,
         "absmax",
         pico,
         group_size=48,
     )
-    refused("no layer's name holds 'w_proj'; one is model.layers.0", ModelError, "absmax", pico, ignore=["w_proj"])
+    refused(
+        "no layer name contains 'w_proj'; an example of a name is model.layers.0",
+        ModelError,
+        "absmax",
+        pico,
+        ignore=["w_proj"],
+    )
     shutil.copytree(pico, tmp_path / "broken")
     tensors = load_file(pico / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
     save_file(tensors, tmp_path / "broken" / "model.safetensors")
-    with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj.weight holds 1 values that are no numbers"):
+    with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj.weight holds 1 values that are NaN or infinite"):
         quantized("gptq", tmp_path / "broken", texts, tmp_path / "nan", golden=pico)
     assert not list((tmp_path / "nan" / "out").iterdir())
 
@@ -462,5 +466,5 @@ def test_what_is_refused(pico: Path, texts: Dataset, tmp_path: Path) -> None:
 def test_a_result_that_computes_something_else_is_not_published(pico: Path, texts: Dataset, tmp_path: Path) -> None:
     """Golden tokens of another model do not replay."""
     other = make_pico(tmp_path / "other", seed=5)
-    with pytest.raises(GoldenMismatch, match=r"golden logits are .* away on average"):
+    with pytest.raises(GoldenMismatch, match=r"golden logits differ by .* on average"):
         quantized("absmax", pico, None, tmp_path / "o", golden=other, bits=8)

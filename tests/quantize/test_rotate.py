@@ -51,7 +51,7 @@ def test_hadamard_matrices_are(order: int) -> None:
 
 
 def test_there_is_none_of_some_orders() -> None:
-    with pytest.raises(ModelError, match="no Hadamard matrix of 6 columns is known here"):
+    with pytest.raises(ModelError, match="no Hadamard matrix of order 6 is known"):
         hadamard(6)
 
 
@@ -99,7 +99,7 @@ def test_norms_that_cannot_be_folded_are_refused(tmp_path: Path) -> None:
     from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
     from llmworks.model.shape import Shape
 
-    for norm, match in (({"norm": "layer"}, "norms must only scale"), ({"norm_position": "sandwich"}, "as Gemma does")):
+    for norm, match in (({"norm": "layer"}, "it must have RMSNorm"), ({"norm_position": "sandwich"}, "as Gemma does")):
         shape = Shape.model_validate(
             {
                 "vocab_size": 64,

@@ -65,17 +65,17 @@ def test_steps_are_ordered_by_need(tmp_path: Path) -> None:
         ("{data: chats}", "{date: chats}", 10, ["unknown key 'date'", "did you mean 'data'"]),
         ("{data: chats}", "{data: [chats]}", 10, ["must be a step name"]),
         ("asset:bfcl-simple", "asset:bfcl-simpel", 3, ["unknown asset 'bfcl-simpel'", "did you mean 'bfcl-simple'"]),
-        ("asset:bfcl-simple", "asset:smollm2-135m-instruct", 6, ["'raw' is a model, wanted is dataset"]),
-        ("asset:bfcl-simple", "bfcl-simple", 3, ["is no reference"]),
+        ("asset:bfcl-simple", "asset:smollm2-135m-instruct", 6, ["'raw' is a model, expected dataset"]),
+        ("asset:bfcl-simple", "bfcl-simple", 3, ["is not a valid reference"]),
         ("asset:bfcl-simple", "path:no/such", 3, ["no such file"]),
-        ("inputs: {data: raw}", "inputs: {data: train}", 4, ["in a circle", "chats", "train"]),
+        ("inputs: {data: raw}", "inputs: {data: train}", 4, ["circular dependency", "chats", "train"]),
         ("    stage: data.split\n", "", 8, ["exactly one of `use`, `stage`, `gate`"]),
         ("name: try", "nmae: try", 1, ["unknown key 'nmae'", "did you mean 'name'"]),
-        ("name: try", "name: store", 1, ["cannot name a folder"]),
+        ("name: try", "name: store", 1, ["not a valid name for a workspace folder"]),
         ("name: try", "seed: x", 1, ["seed"]),
-        ("split: train", "split: train, split: test", 11, ["stands here twice"]),
+        ("split: train", "split: train, split: test", 11, ["duplicate key"]),
         ("steps:", "steps: [", 2, ["not YAML"]),
-        ("name: try", "name: ..", 1, ["cannot name a folder"]),
+        ("name: try", "name: ..", 1, ["not a valid name for a workspace folder"]),
         ("stage: data.split", "stage: [a]", 9, ["unknown stage"]),
         ("name: try", "name: 2024-31-12", 1, ["cannot be read as a recipe"]),
         ("name: try", "? [a]\n: 1", 1, ["cannot be read as a recipe"]),
@@ -111,7 +111,7 @@ def test_bad_overrides(tmp_path: Path, override: str) -> None:
 def test_gate_needs_a_bound_and_a_step(tmp_path: Path) -> None:
     assert "at least one of above" in problems(tmp_path, GOOD + "  g: {gate: chats, metric: rows}\n")[0]
     gates = "  g: {gate: chats, metric: rows, above: 1}\n  h: {gate: g, metric: rows, above: 1}\n"
-    assert "'g' is a gate itself" in problems(tmp_path, GOOD + gates)[0]
+    assert "'g' is itself a gate" in problems(tmp_path, GOOD + gates)[0]
     assert "unknown step 'chat'" in problems(tmp_path, GOOD + "  g: {gate: chat, metric: rows, above: 1}\n")[0]
 
 
@@ -156,6 +156,6 @@ def test_what_a_gate_lets_through(bound: str, below: bool, equal: bool, above: b
     gate = GateStep("g", "step", "loss", {bound: 0.5}, "")
     found = [check_gate(gate, Dataset(tmp_path, metrics={"loss": value})) for value in (0.4, 0.5, 0.6)]
     assert [holds for holds, _ in found] == [below, equal, above]
-    assert found[0][1] == f"step.loss is 0.4, wanted {bound.replace('_', ' ')} 0.5"
+    assert found[0][1] == f"step.loss is 0.4, required {bound.replace('_', ' ')} 0.5"
     with pytest.raises(UserError, match="gate g: step has no metric 'loss'; it has rows"):
         check_gate(gate, Dataset(tmp_path, metrics={"rows": 1, "loss": True}))

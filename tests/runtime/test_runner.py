@@ -110,7 +110,7 @@ def test_a_gate_that_fails_stops_the_run(finished: tuple[Path, Path], tmp_path: 
         recipe.read_text().replace("at_most: 0", "above: 0, because: of a test").replace("name: small", "name: gated")
     )
     (tmp_path / "g.yaml").write_text(text)
-    with pytest.raises(GateFailed, match=r"gate disjoint: overlap\.shared_groups is 0, wanted above 0 \(of a test\)"):
+    with pytest.raises(GateFailed, match=r"gate disjoint: overlap\.shared_groups is 0, required above 0 \(of a test\)"):
         run(tmp_path / "g.yaml", workspace)
     assert not (workspace / "gated" / "tuned").exists()
     assert (workspace / "gated" / "overlap").exists()
@@ -210,8 +210,8 @@ def test_killed_while_training_goes_on_from_the_checkpoint(recipe_file: WriteRec
     assert "tuned" not in steps_made(workspace)
     before = steps_made(workspace)
     done = subprocess.run(command("run", recipe, workspace=workspace), capture_output=True, text=True, check=True)
-    assert "going on from step" in done.stderr
-    assert int(done.stderr.split("going on from step ")[1].split()[0]) >= 18
+    assert "resuming from step" in done.stderr
+    assert int(done.stderr.split("resuming from step ")[1].split()[0]) >= 18
     after = steps_made(workspace)
     assert all(after[name] == stamp for name, stamp in before.items())
     clean = tmp_path / "clean"

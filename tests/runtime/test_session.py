@@ -80,8 +80,14 @@ def test_the_page_runs(
     assert names["small"].gguf_path.exists()
     assert (tmp_path / "small").is_symlink()
     assert "data.split.config.split: Input should be 'train' or 'test' (is 'trian')" in said
-    again = names["session"].make("train.sft", kind=Adapter, model=names["base"], data=names["train"],
-                                  held_out=names["test"], config={**names["fields"], "samples": 1})  # fmt: skip
+    again = names["session"].make(
+        "train.sft",
+        kind=Adapter,
+        model=names["base"],
+        data=names["train"],
+        eval_data=names["test"],
+        config={**names["fields"], "num_sample_prompts": 1},
+    )
     assert again.digest == names["tuned"].digest
 
 
@@ -102,8 +108,8 @@ def test_the_page_runs(
         ("data.split", {"data": "rows", "config": ChatConfig()}, "or SplitConfig, not ChatConfig("),
         ("train.sft", {"config": {"lr": 1}}, "unknown key 'lr', did you mean 'optimizer.learning_rate'?"),
         ("train.sft", {"config": {"learning_rte": 1}}, "did you mean 'optimizer.learning_rate'?"),
-        ("data.split", {"data": ["rows"], "config": PART}, "data.split: data takes dataset, a list is given"),
-        ("data.split", {"data": "pico", "config": PART}, "--data: pico is a model, wanted is dataset"),
+        ("data.split", {"data": ["rows"], "config": PART}, "data.split: data takes dataset, got a list"),
+        ("data.split", {"data": "pico", "config": PART}, "--data: pico is a model, expected dataset"),
         ("data.split", {"data": "nowhere", "config": PART}, "nowhere: no such file or directory"),
         ("data.split", {"data": "rows", "kind": Model, "config": PART}, "data.split makes a dataset, kind is model"),
     ],

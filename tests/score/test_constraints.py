@@ -113,7 +113,7 @@ def test_rows_that_cannot_be_checked() -> None:
     for bad, message in (
         ({"id": "r"}, "`answer` must be"),
         (row("keywords:nothing"), "'keywords:nothing' is unknown"),
-        (row("words:start_verb"), "'words:start_verb' needs tools"),
+        (row("words:start_verb"), "'words:start_verb' is not supported"),
         ({"id": "r", "answer": {"constraints": ["punctuation:no_comma"], "arguments": []}}, "`answer` must be"),
     ):
         with pytest.raises(DataError, match=message):

@@ -79,9 +79,9 @@ def test_every_reference_answer_could_be_run(bfcl_rows: list[dict[str, Any]]) ->
         (render_call(ToolCall("f", {"x": 1})), '"n" is a required property'),
         (render_call(ToolCall("f", {"n": "3"})), 'n: "3" is not of type "integer"'),
         (render_call(ToolCall("f", {"n": 3, "z": 1})), "argument 'z' is unknown"),
-        (render_call(ToolCall("g", {"n": 3})), "called 'g', which is no tool of the row"),
-        (render_call(ToolCall("f", {"n": 3})) * 2, "2 calls that can be read, wanted one"),
-        ('<tool_call>{"name": "f", "arguments": {"n": 3}</tool_call>', "0 calls that can be read, wanted one"),
+        (render_call(ToolCall("g", {"n": 3})), "called 'g', which is not a tool of the row"),
+        (render_call(ToolCall("f", {"n": 3})) * 2, "2 parseable calls, expected one"),
+        ('<tool_call>{"name": "f", "arguments": {"n": 3}</tool_call>', "0 parseable calls, expected one"),
     ],
 )
 def test_what_could_be_run(text: str, reason: str) -> None:

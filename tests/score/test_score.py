@@ -63,7 +63,7 @@ def test_right_answers(text: str, answer: Any) -> None:
 def test_wrong_answers(text: str, answer: Any) -> None:
     value, reason = score("verified", text, answer)
     assert value == 0.0
-    assert "wanted" in reason
+    assert "expected" in reason
 
 
 def test_parts_of_answers() -> None:
@@ -84,7 +84,7 @@ def test_shapes() -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     assert score("verified", '{"n": 1}', {"schema": schema})[0] == 1.0
     assert score("schema", '{"n": "1"}', {"schema": schema}) == (0.0, 'n: "1" is not of type "integer"')
-    assert score("schema", "none", {"schema": schema}) == (0.0, "no JSON in the answer")
+    assert score("schema", "none", {"schema": schema}) == (0.0, "no JSON in the completion")
 
 
 def test_patterns_that_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +154,7 @@ def test_code(monkeypatch: pytest.MonkeyPatch) -> None:
     assert score("code", good.replace("+", "-"), TESTS)[1] == "AssertionError"
     assert score("code", "def add(a, b):\n    return OFFSET + a + b", {**TESTS, "setup": "OFFSET = 0"})[0] == 1.0
     for cheat in ("import sys\nsys.exit(0)", "import os\nos._exit(0)", "raise SystemExit", "def add(a, b): exit(0)"):
-        assert score("code", cheat, TESTS) == (0.0, "ended before the tests were through")
+        assert score("code", cheat, TESTS) == (0.0, "exited before the tests finished")
     assert score("code", "while True: pass", {**TESTS, "tests": TESTS["tests"]})[1] == "reached the limit of time"
 
 
@@ -165,7 +165,7 @@ def test_sql(monkeypatch: pytest.MonkeyPatch) -> None:
         1.0,
         "",
     )
-    assert score("sql", "SELECT b, 1 FROM t GROUP BY b", answer) == (0.0, "other rows: 2 given, 2 wanted")
+    assert score("sql", "SELECT b, 1 FROM t GROUP BY b", answer) == (0.0, "different rows: 2 returned, 2 expected")
     ordered = {"sql": "SELECT a FROM t ORDER BY a DESC", "setup": SETUP}
     assert score("sql", "select a from t order by a", ordered)[0] == 0.0
     assert score("sql", "select a from t order by -a", ordered)[0] == 1.0
@@ -197,16 +197,16 @@ def test_sql(monkeypatch: pytest.MonkeyPatch) -> None:
         ("key", [], "must be the key"),
         ("key", True, "must be the key"),
         ("regex", "x", "regex"),
-        ("regex", {"regex": "("}, "no regular expression"),
-        ("schema", {"schema": {"type": "wrong"}}, "no JSON schema"),
-        ("schema", {"schema": {"$ref": "http://127.0.0.1/s"}}, "no JSON schema"),
-        ("code", {"tests": "assert f(1) =="}, "answer.tests is no Python"),
-        ("code", {"tests": "assert f", "setup": "def"}, "answer.setup is no Python"),
+        ("regex", {"regex": "("}, "not a valid regular expression"),
+        ("schema", {"schema": {"type": "wrong"}}, "not a valid JSON schema"),
+        ("schema", {"schema": {"$ref": "http://127.0.0.1/s"}}, "not a valid JSON schema"),
+        ("code", {"tests": "assert f(1) =="}, "answer.tests is not valid Python"),
+        ("code", {"tests": "assert f", "setup": "def"}, "answer.setup is not valid Python"),
         ("code", {"tests": " "}, "tests"),
         ("sql", {"sql": "SELECT 1"}, "setup"),
-        ("sql", {"sql": "SELECT x", "setup": SETUP}, "its own database or query fails"),
-        ("verified", None, "has no `answer`"),
-        ("verified", {"odd": 1}, "has no `answer`"),
+        ("sql", {"sql": "SELECT x", "setup": SETUP}, "its own setup or query fails"),
+        ("verified", None, "has no verifiable `answer`"),
+        ("verified", {"odd": 1}, "has no verifiable `answer`"),
     ],
 )
 def test_rows_that_cannot_be_checked(name: str, answer: Any, match: str) -> None:

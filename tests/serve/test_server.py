@@ -312,7 +312,7 @@ def test_port_in_use_and_dead_server() -> None:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         port = busy.getsockname()[1]
-        with pytest.raises(UserError, match=f"127.0.0.1:{port} cannot be listened on"):
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}"):
             check_port("127.0.0.1", port)
     with pytest.raises(UserError, match="99999"):
         check_port("127.0.0.1", 99999)

@@ -60,7 +60,7 @@ def test_by_verifier(tmp_path: Path) -> None:
     )
     assert row["extra"]["fields"]["subject"] == "first"
     assert row["answer"] == SCHEMA
-    assert dict(rejected(tmp_path)) == {"r1": "no margin (the best scores 0)", "r2": "fewer than two different answers"}
+    assert dict(rejected(tmp_path)) == {"r1": "no margin (best score 0)", "r2": "fewer than two different completions"}
     every = pairs(
         PairsConfig(pairing="all"),
         data,
@@ -76,10 +76,7 @@ def test_by_verifier(tmp_path: Path) -> None:
     )
     assert sides(short) == [("first", '{"a": 1}', '{"b": 1}')]
     assert result.metrics["chosen_longer"] == 0.0
-    assert (
-        "the chosen answer is the longer one in 0%" in json.dumps(result.about)
-        or result.about["schema"] == "preference"
-    )
+    assert "the chosen completion is longer in 0%" in json.dumps(result.about) or result.about["schema"] == "preference"
 
 
 def test_by_judge(tmp_path: Path) -> None:
@@ -104,9 +101,9 @@ def test_by_judge(tmp_path: Path) -> None:
     assert read_preference(result)[0]["extra"]["fields"]["made_by"]["scores"] == [1.0, 0.0]
     assert rejected(tmp_path) == [("r0", "the judge gave no grade")]
     assert result.metrics["requests"] == 8
-    with pytest.raises(UserError, match="by: judge needs the input `judge`"):
+    with pytest.raises(UserError, match="scorer judge needs the input `judge`"):
         pairs(PairsConfig(scorer="judge"), data, context(tmp_path / "x", writer), foreign())
-    with pytest.raises(UserError, match="by: verifier needs the input `model`"):
+    with pytest.raises(UserError, match="scorer verifier needs the input `model`"):
         pairs(PairsConfig(), data, context(tmp_path / "y", writer))
 
 
@@ -161,7 +158,7 @@ def test_rouge_is_what_the_plain_algorithm_gives() -> None:
     for _ in range(300):
         a, b = ([draw.choice("abcdef") for _ in range(draw.randint(0, 12))] for _ in range(2))
         assert longest_common(a, b) == plain_lcs(a, b)
-    # Lin (2004), section 3: "police killed the gunman" against "police kill the gunman" has 3 of 4 words in sequence
+        # Lin (2004), section 3: "police killed the gunman", "police kill the gunman": 3 of 4 words in sequence
     assert rouge_l(words("police killed the gunman"), words("Police kill the gunman.")) == 0.75
 
 

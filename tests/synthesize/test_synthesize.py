@@ -77,7 +77,7 @@ def test_instruct(tmp_path: Path) -> None:
         [
             "needs more than text",
             "too short",
-            "like another task",
+            "too similar to another task",
             "no list of tasks",
             "refuses to answer",
             "cut off at max_tokens",
@@ -137,9 +137,9 @@ def test_evolve(tmp_path: Path) -> None:
     )
     reasons = dict(rejected(tmp_path))
     assert {reasons[f"r{i}~1"] for i in (0, 1, 2, 4)} == {
-        "says the same as before",
-        "speaks of the prompt",
-        "grew too long",
+        "unchanged",
+        "mentions the prompt",
+        "too long",
         "answer without words",
     }
 
@@ -176,7 +176,11 @@ def test_personas(tmp_path: Path) -> None:
         "content": "You are talking with this person: A gardener who grows roses in Kent.",
     }
     assert rows[0]["messages"][1]["content"] == "How do I prune old roses?"
-    assert [r for _, r in rejected(tmp_path)] == ["no person", "like another person", "like another question"]
+    assert [r for _, r in rejected(tmp_path)] == [
+        "not a persona",
+        "too similar to another persona",
+        "too similar to another question",
+    ]
 
 
 PASSAGE = (
@@ -226,12 +230,12 @@ def test_grounded(tmp_path: Path) -> None:
     assert (where["document"], PASSAGE[where["start"] : where["end"]]) == ("d0", PASSAGE)
     assert read_chat(result)[0]["group"] == "d0"
     reasons = [r for _, r in rejected(tmp_path)]
-    assert reasons[:4] == ["points at the passage", "too short", "no question", "no question"]
+    assert reasons[:4] == ["refers to the passage", "too short", "no question", "no question"]
     assert reasons[4:] == [
         "not in the passage (4)",
-        "not in the passage (telling words: 0%)",
+        "not in the passage (content words: 0%)",
         "not stated",
-        "points at the passage",
+        "refers to the passage",
     ]
 
 
@@ -254,8 +258,8 @@ def test_support() -> None:
         "",
     )
     assert off_topic("What does the function parse_line return?", PASSAGE) == ""
-    assert off_topic("What does the function parse_all return?", PASSAGE) == "asks about something else (parse_all)"
-    assert off_topic("Why do bananas and universes exist?", PASSAGE) == "asks about something else (telling words: 0%)"
+    assert off_topic("What does the function parse_all return?", PASSAGE) == "off-topic (parse_all)"
+    assert off_topic("Why do bananas and universes exist?", PASSAGE) == "off-topic (content words: 0%)"
 
 
 def test_reason(tmp_path: Path) -> None:
@@ -290,7 +294,7 @@ def test_reason(tmp_path: Path) -> None:
         1,
         True,
     )
-    assert dict(rejected(tmp_path)) == {"r2": "speaks of the hint", "r3": "no reasoning"}
+    assert dict(rejected(tmp_path)) == {"r2": "mentions the hint", "r3": "no reasoning"}
     assert result.metrics["hinted"] == 1
     with pytest.raises(DataError, match="row 'r0': `answer` must be the key"):
         reason(
@@ -320,7 +324,7 @@ def test_sample(tmp_path: Path) -> None:
     result = sample(SampleConfig(num_generations=3), foreign(), data, context(tmp_path, engine))
     assert said(result) == [("square it", "def f(x): return x * x")]
     assert (made_by(result)[0]["drawn"], result.metrics["solved"], len(engine.asked)) == (2, 1, 5)
-    assert rejected(tmp_path) == [("r1", "no answer accepted (AssertionError)")]
+    assert rejected(tmp_path) == [("r1", "no completion accepted (AssertionError)")]
     every = sample(
         SampleConfig(num_generations=4, keep="all"), foreign(), data, context(tmp_path / "all", Scripted(answer))
     )
@@ -401,7 +405,7 @@ def test_a_break_costs_nothing_twice(tmp_path: Path) -> None:
 
 
 def test_nothing_kept_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nothing that m answered could be kept \(no question 1\)"):
+    with pytest.raises(DataError, match=r"no completion by m could be kept \(no question 1\)"):
         grounded(
             GroundedConfig(min_characters=100),
             foreign(),

@@ -139,11 +139,11 @@ def test_only_some_kinds(made: Any) -> None:
 
 
 def test_what_is_refused(made: Any) -> None:
-    with pytest.raises(DataError, match="none of 3 texts is of 6 to 24 words"):
+    with pytest.raises(DataError, match="none of 3 texts is 6 to 24 words long"):
         made(texts=["too short", "this, too", ""])
     for wrong, words in (
-        ({"instruction_ids": ["startend:quote"]}, "is none of"),
-        ({"min_instructions": 3, "max_instructions": 2}, "more than most"),
+        ({"instruction_ids": ["startend:quote"]}, "is unknown"),
+        ({"min_instructions": 3, "max_instructions": 2}, "larger than max_instructions"),
         ({"word_range": (9, 3)}, "the smaller first"),
     ):
         with pytest.raises(ValidationError, match=words):
@@ -154,7 +154,7 @@ def test_texts_that_do_not_fit_are_kept_aside(made: Any, tmp_path: Path) -> None
     rows, _ = made("kept", texts=[*TEXTS[:10], "short one", TEXTS[0]])
     aside = [json.loads(line)["reason"] for line in (tmp_path / "kept" / "rejected.jsonl").read_text().splitlines()]
     assert len(rows) + len(aside) == 12
-    assert sorted(aside) == ["not of 6 to 24 words", "stood before"]
+    assert sorted(aside) == ["duplicate", "not 6 to 24 words long"]
 
 
 def test_answers_are_what_is_said_not_only_what_is_checked() -> None:

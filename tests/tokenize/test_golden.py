@@ -46,7 +46,7 @@ def test_replays_on_itself(recorded: Golden, pico: Path) -> None:
         ),  # a new line is lost
         (
             TEMPLATE.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant' }}"),
-            "another loss mask",
+            "different loss mask",
         ),  # the prompt ends early
     ],
 )

@@ -23,7 +23,7 @@ def test_from_when_on() -> None:
         return Run(points, points, 1, 1, values[-1], 1.0)
 
     assert "from 30 s on" in crossing("a", {"a": run(4, 3.5, 2.5, 2.0), "b": run(3, 3, 3)})
-    assert "from the first look on" in crossing("a", {"a": run(2, 2), "b": run(3, 3)})
+    assert "from the first evaluation on" in crossing("a", {"a": run(2, 2), "b": run(3, 3)})
     assert "never the best" in crossing("a", {"a": run(4, 2, 4), "b": run(3, 3, 3)})
     assert crossing("a", {"a": run(1)}) == ""
 
@@ -137,10 +137,10 @@ def test_the_stage(
     assert page.count("<svg") == 2
     capsys.readouterr()
     for words, says in (
-        (["--models", models["a"]], "needs two models"),
-        (["--models", models["a"], "--models", models["b"]], "not measured on the same held-out tokens"),
-        (["--models", models["a"], "--models", models["n"], "--set", "baseline=x"], "config.first is 'x'"),
-        (["--models", models["gru"], "--models", models["gru"].replace("gru=", "g=")], "has no held-out figures"),
+        (["--models", models["a"]], "needs at least two models"),
+        (["--models", models["a"], "--models", models["b"]], "not evaluated on the same held-out tokens"),
+        (["--models", models["a"], "--models", models["n"], "--set", "baseline=x"], "config.baseline is 'x'"),
+        (["--models", models["gru"], "--models", models["gru"].replace("gru=", "g=")], "has no eval metrics"),
     ):
         assert main(["train", "compare", *words, "--out", str(tmp_path / "o"), "--quiet"]) == 2
         told = capsys.readouterr().err.strip()

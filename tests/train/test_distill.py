@@ -176,14 +176,14 @@ def test_what_a_teacher_writes_is_learned(run: Run, tmp_path: Path) -> None:
     assert (made.metrics["rows"], made.metrics["dropped"]) == (len(whole), 24 - len(whole))
     aside = [json.loads(line) for line in (made.path / "set_aside.jsonl").read_text().splitlines()]
     assert {row["id"] for row in aside} == {row["id"] for row in given} - {row["id"] for row in whole}
-    assert {row["reason"] for row in aside} == {"the teacher's answer is not finished within 512 tokens"}
+    assert {row["reason"] for row in aside} == {"the teacher's completion is not finished within 512 tokens"}
     for fields in (
         {"temperature": 2.0},
         {"ce_weight": 0.3},
         {"divergence": "reverse_kl"},
     ):  # which would be read by nobody
         with pytest.raises(
-            UserError, match=f"config.{next(iter(fields))} is of logits, but teacher has another vocabulary"
+            UserError, match=f"config.{next(iter(fields))} applies to logits, but teacher has another vocabulary"
         ):
             run("c", teacher, engine, **fields)
     with pytest.raises(UserError, match="source is logits, but teacher has another vocabulary"):
@@ -202,14 +202,14 @@ def test_what_is_refused(run: Run, tmp_path: Path) -> None:
             pass
 
     teacher = make_pico(tmp_path / "teacher", seed=5)
-    with pytest.raises(DataError, match="finished none of 24 answers"):
+    with pytest.raises(DataError, match="finished none of 24 completions"):
         run("a", teacher, Silent(), source="text")
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "the fox"}) + "\n")
-    with pytest.raises(DataError, match="no conversations that a teacher could answer"):
+    with pytest.raises(DataError, match="no conversations that end with an assistant turn"):
         run("b", teacher, Silent(), data=Dataset(tmp_path / "texts.jsonl", name="texts"), source="text")
     for wrong, message in (
-        ({"source": "text", "ce_weight": 0.5}, "mix, direction and temperature are of logits"),
-        ({"method": "prompt_tuning"}, "a soft prompt is not distilled"),
+        ({"source": "text", "ce_weight": 0.5}, "ce_weight, divergence and temperature apply to logits"),
+        ({"method": "prompt_tuning"}, "a soft prompt cannot be distilled"),
     ):
         with pytest.raises(ValidationError, match=message):
             DistillConfig.model_validate(wrong)

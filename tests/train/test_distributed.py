@@ -304,9 +304,8 @@ def test_a_killed_process_ends_all_with_one_message(victim: int, made: Path, tmp
     assert kill_when(command, "2", out, "step-000000005", victim) == 3
     told = (tmp_path / "stderr").read_text().strip()
     assert (
-        told
-        == f"llmworks: process {victim} of 2 was killed (signal 9); all are stopped. The same command goes on from the"
-        " last checkpoint"
+        told == f"llmworks: process {victim} of 2 was killed (signal 9); all are stopped. Run the same command again"
+        " to resume from the last checkpoint"
     )
     assert not out.exists()
 
@@ -353,7 +352,7 @@ def test_two_runs_at_once_share_the_work(made: Path, tmp_path: Path) -> None:
     ]
     told = [run.communicate(timeout=300)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
-    assert sum("another run made it meanwhile" in text for text in told) == 1
+    assert sum("another run created it meanwhile" in text for text in told) == 1
     assert (tmp_path / "one" / "model.safetensors").samefile(tmp_path / "two" / "model.safetensors")
 
 
@@ -403,16 +402,16 @@ def test_a_recurrent_model_is_replicated(made: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_mistakes(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for more, says in (
-        (("parallel.tensor_parallel_size=2",), "does not divide 1 process; start it with --nproc 2 or a multiple"),
+        (("parallel.tensor_parallel_size=2",), "does not divide 1 process; launch with --nproc 2 or a multiple"),
         (
             ("batch_size=8", "gradient_accumulation_steps=1", "parallel.pipeline_parallel_size=2", "--nproc", "2"),
-            "make accumulation larger",
+            "raise gradient_accumulation_steps",
         ),
-        (("--nproc", "two"), "--nproc two: it must be a number"),
-        (("--nproc", "²"), "--nproc ²: it must be a number"),
+        (("--nproc", "two"), "--nproc two: must be a positive integer"),
+        (("--nproc", "²"), "--nproc ²: must be a positive integer"),
         (
             ("batch_size=6", "gradient_accumulation_steps=3", "parallel.pipeline_parallel_size=2", "--nproc", "4"),
-            "a step has 9 rows in each process, which are no parts of 6",
+            "a step has 9 rows per process, not divisible into micro-batches of 6",
         ),
     ):
         assert main(words(made, tmp_path / "o", *more)) == 2, more
@@ -435,7 +434,7 @@ def test_what_cannot_be_divided(monkeypatch: pytest.MonkeyPatch) -> None:
             Shape(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3),
             Parallel(tensor_parallel_size=4),
             "fp32",
-            "parallel.tensor 4 does not divide the model's kv_heads 2",
+            "parallel.tensor_parallel_size 4 does not divide the model's num_key_value_heads 2",
         ),
         (
             Shape(hidden_size=32, num_attention_heads=4, num_hidden_layers=3, position_embedding_type="alibi"),
@@ -447,7 +446,7 @@ def test_what_cannot_be_divided(monkeypatch: pytest.MonkeyPatch) -> None:
             Shape(hidden_size=32, num_attention_heads=4, num_hidden_layers=3),
             Parallel(data_parallel="fsdp"),
             "fp16",
-            "take bf16",
+            "use bf16",
         ),
     ):
         network = DecoderForCausalLM(DecoderConfig(shape=shape.model_copy(update={"vocab_size": 64}).model_dump()))
@@ -455,5 +454,5 @@ def test_what_cannot_be_divided(monkeypatch: pytest.MonkeyPatch) -> None:
             place(network, parallel, world, precision=precision)
     with pytest.raises(UserError, match="only decoders can be sharded"):
         place(torch.nn.Linear(2, 2), Parallel(data_parallel="fsdp"), world)
-    with pytest.raises(UserError, match="4 is more than the model's 3 layers"):
+    with pytest.raises(UserError, match="4 exceeds the model's 3 layers"):
         Pipelined(network, Parallel(pipeline_parallel_size=4), world)

@@ -34,15 +34,18 @@ steps:
   read: {stage: data.read, inputs: {data: text}}
   tokenizer: {stage: tokenize.train, inputs: {data: read}, config: {vocab_size: 300}}
   packed: {stage: data.pack, inputs: {model: tokenizer, data: read}, config: {max_length: 32}}
-  new: {stage: model.new, inputs: {tokenizer: tokenizer}, config: {hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 32}}
-  old: {stage: model.recurrent, inputs: {tokenizer: tokenizer}, config: {rnn_type: gru, embedding_dim: 32, max_position_embeddings: 32}}
-"""
+  new: {stage: model.new, inputs: {tokenizer: tokenizer}, config: SMALL}
+  old: {stage: model.recurrent, inputs: {tokenizer: tokenizer}, config: GRU}
+""".replace(
+    "SMALL", "{hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 32}"
+).replace("GRU", "{rnn_type: gru, embedding_dim: 32, max_position_embeddings: 32}")
 TRAININGS = (  # a line each
     "  trained: {stage: train.pretrain, inputs: {model: new, data: packed, eval_data: packed},"
     " config: {batch_size: 2, num_train_epochs: 2, sample_max_tokens: 4, eval_samples: 4}}\n"
     "  more: {stage: train.pretrain, inputs: {model: trained, data: packed},"
     " config: {batch_size: 4, tokens: 500, sample_max_tokens: 0}}\n"
-    "  gru: {stage: train.pretrain, inputs: {model: old, data: packed}, config: {batch_size: 2, sample_max_tokens: 0}}\n"
+    "  gru: {stage: train.pretrain, inputs: {model: old, data: packed}, config: {batch_size: 2, sample_max_tokens:"
+    " 0}}\n"
 )
 RECIPE = STEPS + TRAININGS
 
@@ -62,7 +65,7 @@ def test_it_is_what_then_happens(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert before["trained"]["steps"] == 0  # its data are not made
     assert before["more"]["steps"] == 4  # of a number of tokens, rows that are full
     assert main(["plan", str(recipe), *workspace]) == 0
-    assert "not known yet" in capsys.readouterr().out
+    assert "unknown" in capsys.readouterr().out
     # everything but the trainings is made: then all is known
     short = tmp_path / "short" / "tiny.yaml"
     short.parent.mkdir()
@@ -208,14 +211,17 @@ def test_letters_of_conversations(chat_file: Path, tmp_path: Path) -> None:
     ("more", "says"),
     [
         (("trained.batch_size=20000",), "trained: the data has "),
-        (("new.max_position_embeddings=16",), "trained: rows have 32 tokens, the model reads 16"),
+        (
+            ("new.max_position_embeddings=16",),
+            "trained: rows have 32 tokens, but the context length of the model is 16",
+        ),
         (("trained.num_train_epochs=.inf",), "finite"),
         (
             ("trained.parallel.pipeline_parallel_size=4", "--processes", "4"),
-            "trained: parallel.pipeline 4 is more than the model's 2 layers",
+            "trained: parallel.pipeline_parallel_size 4 exceeds the model's 2 layers",
         ),
         (("--processes", "0"), "--processes 0"),
-        (("--processes", "2", "--measure"), "--measure runs the steps in one process"),
+        (("--processes", "2", "--measure"), "--measure runs in one local process"),
         (("new.hidden_size=16384", "new.num_attention_heads=16", "new.num_hidden_layers=1000", "--measure"), "GB, "),
     ],
 )
@@ -225,7 +231,7 @@ def test_what_would_be_refused_is_told_before(
     recipe, workspace = planned
     sets = [word for m in more for word in (("--set", m) if "=" in m else (m,))]
     assert main(["plan", str(recipe), *workspace, *sets]) == 2
-    told = capsys.readouterr().err.strip().removeprefix("trying a few steps of trained ...").strip()
+    told = capsys.readouterr().err.strip().removeprefix("running a few steps of trained ...").strip()
     assert says in told
     assert len(told.splitlines()) == 1
 

@@ -164,12 +164,12 @@ def test_mistakes(
     )
     capsys.readouterr()
     for words, says in (
-        ([str(pico), str(packed[0]), "--set", "discount=1e-323"], "give 0, or 0.001 or more"),
-        ([str(pico), str(tmp_path / "train-read")], "no shards of tokens"),
-        ([str(small), str(packed[0])], "was packed with another tokenizer than"),
+        ([str(pico), str(packed[0]), "--set", "discount=1e-323"], "set 0, or at least 0.001"),
+        ([str(pico), str(tmp_path / "train-read")], "no shards of packed tokens"),
+        ([str(small), str(packed[0])], "packed with another tokenizer than"),
         (
             [str(pico), str(packed[0]), "--eval-data", str(tmp_path / "others")],
-            "others: was packed with another tokenizer",
+            "others: packed with another tokenizer",
         ),
         ([str(pico), str(packed[0]), "--set", "order=9"], "less than or equal to 8"),
     ):

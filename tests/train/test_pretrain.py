@@ -327,20 +327,20 @@ def test_mistakes(made: Path, pico: Path, tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
     decoder, data = str(made / "decoder"), str(made / "train-packed")
     for words, says in (
-        ([decoder, data, "--set", "batch_size=5000"], "a step takes 5,000 (batch 5000, accumulation 1)"),
+        (
+            [decoder, data, "--set", "batch_size=5000"],
+            "a step needs 5,000 (batch_size 5000, gradient_accumulation_steps 1)",
+        ),
         ([str(tmp_path / "short"), data], "has rows of 64 tokens"),
-        ([decoder, str(tmp_path / "others")], "was packed with another tokenizer"),
-        ([str(tmp_path / "ngram"), data], "has no weights to train"),
-        ([decoder, str(made / "train-read")], "no shards of tokens"),
+        ([decoder, str(tmp_path / "others")], "packed with another tokenizer"),
+        ([str(tmp_path / "ngram"), data], "has no trainable weights"),
+        ([decoder, str(made / "train-read")], "no shards of packed tokens"),
         (
             [decoder, data, "--set", "num_train_tokens=100", "--set", "num_train_epochs=2"],
-            "tokens and epochs are both given",
+            "num_train_tokens and num_train_epochs are both set",
         ),
-        (
-            [decoder, data, "--set", "optimizer.lr_scheduler_type=wsd", "--set", "optimizer.decay_ratio=1"],
-            "more than all steps",
-        ),
-        ([str(made / "gru"), data, "--set", "gradient_checkpointing=true"], "does not have it"),
+        ([decoder, data, "--set", "optimizer.lr_scheduler_type=wsd", "--set", "optimizer.decay_ratio=1"], "exceeds 1"),
+        ([str(made / "gru"), data, "--set", "gradient_checkpointing=true"], "does not support it"),
         ([decoder, data, "--set", "optimizer.name=adam"], "'adamw'"),
     ):
         assert main(["train", "pretrain", *words, "--out", str(tmp_path / "o"), *workspace]) == 2, words
@@ -383,6 +383,6 @@ def test_worse_than_a_guess_is_told(made: Path, tmp_path: Path, capsys: pytest.C
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["metrics"]["warnings"]
     assert any(
-        "worse than a guess among its" in text
+        "worse than uniform guessing" in text
         for text in json.loads((tmp_path / "out" / "report" / "report.json").read_text())["warnings"]
     )

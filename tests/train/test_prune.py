@@ -152,10 +152,10 @@ def test_influence_is_one_less_the_cosine(deep: Path) -> None:
 
 def test_what_is_refused(short: Any) -> None:
     for config, words in (
-        ({"drop_layers": [5]}, "has 5 blocks, from 0 to 4"),
-        ({"num_hidden_layers": 5}, "has 5 blocks"),
-        ({"num_hidden_layers": 3}, "give it, or name them in config.drop"),
-        ({"drop_layers": [0, 1, 2, 3, 4]}, "one at least"),
+        ({"drop_layers": [5]}, "has 5 layers, from 0 to 4"),
+        ({"num_hidden_layers": 5}, "has 5 layers"),
+        ({"num_hidden_layers": 3}, "provide it, or name the layers in config.drop_layers"),
+        ({"drop_layers": [0, 1, 2, 3, 4]}, "at least one"),
     ):
         with pytest.raises(UserError, match=words):
             short(**config)

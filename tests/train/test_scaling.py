@@ -15,7 +15,8 @@ from llmworks.train.scaling_plan import ScalingConfig, Size, planned
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 SMALL = (
-    "sizes=[{hidden_size: 16, num_hidden_layers: 1}, {hidden_size: 32, num_hidden_layers: 1}, {hidden_size: 48, num_hidden_layers: 2}, {hidden_size: 64, num_hidden_layers: 2}]",
+    "sizes=[{hidden_size: 16, num_hidden_layers: 1}, {hidden_size: 32, num_hidden_layers: 1}, {hidden_size: 48,"
+    " num_hidden_layers: 2}, {hidden_size: 64, num_hidden_layers: 2}]",
     "flops=[1.0e+9, 2.0e+9]",
     "target={hidden_size: 64, num_hidden_layers: 3}",
     "target_flops=5.0e+9",
@@ -84,10 +85,10 @@ def test_a_run_has_the_work_it_should() -> None:
     assert plan.work == pytest.approx((6 * multiply + attention) * plan.tokens, rel=1e-3)
     assert plan.work == pytest.approx(1e11, rel=0.05)
     assert planned(config, Size(hidden_size=64, num_hidden_layers=2), 1e8, 512, 128, 1_000_000, 8000)[1].endswith(
-        "fewer than least_steps 20"
+        "fewer than min_steps 20"
     )
     assert (
-        "more than passes 4"
+        "more than max_epochs 4"
         in planned(config, Size(hidden_size=32, num_hidden_layers=1), 1e13, 512, 128, 1_000_000, 8000)[1]
     )
 
@@ -124,25 +125,26 @@ def test_it_goes_on_and_tells(made: Path, pico: Path, tmp_path: Path, monkeypatc
         more < less for less, more in zip(losses[:4], losses[4:], strict=True)
     )  # twice the work of the same size
     page = (tmp_path / "out" / "report.md").read_text()
-    assert "within the interval" in page or "outside of the interval" in page
+    assert "within the interval" in page or "outside the interval" in page
 
 
 def test_mistakes(made: Path, pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for more, says in (
-        (("target_flops=1.0e+9",), "target_flops 1e+09 is not more than those of the grid"),
-        (("head_dim=24",), "width 16 is not divided by head_width 24"),
-        (("min_steps=100000",), "0 runs of 8 are left"),
+        (("target_flops=1.0e+9",), "target_flops 1e+09 must exceed those of the grid"),
+        (("head_dim=24",), "hidden_size 16 is not divisible by head_dim 24"),
+        (("min_steps=100000",), "0 of 8 runs remain"),
         (
             (
                 "flops=[1.0e+6, 1.0e+7, 1.0e+9]",
-                "sizes=[{hidden_size: 16, num_hidden_layers: 1}, {hidden_size: 32, num_hidden_layers: 1}, {hidden_size: 48, num_hidden_layers: 2}]",
+                "sizes=[{hidden_size: 16, num_hidden_layers: 1}, {hidden_size: 32, num_hidden_layers: 1},"
+                " {hidden_size: 48, num_hidden_layers: 2}]",
             ),
-            "a law needs 8",
+            "a scaling law needs 8",
         ),
-        (("flops=[1.0e+9, 1.0e+9]",), "hold one value twice"),
+        (("flops=[1.0e+9, 1.0e+9]",), "contain duplicates"),
         (("flops=[.nan, 1.0e+9]",), "finite"),
         (("target_flops=.inf",), "finite"),
-        (("head_dim=1",), "width 16, 1 layers: "),
+        (("head_dim=1",), "hidden_size 16, 1 layers: "),
     ):
         assert main(words(made, pico, tmp_path / "o", *more)) == 2
         told = capsys.readouterr().err.strip()

@@ -136,7 +136,7 @@ def test_a_key_that_nothing_reads_is_named(pico: Path, tmp_path: Path) -> None:
     config = SftConfig.model_validate(CONFIG | {"optimizer": {"lr_scheduler_type": "cosine", "decay_ratio": 0.5}})
     holds, detail = selftest_sft._keys(bench(pico, tmp_path, config), config)
     assert not holds
-    assert detail == "set, and not read by this training: optimizer.decay_ratio"
+    assert detail == "set, but not read by this training: optimizer.decay_ratio"
 
 
 def test_what_cannot_be_shrunken_is_said(pico: Path, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_what_cannot_be_shrunken_is_said(pico: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "odd" / "config.json").read_text())
     (tmp_path / "odd" / "config.json").write_text(json.dumps(config | {"model_type": "phi3"}))
     write_chat(tmp_path / "chats", rows_of(4))
-    with pytest.raises(UserError, match=r"shrinks models of known architectures: .*phi3"):
+    with pytest.raises(UserError, match=r"needs a known architecture: .*phi3"):
         list(selftest_sft.selftest_sft(SftConfig(), tmp_path / "odd", Dataset(tmp_path / "chats", name="chats")))
 
 
@@ -170,10 +170,10 @@ def test_golden_tokens_that_do_not_replay_are_found(pico: Path, tmp_path: Path) 
         check = next(
             check
             for check in selftest_sft.selftest_sft(config, pico, chats(tmp_path / "chats", 30), golden=base)
-            if check.what == "the model's golden tokens may change"
+            if check.what == "golden tokens replay or may change"
         )
         assert check.holds == holds, check.detail
-        assert holds or "set golden to 'renew: WHY'" in check.detail
+        assert holds or "set golden to 'renew: REASON'" in check.detail
 
 
 def recorded_model(pico: Path) -> Model:

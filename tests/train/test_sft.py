@@ -128,8 +128,7 @@ def tensors(made: Artifact) -> dict[str, torch.Tensor]:
     file = made.path / "adapter_model.safetensors"
     return load_file(file if file.exists() else made.path / "model.safetensors")
 
-
-# batches
+    # batches
 
 
 def test_joined_rows_are_rows_apart(pico: Path) -> None:
@@ -275,8 +274,7 @@ def test_noise_is_that_of_the_paper(pico: Path) -> None:
     decoder.train(False)
     assert torch.equal(table(batch.ids), torch.nn.functional.embedding(batch.ids, table.weight))
 
-
-# what is learned
+    # what is learned
 
 
 def test_what_is_learned_of_a_conversation(pico: Path) -> None:
@@ -293,7 +291,7 @@ def test_what_is_learned_of_a_conversation(pico: Path) -> None:
     assert learned(last=True) == said[-1]
     whole = make_example(tokenizer, row, 500)
     assert isinstance(whole, Example)
-    assert make_example(tokenizer, row, 20) == f"{len(whole.ids)} tokens, longer than max_tokens 20"
+    assert make_example(tokenizer, row, 20) == f"{len(whole.ids)} tokens, longer than max_length 20"
     cut = make_example(tokenizer, row, 20, cut=True)
     assert isinstance(cut, Example)
     assert cut.ids == whole.ids[: len(cut.ids)]
@@ -317,8 +315,8 @@ def test_texts_and_completions_are_learned_as_they_are(pico: Path, tmp_path: Pat
     )
     file = tmp_path / "rows.jsonl"
     for rows, message in (
-        ([{"text": 3}], "has no text 'text'"),
-        ([{"prompt": "a"}], "has no text 'completion'"),
+        ([{"text": 3}], "has no text field 'text'"),
+        ([{"prompt": "a"}], "has no text field 'completion'"),
         ([{"messages": []}], "data.chat"),
     ):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -327,8 +325,7 @@ def test_texts_and_completions_are_learned_as_they_are(pico: Path, tmp_path: Pat
     file.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     assert training_rows(Dataset(file, name="rows")) == [{"id": "1", "prompt": "a", "completion": "b"}]
 
-
-# runs
+    # runs
 
 
 def test_an_adapter_of_the_decoder_loads_in_peft(run: Run, pico: Path) -> None:
@@ -582,33 +579,33 @@ def test_looks_of_a_resumed_run_are_those_of_the_whole(run: Run, tmp_path: Path)
 def test_questions_are_answered_before_and_after(run: Run, tmp_path: Path) -> None:
     unseen = chats(tmp_path / "unseen", 4)
     made, data = run("a", None, unseen, num_sample_prompts=2, num_train_epochs=10, optimizer={"learning_rate": 0.02})
-    assert "Held-out questions, before and after" in data["blocks"]
+    assert "Held-out prompts: completions before and after training" in data["blocks"]
     assert made.metrics["eval_loss"] > 0
     still, idle = run("b", None, unseen, num_sample_prompts=2, num_train_epochs=0.2, optimizer={"learning_rate": 1e-9})
     assert idle["warnings"][0].startswith("nothing changed")
     assert still.metrics["warnings"] >= 1
     assert idle["blocks"][0] == "Warnings"
 
+    # what is refused
 
-# what is refused
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a target that is not there": ({"lora": {"target_modules": ["w1"]}}, ModelError, "no linear layer named 'w1'"),
     "a freeze that fits nothing": (
         {"method": "full", "freeze": ["model.layer.0.*"]},
         ModelError,
-        r"no weight of the model fits 'model\.layer\.0\.\*'; names are such as model\.",
+        r"no weight of the model matches 'model\.layer\.0\.\*'; names are such as model\.",
     ),
     "a freeze of all": ({"method": "full", "freeze": ["*"]}, ModelError, "all weights are frozen"),
     "rows that are too long": (
         {"max_length": 12, "overlong": "error"},
         DataError,
-        r"row 'r\d+': \d+ tokens, longer than max_tokens 12; set max_tokens higher",
+        r"row 'r\d+': \d+ tokens, longer than max_length 12; raise max_length",
     ),
     "only rows that are too long": (
         {"max_length": 3},
         DataError,
-        r"chats: none of 24 rows can be learned; the first: .* longer than max_tokens 3",
+        r"chats: none of 24 rows can be trained on; the first: .* longer than max_length 3",
     ),
     "rows that the model cannot read": (
         {
@@ -618,9 +615,9 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
             "method": "prefix_tuning",
         },
         DataError,
-        r"row 'r\d+': \d+ tokens, longer than max_tokens 7",
+        r"row 'r\d+': \d+ tokens, longer than max_length 7",
     ),
-    "best of nothing": ({"metric_for_best_model": "eval_loss"}, UserError, "give them as eval_data"),
+    "best of nothing": ({"metric_for_best_model": "eval_loss"}, UserError, "provide them as eval_data"),
     "a rate that breaks all": (
         {"optimizer": {"learning_rate": 1e30}},
         TrainingError,
@@ -639,17 +636,17 @@ def test_what_is_refused(what: str, run: Run) -> None:
 CONTRADICTIONS = {
     "a frozen adapter": ({"freeze": ["*"]}, "freeze is for method full"),
     "an adapter of all": ({"method": "full", "lora": {"r": 4}}, "lora is for method lora"),
-    "early_stopping_patience": ({"early_stopping_patience": 2}, "patience needs `best`"),
-    "a soft adapter": ({"soft_prompt": {"num_virtual_tokens": 4}}, "soft is for methods prompt and prefix"),
+    "early_stopping_patience": ({"early_stopping_patience": 2}, "early_stopping_patience needs metric_for_best_model"),
+    "a soft adapter": ({"soft_prompt": {"num_virtual_tokens": 4}}, "soft_prompt is for methods prompt and prefix"),
     "a written prefix": (
         {"method": "prefix_tuning", "soft_prompt": {"prompt_tuning_init_text": "a"}},
-        "a prefix begins at random",
+        "a prefix is initialized randomly",
     ),
-    "a noisy prompt": ({"method": "prompt_tuning", "neftune_noise_alpha": 5}, "has no neftune"),
-    "no targets": ({"lora": {"target_modules": []}}, "targets is empty"),
+    "a noisy prompt": ({"method": "prompt_tuning", "neftune_noise_alpha": 5}, "does not support neftune_noise_alpha"),
+    "no targets": ({"lora": {"target_modules": []}}, "target_modules is empty"),
     "a shared best": (
         {"metric_for_best_model": "eval_loss", "parallel": {"data_parallel": "fsdp"}},
-        "set parallel.data to replicate",
+        "set parallel.data_parallel to replicate",
     ),
     "matrices": ({"parallel": {"tensor": 2}}, "Extra inputs are not permitted"),
 }
@@ -665,7 +662,7 @@ def test_contradictions_are_refused_at_once(what: str) -> None:
 def test_a_checkpoint_of_another_adapter_is_refused(run: Run) -> None:
     with pytest.raises(KeyboardInterrupt):
         run("a", stop=8, lora={"r": 4})
-    with pytest.raises(TrainingError, match="is the checkpoint of another configuration"):
+    with pytest.raises(TrainingError, match="checkpoint of another configuration"):
         run("a", lora={"r": 8})
 
 
@@ -676,9 +673,9 @@ def test_rows_that_are_set_aside_are_told(run: Run, tmp_path: Path) -> None:
     made, data = run("a", Dataset(tmp_path / "odd", name="odd"))
     assert (made.metrics["rows"], made.metrics["dropped"]) == (7, 1)
     assert [json.loads(line) for line in (made.path / "set_aside.jsonl").read_text().splitlines()] == [
-        {"id": "r3", "reason": "no assistant token to learn"}
+        {"id": "r3", "reason": "no assistant tokens to train on"}
     ]
-    assert "Rows set aside" in data["blocks"]
+    assert "Dropped rows" in data["blocks"]
 
 
 def test_texts_are_learned_whole(run: Run, tmp_path: Path) -> None:
@@ -694,8 +691,7 @@ def test_texts_are_learned_whole(run: Run, tmp_path: Path) -> None:
     )  # of four texts a step all but their first tokens
     assert made.metrics["rows"] == 16
 
-
-# learning rates
+    # learning rates
 
 
 def test_the_rate_that_is_found_trains_best(pico: Path, tmp_path: Path, run: Run) -> None:

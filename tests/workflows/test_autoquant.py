@@ -41,7 +41,7 @@ def test_what_something_smaller_beats_is_not_worth_having() -> None:
     assert recommended(best, None).name == "f"  # the smallest with the same best guess for 95 %
     assert recommended(best, 99).name == "c"
     assert recommended(best[:2], None).name == "c"
-    with pytest.raises(DataError, match=r"nothing is within 0.0 MB; the smallest is a of 0.0 MB"):
+    with pytest.raises(DataError, match=r"no quantization is within 0.0 MB; the smallest is a with 0.0 MB"):
         recommended(best, 10)
 
 
@@ -56,7 +56,7 @@ def test_what_perplexity_hides_is_told() -> None:
     original = Variant(name="as it was", perplexity=10.0, skills=skill(0.8))
     assert (
         hidden(original, [way("x", 1, 0.1, perplexity=10.1, skills=skill(0.5))])
-        == "x loses calls (0.8 to 0.5) though its perplexity rises by 1.0% only."
+        == "x loses calls (0.8 to 0.5) although its perplexity rises by only 1.0%."
     )
     alike = [
         way("x", 1, 0.5, perplexity=36.0, skills=skill(0.6)),
@@ -65,7 +65,7 @@ def test_what_perplexity_hides_is_told() -> None:
         way("far", 1, 0.5, perplexity=60.0, skills=skill(0.0)),
     ]
     assert hidden(original, alike).endswith(
-        "x and y are alike by perplexity (36.00 and 37.00), and not in calls: 0.6 and 0.1."
+        "x and y have similar perplexities (36.00 and 37.00), but not on calls: 0.6 and 0.1."
     )
     assert "none was found" in hidden(
         original,
@@ -77,7 +77,7 @@ def test_a_page_without_results_is_none(tmp_path: Path) -> None:
     context = Context(
         tmp_path, tmp_path, 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed")
     )
-    with pytest.raises(DataError, match="no quantization of m came to a result; the first: too little text"):
+    with pytest.raises(DataError, match="no quantization of m succeeded; first error: too little text"):
         tradeoff(
             TradeoffConfig(
                 model="m", original=Variant(name="as it was"), variants=[Variant(name="x", error="too little text")]
@@ -90,7 +90,7 @@ def test_ways_by_name_and_by_beginning() -> None:
     assert list(ways_of(["gptq-4"])) == ["gptq-4"]
     assert {"gptq-4", "gptq-4-zero", "gptq-3"} == set(ways_of(["gptq"]))
     assert ways_of([]) == WAYS
-    with pytest.raises(UserError, match="no way to quantize is called 'exl9'; known: absmax-8"):
+    with pytest.raises(UserError, match="no quantization method is named 'exl9'; known: absmax-8"):
         ways_of(["exl9"])
 
 
@@ -175,7 +175,7 @@ def test_a_frontier_from_the_command_line(pico: Path, tmp_path: Path, capsys: py
     assert page["original"]["perplexity"] > 1
     assert (tmp_path / "best" / "model.gguf").exists()
     assert main([*words[:6], "gguf-q4_0,absmax-4", *words[7:]]) == 0  # groups of 64 do not divide rows of 96
-    assert "rows of 96 weights are not divided by groups of 64" in capsys.readouterr().err
+    assert "rows of 96 weights are not divisible by group size 64" in capsys.readouterr().err
     assert (
         main(
             [
@@ -193,4 +193,4 @@ def test_a_frontier_from_the_command_line(pico: Path, tmp_path: Path, capsys: py
         == 2
     )
     assert main([*words, "--budget", "0.001"]) == 2
-    assert "nothing is within 0.0 MB" in capsys.readouterr().err
+    assert "no quantization is within 0.0 MB" in capsys.readouterr().err

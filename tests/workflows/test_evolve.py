@@ -50,7 +50,7 @@ def test_numbers_that_can_be_searched() -> None:
     assert [model["parameters"]["weight"] for model in made["models"]] == [[0, 1, 2], [3, 4, 5]]
     assert MergeConfig.model_validate(made)
     assert FILE["models"][0]["parameters"]["weight"] == 0.5
-    with pytest.raises(UserError, match="no number to search"):
+    with pytest.raises(UserError, match="no numeric parameter to search"):
         genes_of({"merge_method": "model_stock", "models": [{"model": "a"}]})
 
 

@@ -113,4 +113,4 @@ def test_from_the_command_line(
         atol=1e-6,
     )
     assert main(words) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err

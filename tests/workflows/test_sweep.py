@@ -123,13 +123,13 @@ def test_a_sweep_of_a_recipe(tmp_path: Path, pico: Path, capsys: pytest.CaptureF
     assert bound["config"]["optimizer"]["learning_rate"] == pytest.approx(told["best"]["tuned.optimizer.learning_rate"])
     assert main(words) == 0
     captured = capsys.readouterr()
-    assert "going on after 4 trials" in captured.err
+    assert "resuming after 4 trials" in captured.err
     assert "trial 5" not in captured.err
     assert main([*words, "--trials", "5"]) == 0
     captured = capsys.readouterr()
     assert "trial 5" in captured.err
     assert json.loads(captured.out)["trials"] == 5
-    assert "it is too good by chance" in (Path(json.loads(captured.out)["report"]) / "report.md").read_text()
+    assert "it is biased upward" in (Path(json.loads(captured.out)["report"]) / "report.md").read_text()
 
 
 @pytest.mark.slow
@@ -162,7 +162,7 @@ def test_a_trial_that_fails_is_told_and_others_go_on(
     )
     assert outcome.score is None
     assert outcome.why.startswith("tuned has no metric 'beauty'; it has accuracy")
-    with pytest.raises(DataError, match="no trial of tiny has a score; the first: tuned has no metric"):
+    with pytest.raises(DataError, match="no trial of tiny has a score; first error: tuned has no metric"):
         sweep(
             recipe, Search.model_validate({**SEARCH, "metric": "tuned.beauty", "trials": 1}), Session(tmp_path / "ws")
         )

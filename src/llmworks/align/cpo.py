@@ -1,6 +1,6 @@
 """Stage `align.cpo`: contrastive preference optimization.
 
-As DPO without a reference, and the better answers are learned beside it.
+Like DPO without a reference model, plus a negative log-likelihood (NLL) loss on the chosen completions.
 """
 
 from __future__ import annotations
@@ -20,21 +20,26 @@ if TYPE_CHECKING:
 
 
 class CpoConfig(PreferenceConfig):
-    """Which loss, and how much is learned beside it."""
+    """Loss of CPO and weight of its NLL term."""
 
     loss_type: Literal["sigmoid", "hinge", "ipo"] = Field(
-        "sigmoid", description="what is done with the difference of log-probabilities, which are summed over tokens"
+        "sigmoid", description=("loss on the log-probability difference (summed over tokens; ipo: means over tokens)")
     )
-    beta: float = Field(0.1, gt=0, description="what the difference is multiplied by (ipo: tau)")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="sigmoid: chance that a label is wrong")
+    beta: float = Field(0.1, gt=0, description="scale of the log-probability difference (ipo: tau)")
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description=("label smoothing of loss sigmoid: probability that a preference label is flipped"),
+    )
     cpo_alpha: float = Field(
-        1.0, ge=0, description="how much the chosen answers are learned beside it, in nats a token (alpha of the paper)"
+        1.0, ge=0, description="CPO alpha: weight of the NLL loss on chosen completions, in nats per token"
     )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.label_smoothing and self.loss_type != "sigmoid":
-            raise ValueError(f"smoothing is for loss sigmoid, not for {self.loss_type}")
+            raise ValueError(f"label_smoothing is for loss_type sigmoid, not for {self.loss_type}")
         return self
 
 
@@ -46,10 +51,12 @@ def cpo(
     adapter: Adapter | None = None,
     eval_data: Dataset | None = None,
 ) -> Adapter | Model:
-    """Train the policy on preference pairs; `adapter`: that it goes on from.
+    """Train the policy on preference pairs without a reference model.
+
+    `adapter`: the policy's adapter to continue training.
 
     Errors: DataError when no pair can be used; ArtifactError for an adapter of another model; TrainingError when the
-    loss stops being a number.
+    loss is not finite.
     """
     return prefer(
         config, Policy(policy, adapter), pairs, ctx, eval_data, functools.partial(way_of, config), "align.cpo"
@@ -57,7 +64,7 @@ def cpo(
 
 
 def way_of(config: CpoConfig, given: Given) -> Way:
-    """The loss of this configuration, for a policy that is there."""
+    """Return the training method with this configuration's loss."""
     from llmworks.align.losses.cpo import cpo as loss
     from llmworks.align.preference.objective import Pairs
 

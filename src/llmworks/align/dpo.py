@@ -1,6 +1,6 @@
-"""Stage `align.dpo`: direct preference optimization, and the losses of its family.
+"""Stage `align.dpo`: direct preference optimization (DPO) and its loss variants.
 
-The better of two answers becomes more probable, held to where the policy began.
+Raises the probability of the chosen completion over the rejected one, with an implicit KL penalty to the reference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmworks.align.preference.objective import Given
     from llmworks.train.finetune.method import Way
 
-SMOOTH = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")  # which know that labels may be wrong
+SMOOTH = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")  # losses that take label smoothing
 PLAIN = (
     "nca_pair",
     "bco_pair",
@@ -28,11 +28,11 @@ PLAIN = (
     "sppo_hard",
     "aot",
     "aot_unpaired",
-)  # which take log-ratios as they are
+)  # losses without an f-divergence
 
 
 class DpoConfig(PreferenceConfig):
-    """Which loss of the family, and how far the policy may go."""
+    """Loss variant of DPO and KL strength."""
 
     loss_type: Literal[
         "sigmoid",
@@ -52,64 +52,73 @@ class DpoConfig(PreferenceConfig):
     ] = Field(
         "sigmoid",
         description=(
-            "sigmoid: DPO, with `smoothing` cDPO; of means over tokens: ipo, sigmoid-mean; others as their papers name"
-            " them, each with its source in align/losses/dpo.py"
+            "sigmoid: DPO, with label_smoothing cDPO; ipo and sigmoid-mean take means over tokens; the others are"
+            " named as in their papers, which align/losses/dpo.py cites"
         ),
     )
-    beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference (ipo: tau)")
+    beta: float = Field(
+        0.1, gt=0, description=("KL strength: higher keeps the policy closer to the reference (ipo: tau)")
+    )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description=f"chance that a label is wrong, for {', '.join(SMOOTH)}"
+        0.0,
+        ge=0,
+        lt=0.5,
+        description=(f"label smoothing: probability that a preference label is flipped; for {', '.join(SMOOTH)}"),
     )
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
         "reverse_kl",
         description=(
-            "what the policy is held to the reference by: reverse KL is DPO; the others are f-DPO's (arXiv:2309.16240)"
+            "f-divergence between policy and reference: reverse KL is DPO; the others are f-DPO (arXiv:2309.16240)"
         ),
     )
-    f_alpha_divergence_coef: float = Field(0.5, description="of divergence alpha")
+    f_alpha_divergence_coef: float = Field(0.5, description="alpha of the alpha-divergence")
     ld_alpha: float = Field(
         1.0,
         ge=0,
         le=1,
         description=(
-            "what tokens beyond the shorter answer of a pair count; less than 1 is against rewards for length (LD-DPO,"
-            " arXiv:2409.06411)"
+            "LD-DPO alpha: weight of the tokens beyond the length of the shorter completion of a pair; below 1"
+            " reduces length bias (arXiv:2409.06411)"
         ),
     )
     rpo_alpha: float = Field(
         0.0,
         ge=0,
         description=(
-            "how much the chosen answers are learned beside it, in nats a token; 1 is usual (RPO, arXiv:2404.19733)"
+            "RPO alpha: weight of an NLL loss on chosen completions, in nats per token; 1 is usual (arXiv:2404.19733)"
         ),
     )
     precompute_ref_log_probs: bool = Field(
         True,
         description=(
-            "chances to the reference: computed once before training and kept, or beside every step with the adapter"
-            " switched off"
+            "log-probabilities of the reference: cached: computed once before training; live: computed at every"
+            " step with the adapter switched off"
         ),
     )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.label_smoothing and self.loss_type not in SMOOTH:
-            raise ValueError(f"smoothing is for loss {', '.join(SMOOTH)}, not for {self.loss_type}")
+            raise ValueError(f"label_smoothing is for loss_type {', '.join(SMOOTH)}, not for {self.loss_type}")
         if self.loss_type in ("exo_pair",) and not self.label_smoothing:
-            raise ValueError("loss exo needs smoothing above 0, as 0.001: the logarithm of it is in the formula")
+            raise ValueError(
+                "loss_type exo needs label_smoothing above 0, such as 0.001: its formula has the logarithm of it"
+            )
         if self.f_divergence_type != "reverse_kl" and self.loss_type in PLAIN:
-            raise ValueError(f"divergence is not for loss {self.loss_type}, which takes log-ratios as they are")
+            raise ValueError(
+                f"f_divergence_type is not for loss_type {self.loss_type}, which takes log-ratios unchanged"
+            )
         if self.f_divergence_type != "alpha_divergence" and self.f_alpha_divergence_coef != 0.5:
-            raise ValueError("divergence_alpha is for divergence alpha")
+            raise ValueError("f_alpha_divergence_coef is for f_divergence_type alpha")
         if self.loss_type.startswith("aot") and self.gradient_accumulation_steps > 1:
             raise ValueError(
-                f"loss {self.loss_type} compares all pairs of a step; set accumulation to 1 and batch_size to what a"
-                " step has"
+                f"loss_type {self.loss_type} compares all pairs of a step; set gradient_accumulation_steps to 1 and"
+                " batch_size to the pairs per step"
             )
         if not self.precompute_ref_log_probs and self.method != "lora":
             raise ValueError(
-                "reference live needs an adapter that can be switched off (method lora); with method full the chances"
-                " are computed once: cached"
+                "precompute_ref_log_probs live needs an adapter that can be switched off (method lora); with"
+                " method full set it to cached"
             )
         return self
 
@@ -123,18 +132,18 @@ def dpo(
     ref_model: Model | None = None,
     eval_data: Dataset | None = None,
 ) -> Adapter | Model:
-    """Train the policy on preference pairs.
+    """Train the policy on preference pairs against a reference.
 
-    With `adapter` it is the policy's, goes on, and as it is now is the reference; `reference`: another model in its
-    place.
+    `adapter`: the policy's adapter to continue training; its current weights are the reference. `ref_model`: another
+    model as the reference.
 
     Errors: DataError when no pair can be used; UserError for a reference with another vocabulary; ArtifactError for an
-    adapter of another model; TrainingError when the loss stops being a number.
+    adapter of another model; TrainingError when the loss is not finite.
     """
     if ref_model is not None and not config.precompute_ref_log_probs:
         raise UserError(
-            "config.reference live is the policy as it began; with the input `reference` its chances are computed once:"
-            " cached"
+            "config.precompute_ref_log_probs live uses the initial policy as the reference; with the input"
+            " `ref_model` set it to cached"
         )
     return prefer(
         config,
@@ -149,7 +158,7 @@ def dpo(
 
 
 def way_of(config: DpoConfig, given: Given) -> Way:
-    """The loss of this configuration, for a policy that is there."""
+    """Return the training method with this configuration's loss."""
     from llmworks.align.losses.dpo import dpo as loss
     from llmworks.align.preference.objective import Pairs
 

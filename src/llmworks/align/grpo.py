@@ -1,7 +1,7 @@
-"""Stage `align.grpo`: answers to each prompt are drawn as a group, and what is better than the group's mean becomes
-more probable.
+"""Stage `align.grpo`: group relative policy optimization (GRPO).
 
-With the corrections that were published since as fields.
+Samples a group of completions per prompt and reinforces those with a reward above the group mean. Fields cover later
+variants: DAPO, Dr. GRPO, GSPO, CISPO, SAPO, VESPO.
 """
 
 from __future__ import annotations
@@ -22,60 +22,66 @@ if TYPE_CHECKING:
 
 
 class GrpoConfig(OnlineConfig):
-    """What an answer's tokens weigh, and how far a step may go.
+    """Advantage scaling, loss aggregation and clipping of GRPO.
 
-    GRPO: the defaults with scale group, mean answer, kl 0.04; Dr. GRPO: scale none, mean length; DAPO: mean tokens,
-    clip_high 0.28, fresh, soft, cut leave; GSPO: level answer.
+    GRPO: the defaults with scale_rewards group, loss_aggregation answer, beta 0.04. Dr. GRPO: scale_rewards none,
+    loss_aggregation length. DAPO: loss_aggregation tokens, epsilon_high 0.28, dynamic_sampling_rounds,
+    overlong_buffer, mask_truncated_completions leave. GSPO: importance_sampling_level answer.
     """
 
-    num_generations: int = Field(
-        8, ge=2, le=256, description="answers that are drawn of each prompt, which are compared"
-    )
+    num_generations: int = Field(8, ge=2, le=256, description="completions sampled per prompt (group size)")
     scale_rewards: Literal["group", "batch", "none"] = Field(
         "group",
-        description="what rewards are divided by: the deviation of their group, or of all of a draw; or not (Dr. GRPO)",
+        description=(
+            "advantages are divided by the standard deviation of the rewards: of the group, or of the"
+            " whole rollout batch; none: not divided (Dr. GRPO)"
+        ),
     )
     loss_aggregation: Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm", "seq-mean-token-sum"] = (
         Field(
             "token-mean",
             description=(
-                "what counts alike: every answer (GRPO), every token (DAPO), every token of the longest possible answer"
-                " (Dr. GRPO); sum: an answer as often as it has tokens (LUSPO)"
+                "answer: mean per completion (GRPO); tokens: mean over all tokens (DAPO); length: sum over tokens"
+                " divided by max_completion_length (Dr. GRPO); sum: sum over the tokens of a completion (LUSPO)"
             ),
         )
     )
     loss_type: Literal["clip", "cispo", "sapo", "vespo"] = Field(
         "clip",
         description=(
-            "how ratios are bounded: clip (PPO's), cispo, sapo, vespo; each with its source in align/losses/policy.py"
+            "policy loss: clip (PPO's clipped ratio), cispo, sapo, vespo; align/losses/policy.py cites their papers"
         ),
     )
     importance_sampling_level: Literal["token", "sequence"] = Field(
-        "token", description="ratios of each token, or of whole answers (GSPO)"
+        "token", description=("importance ratio of each token, or of the whole completion (GSPO)")
     )
-    epsilon: float = Field(0.2, gt=0, description="how far a ratio may fall below 1")
+    epsilon: float = Field(0.2, gt=0, description="lower clipping range: the ratio is clipped at 1 - epsilon")
     epsilon_high: float = Field(
-        0.2, gt=0, description="how far it may rise above 1 (DAPO: 0.28); of cispo the largest ratio"
+        0.2,
+        gt=0,
+        description=(
+            "upper clipping range: the ratio is clipped at 1 + epsilon_high (DAPO: 0.28); cispo: the largest ratio"
+        ),
     )
-    delta: float = Field(0.0, ge=0, description="the largest ratio at all, also of answers that are worse (0: none)")
+    delta: float = Field(0.0, ge=0, description=("upper bound of the ratio even for negative advantages (0: none)"))
     beta: float = Field(
-        0.0, ge=0, description="weight of the distance to the policy as it began, in the loss; 0: it is not computed"
+        0.0, ge=0, description="weight of the KL penalty to the initial policy in the loss; 0: not computed"
     )
     use_bias_correction_kl: bool = Field(
-        False, description="the distance is weighed by the ratio, as what was drawn is (DeepSeek-V3.2)"
+        False, description="weight the KL estimate by the importance ratio (DeepSeek-V3.2)"
     )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.loss_type == "cispo" and self.epsilon_high <= 1:
             raise ValueError(
-                f"clip_high is the largest ratio of cispo, and {self.epsilon_high:g} would cut off those of tokens that"
-                " the policy has not moved; 5 is usual"
+                f"epsilon_high is the largest ratio of cispo, and {self.epsilon_high:g} would clip tokens whose"
+                " probability has not changed; 5 is usual"
             )
         if self.use_bias_correction_kl and not self.beta:
-            raise ValueError("unbiased is of the distance; set kl above 0")
+            raise ValueError("use_bias_correction_kl corrects the KL penalty; set beta above 0")
         if self.delta and self.loss_type != "clip":
-            raise ValueError(f"ceiling is for form clip, not for {self.loss_type}")
+            raise ValueError(f"delta is for loss_type clip, not for {self.loss_type}")
         return self
 
 
@@ -89,13 +95,13 @@ def grpo(
     reward_model: Model | None = None,
     judge: Model | Adapter | None = None,
 ) -> Adapter | Model:
-    """Train the policy on its own answers to the questions of conversations.
+    """Train the policy on its own completions of the prompts of conversations.
 
-    `adapter`: that it goes on from, and as it is now the reference; `reward`: a model that scores answers; `judge`: one
-    that grades them.
+    `adapter`: the policy's adapter to continue training; its current weights are the reference. `reward_model`: a
+    model that scores completions. `judge`: a model that grades them.
 
-    Errors: DataError for rows that cannot be asked or valued; UserError for a reward without its model or file;
-    TrainingError when the loss stops being a number.
+    Errors: DataError for rows without a prompt or that cannot be scored; UserError for a reward function without its
+    model or file; TrainingError when the loss is not finite.
     """
 
     def groups_of(given: Given, drawing: Drawing) -> Groups:

@@ -1,6 +1,6 @@
 """Stage `align.kto`: Kahneman-Tversky optimization.
 
-Single answers, each known to be good or bad, become more or less probable than to the reference; no pairs are needed.
+Trains on single completions labeled desirable or undesirable; no pairs are needed.
 """
 
 from __future__ import annotations
@@ -19,28 +19,31 @@ if TYPE_CHECKING:
     from llmworks.align.preference.objective import Given
     from llmworks.train.finetune.method import Way
 
-SHARES = (1.0, 4 / 3)  # of the weights times the counts of good and bad answers, as the paper has it
+SHARES = (1.0, 4 / 3)  # advised range of desirable_weight * count over undesirable_weight * count (KTO paper)
 
 
 class KtoConfig(PreferenceConfig):
-    """How far the policy may go, and what good and bad answers weigh."""
+    """Loss, KL strength and class weights of KTO."""
 
     loss_type: Literal["kto", "apo_zero_unpaired"] = Field(
         "kto",
         description=(
-            "kto: rewards are measured from the mean distance to the reference; apo-zero: from 0 (arXiv:2408.06266)"
+            "kto: rewards are measured from the mean KL divergence from the reference; apo-zero: from 0"
+            " (arXiv:2408.06266)"
         ),
     )
-    beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference")
+    beta: float = Field(0.1, gt=0, description="KL strength: higher keeps the policy closer to the reference")
     desirable_weight: float = Field(
-        1.0, gt=0, description="of good answers; with many more of one kind the other should weigh more"
+        1.0,
+        gt=0,
+        description=("loss weight of desirable completions; with imbalanced classes raise the weight of the rarer one"),
     )
-    undesirable_weight: float = Field(1.0, gt=0, description="of bad answers")
+    undesirable_weight: float = Field(1.0, gt=0, description="loss weight of undesirable completions")
     precompute_ref_log_probs: bool = Field(
         True,
         description=(
-            "chances to the reference: computed once before training and kept, or beside every step with the adapter"
-            " switched off"
+            "log-probabilities of the reference: cached: computed once before training; live: computed at every"
+            " step with the adapter switched off"
         ),
     )
 
@@ -48,8 +51,8 @@ class KtoConfig(PreferenceConfig):
     def _fits(self) -> Self:
         if not self.precompute_ref_log_probs and self.method != "lora":
             raise ValueError(
-                "reference live needs an adapter that can be switched off (method lora); with method full the chances"
-                " are computed once: cached"
+                "precompute_ref_log_probs live needs an adapter that can be switched off (method lora); with"
+                " method full set it to cached"
             )
         return self
 
@@ -63,18 +66,19 @@ def kto(
     ref_model: Model | None = None,
     eval_data: Dataset | None = None,
 ) -> Adapter | Model:
-    """Train the policy on answers that are good or bad: conversations with a field `label`, or preference pairs, each
-    of which is one of both.
+    """Train the policy on desirable and undesirable completions.
 
-    `adapter`: that it goes on from, and as it is now the reference.
+    `data`: conversations with a field `label`, or preference pairs, each split into one of both. `adapter`: the
+    policy's adapter to continue training; its current weights are the reference. `ref_model`: another model as the
+    reference.
 
-    Errors: DataError when no answer can be used, or all are of one kind; UserError for a reference with another
-    vocabulary; TrainingError when the loss stops being a number.
+    Errors: DataError when no completion can be used, or all have one label; UserError for a reference with another
+    vocabulary; TrainingError when the loss is not finite.
     """
     if ref_model is not None and not config.precompute_ref_log_probs:
         raise UserError(
-            "config.reference live is the policy as it began; with the input `reference` its chances are computed once:"
-            " cached"
+            "config.precompute_ref_log_probs live uses the initial policy as the reference; with the input"
+            " `ref_model` set it to cached"
         )
     return prefer(
         config,
@@ -90,18 +94,21 @@ def kto(
 
 
 def way_of(config: KtoConfig, given: Given) -> Way:
-    """The loss of this configuration, for a policy that is there."""
+    """Return the training method with this configuration's loss."""
     from llmworks.align.preference.objective import Singles
 
     good = sum(example.good for example in given.material.examples)
     bad = len(given.material.examples) - good
     if not good or not bad:
-        raise DataError(f"all {good or bad} answers are {'good' if good else 'bad'}; both kinds are needed")
+        raise DataError(
+            f"all {good or bad} completions are {'desirable' if good else 'undesirable'}; both kinds are needed"
+        )
     share = config.desirable_weight * good / (config.undesirable_weight * bad)
     if not SHARES[0] - 0.1 <= share <= SHARES[1] + 0.1:
         given.ctx.progress.say(
-            f"warning: good answers weigh {share:.2f} times what bad ones do ({good:,} and {bad:,}); 1 to 1.33 is"
-            f" advised: set good_weight to {config.desirable_weight / share:.2g}, or bad_weight"
+            f"warning: desirable completions weigh {share:.2f} times as much as undesirable ones ({good:,} and"
+            f" {bad:,}); 1 to 1.33 is advised: set desirable_weight to {config.desirable_weight / share:.2g}, or"
+            " undesirable_weight"
         )
     return Singles(
         given,

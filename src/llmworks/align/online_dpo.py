@@ -1,5 +1,6 @@
-"""Stage `align.online_dpo`: DPO on pairs that the policy has just written: of its answers to a prompt the best and the
-worst.
+"""Stage `align.online_dpo`: DPO on pairs sampled from the policy during training.
+
+The best and the worst of the completions of a prompt are the pair.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class OnlineDpoConfig(OnlineConfig):
-    """Which loss, and how far the policy may go."""
+    """Loss and KL strength of online DPO."""
 
     num_generations: int = Field(
-        2, ge=2, le=256, description="answers that are drawn of each prompt; the best and the worst are a pair"
+        2, ge=2, le=256, description="completions sampled per prompt; the best and the worst become the pair"
     )
-    loss_type: Literal["sigmoid", "ipo", "hinge"] = Field("sigmoid", description="of the pair, as in align.dpo")
-    beta: float = Field(0.1, gt=0, description="how strongly the policy is held to where it began")
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = Field("sigmoid", description="loss on the pair, as in align.dpo")
+    beta: float = Field(0.1, gt=0, description="KL strength: higher keeps the policy closer to the initial policy")
 
 
 def online_dpo(
@@ -39,9 +40,9 @@ def online_dpo(
     reward_model: Model | None = None,
     judge: Model | Adapter | None = None,
 ) -> Adapter | Model:
-    """Train the policy on pairs of its own answers (Guo et al. 2024, arXiv:2402.04792).
+    """Train the policy on pairs of its own completions (Guo et al. 2024, arXiv:2402.04792).
 
-    Inputs and errors as of align.grpo.
+    Inputs and errors as in align.grpo.
     """
 
     def groups_of(given: Given, drawing: Drawing) -> Groups:

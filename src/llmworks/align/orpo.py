@@ -1,7 +1,6 @@
 """Stage `align.orpo`: odds ratio preference optimization.
 
-Fine-tuning and alignment in one: chosen answers are learned, and their odds over the rejected ones' raised; no
-reference.
+Combines SFT on the chosen completions with an odds-ratio preference loss; no reference model.
 """
 
 from __future__ import annotations
@@ -21,11 +20,14 @@ if TYPE_CHECKING:
 
 
 class OrpoConfig(PreferenceConfig):
-    """How much the odds weigh beside what is learned."""
+    """Weight of the odds-ratio loss and the tokens the SFT loss covers."""
 
-    orpo_lambda: float = Field(0.1, ge=0, description="of the odds (lambda of the paper)")
+    orpo_lambda: float = Field(0.1, ge=0, description="ORPO lambda: weight of the odds-ratio loss")
     train_on_prompts: bool = Field(
-        False, description="learn the prompts, too, as the authors' code and TRL do; else the answers only"
+        False,
+        description=(
+            "compute the SFT loss on prompt tokens too, as the authors' code and TRL do; else on completions only"
+        ),
     )
 
 
@@ -37,10 +39,12 @@ def orpo(
     adapter: Adapter | None = None,
     eval_data: Dataset | None = None,
 ) -> Adapter | Model:
-    """Train the policy on preference pairs; `adapter`: that it goes on from.
+    """Train the policy on preference pairs with an SFT and an odds-ratio loss.
+
+    `adapter`: the policy's adapter to continue training.
 
     Errors: DataError when no pair can be used; ArtifactError for an adapter of another model; TrainingError when the
-    loss stops being a number.
+    loss is not finite.
     """
     return prefer(
         config, Policy(policy, adapter), pairs, ctx, eval_data, functools.partial(way_of, config), "align.orpo"
@@ -48,7 +52,7 @@ def orpo(
 
 
 def way_of(config: OrpoConfig, given: Given) -> Way:
-    """The loss of this configuration, for a policy that is there."""
+    """Return the training method with this configuration's loss."""
     from llmworks.align.losses.orpo import orpo as loss
     from llmworks.align.preference.objective import Pairs
 

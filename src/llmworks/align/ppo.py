@@ -1,7 +1,6 @@
-"""Stage `align.ppo`: proximal policy optimization.
+"""Stage `align.ppo`: proximal policy optimization (PPO).
 
-A head on the policy's states learns what each token is worth, and what does better than it expects becomes more
-probable.
+A value head on the policy's hidden states predicts returns; advantages are estimated with GAE.
 """
 
 from __future__ import annotations
@@ -22,28 +21,31 @@ if TYPE_CHECKING:
 
 
 class PpoConfig(OnlineConfig):
-    """How far a step may go, what holds the policy, and how values are learned."""
+    """Clipping, KL penalty, GAE and value loss of PPO."""
 
-    num_generations: int = Field(1, ge=1, le=256, description="answers that are drawn of each prompt")
-    batch_size: int = Field(16, gt=0, description="prompts, with all their answers, that are read at once")
-    num_iterations: int = Field(4, gt=0, description="how often each draw is gone through")
-    cliprange: float = Field(0.2, gt=0, description="how far a token's ratio may go from 1")
+    num_generations: int = Field(1, ge=1, le=256, description="completions sampled per prompt")
+    batch_size: int = Field(16, gt=0, description="prompts per micro-batch, with all their completions")
+    num_iterations: int = Field(4, gt=0, description="PPO epochs: passes over each rollout batch")
+    cliprange: float = Field(
+        0.2, gt=0, description=("clipping range of a token's importance ratio: 1 - cliprange to 1 + cliprange")
+    )
     kl_coef: float = Field(
         0.05,
         ge=0,
         description=(
-            "what a nat's distance from the policy as it began takes from a token's reward; 0: it is not computed"
+            "KL coefficient: reward penalty per nat of KL divergence from the initial policy, per token; 0: not"
+            " computed"
         ),
     )
-    gamma: float = Field(1.0, gt=0, le=1, description="what a reward counts one token earlier (gamma)")
-    gae_lambda: float = Field(
-        0.95, ge=0, le=1, description="how far surprises are carried back (lambda): 0: one token; 1: to the beginning"
-    )
-    vf_coef: float = Field(0.1, ge=0, description="weight of the loss of values")
+    gamma: float = Field(1.0, gt=0, le=1, description="discount factor per token")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="GAE lambda: 0 = one-step TD, 1 = Monte Carlo")
+    vf_coef: float = Field(0.1, ge=0, description="weight of the value loss")
     cliprange_value: float = Field(
-        0.2, gt=0, description="how far a value may go from what it was when answers were drawn"
+        0.2, gt=0, description=("clipping range of the value prediction around its value at sampling time")
     )
-    normalize_advantages: bool = Field(True, description="advantages of a draw are brought to mean 0 and deviation 1")
+    normalize_advantages: bool = Field(
+        True, description=("normalize the advantages of a rollout batch to mean 0 and standard deviation 1")
+    )
 
 
 def ppo(
@@ -56,7 +58,10 @@ def ppo(
     reward_model: Model | None = None,
     judge: Model | Adapter | None = None,
 ) -> Adapter | Model:
-    """Train the policy on its own answers to the questions of conversations. Inputs and errors as of align.grpo."""
+    """Train the policy on its own completions with a learned value function.
+
+    Inputs and errors as in align.grpo.
+    """
 
     def groups_of(given: Given, drawing: Drawing) -> Groups:
         from llmworks.align.rl.objective import Actor, Objective

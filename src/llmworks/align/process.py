@@ -1,8 +1,6 @@
-"""Stage `align.process`: a model that scores the steps of an answer, learned of labelled steps (a process reward
-model).
+"""Stage `align.process`: train a process reward model (PRM) on labeled steps.
 
-What is made is a model with a head in place of the one over the vocabulary; transformers reads it as a model for
-classification of tokens.
+The output has a score head in place of the LM head; transformers loads it as a token classification model.
 """
 
 from __future__ import annotations
@@ -30,13 +28,13 @@ if TYPE_CHECKING:
 from llmworks.align.reward_model.config import ScorerConfig
 from llmworks.align.reward_model.train import train_scorer
 
-BREAK = "\n"  # between steps
+BREAK = "\n"  # step separator
 
 
 class ProcessConfig(ScorerConfig):
-    """What is trained."""
+    """Training fields of a process reward model."""
 
-    batch_size: int = Field(8, gt=0, description="answers per part of a step")
+    batch_size: int = Field(8, gt=0, description="completions per micro-batch")
 
 
 def process(
@@ -47,13 +45,13 @@ def process(
     adapter: Adapter | None = None,
     eval_data: Dataset | None = None,
 ) -> Model:
-    """Learn to score the steps of answers.
+    """Train a process reward model to score the steps of completions.
 
-    Rows: `prompt` (text, or turns), `steps` (texts) and `labels` (true or false, one of each step); TRL's `completions`
-    in place of `steps` is read, too.
+    Rows: `prompt` (string or messages), `steps` (strings) and `labels` (true or false, one per step). TRL's
+    `completions` is read in place of `steps` too.
 
-    Errors: DataError when no row can be used, or all labels are one; ModelError for an architecture that is not known;
-    TrainingError when the loss stops being a number.
+    Errors: DataError when no row can be used, or all labels are equal; ModelError for an unknown architecture;
+    TrainingError when the loss is not finite.
     """
     policy = Policy(model, adapter)
     tokenizer, stops = policy.open(config, "align.process")
@@ -66,10 +64,12 @@ def process(
     right = sum(label for example in examples for label in labels[example.id])
     total = sum(len(labels[example.id]) for example in examples)
     if right in (0, total):
-        raise DataError(f"{data.name}: all {total} steps are {'right' if right else 'wrong'}; both kinds are needed")
+        raise DataError(
+            f"{data.name}: all {total} steps are labeled {'right' if right else 'wrong'}; both labels are needed"
+        )
     ctx.progress.say(
-        f"{len(examples)} answers, {total:,} steps, {right / total:.0%} of them right"
-        + (f"; {len(lost)} rows set aside" if lost else "")
+        f"{len(examples)} completions, {total:,} steps, {right / total:.0%} of them correct"
+        + (f"; {len(lost)} rows rejected" if lost else "")
     )
     return train_scorer(config, policy, Material(tokenizer, stops, examples, lost, tests, []), ctx, "steps", labels)
 
@@ -77,7 +77,7 @@ def process(
 def steps_of(
     data: Dataset, tokenizer: Any, most: int, *, limit: int = 0, mark: str = ""
 ) -> tuple[list[Answered], dict[str, list[bool]], list[tuple[str, str]]]:
-    """(examples whose weighed tokens end a step each, the labels of each example's steps, rows that cannot be used)."""
+    """Return (examples whose label tokens each end a step, step labels by example id, rejected rows with reasons)."""
     rejected = Rejected()
     made: list[tuple[str, Answered | str]] = []
     labels: dict[str, list[bool]] = {}
@@ -98,19 +98,19 @@ def steps_of(
 def _stepped(tokenizer: Any, id: str, row: Mapping[str, Any], most: int) -> tuple[Answered, list[bool]] | str:
     steps, labels, prompt = row.get("steps", row.get("completions")), row.get("labels"), row.get("prompt")
     if not isinstance(steps, list) or not steps or not all(isinstance(step, str) and step.strip() for step in steps):
-        return "has no list of texts `steps`"
+        return "has no list of strings `steps`"
     if any(BREAK.strip(" ") in step.strip() for step in steps):
-        return "a step has a line break in it, which ends a step"
+        return "a step contains a line break, which is the step separator"
     if (
         not isinstance(labels, list)
         or len(labels) != len(steps)
         or not all(isinstance(label, bool) or label in (0, 1) for label in labels)
     ):
-        return f"`labels` must be true or false for each of {len(steps)} steps"
+        return f"`labels` must be true or false for each of the {len(steps)} steps"
     try:
         turns = (Message("user", prompt),) if isinstance(prompt, str) else messages_from_json(prompt or [])
         if not turns:
-            return "`prompt` is neither a text nor a conversation"
+            return "`prompt` is neither a string nor a conversation"
         begin = render_prompt(tokenizer, turns)
         pieces = [encode(tokenizer, step.strip() + BREAK) for step in steps]
     except (RequestError, ModelError, ValueError, TypeError, AttributeError) as error:
@@ -118,5 +118,5 @@ def _stepped(tokenizer: Any, id: str, row: Mapping[str, Any], most: int) -> tupl
     ids = tuple(token for piece in pieces for token in piece)
     mask = tuple(int(at + 1 == len(piece)) for piece in pieces for at in range(len(piece)))
     if len(begin) + len(ids) > most:
-        return f"{len(begin) + len(ids)} tokens, longer than max_tokens {most}"
+        return f"{len(begin) + len(ids)} tokens, longer than max_length {most}"
     return Answered(id, tuple(begin), (Answer(ids, mask),)), [bool(label) for label in labels]

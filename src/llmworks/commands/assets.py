@@ -1,4 +1,4 @@
-"""`llmworks assets`: list, fetch and find named models and data."""
+"""`llmworks assets`: list, download and locate named models and data."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks assets`."""
-    parser = new_parser("assets", "Named real models and data.", workspace=False, json=False)
+    """Return the parser of `llmworks assets`."""
+    parser = new_parser("assets", "List, download and locate named models and data sets.", workspace=False, json=False)
     below = parser.add_subparsers(required=True, metavar="list|fetch|path")
-    listing = below.add_parser("list", help="all assets, with licence and source")
-    listing.add_argument("--json", action="store_true", help="print the result for programs")
+    listing = below.add_parser("list", help="list all assets with license and source")
+    listing.add_argument("--json", action="store_true", help="print JSON")
     listing.set_defaults(action=list_assets)
     fetch = below.add_parser("fetch", help="download and verify")
     fetch.add_argument("names", nargs="+", metavar="NAME")
     fetch.set_defaults(action=fetch_assets)
-    path = below.add_parser("path", help="where a fetched asset lies")
+    path = below.add_parser("path", help="print the path of a downloaded asset")
     path.add_argument("name", metavar="NAME")
     path.set_defaults(action=print_path)
     return parser
@@ -56,7 +56,7 @@ def list_assets(args: argparse.Namespace) -> None:
         )
         return
     table(
-        ("asset", "kind", "MB", "licence", "here", "source", "what"),
+        ("asset", "kind", "MB", "license", "cached", "source", "description"),
         [
             (
                 a.name,
@@ -86,5 +86,5 @@ def print_path(args: argparse.Namespace) -> None:
 
     asset = assets.get(args.name)
     if not assets.is_cached(asset):
-        raise UserError(f"{args.name} is not in the cache; fetch it with: llmworks assets fetch {args.name}")
+        raise UserError(f"{args.name} is not in the cache; download it with: llmworks assets fetch {args.name}")
     out(str(assets.directory(asset)))

@@ -1,4 +1,4 @@
-"""`llmworks autoeval`: evaluate models on a suite of tasks, and make a leaderboard."""
+"""`llmworks autoeval`: evaluate models on a suite of tasks and build a leaderboard."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks autoeval`."""
+    """Return the parser of `llmworks autoeval`."""
     from llmworks.evaluate.suites import suites
 
     told = "; ".join(f"{name}: {suite.what}" for name, suite in suites().items())
     parser = new_parser(
         "autoeval",
-        "Ask models a suite of tasks, and make the leaderboard of all evaluations in the workspace.",
+        "Evaluate models on a suite of tasks, and build a leaderboard of all evaluations in the workspace.",
     )
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument(
         "--suite",
         default="quick",
         metavar="NAMES",
-        help=f"suites or tasks with commas between; {told}".replace("%", "%%"),
+        help=f"comma-separated suites or tasks; {told}".replace("%", "%%"),
     )
-    parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first rows of each task")
-    parser.add_argument("--out", type=Path, help="name of the leaderboard: a link to it in the workspace's store")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument(
+        "--limit", type=int, default=None, metavar="N", help="evaluate only the first N rows of each task"
+    )
+    parser.add_argument("--out", type=Path, help="link to the leaderboard to create")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     return parser
 
 
@@ -68,14 +70,14 @@ def handle(args: argparse.Namespace) -> None:
         )
         return
     for name, task, why in found.missed:
-        tell(f"  not asked: {name} on {task}: {why}")
+        tell(f"  skipped: {name} on {task}: {why}")
     out(
         f"\nLeaderboard: {short(board.path / 'report.html')}\nModel card section: {short(board.path / 'model-card.md')}"
     )
 
 
 def _score(report: Report) -> dict[str, Any]:
-    """An evaluation, for programs."""
+    """Return an evaluation's JSON summary."""
     return {
         "task": report.about.get("task"),
         "model": report.about.get("model"),

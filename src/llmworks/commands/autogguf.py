@@ -1,4 +1,4 @@
-"""`llmworks autogguf`: `tune frontier` with GGUF files only."""
+"""`llmworks autogguf`: `tune frontier` for GGUF files only."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ __all__ = ["build_parser", "handle"]
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks autogguf`."""
+    """Return the parser of `llmworks autogguf`."""
     return tune_frontier.build_parser("autogguf", ways="gguf-")

@@ -1,4 +1,4 @@
-"""`llmworks autoquant`: `tune frontier` under the name that its users know."""
+"""`llmworks autoquant`: alias of `tune frontier`."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ __all__ = ["build_parser", "handle"]
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks autoquant`."""
+    """Return the parser of `llmworks autoquant`."""
     return tune_frontier.build_parser("autoquant")

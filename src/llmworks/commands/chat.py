@@ -1,4 +1,4 @@
-"""`llmworks chat`: talk to a model."""
+"""`llmworks chat`: chat with a model."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from llmworks.core.errors import UserError
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks chat`."""
+    """Return the parser of `llmworks chat`."""
     parser = new_parser(
         "chat",
-        "Talk to a model. Without a message, a conversation; with one, a single answer.",
+        "Chat with a model: interactively, or a single answer to MESSAGE.",
         json=False,
     )
     parser.add_argument("model")
-    parser.add_argument("message", nargs="?", help="ask once and print the answer")
+    parser.add_argument("message", nargs="?", help="print the answer to this message and exit")
     parser.add_argument("--system", default="", help="system message")
-    parser.add_argument("--tools", type=Path, metavar="FILE", help="JSON list of functions shown to the model")
+    parser.add_argument("--tools", type=Path, metavar="FILE", help="JSON list of tools (functions) for the prompt")
     parser.add_argument("--max-tokens", type=int, default=512)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=None)
     return parser
@@ -48,7 +48,7 @@ def _read_tools(path: Path) -> tuple[dict[str, Any], ...]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no readable JSON list of functions ({error})") from None
+        raise UserError(f"{path}: cannot be read as a JSON list of functions ({error})") from None
     if not isinstance(value, list) or not all(isinstance(t, dict) and "name" in t.get("function", t) for t in value):
         raise UserError(f"{path}: must be a JSON list of functions, each with a name and parameters")
     return tuple(value)

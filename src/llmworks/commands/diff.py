@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks diff`."""
-    parser = new_parser("diff", "Which config fields, parents, files and metrics differ.")
+    """Return the parser of `llmworks diff`."""
+    parser = new_parser("diff", "Show which config fields, parents, files and metrics of two artifacts differ.")
     parser.add_argument("a")
     parser.add_argument("b")
     return parser
@@ -31,6 +31,6 @@ def handle(args: argparse.Namespace) -> None:
     if args.json:
         as_json([{"section": s, "field": f, "a": x, "b": y} for s, f, x, y in rows])
     elif not rows:
-        out(f"{a.name} and {b.name} are the same")
+        out(f"{a.name} and {b.name} are identical")
     else:
         table(("", "field", a.name, b.name), [(s, f, brief(x), brief(y)) for s, f, x, y in rows])

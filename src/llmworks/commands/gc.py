@@ -1,4 +1,4 @@
-"""`llmworks gc`: remove what nothing needs."""
+"""`llmworks gc`: remove unused artifacts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks gc`."""
-    parser = new_parser("gc", "Remove artifacts that no name and no descendant of a name needs.")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would go")
+    """Return the parser of `llmworks gc`."""
+    parser = new_parser("gc", "Remove artifacts that are neither named nor ancestors of a named artifact.")
+    parser.add_argument("--dry-run", action="store_true", help="only list what would be removed")
     parser.add_argument("--scratch", action="store_true", help="also remove checkpoints of interrupted steps")
     return parser
 
@@ -26,7 +26,7 @@ def handle(args: argparse.Namespace) -> None:
     """`llmworks gc`."""
     workspace = workspace_of(args)
     if not workspace.store.is_dir():
-        raise UserError(f"{workspace.root}: no workspace there; name one with --workspace")
+        raise UserError(f"{workspace.root}: not a workspace; set one with --workspace")
     removed = workspace.collect(scratch=args.scratch, dry_run=args.dry_run)
     if args.json:
         as_json([{"path": str(p), "bytes": n} for p, n in removed])

@@ -1,4 +1,4 @@
-"""`llmworks import`: make a recipe of a configuration of another tool."""
+"""`llmworks import`: convert another tool's configuration to a recipe."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from llmworks.core.errors import RecipeError, UserError
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks import`."""
+    """Return the parser of `llmworks import`."""
     parser = new_parser(
         "import",
-        "Make a recipe of a configuration of Axolotl or LLaMA-Factory, and say what became of each of its keys.",
+        "Convert an Axolotl or LLaMA-Factory configuration to a recipe, and report how each key was translated.",
         workspace=False,
     )
-    parser.add_argument("file", type=Path, help="its YAML file")
-    parser.add_argument("--out", type=Path, help="the recipe's file; default: it is printed")
+    parser.add_argument("file", type=Path, help="YAML file of the configuration")
+    parser.add_argument("--out", type=Path, help="recipe file to write; default: standard output")
     return parser
 
 
@@ -31,7 +31,7 @@ def handle(args: argparse.Namespace) -> None:
     from llmworks.runtime.read_recipe import load_recipe
 
     if args.out is not None and args.out.exists():
-        raise UserError(f"{args.out}: is there already; give --out another name")
+        raise UserError(f"{args.out}: already exists; choose another --out")
     if args.out is not None and not args.out.parent.is_dir():
         raise UserError(f"{args.out.parent}: no such directory")
     found = translated(args.file)
@@ -43,10 +43,10 @@ def handle(args: argparse.Namespace) -> None:
             load_recipe(draft)
         except RecipeError as error:
             problems = [line.removeprefix(f"{draft}:") for line in error.problems]
-            missing = [line.partition(": ")[2] for line in problems if ".use: " in line]  # may lie on another machine
+            missing = [line.partition(": ")[2] for line in problems if ".use: " in line]  # may exist on another machine
             if len(missing) < len(problems):
                 raise UserError(
-                    f"{args.file}: makes no recipe that holds: {'; '.join(f'line {line}' for line in problems)}"
+                    f"{args.file}: does not give a valid recipe: {'; '.join(f'line {line}' for line in problems)}"
                 ) from None
         if args.out is not None:
             draft.replace(args.out)
@@ -62,13 +62,13 @@ def handle(args: argparse.Namespace) -> None:
     if args.out is None:
         out(found.text.rstrip())
     for line in missing:
-        print(f"not here: {line}", file=sys.stderr)
+        print(f"not found: {line}", file=sys.stderr)
     for fate in ("lost", "unknown"):
         for note in found.notes:
             if note.fate == fate:
                 print(f"{HEADINGS[note.fate].partition(':')[0].lower()}: {note.key}: {note.text}", file=sys.stderr)
     if args.out is not None:
         out(
-            f"{args.out}: a recipe of {found.tool}'s {args.file.name}; its header says what became of"
-            f" {len(found.notes)} keys\n  llmworks plan {args.out}\n  llmworks run {args.out}"
+            f"{args.out}: recipe converted from {found.tool}'s {args.file.name}; its header lists the translation"
+            f" of {len(found.notes)} keys\n  llmworks plan {args.out}\n  llmworks run {args.out}"
         )

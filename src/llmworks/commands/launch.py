@@ -1,7 +1,7 @@
-"""Several processes of one command on this machine (`--nproc`): each gets its number as torchrun gives it; when one
-dies all stop, with one message.
+"""Launch several processes of one command on this machine (`--nproc`), as torchrun does.
 
-On several machines torchrun does this, with the same command.
+Each gets its rank; when one fails, all are stopped with one error message. For several machines use torchrun with the
+same command.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from collections.abc import Callable, Sequence
 
 from llmworks.core.errors import LlmworksError, UserError, WorkerLost
 
-LAUNCHED = "LLMWORKS_LAUNCHED"  # set in processes whose death is told here
-RANK = re.compile(r"^\[rank\d+\]:")  # before each line of what torch raises
-LOST = 75  # their exit code when they miss another one, which is to blame
+LAUNCHED = "LLMWORKS_LAUNCHED"  # set in processes whose failure is reported by the launcher
+RANK = re.compile(r"^\[rank\d+\]:")  # prefix of torch's error lines
+LOST = 75  # exit code of a process that lost contact with another one, which is the cause
 
 
 def launch(words: Sequence[str], processes: int) -> int:
-    """Run `llmworks WORDS` so many times at once; returns the exit code. Errors: WorkerLost where one was killed."""
+    """Run `llmworks WORDS` in this many processes; return the exit code. WorkerLost when one was killed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -64,10 +64,10 @@ def launch(words: Sequence[str], processes: int) -> int:
             how = (
                 f"process {first} of {processes} was killed (signal {-code})"
                 if code < 0
-                else f"the {processes} processes lost one another"
+                else f"the {processes} processes lost contact with each other"
             )
-            raise WorkerLost(f"{how}; all are stopped. The same command goes on from the last checkpoint")
-        if first:  # what the first process says is seen already
+            raise WorkerLost(f"{how}; all are stopped. Run the same command again to resume from the last checkpoint")
+        if first:  # rank 0's output is shown already
             told[first - 1].seek(0)
             lines = [
                 line
@@ -76,15 +76,17 @@ def launch(words: Sequence[str], processes: int) -> int:
                 )
                 if line
             ]
-            sys.stderr.write(f"process {first} of {processes}: {lines[-1] if lines else 'ended without a word'}\n")
+            sys.stderr.write(
+                f"process {first} of {processes}: {lines[-1] if lines else 'ended without an error message'}\n"
+            )
         return code
 
 
 def _first_to_fail(started: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """The number of the process that is to blame; None when all end well.
+    """Return the rank of the process that caused the failure; None when all end well.
 
-    One that was killed, else the first that found something wrong itself; those that miss another one come last. The
-    failure of one is that of others within moments, and they may end before it.
+    A killed process comes first, then the first that raised an error itself, last those that lost contact with another
+    one. One failure makes others fail within moments, and they may end earlier.
     """
 
     def codes(patience: float, enough: Callable[[Sequence[int | None]], bool]) -> list[int | None]:
@@ -101,7 +103,7 @@ def _first_to_fail(started: Sequence[subprocess.Popen[bytes]]) -> int | None:
 
 
 def _end(started: Sequence[subprocess.Popen[bytes]], patience: float) -> None:
-    """Wait so long for all, then kill what is left."""
+    """Wait this many seconds for all processes, then kill the rest."""
     until = time.monotonic() + patience
     for process in started:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -112,7 +114,7 @@ def _end(started: Sequence[subprocess.Popen[bytes]], patience: float) -> None:
 
 
 def spread(words: Sequence[str]) -> int | None:
-    """The exit code of a command with `--nproc N`, which is run so many times; None for every other command.
+    """Run a command with `--nproc N` in N processes and return the exit code; None for every other command.
 
     Errors: UserError.
     """
@@ -122,15 +124,15 @@ def spread(words: Sequence[str]) -> int | None:
     at = given[-1]
     text = words[at].partition("=")[2] if "=" in words[at] else words[at + 1] if at + 1 < len(words) else ""
     if not text.isdecimal() or not int(text):
-        raise UserError(f"--nproc {text}: it must be a number of processes")
+        raise UserError(f"--nproc {text}: must be a positive integer")
     rest = [*words[:at], *words[at + (1 if "=" in words[at] else 2) :]]
     if int(text) == 1:
         return None
     if "RANK" in os.environ:
-        raise UserError("--nproc is given in a process that torchrun started; leave it out")
+        raise UserError("--nproc cannot be used in a process started by torchrun; remove it")
     return launch(rest, int(text))
 
 
 def is_told(error: LlmworksError) -> bool:
-    """Whether whoever started this process tells of it."""
+    """Return whether the launcher of this process reports the error."""
     return LAUNCHED in os.environ and isinstance(error, WorkerLost)

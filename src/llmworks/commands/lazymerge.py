@@ -1,4 +1,4 @@
-"""`llmworks lazymerge`: write the YAML of a merge, carry it out, score it."""
+"""`llmworks lazymerge`: write a merge's YAML, merge, and evaluate."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from llmworks.commands.session import session_of, tell
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks lazymerge`."""
+    """Return the parser of `llmworks lazymerge`."""
     parser = new_parser(
         "lazymerge",
-        "Write mergekit's YAML for some models, merge them, ask parents and child a suite of tasks, and write the"
-        " child's card.",
+        "Write mergekit's YAML for some models, merge them, evaluate parents and child on a suite of tasks, and"
+        " write the child's model card.",
     )
     parser.add_argument(
         "--models",
         nargs="+",
         required=True,
         metavar="MODEL",
-        help="paths, names in the workspace, asset:NAME, ORG/NAME of the Hub, MODEL+ADAPTER",
+        help="paths, names in the workspace, asset:NAME, ORG/NAME on the Hub, MODEL+ADAPTER",
     )
     parser.add_argument(
         "--method",
@@ -33,34 +33,36 @@ def build_parser() -> Parser:
         "--base",
         default="",
         metavar="MODEL",
-        help="what the models were tuned from, for methods that measure from it; of slerp one of the two",
+        help="base model, for methods that use task vectors; for slerp one of the two models",
     )
     parser.add_argument(
-        "--weights", nargs="+", type=float, metavar="W", help="of the models beside the base; default: the same for all"
+        "--weights", nargs="+", type=float, metavar="W", help="weights of the models without the base; default: equal"
     )
     parser.add_argument(
         "--density",
         type=float,
         default=0.5,
-        help="share of changes that is kept, of methods that drop some (default 0.5)",
+        help="fraction of the delta parameters that is kept, for sparsifying methods (default 0.5)",
     )
-    parser.add_argument("--t", type=float, default=0.5, help="of slerp and nearswap (default 0.5)")
+    parser.add_argument("--t", type=float, default=0.5, help="interpolation factor of slerp and nearswap (default 0.5)")
     parser.add_argument(
         "--suite",
         default="quick",
         metavar="NAMES",
-        help="suites or tasks with commas between; empty: none (default quick)",
+        help="comma-separated suites or tasks; empty: none (default quick)",
     )
-    parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first rows of each task")
-    parser.add_argument("--out", type=Path, required=True, metavar="NAME", help="name of the child")
+    parser.add_argument(
+        "--limit", type=int, default=None, metavar="N", help="evaluate only the first N rows of each task"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="NAME", help="name of the merged model")
     parser.add_argument(
         "--export",
         type=Path,
         metavar="DIR",
-        help="also a directory to upload to the Hub: weights, and a card with the scores",
+        help="also write a directory to upload to the Hub: weights and a model card with the scores",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     return parser
 
 
@@ -75,7 +77,7 @@ def handle(args: argparse.Namespace) -> None:
 
     check_out(args.out)
     if args.export is not None and args.export.exists() and (not args.export.is_dir() or any(args.export.iterdir())):
-        raise UserError(f"{args.export}: is there already, and is not empty; choose another --export")
+        raise UserError(f"{args.export}: already exists and is not empty; choose another --export")
     session = session_of(args)
     config = recipe_of(args.method, args.models, args.base, args.weights or (), args.density, args.t)
     models = found_models(config, {}, session)

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks merge`."""
+    """Return the parser of `llmworks merge`."""
     parser = new_parser(
         "merge",
-        "Merge models by mergekit's YAML. `llmworks stages merge` lists its keys; `llmworks merge STAGE --help` tells"
-        " of the stages of the group.",
+        "Merge models by mergekit's YAML. `llmworks stages merge` lists its keys; `llmworks merge STAGE --help`"
+        " describes the other stages of the group.",
     )
     parser.add_argument(
         "file",
@@ -30,7 +30,7 @@ def build_parser() -> Parser:
         nargs="?",
         help=(
             "YAML: merge_method, models or slices, base_model, parameters ...; models are paths, names in the"
-            " workspace, asset:NAME, ORG/NAME of the Hub, MODEL+ADAPTER"
+            " workspace, asset:NAME, ORG/NAME on the Hub, MODEL+ADAPTER"
         ),
     )
     parser.add_argument(
@@ -38,20 +38,22 @@ def build_parser() -> Parser:
         action="append",
         default=[],
         metavar="NAME=REF",
-        help="what a name in the file stands for, where it is no reference itself",
+        help="reference for a model name in the file that is not a reference itself",
     )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="one key of the file, as parameters.t=0.4"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key of the file, as parameters.t=0.4",
     )
     parser.add_argument(
-        "--plan", action="store_true", help="only say what would be read and written; looks at headers alone"
+        "--plan", action="store_true", help="only show what would be read and written; reads headers only"
     )
-    parser.add_argument("--methods", action="store_true", help="only list the methods with their parameters")
-    parser.add_argument(
-        "--out", type=Path, metavar="NAME", help="name of the result: a link to it in the workspace's store"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the methods that drop at random")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--methods", action="store_true", help="only list the merge methods with their parameters")
+    parser.add_argument("--out", type=Path, metavar="NAME", help="link to the result to create")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the methods that drop parameters at random")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     return parser
 
 
@@ -64,13 +66,13 @@ def handle(args: argparse.Namespace) -> None:
         _methods()
         return
     if args.file is None:
-        raise UserError("a file is missing: mergekit's YAML (llmworks merge FILE --out NAME)")
+        raise UserError("the file is missing: mergekit's YAML (llmworks merge FILE --out NAME)")
     documents, session = read(args.file, args.set), session_of(args)
     given = _given(args, session)
     spare = unnamed(documents, given)
     if spare:
         raise UserError(
-            f"--models {spare}=...: {args.file} names no model {spare!r}; it names"
+            f"--models {spare}=...: {args.file} has no model {spare!r}; it has"
             f" {', '.join(dict.fromkeys(name for document in documents for name in document.config.named()))}"
         )
     if args.plan:
@@ -88,14 +90,14 @@ def handle(args: argparse.Namespace) -> None:
 
 
 def _given(args: argparse.Namespace, session: Session) -> dict[str, Model]:
-    """The models that `--models NAME=REF` gives."""
+    """Return the models of `--models NAME=REF`."""
     from llmworks.core.artifact import Model
 
     given: dict[str, Model] = {}
     for text in args.models:
         name, equals, ref = text.partition("=")
         if not (equals and name and ref):
-            raise UserError(f"--models {text}: write it as NAME=REF, NAME as the file has it")
+            raise UserError(f"--models {text}: write it as NAME=REF, with NAME as in the file")
         found = session.load(ref, name=name)
         if not isinstance(found, Model):
             raise UserError(f"--models {text}: is a {found.kind}, not a model")
@@ -122,32 +124,32 @@ def _print_plan(plan: Plan, json: bool) -> None:
     names = list(dict.fromkeys(name for job in plan.jobs for name, _ in job.sources))
     out(f"{plan.method.name} of {', '.join(names)}\n")
     table(
-        ("stack", "layers", "each layer's first source"),
+        ("stack", "layers", "first source of each layer"),
         [(stack, len(origins), ", ".join(spans(origins))) for stack, origins in plan.layers.items()],
     )
     out(
         f"\n{len(plan.jobs)} tensors; {read_bytes / 1e9:.2f} GB to read, {written / 1e9:.2f} GB to write; about"
-        f" {max(1, round(plan.seconds())):,} s on one core, and what the disk takes."
-        + (f"\nThe method has no parameter {', '.join(plan.unused)}, which the file gives." if plan.unused else "")
+        f" {max(1, round(plan.seconds())):,} s on one core, plus disk time."
+        + (f"\nThe method ignores the file's parameter {', '.join(plan.unused)}." if plan.unused else "")
     )
 
 
 def _methods() -> None:
-    """All methods with their parameters: of the tensor, or of each model, with what they are where none is given."""
+    """Print all methods with their parameters (per tensor or per model) and defaults."""
     from llmworks.merge.plan.catalogue import METHODS
     from llmworks.merge.plan.parameters import REQUIRED, Parameter
 
     def said(one: Parameter) -> str:
         default = "none" if one.default is None else str(one.default).lower()
         of = "" if one.of == "tensor" else ", of each model"
-        return f"{one.name} ({'needed' if one.default is REQUIRED else default}{of})"
+        return f"{one.name} ({'required' if one.default is REQUIRED else default}{of})"
 
     table(
         ("merge_method", "base_model", "parameters (default)"),
         [
             (
                 name,
-                {"required": "needed", "optional": "may be", "none": "any model"}[how.base],
+                {"required": "required", "optional": "optional", "none": "any model"}[how.base],
                 ", ".join(map(said, how.parameters)) or "none",
             )
             for name, how in METHODS.items()

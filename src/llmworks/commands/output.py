@@ -1,4 +1,4 @@
-"""How results are printed: lines and tables for people, JSON for programs."""
+"""Print results: lines and tables, or JSON."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 def out(text: str = "") -> None:
-    """Print a line of result."""
+    """Print one line of the result."""
     print(text)
 
 
 def as_json(value: Any) -> None:
-    """Print a result for programs."""
+    """Print a result as JSON."""
     print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
 
 
 def table(columns: tuple[str, ...], rows: list[Any]) -> None:
-    """Print a plain table; the last column takes what is left of the terminal's width."""
+    """Print a plain table; the last column takes the remaining width of the terminal."""
     from rich.console import Console
     from rich.table import Table
 
@@ -36,29 +36,29 @@ def table(columns: tuple[str, ...], rows: list[Any]) -> None:
 
 
 def short(path: Path) -> Path:
-    """A path as people would write it from here."""
+    """Return a path relative to the current directory, if it is below it."""
     return Path(os.path.relpath(path)) if path.is_relative_to(Path.cwd()) else path
 
 
 def brief(value: Any) -> str:
-    """A value on one line, shortened."""
+    """Return a value on one line, shortened."""
     text = "–" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 70 else text[:69] + "…"
 
 
 def amount(value: float, unit: str) -> str:
-    """A figure with its unit; nothing for zero."""
+    """Format a value with its unit; empty for zero."""
     return f"{value:.0f} {unit}" if value else ""
 
 
 def outcome_json(outcome: Outcome) -> dict[str, Any]:
-    """What a stage made, for programs."""
+    """Return a stage's result for JSON output."""
     artifact = outcome.artifact
     return {"path": str(artifact.path), "digest": artifact.digest, "made": outcome.made, "metrics": artifact.metrics}
 
 
 def print_outcome(stage: str, name: Path | None, outcome: Outcome) -> None:
-    """Print what a stage made, where it is, and what a report wants to be seen at once."""
+    """Print a stage's result: the artifact, its path, and the report's terminal text."""
     from llmworks.core.report import TERMINAL
     from llmworks.runtime.runner import facts
     from llmworks.tokenize.view import without_colours

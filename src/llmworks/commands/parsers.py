@@ -1,4 +1,4 @@
-"""Parsers of commands: errors of one line, options that several commands share."""
+"""Parsers of commands: one-line errors, and options shared by several commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """Argparse whose errors are one line. `fields`: config fields, set by --set; `inputs`: inputs of a stage."""
+    """An argparse parser with one-line errors. `fields`: names that are set by --set."""
 
     fields: Mapping[str, str] = {}
     inputs: tuple[str, ...] = ()
@@ -36,33 +36,37 @@ class Parser(argparse.ArgumentParser):
 
 
 def new_parser(name: str, what: str, *, workspace: bool = True, json: bool = True) -> Parser:
-    """A command's parser, with the options that most commands have."""
+    """Return a command's parser with the common options."""
     parser = Parser(prog=f"llmworks {name}", description=what, allow_abbrev=False)
     if workspace:
         parser.add_argument("--workspace", type=Path, help="default: $LLMWORKS_WORKSPACE, else ./workspace")
     if json:
-        parser.add_argument("--json", action="store_true", help="print the result for programs")
+        parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def add_workers(parser: Parser) -> None:
-    """Options that say where work runs."""
+    """Add the options for workers, processes and trackers."""
     parser.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes for stages that work in parts; changes no result"
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes for stages that work in parts; does not change results",
     )
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where the workers run")
-    parser.add_argument("--address", default="", help="a Ray cluster's address; default: one started here")
+    parser.add_argument("--address", default="", help="address of a Ray cluster; default: start a local one")
     parser.add_argument(
         "--nproc",
         type=int,
         default=1,
         metavar="N",
-        help="processes that train together, on this machine; on several take torchrun",
+        help="processes of a distributed training on this machine; use torchrun for several machines",
     )
     parser.add_argument(
         "--track",
         action="append",
         default=[],
         metavar="TOOL",
-        help="also send metrics to tensorboard, wandb, mlflow or trackio; changes no result",
+        help="also send metrics to tensorboard, wandb, mlflow or trackio; does not change results",
     )

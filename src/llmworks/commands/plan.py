@@ -1,4 +1,4 @@
-"""`llmworks plan`: say what a recipe would run, why, and its time, memory and disk."""
+"""`llmworks plan`: show what a recipe would run, why, and its time, memory and disk space."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks plan`."""
-    parser = new_parser("plan", "What would run, why, and its time, memory and disk. Runs and fetches nothing.")
+    """Return the parser of `llmworks plan`."""
+    parser = new_parser(
+        "plan", "Show what would run, why, and its time, memory and disk space. Runs and downloads nothing."
+    )
     parser.add_argument("recipe", type=Path)
     parser.add_argument(
         "--measure",
         action="store_true",
         dest="measure",
-        help="run a few steps of each training for its time and memory on this machine",
+        help="run a few steps of each training to measure time and memory on this machine",
     )
     parser.add_argument(
         "--processes",
         type=int,
         default=1,
         metavar="N",
-        help="how many train together (--nproc, torchrun), for memory of each",
+        help="number of distributed processes (--nproc, torchrun), for the memory of each",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="STEP.FIELD=VALUE", help="change a config field of a step"
@@ -53,7 +55,7 @@ def handle(args: argparse.Namespace) -> None:
     trainings = _trainings(job, judgements, args)
     judgements = [
         (
-            replace(j, expect=trainings[j.name][1], expect_from="tried here")
+            replace(j, expect=trainings[j.name][1], expect_from="measured with --measure")
             if trainings.get(j.name, (None, None))[1] is not None
             else j
         )
@@ -67,7 +69,7 @@ def handle(args: argparse.Namespace) -> None:
     expected = [j.expect for j in pending if j.expect]
     foreseen = any(e.seconds or e.disk_mb for e in expected)
     out(
-        f"\n{len(pending)} steps to run; nothing is known of their time, memory and disk yet."
+        f"\n{len(pending)} steps to run; their time, memory and disk space are unknown."
         if pending and not foreseen
         else (
             f"\n{len(pending)} steps to run: about {sum(e.seconds for e in expected) / 60:.1f} minutes,"
@@ -79,16 +81,16 @@ def handle(args: argparse.Namespace) -> None:
     unknown = [j.name for j in pending if j.expect is None or not any((j.expect.seconds, j.expect.disk_mb))]
     _say_trainings(trainings)
     if sources:
-        out(f"Figures: {', '.join(sources)}." + (f" Nothing is known of {', '.join(unknown)}." if unknown else ""))
+        out(f"Estimates: {', '.join(sources)}." + (f" Unknown: {', '.join(unknown)}." if unknown else ""))
 
 
-BEFORE = 250_000_000  # bytes of libraries that steps before a training load in the same process, about
+BEFORE = 250_000_000  # approximate memory of libraries that earlier steps load in the same process
 
 
 def _steps_json(
     judgements: list[Judgement], trainings: dict[str, tuple[Estimate, Expect | None]]
 ) -> list[dict[str, Any]]:
-    """The steps, for programs."""
+    """Return the steps for JSON output."""
     known = {
         name: {
             "parameters": t.parameters,
@@ -113,7 +115,7 @@ def _steps_json(
 
 
 def _print_steps(judgements: list[Judgement]) -> None:
-    """The table of steps."""
+    """Print the table of steps."""
     rows = []
     for j in judgements:
         e = j.expect if j.state in ("to run", "waits") else None
@@ -133,13 +135,13 @@ def _print_steps(judgements: list[Judgement]) -> None:
 def _trainings(
     job: Run, judgements: list[Judgement], args: argparse.Namespace
 ) -> dict[str, tuple[Estimate, Expect | None]]:
-    """The trainings that are to run, by step, and what a few of their steps took here where that is asked for."""
+    """Return the estimates of pending trainings by step, with measurements of a few steps if requested."""
     from llmworks.workflows.estimate import estimate_of
 
     if args.processes < 1:
-        raise UserError(f"--processes {args.processes}: it must be a number of processes")
+        raise UserError(f"--processes {args.processes}: must be a positive integer")
     if args.measure and args.processes > 1:
-        raise UserError("--measure runs the steps in one process, here; leave out --processes, or --measure")
+        raise UserError("--measure runs in one local process; remove --processes or --measure")
     found: dict[str, tuple[Estimate, Expect | None]] = {}
     for j in judgements:
         training = (
@@ -159,7 +161,7 @@ def _trainings(
 def _tried(name: str, training: Estimate, before: int) -> Expect:
     from llmworks.runtime.recipe import Expect
 
-    print(f"trying a few steps of {name} ...", file=sys.stderr, flush=True)
+    print(f"running a few steps of {name} ...", file=sys.stderr, flush=True)
     trial = training.attempt()
     size = 4 * training.saved / 1e6
     return Expect(
@@ -174,7 +176,7 @@ def _say_trainings(trainings: dict[str, tuple[Estimate, Expect | None]]) -> None
     for name, (t, tried) in trainings.items():
         known = t.steps > 0
         memory = (
-            f"{tried.memory_mb / 1e3:.2f} GB, tried"
+            f"{tried.memory_mb / 1e3:.2f} GB, measured"
             if tried
             else f"{'about' if known else 'at most'} {t.memory / 1e9:.1f} GB"
         )
@@ -183,18 +185,18 @@ def _say_trainings(trainings: dict[str, tuple[Estimate, Expect | None]]) -> None
                 name,
                 f"{t.parameters:,}",
                 f"{t.learned:,}",
-                f"{t.steps:,}" if known else "not known yet",
+                f"{t.steps:,}" if known else "unknown",
                 f"{t.read:,}" if known else "",
                 f"{t.work:.2g}" if known else "",
                 memory,
             )
         )
     out()
-    table(("training", "parameters", "learned", "steps", "tokens", "operations", "memory of a process"), rows)
+    table(("training", "parameters", "trainable", "steps", "tokens", "operations", "memory per process"), rows)
     if not any(tried for _, tried in trainings.values()):
-        out("Time and memory on this machine: the same command with --measure.")
+        out("Add --measure to measure time and memory on this machine.")
     if not all(t.steps for t, _ in trainings.values()):
         out(
-            "Steps and time are known when the data of a training are made: `run` makes them first, and goes on when it"
-            " was interrupted."
+            "The number of steps is known once the training data exist: `run` makes them first, and resumes after"
+            " an interruption."
         )

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks run`."""
-    parser = new_parser("run", "Run a recipe: skip what is up to date, go on from what was interrupted.")
+    """Return the parser of `llmworks run`."""
+    parser = new_parser("run", "Run a recipe: skip steps that are up to date, resume interrupted ones.")
     parser.add_argument("recipe", type=Path)
     parser.add_argument(
         "--set", action="append", default=[], metavar="STEP.FIELD=VALUE", help="change a config field of a step"
     )
     add_workers(parser)
-    parser.add_argument("--explain", action="store_true", help="say why each step runs or is skipped")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--explain", action="store_true", help="show why each step runs or is skipped")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     return parser
 
 
@@ -61,7 +61,7 @@ def handle(args: argparse.Namespace) -> None:
         )
         return
     out(
-        f"\n{made} steps made, {sum(j.state == 'up to date' for j in done)} up to date."
+        f"\n{made} steps run, {sum(j.state == 'up to date' for j in done)} up to date."
         if made
         else "\nEverything is up to date."
     )

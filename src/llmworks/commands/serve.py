@@ -1,4 +1,4 @@
-"""`llmworks serve`: answer the OpenAI API over HTTP."""
+"""`llmworks serve`: serve the OpenAI API over HTTP."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from llmworks.commands.session import session_of
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks serve`."""
+    """Return the parser of `llmworks serve`."""
     parser = new_parser(
         "serve",
-        "Answer the OpenAI API over HTTP: /v1/models, /v1/chat/completions, /health.",
+        "Serve an OpenAI-compatible API over HTTP: /v1/models, /v1/chat/completions, /health.",
         json=False,
     )
     parser.add_argument("model")

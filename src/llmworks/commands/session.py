@@ -1,4 +1,4 @@
-"""The session that a command's arguments describe: workspace, seed, workers, trackers."""
+"""Create the session of a command from its arguments: workspace, seed, workers, trackers."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from llmworks.runtime.session import Session
 
 
 def workspace_of(args: argparse.Namespace) -> Workspace:
-    """The workspace that the command works in."""
+    """Return the command's workspace."""
     return Workspace(args.workspace or default_workspace())
 
 
 def pool_of(args: argparse.Namespace) -> Pool:
-    """Where the parts of a stage run."""
+    """Return the worker pool."""
     return Pool(args.workers, args.engine, args.address)
 
 
 def tell(line: str) -> None:
-    """Print a line that is no result."""
+    """Print a status line to standard error."""
     print(line, file=sys.stderr, flush=True)
 
 
 def session_of(args: argparse.Namespace) -> Session:
-    """What makes artifacts for a command; of options that it has not the usual values are taken."""
+    """Return the command's session; options that the command does not have keep their defaults."""
     return Session(
         workspace_of(args),
         seed=getattr(args, "seed", None) or 0,

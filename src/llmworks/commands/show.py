@@ -1,4 +1,4 @@
-"""`llmworks show`: where an artifact came from and what was measured."""
+"""`llmworks show`: show an artifact's origin and metrics."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks show`."""
-    parser = new_parser("show", "Where an artifact came from and what was measured.")
+    """Return the parser of `llmworks show`."""
+    parser = new_parser("show", "Show an artifact's origin, config, metrics and files.")
     parser.add_argument("artifact")
     return parser
 
@@ -32,7 +32,7 @@ def handle(args: argparse.Namespace) -> None:
     out(f"{artifact.name}: {m.kind} {m.digest[:12]}")
     out(f"  at        {artifact.path}")
     made = f"{m.stage} (revision {m.revision}, {m.derivation})" if m.stage else ""
-    out(f"  made by   {made or f'from outside: {artifact.ref or artifact.path}'}")
+    out(f"  made by   {made or f'external: {artifact.ref or artifact.path}'}")
     if m.started:
         out(
             f"  when      {m.started} to {m.finished[:19]}, seed {m.seed}, {m.threads} threads on"

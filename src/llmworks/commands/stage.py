@@ -1,4 +1,4 @@
-"""`llmworks GROUP STAGE`: run one stage, outside a recipe."""
+"""`llmworks GROUP STAGE`: run a single stage outside a recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def build_parser(stage: ResolvedStage) -> Parser:
-    """The arguments of a stage: its inputs by name, its fields by --set and --config."""
+    """Return a stage's parser: inputs by name, fields by --set and --config."""
     from llmworks.runtime.config_help import config_help
 
     known_fields = config_help(stage.config)
@@ -46,25 +46,25 @@ def build_parser(stage: ResolvedStage) -> Parser:
             metavar="KEY=REF" if item.shape == "dict" else "REF",
             help=item.describe(),
         )
-    made.add_argument("refs", nargs="*", metavar="REF", help="the inputs in their order, in place of their names")
+    made.add_argument("refs", nargs="*", metavar="REF", help="inputs in order, instead of by name")
     made.add_argument("--config", type=Path, help="YAML file of config fields")
-    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one config field")
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set one config field")
     made.add_argument(
         "--out",
         type=Path,
         metavar="NAME",
-        help="name of the result: a link to it in the workspace's store; a report needs none",
+        help="link to the result to create; optional for a report",
     )
     made.add_argument("--seed", type=int, default=0)
     add_workers(made)
     made.add_argument("--workspace", type=Path, help="default: $LLMWORKS_WORKSPACE, else ./workspace")
-    made.add_argument("--quiet", action="store_true", help="no progress")
-    made.add_argument("--json", action="store_true", help="print the result for programs")
+    made.add_argument("--quiet", action="store_true", help="show no progress")
+    made.add_argument("--json", action="store_true", help="print JSON")
     return made
 
 
 def _usage(item: Input) -> str:
-    """An input in a line of usage: in brackets where it may be left out, with dots where it may be given again."""
+    """Return an input's usage: in brackets if optional, with dots if repeatable."""
     text = (
         f"--{item.name.replace('_', '-')}"
         f" {'KEY=REF' if item.shape == 'dict' else 'REF'}{'' if item.shape == 'one' else ' ...'}"
@@ -73,7 +73,7 @@ def _usage(item: Input) -> str:
 
 
 def parse(stage: ResolvedStage, words: list[str]) -> argparse.Namespace:
-    """Parse a stage's arguments; references without a name are its inputs in their order."""
+    """Parse a stage's arguments; positional references are its inputs in order."""
     made = build_parser(stage)
     args = made.parse_intermixed_args(words)
     free = [
@@ -82,11 +82,9 @@ def parse(stage: ResolvedStage, words: list[str]) -> argparse.Namespace:
         if item.shape == "one" and not getattr(args, f"input_{item.name}")
     ]
     if len(args.refs) > len(free):
-        many = next(
-            (f"; --{name} is given again for each" for name, item in stage.inputs.items() if item.shape != "one"), ""
-        )
+        many = next((f"; repeat --{name} for each" for name, item in stage.inputs.items() if item.shape != "one"), "")
         made.error(
-            f"{args.refs[len(free)]!r} is one word too many; inputs:"
+            f"unexpected argument {args.refs[len(free)]!r}; inputs:"
             f" {', '.join(f'--{name}' for name in stage.inputs)}{many}"
         )
     for name, ref in zip(free, args.refs, strict=False):
@@ -111,7 +109,7 @@ def handle(stage: ResolvedStage, args: argparse.Namespace) -> None:
     if args.out is not None:
         before = session.workspace.link_out(args.out, outcome.artifact)
         if before is not None and before.kind != outcome.artifact.kind:
-            tell(f"  {args.out} named a {before.kind} until now, which is still there: {short(before.path)}")
+            tell(f"  {args.out} linked to a {before.kind} before, which still exists: {short(before.path)}")
     if args.json:
         as_json(outcome_json(outcome))
     else:
@@ -122,7 +120,7 @@ def handle(stage: ResolvedStage, args: argparse.Namespace) -> None:
 
 
 def _fields(args: argparse.Namespace) -> dict[str, Any]:
-    """Config fields of --config, changed by --set. UserError, in one line, for what is neither."""
+    """Return the config fields of --config, overridden by --set. UserError for invalid values."""
     import yaml
 
     from llmworks.runtime.overrides import assign
@@ -149,7 +147,7 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _inputs(stage: ResolvedStage, args: argparse.Namespace, session: Session) -> dict[str, Any]:
-    """The artifacts behind the references that were given, by input.
+    """Return the artifacts behind the given references, by input.
 
     UserError for one of the wrong kind, without a name, or too many.
     """
@@ -165,7 +163,7 @@ def _inputs(stage: ResolvedStage, args: argparse.Namespace, session: Session) ->
         named = [ref.partition("=") if wanted.shape == "dict" else ("", "", ref) for ref in refs]
         unnamed = next((ref for ref, (key, _, rest) in zip(refs, named, strict=True) if not (key and rest)), None)
         if wanted.shape == "dict" and unnamed is not None:
-            raise UserError(f"--{name} {unnamed}: give it a name, as in --{name} NAME={unnamed.strip('=') or 'REF'}")
+            raise UserError(f"--{name} {unnamed}: name is missing, write --{name} NAME={unnamed.strip('=') or 'REF'}")
         keys = [key for key, _, _ in named]
         if wanted.shape == "dict" and len(set(keys)) < len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)

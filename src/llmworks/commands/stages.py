@@ -1,4 +1,4 @@
-"""`llmworks stages`: the stage table, or one stage with its inputs and fields."""
+"""`llmworks stages`: list the stages, or describe one with its inputs and fields."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks stages`."""
-    parser = new_parser("stages", "The stage table, or one stage with its inputs and fields.", workspace=False)
+    """Return the parser of `llmworks stages`."""
+    parser = new_parser("stages", "List the stages, or describe one with its inputs and fields.", workspace=False)
     parser.add_argument("name", nargs="?")
-    parser.add_argument("--schema", action="store_true", help="a JSON schema of recipes, for editors")
+    parser.add_argument("--schema", action="store_true", help="print a JSON schema of recipes, for editors")
     return parser
 
 
@@ -39,7 +39,7 @@ def handle(args: argparse.Namespace) -> None:
         )
         table(("input", "takes"), [(i.name, i.describe()) for i in stage.inputs.values()])
         out()
-        table(("config", "type", "what"), config_help(stage.config))
+        table(("field", "type and default", "description"), config_help(stage.config))
         return
     known = {name: stage for name, stage in stage_table().items() if not stage.internal}
     if args.json:
@@ -51,6 +51,6 @@ def handle(args: argparse.Namespace) -> None:
         )
         return
     table(
-        ("stage", "revision", "derivation", "what"),
+        ("stage", "revision", "derivation", "summary"),
         [(name, s.revision, s.derivation, s.summary) for name, s in sorted(known.items())],
     )

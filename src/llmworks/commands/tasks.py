@@ -1,4 +1,4 @@
-"""`llmworks tasks`: the built-in tasks and suites."""
+"""`llmworks tasks`: list the built-in tasks and suites."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks tasks`."""
-    parser = new_parser("tasks", "The built-in tasks and suites, or one task as YAML.", workspace=False)
-    parser.add_argument("name", nargs="?", help="a task, or a YAML file of one")
-    parser.add_argument("--harness", action="store_true", help="the task as the lm-evaluation-harness has it")
+    """Return the parser of `llmworks tasks`."""
+    parser = new_parser(
+        "tasks", "List the built-in evaluation tasks and suites, or print one task as YAML.", workspace=False
+    )
+    parser.add_argument("name", nargs="?", help="task name or YAML file")
+    parser.add_argument("--harness", action="store_true", help="print the task in the format of lm-evaluation-harness")
     return parser
 
 
@@ -39,7 +41,7 @@ def handle(args: argparse.Namespace) -> None:
             out(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=140).rstrip())
         return
     if args.harness:
-        raise UserError("name the task that is to be written for the lm-evaluation-harness")
+        raise UserError("--harness needs the name of a task")
     found = {name: load_task(name) for name in task_names()}
     if args.json:
         as_json(
@@ -50,7 +52,7 @@ def handle(args: argparse.Namespace) -> None:
         )
         return
     table(
-        ("task", "kind", "score", "data", "what"),
+        ("task", "kind", "score", "data", "description"),
         [(n, t.kind, t.metrics[0].name, t.data, t.what) for n, t in found.items()],
     )
     out()
@@ -58,7 +60,7 @@ def handle(args: argparse.Namespace) -> None:
 
 
 def _on_disk(fields: dict[str, Any]) -> dict[str, Any]:
-    """A task of the harness whose files are paths: it knows none of our references."""
+    """Replace references by file paths in a task for the lm-evaluation-harness, which cannot resolve them."""
     from llmworks.data.readers.source import find_files
     from llmworks.runtime.session import load
 

@@ -1,4 +1,4 @@
-"""`llmworks train selftest`: check the configuration of a recipe's trainings on a shrunken model."""
+"""`llmworks train selftest`: check a recipe's training configuration on a shrunken model."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks train selftest`."""
+    """Return the parser of `llmworks train selftest`."""
     parser = new_parser(
         "train selftest",
-        "Does the configuration of a recipe's trainings hold? Each, on a shrunken model and its first rows, in"
-        " seconds.",
+        "Check the configuration of a recipe's trainings in seconds, each on a shrunken model and its first rows.",
     )
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("step", nargs="?", help="one of its trainings; default: all")
+    parser.add_argument("step", nargs="?", help="a training step; default: all")
     parser.add_argument(
         "--set", action="append", default=[], metavar="STEP.FIELD=VALUE", help="change a config field of a step"
     )
@@ -51,29 +50,29 @@ def handle(args: argparse.Namespace) -> None:
         as_json({name: [c.__dict__ for c in checks] for name, checks in found.items()})
     wrong = [f"{name}: {c.what}: {c.detail}" for name, checks in found.items() for c in checks if not c.holds]
     if wrong:
-        raise GateFailed(f"{len(wrong)} of {sum(map(len, found.values()))} checks do not hold; the first is {wrong[0]}")
+        raise GateFailed(f"{len(wrong)} of {sum(map(len, found.values()))} checks failed; the first is {wrong[0]}")
 
 
 def _trainings(job: Run, args: argparse.Namespace) -> dict[str, Training | Tuning]:
-    """The trainings to check, by step. UserError where there is none, or one that cannot run."""
+    """Return the trainings to check, by step. UserError where there is none, or one that cannot run."""
     from llmworks.train.estimate.pretrain import Training
     from llmworks.workflows.estimate import training_of
 
     found = {name: training_of(job.recipe, job.found, name) for name in job.recipe.steps}
     trainings = {
         name: t for name, t in found.items() if t is not None and (isinstance(t, Training) or t.ready)
-    }  # a fine-tuning is tested on its rows, which must be there
+    }  # a fine-tuning is checked on its data, which must exist
     if args.step:
         if args.step not in trainings:
             raise UserError(
-                f"{args.recipe}: {args.step!r} is no training whose model is known; there are"
+                f"{args.recipe}: {args.step!r} is not a training whose model is known; there are"
                 f" {', '.join(trainings) or 'none'}"
             )
         trainings = {args.step: trainings[args.step]}
     if not trainings:
         raise UserError(
-            f"{args.recipe}: has no training whose model is known (model.new, model.recurrent, or one that was made; of"
-            " train.sft its data, too)"
+            f"{args.recipe}: no training whose model is known (model.new, model.recurrent, or an existing one;"
+            " train.sft also needs its data)"
         )
     for name, training in trainings.items():
         try:
@@ -93,8 +92,8 @@ def _check(job: Run, name: str, training: Training | Tuning, *, quiet: bool) -> 
     data = job.found.get(str(job.recipe.steps[name].inputs["data"]))  # type: ignore[union-attr]
     rows = data if isinstance(data, Dataset) else None
     if not quiet:
-        told = "its first rows" if rows is not None else "rows that are drawn, since its own are not made yet"
-        out(f"{name}: {told}, a model of {getattr(training.shape, 'kind', 'its switches')}, shrunken")
+        told = "its first rows" if rows is not None else "random rows, since its data do not exist yet"
+        out(f"{name}: {told}, a shrunken model of kind {getattr(training.shape, 'kind', 'decoder')}")
     found: list[Check] = []
     checks = (
         selftest(training.config, training.shape, rows)
@@ -111,7 +110,7 @@ def _check(job: Run, name: str, training: Training | Tuning, *, quiet: bool) -> 
 
 
 def checks_of_tuning(tuning: Tuning, rows: Dataset | None) -> Iterator[Check]:
-    """The checks of a fine-tuning."""
+    """Yield the checks of a fine-tuning."""
     from llmworks.core.artifact import MANIFEST, Model, load
     from llmworks.train.selftest.finetune import selftest_sft
 

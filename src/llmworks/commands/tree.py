@@ -1,4 +1,4 @@
-"""`llmworks tree`: the family tree."""
+"""`llmworks tree`: show the family tree."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks tree`."""
-    parser = new_parser("tree", "The family tree of the workspace, or of one artifact and its ancestors.")
+    """Return the parser of `llmworks tree`."""
+    parser = new_parser("tree", "Show the family tree of the workspace, or of one artifact and its ancestors.")
     parser.add_argument("artifact", nargs="?")
     parser.add_argument(
         "--candidates",
         action="append",
         default=[],
         metavar="REF",
-        help="models that the artifact, a model, may be made of: its weights are asked",
+        help="possible parent models of the artifact, a model; compared by their weights",
     )
     parser.add_argument(
         "--models",
         action="store_true",
-        help="only models, adapters and tokenizers; what stood between them is passed over",
+        help="show only models, adapters and tokenizers",
     )
     for kind, what in (
-        ("html", "a page to zoom and search"),
-        ("svg", "a drawing"),
-        ("png", "a picture"),
+        ("html", "an HTML page with zoom and search"),
+        ("svg", "an SVG drawing"),
+        ("png", "a PNG image"),
         ("mermaid", "Mermaid, for Markdown"),
     ):
         parser.add_argument(f"--{kind}", metavar="FILE", help=f"also write it as {what}")
@@ -92,18 +92,18 @@ def handle(args: argparse.Namespace) -> None:
             write(Path(file))
     out(draw_text(family))
     for line in warnings:
-        out(f"licences: {line}")
+        out(f"licenses: {line}")
 
 
 def _find_parents(session: Session, chosen: Artifact | None, among: Sequence[Artifact]) -> None:
-    """Compare a model's weights with those of models that it may be made of; the tree shows what is found."""
+    """Compare a model's weights with those of possible parents; the tree shows what is found."""
     from llmworks.core.artifact import Model
 
     strange = next((one for one in [chosen, *among] if not isinstance(one, Model)), None)
     if chosen is None:
         raise UserError(
-            "--candidates: give the model whose parents are looked for first: llmworks tree MODEL --candidates REF"
+            "--candidates: the model whose parents are searched is missing: llmworks tree MODEL --candidates REF"
         )
     if strange is not None:
-        raise UserError(f"--candidates: {strange.name} is no model")
+        raise UserError(f"--candidates: {strange.name} is not a model")
     session.make("merge.find_parents", child=chosen, candidates=among)

@@ -1,4 +1,4 @@
-"""`llmworks tune evolve`: search the numbers of a merge by CMA-ES."""
+"""`llmworks tune evolve`: search the parameters of a merge by CMA-ES."""
 
 from __future__ import annotations
 
@@ -11,42 +11,47 @@ from llmworks.commands.session import session_of, tell
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks tune evolve`."""
+    """Return the parser of `llmworks tune evolve`."""
     parser = new_parser(
         "tune evolve",
-        "The numbers of a merge by CMA-ES: each attempt is merged and asked; the best is kept, and asked other tasks,"
-        " too.",
+        "Search the parameters of a merge by CMA-ES: each attempt is merged and evaluated; the best is kept and"
+        " evaluated on held-out tasks.",
     )
     parser.add_argument(
         "file",
         type=Path,
-        help="mergekit's YAML; its weights, densities, t and lambda are searched from the values that it has",
+        help="mergekit's YAML; weights, densities, t and lambda are searched, starting from its values",
     )
     parser.add_argument(
         "--suite",
         default="",
         metavar="NAMES",
-        help="suites or tasks with commas between, by whose mean score it is searched",
+        help="comma-separated suites or tasks; their mean score is maximized",
     )
     parser.add_argument(
-        "--holdout-suite", default="", metavar="NAMES", help="others that parents and child are asked at the end"
+        "--holdout-suite",
+        default="",
+        metavar="NAMES",
+        help="held-out suites or tasks, on which parents and child are evaluated at the end",
     )
-    parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first rows of each task")
-    parser.add_argument("--attempts", type=int, default=40, metavar="N", help="merges at least (default 40)")
-    parser.add_argument("--population", type=int, default=8, metavar="N", help="merges of a generation (default 8)")
+    parser.add_argument(
+        "--limit", type=int, default=None, metavar="N", help="evaluate only the first N rows of each task"
+    )
+    parser.add_argument("--attempts", type=int, default=40, metavar="N", help="minimum number of merges (default 40)")
+    parser.add_argument("--population", type=int, default=8, metavar="N", help="merges per generation (default 8)")
     parser.add_argument(
         "--gradient",
         type=int,
         default=1,
         metavar="N",
-        help="weights and t at so many points over the layers, in place of one",
+        help="number of points over the layers for weights and t (default 1)",
     )
-    parser.add_argument("--negative", action="store_true", help="weights may be below 0")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one key of the file")
+    parser.add_argument("--negative", action="store_true", help="allow negative weights")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="name of the page")
+    parser.add_argument("--out", type=Path, help="name of the report")
     parser.add_argument("--out-model", type=Path, metavar="NAME", help="name of the best merge")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     return parser
 
 
@@ -66,7 +71,7 @@ def handle(args: argparse.Namespace) -> None:
     config = documents[0].config
     if len(documents) > 1 or not isinstance(config, MergeConfig):
         raise UserError(
-            f"{args.file}: one merge is evolved, this holds {'several' if len(documents) > 1 else 'experts'}"
+            f"{args.file}: must contain one merge, it contains {'several' if len(documents) > 1 else 'experts'}"
         )
     models = found_models(config, {}, session)
     held = items_of(args.holdout_suite, args.limit) if args.holdout_suite else ()
@@ -94,5 +99,6 @@ def handle(args: argparse.Namespace) -> None:
     out(
         f"\nBest: {told['best']['score']:.4g} "
         f" {'  '.join(f'{name} {value:g}' for name, value in told['best']['values'].items())}\nModel:"
-        f" {short(args.out_model if args.out_model is not None else child.path)}\nReport: {short(page.path / 'report.html')}"
+        f" {short(args.out_model if args.out_model is not None else child.path)}\nReport:"
+        f" {short(page.path / 'report.html')}"
     )

@@ -1,4 +1,4 @@
-"""`llmworks tune frontier`: quantize a model in many ways, and compare them."""
+"""`llmworks tune frontier`: quantize a model by many methods, and compare them."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from llmworks.commands.session import session_of, tell
 
 
 def build_parser(name: str = "tune frontier", ways: str = "", suite: str = "") -> Parser:
-    """The arguments of `llmworks tune frontier`, and of commands that are the same with other defaults."""
+    """Return the parser of `llmworks tune frontier`, and of its aliases with other defaults."""
     parser = new_parser(
         name,
-        "Quantize a model in many ways, and say what each takes and what it costs. What was killed goes on.",
+        "Quantize a model by many methods, and compare size, quality loss, speed and skills. Resumes after an"
+        " interruption.",
     )
     parser.add_argument("model")
     parser.add_argument(
         "--data",
         required=True,
         metavar="REF",
-        help="conversations or texts of what the model is for: to calibrate by, and others to measure on",
+        help="conversations or documents of the model's domain, for calibration and held-out evaluation",
     )
     parser.add_argument(
         "--methods",
         default=ways,
         metavar="NAMES",
         help=(
-            "ways with commas between, or how their names begin (gptq, gguf-q4 ...); default: all"
+            "comma-separated methods or prefixes of their names (gptq, gguf-q4 ...); default: all"
             if not ways
-            else "which GGUF files; default: all"
+            else "comma-separated GGUF types or prefixes; default: all"
         ),
     )
     parser.set_defaults(only=ways)
@@ -38,31 +39,31 @@ def build_parser(name: str = "tune frontier", ways: str = "", suite: str = "") -
         "--suite",
         default=suite,
         metavar="NAMES",
-        help="suites or tasks with commas between, that all are asked; default: none",
+        help="comma-separated suites or tasks on which all are evaluated; default: none",
     )
-    parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first rows of each task")
+    parser.add_argument(
+        "--limit", type=int, default=None, metavar="N", help="evaluate only the first N rows of each task"
+    )
     parser.add_argument(
         "--budget",
         type=float,
         default=None,
         metavar="MB",
-        help="megabytes that the files may have: the nearest to the model within it is recommended",
+        help="maximum file size in megabytes: the model with the lowest KL divergence within it is recommended",
     )
     parser.add_argument(
         "--num-calibration-samples",
         type=int,
         default=128,
         metavar="N",
-        help="texts of 512 tokens to calibrate by (default 128)",
+        help="calibration samples of 512 tokens (default 128)",
     )
     parser.add_argument(
-        "--eval-samples", type=int, default=16, metavar="N", help="texts of 512 tokens to measure on (default 16)"
+        "--eval-samples", type=int, default=16, metavar="N", help="held-out samples of 512 tokens (default 16)"
     )
-    parser.add_argument("--out", type=Path, help="name of the page: a link to it in the workspace's store")
-    parser.add_argument(
-        "--out-model", type=Path, metavar="NAME", help="name of the model that is recommended: a link to it"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--out", type=Path, help="link to the report to create")
+    parser.add_argument("--out-model", type=Path, metavar="NAME", help="link to the recommended model to create")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     return parser
 
 
@@ -81,18 +82,18 @@ def handle(args: argparse.Namespace) -> None:
     session, ways = session_of(args), ways_of([name for name in args.methods.split(",") if name])
     strange = next((name for name in ways if not name.startswith(args.only)), None)
     if strange is not None:
-        raise UserError(f"autogguf tries GGUF files only, not {strange}; take tune frontier")
+        raise UserError(f"autogguf supports GGUF files only, not {strange}; use tune frontier")
     model, data = session.load(args.model), session.load(args.data)
     if not isinstance(model, Model):
         raise UserError(f"{args.model}: is a {model.kind}, not a model")
     if not isinstance(data, Dataset):
-        raise UserError(f"{args.data}: is a {data.kind}; --data wants conversations or texts of what the model is for")
+        raise UserError(f"{args.data}: is a {data.kind}; --data needs conversations or documents of the model's domain")
     if args.num_calibration_samples < 1 or args.eval_samples < 1:
-        raise UserError("--num-calibration-samples and --eval-samples must be above 0")
+        raise UserError("--num-calibration-samples and --eval-samples must be greater than 0")
     if args.limit is not None and args.limit < 1:
-        raise UserError("--limit must be above 0")
+        raise UserError("--limit must be greater than 0")
     if args.budget is not None and not 0 < args.budget < float("inf"):
-        raise UserError(f"--budget {args.budget:g}: must be a number of megabytes above 0")
+        raise UserError(f"--budget {args.budget:g}: must be a number of megabytes greater than 0")
     items = items_of(args.suite, args.limit) if args.suite else ()
     job = Frontier(model, data, session, items, args.num_calibration_samples, args.eval_samples, say=tell)
     page, chosen = run(job, ways, None if args.budget is None else args.budget * 1e6)
@@ -112,7 +113,7 @@ def handle(args: argparse.Namespace) -> None:
         return
     best = told["recommended"]
     out(
-        f"\n{best['name']}: {best['bytes'] / 1e6:,.1f} MB, {best['kl']:.4f} nats a token away"
+        f"\n{best['name']}: {best['bytes'] / 1e6:,.1f} MB, KL divergence {best['kl']:.4f} nats per token"
         + (f"\nModel: {short(args.out_model if args.out_model is not None else chosen.path)}" if chosen else "")
         + f"\nReport: {short(page.path / 'report.html')}"
     )

@@ -1,4 +1,4 @@
-"""`llmworks tune sweep`: search the values of a recipe's fields."""
+"""`llmworks tune sweep`: search hyperparameters of a recipe."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from llmworks.commands.session import session_of, tell
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks tune sweep`."""
+    """Return the parser of `llmworks tune sweep`."""
     parser = new_parser(
         "tune sweep",
-        "Look for the best values of a recipe's fields: each trial is a run of it with others. What was killed"
-        " goes on.",
+        "Search the best values of a recipe's config fields: each trial runs it with other values. Resumes after"
+        " an interruption.",
     )
     parser.add_argument("recipe", type=Path)
     parser.add_argument(
@@ -23,7 +23,9 @@ def build_parser() -> Parser:
         type=Path,
         help="YAML file: metric (STEP.METRIC), direction, fields (STEP.FIELD to choices, or low and high), trials",
     )
-    parser.add_argument("--trials", type=int, default=None, metavar="N", help="how many in all, in place of the file's")
+    parser.add_argument(
+        "--trials", type=int, default=None, metavar="N", help="total number of trials, overrides the file's"
+    )
     parser.add_argument(
         "--set",
         action="append",

@@ -1,4 +1,4 @@
-"""`llmworks verify`: check files, derive exact steps again, replay golden tokens."""
+"""`llmworks verify`: check files, reproduce exact steps, replay golden tokens."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> Parser:
-    """The arguments of `llmworks verify`."""
+    """Return the parser of `llmworks verify`."""
     parser = new_parser(
         "verify",
-        "Check files of an artifact and its ancestors, and derive exact steps again; or replay golden tokens.",
+        "Check the files of an artifact and its ancestors, and reproduce exact steps; or replay golden tokens.",
     )
     parser.add_argument("artifact")
     parser.add_argument(
@@ -33,8 +33,8 @@ def build_parser() -> Parser:
         type=float,
         default=None,
         help=(
-            "with --golden: how far logits may be away on average (default: by the type of a GGUF file, 0.3 where it is"
-            " not known; else 0.05)"
+            "with --golden: maximum mean logit difference in nats (default: by the type of a GGUF file, 0.3 if"
+            " unknown; by the bits of a quantized model; else 0.05)"
         ),
     )
     return parser
@@ -49,7 +49,7 @@ def handle(args: argparse.Namespace) -> None:
         golden(args)
         return
     if args.engine:
-        raise UserError(f"{args.engine!r} is one word too many; an engine is given with --golden")
+        raise UserError(f"unexpected argument {args.engine!r}; an engine needs --golden")
     session = session_of(args)
     chosen = session.load(args.artifact)
     family = family_with(session.workspace, chosen)
@@ -77,7 +77,7 @@ def handle(args: argparse.Namespace) -> None:
     wrong = [f for f in findings if not f.ok]
     if wrong:
         raise GateFailed(
-            f"{len(wrong)} of {len(findings)} artifacts do not verify; the first is {wrong[0].node.label}:"
+            f"{len(wrong)} of {len(findings)} artifacts failed verification; the first is {wrong[0].node.label}:"
             f" {wrong[0].detail}"
         )
 
@@ -93,12 +93,12 @@ def golden(args: argparse.Namespace) -> None:
     other = session.load(args.engine) if args.engine else model
     for artifact in (model, other):
         if not isinstance(artifact, (Model, Adapter)):
-            raise UserError(f"{artifact.name}: is a {artifact.kind}; golden tokens are those of a model")
+            raise UserError(f"{artifact.name}: is a {artifact.kind}; only models and adapters have golden tokens")
     recorded = model.golden
     if recorded is None:
         if other is model or not isinstance(model, Model) or model.format != "hf":
             raise UserError(
-                f"{model.name}: has no golden tokens recorded; name the model that it should agree with first: llmworks"
+                f"{model.name}: no golden tokens recorded; put the model it should agree with first: llmworks"
                 f" verify --golden MODEL {args.artifact}"
             )
         recorded = record(model.path)
@@ -127,9 +127,7 @@ def golden(args: argparse.Namespace) -> None:
 
 
 def _bound(other: Any) -> float:
-    """How far golden logits may be away on average: by what its kind of quantization may move them; of a GGUF file of
-    an unknown type 0.3.
-    """
+    """Return the allowed mean logit difference by the type of quantization; 0.3 for an unknown GGUF type."""
     from llmworks.model.from_gguf import type_of
     from llmworks.quantize.config import allowed
     from llmworks.quantize.llamacpp.config import bound_of

@@ -1,9 +1,7 @@
-"""Artifacts: a directory in the ecosystem's own format plus `manifest.json`, published atomically and immutable
-afterwards.
+"""Artifacts: a directory in its ecosystem's own format plus `manifest.json`, published atomically, then immutable.
 
-Model, Adapter, Tokenizer, Dataset, Index and Report differ in what the directory holds; the manifest is one. Its
-presence means
-complete: it is written last, into a temporary directory that is then renamed. Knows no stage and no recipe.
+Model, Adapter, Tokenizer, Dataset, Index and Report differ in what the directory holds; the manifest has one schema. A
+manifest means complete: it is written last, into a temporary directory that is then renamed.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ Derivation = Literal["exact", "exact-on-this-platform", "declared"]
 
 
 class Config(BaseModel):
-    """Base of every stage's configuration: frozen, no unknown keys; a field's description is its help."""
+    """Base of every stage's config: frozen, no unknown keys; a field's description is its help text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
@@ -36,74 +34,73 @@ class Config(BaseModel):
         return super().model_copy(update=update, deep=deep)
 
     def reads(self) -> tuple[str, ...]:
-        """Files that a stage reads because its config names them: what is in them decides what is made, too."""
+        """Return the files that the config names and the stage reads: their contents are part of the step key."""
         return ()
 
 
 class GoldenConversation(Config):
-    """One conversation with its exact ids, its loss mask, and the largest next-token logits at some positions."""
+    """A conversation with its exact token ids, loss mask, and the largest next-token logits at some positions."""
 
-    messages: list[dict[str, Any]] = Field(description="stored form of the conversation; empty when `text` is given")
-    tools: list[dict[str, Any]] = Field(default=[], description="functions shown to the model")
-    text: str = Field("", description="plain text, for a model without a template")
-    ids: list[int] = Field(description="token ids as rendered")
-    mask: list[int] = Field(description="1 where a token is learned")
-    positions: list[int] = Field(description="indices into ids after which logits were taken")
+    messages: list[dict[str, Any]] = Field(description="JSON form of the conversation; empty when `text` is given")
+    tools: list[dict[str, Any]] = Field(default=[], description="functions in the prompt")
+    text: str = Field("", description="plain text, for a model without a chat template")
+    ids: list[int] = Field(description="token ids of the rendered conversation")
+    mask: list[int] = Field(description="loss mask: 1 where a token is trained on")
+    positions: list[int] = Field(description="indices into `ids` after which logits are recorded")
     top_ids: list[list[int]] = Field(description="per position, the ids of the 32 largest logits, largest first")
     top_logits: list[list[float]] = Field(description="per position, the logits of `top_ids`")
 
 
 class Golden(Config):
-    """What a model must replay after every step: conversations and stop ids."""
+    """Golden tokens: conversations and stop ids that a model must reproduce after every step."""
 
-    conversations: list[GoldenConversation] = Field(description="a handful, each short")
-    stop_ids: list[int] = Field(description="ids that end a turn")
+    conversations: list[GoldenConversation] = Field(description="a few short conversations")
+    stop_ids: list[int] = Field(description="stop token ids")
 
 
 class Parent(Config):
-    """An artifact that a step consumed, by the role it played."""
+    """An artifact that a step consumed, with its role."""
 
     role: str = Field(description="name of the stage's input, with [key] for a list or dict")
-    name: str = Field(description="how people call it: a step's name or a reference")
+    name: str = Field(description="display name: a step's name or a reference")
     kind: str = Field(description="artifact kind")
     digest: str = Field(description="the parent's digest, hexadecimal")
-    ref: str = Field(description="reference that finds it again outside the workspace; empty for a step's result")
+    ref: str = Field(description="reference to find it outside the workspace; empty for a step's result")
 
 
 class FileEntry(Config):
     """One file of an artifact."""
 
-    sha256: str = Field(description="digest of its bytes")
-    bytes: int = Field(description="its size")
+    sha256: str = Field(description="SHA-256 of its bytes")
+    bytes: int = Field(description="size in bytes")
 
 
 class Manifest(Config):
-    """What is known of an artifact.
-
-    Everything that decides its bytes, and everything that was measured while making it.
-    """
+    """The record of an artifact: everything that determines its bytes, and everything measured while making it."""
 
     format: Literal[1] = Field(1, description="version of this schema")
     kind: str = Field(description="model, adapter, tokenizer, dataset, index or report")
-    digest: str = Field(description="sha256 over kind, key and file digests")
+    digest: str = Field(description="SHA-256 over kind, key and file digests")
     key: str = Field(
-        description="sha256 over stage, revision, config, seed and the parents' digests; empty for a foreign artifact"
+        description=(
+            "SHA-256 over stage, revision, config, seed and the parents' digests; empty for an external artifact"
+        )
     )
-    stage: str = Field(description="the stage that made it; empty for a foreign artifact")
+    stage: str = Field(description="stage that made it; empty for an external artifact")
     revision: int = Field(description="the stage's revision")
-    derivation: Derivation = Field(description="whether the bytes can be derived again")
+    derivation: Derivation = Field(description="reproducibility of the bytes")
     config: dict[str, Any] = Field(description="resolved configuration, every field")
-    parents: list[Parent] = Field(description="what it was made from")
-    files: dict[str, FileEntry] = Field(description="relative path to digest and size; this file excluded")
+    parents: list[Parent] = Field(description="artifacts it was made from")
+    files: dict[str, FileEntry] = Field(description="digest and size by relative path, without this file")
     code: str = Field("", description="digest of the stage's source and what it imports from llmworks")
-    versions: dict[str, str] = Field(default={}, description="versions of the libraries that matter")
+    versions: dict[str, str] = Field(default={}, description="versions of the relevant libraries")
     platform: dict[str, str] = Field(default={}, description="machine, processor, operating system, Python")
-    threads: int = Field(0, description="threads that tensor operations used")
+    threads: int = Field(0, description="threads used by tensor operations")
     seed: int = Field(0, description="the run's seed")
     started: str = Field("", description="UTC, ISO 8601")
     finished: str = Field("", description="UTC, ISO 8601")
-    metrics: dict[str, Any] = Field(default={}, description="what the step measured")
-    about: dict[str, Any] = Field(default={}, description="facts a reader wants: schema kind, rows, dtype, base digest")
+    metrics: dict[str, Any] = Field(default={}, description="metrics measured by the step")
+    about: dict[str, Any] = Field(default={}, description="facts for readers: schema kind, rows, dtype, base digest")
     golden: Golden | None = Field(None, description="golden tokens of a model or adapter")
 
 
@@ -133,7 +130,7 @@ class Artifact:
 
     @property
     def digest(self) -> str:
-        """The artifact's digest; an error for a draft."""
+        """The artifact's digest; ArtifactError for a draft."""
         if self.manifest is None:
             raise ArtifactError(f"{self.path}: not a complete artifact (no {MANIFEST})")
         return self.manifest.digest
@@ -143,7 +140,7 @@ class Artifact:
 
 
 class Model(Artifact):
-    """A Hugging Face directory, or a directory with one GGUF file (or that file itself), or a remote model."""
+    """A Hugging Face directory, a directory with one GGUF file (or the file itself), or a remote model."""
 
     kind = "model"
 
@@ -161,7 +158,7 @@ class Model(Artifact):
 
     @property
     def gguf_path(self) -> Path:
-        """The one GGUF file; ArtifactError when there is none, or more than one."""
+        """The only GGUF file; ArtifactError when there is none, or more than one."""
         files = self._gguf_files()
         if len(files) != 1:
             raise ArtifactError(f"{self.path}: expected one .gguf file, found {len(files)}")
@@ -169,7 +166,7 @@ class Model(Artifact):
 
 
 class Adapter(Artifact):
-    """A peft directory; `about["base"]` is the digest of the model it belongs to."""
+    """A peft directory; `about["base"]` is the digest of its base model."""
 
     kind = "adapter"
 
@@ -181,13 +178,13 @@ class Tokenizer(Artifact):
 
 
 class Dataset(Artifact):
-    """Parquet shards (or JSONL, accepted from outside); `about["schema"]` says what a row is."""
+    """Parquet shards (or external JSONL); `about["schema"]` is the row schema."""
 
     kind = "dataset"
 
     @property
     def schema(self) -> str:
-        """Schema kind: chat, text, preference, tokens, qa, bfcl, or "unknown" for a foreign directory."""
+        """Schema kind: chat, text, preference, tokens, qa, bfcl, or "unknown" for an external directory."""
         return str(self.about.get("schema", "unknown"))
 
 
@@ -203,16 +200,16 @@ class Report(Artifact):
     kind = "report"
 
     def read(self) -> dict[str, Any]:
-        """The report's data. ArtifactError when it cannot be read."""
+        """Return the report's data. ArtifactError when it cannot be read."""
         file = self.path / "report.json"
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ArtifactError(
-                f"{file}: cannot be read ({str(error).splitlines()[0]}); make the report again"
+                f"{file}: cannot be read ({str(error).splitlines()[0]}); create the report again"
             ) from None
         if not isinstance(data, dict):
-            raise ArtifactError(f"{file}: holds no report; make it again")
+            raise ArtifactError(f"{file}: not a report; create it again")
         return data
 
 
@@ -220,18 +217,18 @@ KINDS: dict[str, type[Artifact]] = {c.kind: c for c in (Model, Adapter, Tokenize
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
+    """Return the SHA-256 of a file, hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: the form that is digested."""
+    """Return JSON with sorted keys and no spaces: the form that is hashed."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def files_of(path: Path) -> list[Path]:
-    """All files of an artifact directory except its manifest, sorted by relative path."""
+    """Return all files of an artifact directory except its manifest, sorted by relative path."""
     if path.is_file():
         return [path]
     return sorted(
@@ -240,7 +237,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def digest_files(path: Path, known: Mapping[str, FileEntry] | None = None) -> dict[str, FileEntry]:
-    """Digest every file of a directory (or one file), but for those whose digests are known."""
+    """Hash every file of a directory (or one file), except those with known digests."""
     root = path.parent if path.is_file() else path
     files = {p.relative_to(root).as_posix(): p for p in files_of(path)}
     return {
@@ -254,13 +251,13 @@ def digest_files(path: Path, known: Mapping[str, FileEntry] | None = None) -> di
 
 
 def artifact_digest(kind: str, key: str, files: dict[str, FileEntry]) -> str:
-    """The identity of an artifact: how it was derived, and what came out."""
+    """Return the artifact's digest over how it was derived and what it contains."""
     content = {name: entry.sha256 for name, entry in files.items()}
     return hashlib.sha256(canonical_json([kind, key, content]).encode()).hexdigest()
 
 
 def load(path: Path, *, name: str = "", ref: str = "") -> Artifact:
-    """Open a published artifact. ArtifactError, in one line, when there is none or its manifest cannot be read."""
+    """Open a published artifact. ArtifactError when it is missing or its manifest is invalid."""
     path = Path(path)
     file = path / MANIFEST
     if not path.exists():
@@ -268,12 +265,12 @@ def load(path: Path, *, name: str = "", ref: str = "") -> Artifact:
     try:
         manifest = Manifest.model_validate_json(file.read_bytes())
     except FileNotFoundError:
-        raise ArtifactError(f"{path}: has no {MANIFEST}, so it is not a complete artifact of llmworks") from None
+        raise ArtifactError(f"{path}: no {MANIFEST}: not a complete llmworks artifact") from None
     except ValidationError as error:
         first = error.errors()[0]
         raise ArtifactError(
-            f"{file}: field {'.'.join(map(str, first['loc'])) or '(all)'}: {first['msg']}; the manifest was changed or"
-            " is of another version"
+            f"{file}: field {'.'.join(map(str, first['loc'])) or '(all)'}: {first['msg']}; the manifest was"
+            " modified or has another version"
         ) from None
     if manifest.kind not in KINDS:
         raise ArtifactError(f"{file}: unknown artifact kind {manifest.kind!r}")
@@ -281,21 +278,21 @@ def load(path: Path, *, name: str = "", ref: str = "") -> Artifact:
 
 
 def require_base(adapter: Adapter, model: Model) -> bool:
-    """Whether an adapter says that it was trained on a model; False where it says nothing.
+    """Check an adapter's recorded base model; return False where none is recorded.
 
-    ArtifactError for one of another model.
+    ArtifactError when it was trained on another model.
     """
     base = adapter.about.get("base")
     if base and base != model.digest:
         raise ArtifactError(
             f"the adapter {adapter.name} was trained on the model {str(base)[:12]}, not on {model.name}"
-            f" ({model.digest[:12]}); give it its own model"
+            f" ({model.digest[:12]}); use it with its own model"
         )
     return bool(base)
 
 
 def changed_files(artifact: Artifact) -> list[str]:
-    """Files whose bytes are not what the manifest says: one line each, naming the file; also missing and extra ones."""
+    """Return the files that do not match the manifest, one line each; also missing and extra ones."""
     assert artifact.manifest is not None
     problems: list[str] = []
     present = (
@@ -307,20 +304,20 @@ def changed_files(artifact: Artifact) -> list[str]:
         if name not in present:
             problems.append(f"{name}: missing")
         elif present[name].stat().st_size != entry.bytes:
-            problems.append(f"{name}: {present[name].stat().st_size} bytes, recorded {entry.bytes}")
+            problems.append(f"{name}: {present[name].stat().st_size} bytes, expected {entry.bytes}")
         elif sha256_file(present[name]) != entry.sha256:
-            problems.append(f"{name}: changed (same size, other bytes)")
+            problems.append(f"{name}: modified (same size, different bytes)")
     problems += [f"{name}: not in the manifest" for name in sorted(set(present) - set(artifact.manifest.files))]
     if (
         artifact_digest(artifact.manifest.kind, artifact.manifest.key, artifact.manifest.files)
         != artifact.manifest.digest
     ):
-        problems.append(f"{MANIFEST}: its digest does not fit its contents")
+        problems.append(f"{MANIFEST}: digest does not match its contents")
     return problems
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file or directory to the disk."""
+    """Flush a file or directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -329,7 +326,7 @@ def fsync_path(path: Path) -> None:
 
 
 def seal(draft: Path, manifest: Manifest) -> None:
-    """Flush a draft directory's files, then write its manifest, then flush that: from here on it is complete."""
+    """Flush a draft's files, then write and flush its manifest; from then on it is complete."""
     paths: Iterable[Path] = files_of(draft)
     for path in paths:
         fsync_path(path)
@@ -342,11 +339,11 @@ def seal(draft: Path, manifest: Manifest) -> None:
 
 
 def move_into_place(draft: Path, target: Path) -> None:
-    """Rename a sealed draft to its final path. When an equal artifact is already there, the draft is dropped."""
+    """Rename a sealed draft to its final path, or delete it when an equal artifact is already there."""
     if (target / MANIFEST).exists():
         shutil.rmtree(draft)
         return
-    if target.exists():  # left by something that is not ours to keep: incomplete, since it has no manifest
+    if target.exists():  # incomplete: it has no manifest
         shutil.rmtree(target)
     draft.rename(target)
     fsync_path(target.parent)

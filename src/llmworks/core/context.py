@@ -1,4 +1,4 @@
-"""What a stage is given besides its config and inputs. Knows no stage, no recipe and no engine."""
+"""What a stage receives besides its config and inputs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from llmworks.core.workers import Pool
 
 @dataclass(frozen=True)
 class Context:
-    """`out` is an empty directory to write the result into; `scratch` survives a kill and holds what resuming needs.
+    """`out`: empty output directory. `scratch`: directory that survives a kill, for checkpoints.
 
-    `pool` runs independent parts of the work; no result depends on it. `digests` takes those of files, by their names
-    in `out`, that a stage computed while it wrote them.
+    `pool` runs independent units of work; results do not depend on it. `digests` collects file digests, by name in
+    `out`, that a stage computed while writing.
     """
 
     out: Path

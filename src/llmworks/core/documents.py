@@ -1,7 +1,6 @@
-"""Documents on disk: Parquet shards written and read as a stream, and the side file of what could not be used.
+"""Documents on disk: Parquet shards written and read as a stream, and the side file of unusable input.
 
-Memory is bounded by a row group, not by the data. A shard's bytes depend on its documents alone. Knows no file format
-but Parquet.
+Memory is bounded by a row group. A shard's bytes depend on its documents alone.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from llmworks.core.artifact import Dataset
 from llmworks.core.errors import DataError
 from llmworks.core.types import Document
 
-GROUP_BYTES = 8 << 20  # text of one row group
-SHARD_BYTES = 256 << 20  # text of one shard
+GROUP_BYTES = 8 << 20  # text bytes of one row group
+SHARD_BYTES = 256 << 20  # text bytes of one shard
 COLUMNS = ("id", "text", "source", "metadata")
 REJECTED = "rejected.jsonl"
-COPY_OF = "copy_of"  # metadata of a document that stands more than once: the id of the first
+COPY_OF = "copy_of"  # metadata key of a duplicate: the id of the first document
 
 
 @dataclass(frozen=True)
 class Unusable:
-    """Something that gave no document: where it stood (`line` is 0 for a whole file), why, and how it began."""
+    """Input that gave no document: its place (`line` is 0 for a whole file), the reason, and its first characters."""
 
     file: str
     line: int
@@ -38,9 +37,9 @@ class Unusable:
 
 
 class DocumentWriter:
-    """Writes `part-00000.parquet` and on, a row group at a time; the directory is made with the first document.
+    """Writes `part-00000.parquet` and so on by row groups; the directory is created with the first document.
 
-    `reasons`: a fifth column `reason` says why a document is here, as where dropped ones are kept.
+    `reasons`: add a column `reason`, for dropped documents.
     """
 
     def __init__(
@@ -61,9 +60,7 @@ class DocumentWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with (
-            contextlib.nullcontext() if kind is None else contextlib.suppress(OSError)
-        ):  # the first error is the one to tell
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError):  # report the first error
             try:
                 if kind is None:
                     self._flush()
@@ -71,7 +68,7 @@ class DocumentWriter:
                 self._close()
 
     def add(self, document: Document, reason: str = "") -> None:
-        """Write one document, sooner or later."""
+        """Add one document; it is written with its row group."""
         metadata = json.dumps(document.metadata, ensure_ascii=False, sort_keys=True) if document.metadata else "{}"
         row = (document.id, document.text, document.source, metadata)
         self._rows.append((*row, reason) if len(self.columns) > len(row) else row)
@@ -80,7 +77,7 @@ class DocumentWriter:
         self._grown(len(document.text.encode()))
 
     def add_table(self, table: Any) -> None:
-        """Write the documents of a table that has this writer's columns."""
+        """Add the documents of a table that has this writer's columns."""
         import pyarrow.compute as pc
 
         self._rows_to_table()
@@ -117,8 +114,8 @@ class DocumentWriter:
             return
         if self._file is None:
             self.out.mkdir(parents=True, exist_ok=True)
-            # a stream of our own: one that Arrow opens is closed twice when the disk is full, which may hit another
-            # file
+            # our own stream: one opened by Arrow is closed twice when the disk is full, which may close another
+            # file's descriptor
             self._stream = (self.out / f"part-{self.shards:05d}.parquet").open("wb")
             self._file = pq.ParquetWriter(self._stream, self._schema(), compression="zstd")
             self.shards += 1
@@ -129,19 +126,19 @@ class DocumentWriter:
             self._close()
 
     def _close(self) -> None:
-        """End the shard that is being written, if there is one."""
+        """Close the current shard, if there is one."""
         file, stream = self._file, self._stream
         self._file, self._stream, self._in_shard = None, None, 0
         if file is not None:
             try:
                 file.close()
             finally:
-                file.is_open = False  # else it is tried again when it is collected
+                file.is_open = False  # else closing is retried when it is garbage-collected
                 stream.close()
 
 
 class SideFile:
-    """`rejected.jsonl`: what could not be used, written as it comes, and counted by reason."""
+    """`rejected.jsonl`: unusable input, written as it occurs and counted by reason."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / REJECTED
@@ -159,7 +156,7 @@ class SideFile:
             self._stream.close()
 
     def add(self, item: Unusable) -> None:
-        """Write one down. A reason's part in brackets is detail, and not counted apart."""
+        """Write one item. Details of a reason in parentheses are not counted separately."""
         if self._stream is None:
             self._stream = self.path.open("w", encoding="utf-8", errors="backslashreplace")
             self.first = item
@@ -169,20 +166,20 @@ class SideFile:
 
     @property
     def count(self) -> int:
-        """How many were written."""
+        """Number of items written."""
         return sum(self.reasons.values())
 
 
 def shard_files(dataset: Dataset) -> list[Path]:
-    """The Parquet files of a data set of documents. DataError when there are none."""
+    """Return the Parquet files of a document data set. DataError when there are none."""
     files = sorted(dataset.path.glob("*.parquet")) if dataset.path.is_dir() else []
     if not files:
-        raise DataError(f"{dataset.path}: has no Parquet files of documents; make them with the stage data.read")
+        raise DataError(f"{dataset.path}: no Parquet files of documents; create them with the stage data.read")
     return files
 
 
 def open_shard(file: Path) -> Any:
-    """An open `ParquetFile` of documents. DataError when it is something else."""
+    """Open a `ParquetFile` of documents. DataError when it is something else."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -204,15 +201,15 @@ def open_shard(file: Path) -> Any:
         what = (
             f"has no column {missing[0]!r}"
             if missing
-            else f"column {other[0]!r} is no text ({schema.field(other[0]).type})"
+            else f"column {other[0]!r} is not text ({schema.field(other[0]).type})"
         )
-        raise DataError(f"{file}: {what}, so it holds no documents; make them with the stage data.read")
+        raise DataError(f"{file}: {what}, so it does not contain documents; create them with the stage data.read")
     return opened
 
 
 @functools.cache
 def _give_back() -> None:
-    """Let Arrow return freed memory at once where it can; by default it keeps a quarter more than it needs."""
+    """Let Arrow return freed memory immediately where it can; by default it keeps a quarter more than it needs."""
     import pyarrow as pa
 
     if "jemalloc" in pa.supported_memory_backends():
@@ -223,7 +220,7 @@ def _give_back() -> None:
 def read_tables(
     file: Path, first: int = 0, last: int | None = None, columns: tuple[str, ...] = COLUMNS
 ) -> Iterator[Any]:
-    """A shard's row groups from `first` up to `last` as tables, one at a time."""
+    """Yield a shard's row groups from `first` up to `last` as tables."""
     import pyarrow as pa
 
     with open_shard(file) as opened:
@@ -234,12 +231,12 @@ def read_tables(
                 raise DataError(f"{file}: row group {group} cannot be read ({str(error).splitlines()[0]})") from None
             empty = next((name for name in table.column_names if table[name].null_count), None)
             if empty is not None:
-                raise DataError(f"{file}: column {empty!r} has empty values; make documents with the stage data.read")
+                raise DataError(f"{file}: column {empty!r} has null values; create documents with the stage data.read")
             yield table
 
 
 def table_documents(table: Any) -> Iterator[Document]:
-    """A table's documents."""
+    """Yield a table's documents."""
     for batch in table.to_batches(max_chunksize=1024):
         columns = [batch.column(name).to_pylist() for name in COLUMNS]
         for id, text, source, metadata in zip(*columns, strict=True):
@@ -247,20 +244,20 @@ def table_documents(table: Any) -> Iterator[Document]:
                 yield Document(id, text, source, json.loads(metadata) if metadata != "{}" else {})
             except ValueError:
                 raise DataError(
-                    f"document {id!r}: its metadata is no JSON object ({metadata[:40]!r}); make documents with the"
-                    " stage data.read"
+                    f"document {id!r}: its metadata is not a JSON object ({metadata[:40]!r}); create documents"
+                    " with the stage data.read"
                 ) from None
 
 
 def read_documents(dataset: Dataset) -> Iterator[Document]:
-    """All documents of a data set, one after the other. DataError when it is of another schema or cannot be read."""
+    """Yield all documents of a data set. DataError when it has another schema or cannot be read."""
     for file in shard_files(dataset):
         for table in read_tables(file):
             yield from table_documents(table)
 
 
 def count_characters(dataset: Dataset) -> tuple[int, int]:
-    """(documents, characters of their texts) of a data set, without making documents of it."""
+    """Return (documents, characters of their texts) of a data set without creating documents."""
     import pyarrow.compute as pc
 
     documents = characters = 0

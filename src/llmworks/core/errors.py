@@ -1,23 +1,23 @@
-"""The whole exception tree. Every message is one line: what is wrong, where, what to do. Imports nothing.
+"""The exception hierarchy. Every message is one line: what is wrong, where, what to do. Imports nothing.
 
-The class decides the exit code of the command line; nothing else in the project knows exit codes.
+The class determines the exit code of the command line, which is defined nowhere else.
 """
 
 
 class LlmworksError(Exception):
-    """Root of the tree; `exit_code` is what the command line returns for it."""
+    """Base of all errors; `exit_code` is the exit code of the command line."""
 
     exit_code = 1
 
 
 class UserError(LlmworksError):
-    """A mistake in what the user gave: a recipe, a flag, a file. Exit code 2."""
+    """Invalid user input: a recipe, a flag, a file. Exit code 2."""
 
     exit_code = 2
 
 
 class RecipeError(UserError):
-    """One or more mistakes in a recipe, all found before anything runs; one line each."""
+    """One or more errors in a recipe, all found before anything runs; one line each."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
@@ -25,13 +25,11 @@ class RecipeError(UserError):
 
 
 class DataError(UserError):
-    """A data file that is missing, empty, of the wrong schema, or not decodable."""
+    """A data file that is missing, empty, not decodable, or has the wrong schema."""
 
 
 class ModelError(UserError):
-    """A model directory or file that cannot be used as it is: truncated, of an unknown architecture, without a
-    template.
-    """
+    """A model directory or file that cannot be used: truncated, of an unknown architecture, without a chat template."""
 
 
 class ArtifactError(UserError):
@@ -39,45 +37,45 @@ class ArtifactError(UserError):
 
 
 class AssetError(UserError):
-    """A named asset that is unknown, whose terms were not accepted, or whose bytes are not the recorded ones."""
+    """An unknown named asset, one whose license was not accepted, or one whose bytes do not match the digest."""
 
 
 class RequestError(UserError):
-    """A request to an engine or server that cannot be answered as asked (unknown role, tools the template drops)."""
+    """A request that an engine or server does not support (unknown role, tools the template ignores)."""
 
 
 class AccessError(UserError):
-    """A server that answers nothing that is sent like this: wrong key, unknown model or address, no credit.
+    """A server that refuses every request: wrong key, unknown model or URL, no credit.
 
-    No further request can help.
+    No further request can succeed.
     """
 
 
 class GateFailed(LlmworksError):
-    """A recipe's gate, or a verification, did not hold. Exit code 1."""
+    """A recipe's gate or a verification failed. Exit code 1."""
 
 
 class GoldenMismatch(LlmworksError):
-    """A step changed what a model computes where it must not; nothing was published. Exit code 1."""
+    """A step changed a model's outputs where it must not; nothing was published. Exit code 1."""
 
 
 class TrainingError(LlmworksError):
-    """Training cannot go on: the loss is not a number, or no token has a label. Exit code 1."""
+    """Training cannot continue: the loss is NaN, or no token has a label. Exit code 1."""
 
 
 class EngineError(LlmworksError):
-    """An engine failed while answering: a server that is down, a reply that is not the protocol's. Exit code 3."""
+    """An engine failed: a server that is down, a malformed reply. Exit code 3."""
 
     exit_code = 3
 
 
 class WorkerLost(LlmworksError):
-    """A worker process was killed while it worked; what is done is kept. Exit code 3."""
+    """A worker process was killed; finished units are kept. Exit code 3."""
 
     exit_code = 3
 
 
 class MissingDependency(LlmworksError):
-    """The machine lacks something; the message says what to install. Exit code 3."""
+    """A missing dependency; the message says what to install. Exit code 3."""
 
     exit_code = 3

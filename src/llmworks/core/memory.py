@@ -1,7 +1,4 @@
-"""How much memory a process takes at most, and what it no longer needs given back to the system.
-
-Knows nothing of what holds it.
-"""
+"""Peak memory of the process, and release of freed memory to the operating system."""
 
 from __future__ import annotations
 
@@ -13,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
 
 def give_back() -> None:
-    """Memory that was held and is not needed now goes back to the system, where the C library can (glibc)."""
+    """Return unused memory to the operating system, where the C library can (glibc)."""
     gc.collect()
     if "pyarrow" in sys.modules:
         sys.modules["pyarrow"].default_memory_pool().release_unused()
@@ -25,14 +22,14 @@ def give_back() -> None:
 
 
 def trim() -> None:
-    """The same for what is free between what is in use, without looking for more: some thousandths of a second."""
+    """Return free heap memory to the operating system without a garbage collection; takes a few milliseconds."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass
 class Memory:
-    """The largest resident memory seen, in bytes; 0 where the system does not tell."""
+    """Peak resident memory, in bytes; 0 where the system does not report it."""
 
     peak: int = 0
 
@@ -53,8 +50,9 @@ def peak_memory() -> Iterator[Memory]:
 
 
 def keep_freed() -> None:
-    """Have glibc keep blocks of up to 32 MB that are freed, in place of giving them back to the system and asking
-    again: of tensors that come and go by the thousand that can take longer than computing them.
+    """Let glibc keep freed blocks of up to 32 MB instead of returning them to the operating system.
+
+    With thousands of short-lived tensors, returning and requesting memory can take longer than computing them.
     """
     with contextlib.suppress(OSError, AttributeError):
         adjust = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""Draw curves, bars, intervals, points and radar charts as SVG or PNG. Knows numbers and names only."""
+"""Draw curves, bars, intervals, points and radar charts as SVG or PNG."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 ACCENTS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569", "#0891b2", "#65a30d")
 
 
-LABEL = 7  # points of the names in a scatter
+LABEL = 7  # font size of scatter labels, in points
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -41,14 +41,14 @@ def _svg(figure: Any) -> str:
 
 
 def draw_curves(series: Series, x: str, y: str) -> str:
-    """Lines as SVG."""
+    """Draw lines as SVG."""
     figure, axes = _figure(8.6, 3.2)
     _lines(axes, series, x, y)
     return _svg(figure)
 
 
 def write_curves(plots: Sequence[tuple[str, Series, str, str]], path: Path) -> None:
-    """Plots (heading, series, x, y), two in a row, as one PNG for slides and messages."""
+    """Write plots (heading, series, x, y), two per row, as one PNG for slides and messages."""
     figure, first = _figure(11, 3 * -(-len(plots) // 2))
     first.remove()
     for number, (heading, series, x, y) in enumerate(plots):
@@ -75,13 +75,13 @@ def _lines(axes: Any, series: Series, x: str, y: str) -> None:
     if len(series) > 3:
         axes.legend(
             frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0)
-        )  # beside the lines, which leave it no room
+        )  # beside the plot, which has no free space
     elif len(series) > 1:
         axes.legend(frameon=False)
 
 
 def draw_histograms(items: Mapping[str, Mapping[str, Any]]) -> str:
-    """Histograms as SVG, four in a row; drawn by hand, since matplotlib takes seconds for dozens of small plots."""
+    """Draw histograms as SVG, four per row; without matplotlib, which takes seconds for dozens of small plots."""
     width, height, across, left, top = 230, 122, min(4, len(items)), 10, 24
     inner, tall = width - 2 * left, height - top - 22
     parts = []
@@ -120,7 +120,7 @@ def draw_histograms(items: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def draw_intervals(rows: Sequence[tuple[str, float, float, float]], x: str) -> str:
-    """Points with error bars as SVG, the first row on top."""
+    """Draw points with error bars as SVG, the first row on top."""
     figure, axes = _figure(8.6, 0.9 + 0.42 * len(rows))
     for i, (_, value, low, high) in enumerate(rows):
         axes.plot([low, high], [i, i], color=ACCENTS[0], linewidth=2, alpha=0.5)
@@ -141,7 +141,7 @@ def draw_intervals(rows: Sequence[tuple[str, float, float, float]], x: str) -> s
 
 
 def draw_points(items: Sequence[tuple[str, float, float, int]]) -> str:
-    """Names where their points are, as SVG."""
+    """Draw names at their points, as SVG."""
     from matplotlib import colormaps
 
     figure, axes = _figure(9.6, 7.2)
@@ -162,7 +162,7 @@ def draw_scatter(
     y: str,
     log: bool,
 ) -> str:
-    """Points with their names, as SVG."""
+    """Draw named points, as SVG."""
     figure, axes = _figure(9.6, 5.2)
     if line:
         axes.plot([p[0] for p in line], [p[1] for p in line], color="#94a3b8", linewidth=1.2, zorder=1)
@@ -174,7 +174,7 @@ def draw_scatter(
     axes.set_ylabel(y)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.draw_without_rendering()  # sets where points lie
+    figure.draw_without_rendering()  # computes the points' positions
     scale = 72 / figure.dpi
     named = [
         (name, color, *(axes.transData.transform((at, height)) * scale))
@@ -192,8 +192,9 @@ def draw_scatter(
 
 
 def beside(points: Sequence[tuple[str, float, float]]) -> list[tuple[float, float]]:
-    """Where labels of points (text, x, y in points of type) stand, as the offset of their left middle: the place of
-    eight around its point that covers least of other labels and points.
+    """Return label offsets for points (text, x, y in typographic points), from the point to the label's left middle.
+
+    Each label takes the one of eight positions that overlaps least with other labels and points.
     """
     taken = [(x - 3, y - 3, x + 3, y + 3) for _, x, y in points]
     found = []
@@ -224,7 +225,7 @@ def beside(points: Sequence[tuple[str, float, float]]) -> list[tuple[float, floa
 
 
 def draw_bars(items: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> str:
-    """Groups of horizontal bars as SVG, the first group on top; every name has its colour."""
+    """Draw groups of horizontal bars as SVG, the first group on top; each name has its own color."""
     names = list(dict.fromkeys(name for group in items.values() for name in group))
     thick = 0.8 / max(1, len(names))
     figure, axes = _figure(8.6, 0.9 + max(0.32, 0.2 * len(names)) * len(items))
@@ -253,7 +254,7 @@ def draw_bars(items: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> 
 
 
 def draw_radar(axes: Sequence[str], items: Mapping[str, Sequence[float]]) -> str:
-    """A radar plot as SVG; the rim is the largest value, rounded up to a tenth."""
+    """Draw a radar chart as SVG; the rim is the largest value, rounded up to a tenth."""
     import math
 
     figure, first = _figure(6.4, 6.0)

@@ -1,6 +1,6 @@
-"""Progress for people (a bar with rate and time left, or plain lines) and metrics for programs (a JSONL stream).
+"""Progress display (a bar with rate and remaining time, or plain lines) and the metric stream (JSONL).
 
-One `Progress` per step. A bar appears on a terminal; anywhere else a line is printed every few seconds.
+One `Progress` per step. A terminal gets a bar; any other output gets a line every few seconds.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ PLAIN_INTERVAL_S = 10.0
 
 
 class Bar:
-    """One counted loop: `advance` it as units are done, with the figures worth seeing."""
+    """One counted loop: `advance` it as units finish, with the metrics to show."""
 
     def __init__(self, label: str, total: int, unit: str, stream: TextIO) -> None:
         self.label, self.total, self.unit, self.stream = label, total, unit, stream
         self.done = 0
-        self.counted = 0  # since this process started, for the rate
+        self.counted = 0  # in this process, for the rate
         self.facts = ""
         self.started = time.monotonic()
         self._shown = self.started
@@ -55,7 +55,7 @@ class Bar:
             self._rich.stop()
 
     def resume(self, done: int) -> None:
-        """Start at `done` units that an earlier process did."""
+        """Start at `done` units finished by an earlier process."""
         self.done = done
         if self._rich is not None:
             self._rich.update(self._task, completed=done)
@@ -79,7 +79,7 @@ class Bar:
             )
 
     def rate(self) -> float:
-        """Units per second in this process."""
+        """Return units per second in this process."""
         elapsed = time.monotonic() - self.started
         return self.counted / elapsed if elapsed > 0 else 0.0
 
@@ -87,7 +87,7 @@ class Bar:
 class Progress:
     """Progress of one step.
 
-    `metrics` is the file that `metric` appends to, if any; `listener` hears of what is appended.
+    `metrics` is the file that `metric` appends to, if any; `listener` is called with each appended row.
     """
 
     def __init__(
@@ -104,14 +104,14 @@ class Progress:
 
     @contextmanager
     def bar(self, label: str, total: int, unit: str = "rows") -> Iterator[Bar]:
-        """A bar over a loop of `total` units."""
+        """Show a bar over a loop of `total` units."""
         import io
 
         with Bar(label, total, unit, io.StringIO() if self.quiet else self.stream) as bar:
             yield bar
 
     def say(self, line: str) -> None:
-        """One line for people."""
+        """Print one line."""
         if not self.quiet:
             print(f"  {line}", file=self.stream, flush=True)
 
@@ -124,7 +124,7 @@ class Progress:
             self.listener(values)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All objects of the metric stream; a last line that a kill cut short is left out."""
+        """Return all rows of the metric stream, without a truncated last line."""
         if self.metrics is None or not self.metrics.exists():
             return []
         rows: list[dict[str, Any]] = []
@@ -136,13 +136,13 @@ class Progress:
         return rows
 
     def keep_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """Replace the stream: a resumed loop drops what was written after its checkpoint."""
+        """Replace the metric stream: a resumed loop drops rows written after its checkpoint."""
         if self.metrics is not None:
             write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace a file's content at once: a kill or a full disk leaves the old one."""
+    """Replace a file's content atomically: a kill or a full disk leaves the old one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)

@@ -1,9 +1,7 @@
 """Reports: the same blocks as JSON, Markdown and one self-contained HTML page.
 
-Every report of the project is made here.
-
-A `ReportBuilder` collects blocks (text, tables, curves, intervals, samples, drawings) and writes them. Plots are SVG
-drawn by matplotlib, inlined, without dates, so that equal data gives an equal page. Knows no stage.
+A `ReportBuilder` collects blocks (text, tables, curves, intervals, samples, drawings) and writes them. Plots are inline
+SVG by matplotlib without dates, so that equal data gives an equal page.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from llmworks.core.plots import (
 )
 
 TERMINAL = "report.txt"
-NONE = "–"  # of a figure that is not known
+NONE = "–"  # placeholder for an unknown value
 
 _STYLE = "\n" + Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
@@ -40,10 +38,10 @@ FILTER = Path(__file__).with_name("report_filter.js").read_text(encoding="utf-8"
 
 @dataclass(frozen=True)
 class Block:
-    """One part of a report. `kind` decides which of the other fields are read.
+    """One part of a report. `kind` determines which other fields are used.
 
-    `draw` gives the SVG of a plot when the page is written, and not before: it takes half of the time of a small
-    training, and a self-test writes no page.
+    `draw` returns a plot's SVG and is called only when the page is written: drawing takes half of the time of a small
+    training run, and a self-test writes no page.
     """
 
     kind: str
@@ -64,49 +62,50 @@ class ReportBuilder:
     lead: str = ""
     data: dict[str, Any] = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=list)
-    terminal: str = ""  # what the command line shows of it, coloured
+    terminal: str = ""  # colored text for the terminal
 
     def text(self, heading: str, text: str) -> None:
-        """A heading with a paragraph."""
+        """Add a heading with a paragraph."""
         self.blocks.append(Block("text", heading, text))
 
     def table(self, heading: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> None:
-        """A table; numbers are set right-aligned with four significant digits."""
+        """Add a table; numbers are right-aligned with four significant digits."""
         self.blocks.append(Block("table", heading, note, tuple(columns), tuple(tuple(r) for r in rows)))
 
     def curves(self, heading: str, series: Series, *, x: str, y: str, note: str = "") -> None:
-        """Lines over a shared axis; each series is (x, y) points."""
+        """Add lines over a shared axis; each series is a list of (x, y) points."""
         data = {k: list(v) for k, v in series.items()}
         self.blocks.append(Block("plot", heading, note, data=data, draw=partial(draw_curves, data, x, y)))
 
     def intervals(
         self, heading: str, rows: Sequence[tuple[str, float, float, float]], *, x: str, note: str = ""
     ) -> None:
-        """Values with confidence intervals: (name, value, low, high), drawn one below the other."""
+        """Add values with confidence intervals, one per line: (name, value, low, high)."""
         draw = partial(draw_intervals, list(rows), x)
         self.blocks.append(Block("plot", heading, note, data=[list(r) for r in rows], draw=draw))
 
     def bars(self, heading: str, items: Mapping[str, Mapping[str, tuple[float, float, float]]], note: str = "") -> None:
-        """Bars with error bars, in groups: group -> name -> (value, low, high), values between 0 and 1."""
+        """Add grouped bars with error bars: group -> name -> (value, low, high), values between 0 and 1."""
         data = {k: {n: list(v) for n, v in g.items()} for k, g in items.items()}
         drawn = {k: dict(g) for k, g in items.items()}
         self.blocks.append(Block("plot", heading, note, data=data, draw=partial(draw_bars, drawn)))
 
     def radar(self, heading: str, axes: Sequence[str], items: Mapping[str, Sequence[float]], note: str = "") -> None:
-        """A closed line for each name over axes that stand like spokes, values between 0 and 1."""
+        """Add a radar chart: one closed line per name, values between 0 and 1."""
         values = {k: list(v) for k, v in items.items()}
         draw = partial(draw_radar, list(axes), values)
         self.blocks.append(Block("plot", heading, note, data={"axes": list(axes), **values}, draw=draw))
 
     def histograms(self, heading: str, items: Mapping[str, Mapping[str, Any]], note: str = "") -> None:
-        """Small histograms side by side; each has `counts` in equal bins from 0 to `top`, and may have the bounds `low`
-        and `high`.
+        """Add small histograms side by side.
+
+        Each has `counts` in equal bins from 0 to `top`, and optional bounds `low` and `high`.
         """
         data = {k: dict(v) for k, v in items.items()}
         self.blocks.append(Block("plot", heading, note, data=data, draw=partial(draw_histograms, data)))
 
     def points(self, heading: str, items: Sequence[tuple[str, float, float, int]], note: str = "") -> None:
-        """Named points in a plane: (name, x, y, group); groups differ in colour."""
+        """Add named points in a plane: (name, x, y, group); groups differ in color."""
         draw = partial(draw_points, list(items))
         self.blocks.append(Block("plot", heading, note, data=[list(i) for i in items], draw=draw))
 
@@ -121,7 +120,7 @@ class ReportBuilder:
         log: bool = False,
         note: str = "",
     ) -> None:
-        """Named points (name, x, y) by group, axes drawn, and a line through some places; `log`: of y."""
+        """Add a scatter plot: points (name, x, y) by group, and an optional line. `log`: log scale for y."""
         self.blocks.append(
             Block(
                 "plot",
@@ -136,7 +135,7 @@ class ReportBuilder:
         )
 
     def samples(self, heading: str, items: Sequence[Mapping[str, str]], note: str = "") -> None:
-        """Examples to read: each item maps a label to text; its first entry is the line that opens it."""
+        """Add examples: each item maps labels to text; its first entry is the summary line."""
         self.blocks.append(Block("samples", heading, note, data=[dict(i) for i in items]))
 
     def pairs(
@@ -146,8 +145,9 @@ class ReportBuilder:
         note: str = "",
         tags: Sequence[Sequence[str]] = (),
     ) -> None:
-        """Texts side by side with their differences marked: (line that opens it, (label, text), (label, text)); by
-        their tags the page can be filtered.
+        """Add texts side by side with their differences marked: (summary, (label, text), (label, text)).
+
+        The page can be filtered by their tags.
         """
         self.blocks.append(
             Block(
@@ -160,11 +160,11 @@ class ReportBuilder:
         )
 
     def drawing(self, heading: str, svg: str, text: str = "", plain: str = "") -> None:
-        """A ready SVG drawing; `plain` stands for it in Markdown."""
+        """Add an SVG drawing; `plain` replaces it in Markdown."""
         self.blocks.append(Block("drawing", heading, text, svg=svg, data=plain))
 
     def picture(self, heading: str, path: Path, note: str = "") -> None:
-        """A PNG that lies beside the report, put into the page."""
+        """Embed a PNG that is stored beside the report."""
         import base64
 
         source = base64.b64encode(path.read_bytes()).decode()
@@ -172,7 +172,7 @@ class ReportBuilder:
         self.blocks.append(Block("drawing", heading, note, svg=image, data=f"see {path.name}"))
 
     def write(self, out: Path) -> None:
-        """Write the files into `out`: JSON, Markdown, page, and what the terminal shows where there is something."""
+        """Write the files into `out`: JSON, Markdown, HTML, and the terminal text if there is one."""
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.json").write_text(
             json.dumps({"title": self.title, **self.data}, indent=1, ensure_ascii=False, sort_keys=True) + "\n",
@@ -184,7 +184,7 @@ class ReportBuilder:
             (out / TERMINAL).write_text(self.terminal + "\n", encoding="utf-8")
 
     def markdown(self) -> str:
-        """The report as Markdown; plots become tables of their data or are left to the page."""
+        """Return the report as Markdown; plots are omitted."""
         parts = [f"# {self.title}", self.lead]
         for block in self.blocks:
             parts.append(f"## {block.heading}")
@@ -216,7 +216,7 @@ class ReportBuilder:
         return "\n\n".join(p for p in parts if p) + "\n"
 
     def html(self) -> str:
-        """The report as one page that needs nothing from outside."""
+        """Return the report as one self-contained page."""
         body = "".join(_block_html(block) for block in self.blocks)
         lead = f"<p>{html.escape(self.lead)}</p>" if self.lead else ""
         title = html.escape(self.title)
@@ -228,7 +228,7 @@ class ReportBuilder:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number with its noun, as in "1 model", "2 models"."""
+    """Return a number with its noun, as in "1 model", "2 models"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -277,10 +277,9 @@ def _block_html(block: Block) -> str:
 
 
 def _filter_html(tags: Sequence[Sequence[Any]]) -> str:
-    """Buttons that show only what has their tag, and a field that shows only what has its words; they stand before what
-    they filter.
+    """Return tag buttons and a search field that filter the items after them.
 
-    Of more tags than anyone would read the most frequent, but none that stands at one item only.
+    With many tags, only the most frequent ones that occur more than once are shown.
     """
     counts = Counter(tag for row in tags for tag in row)
     if not counts:
@@ -297,7 +296,7 @@ def _filter_html(tags: Sequence[Sequence[Any]]) -> str:
 
 
 def _pair_html(number: int, title: str, left: tuple[str, str], right: tuple[str, str], tags: Sequence[Any] = ()) -> str:
-    """Two texts in columns; words that only one of them has are marked."""
+    """Return two texts in columns; words that occur in only one of them are marked."""
     import difflib
     import re
 

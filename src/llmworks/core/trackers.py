@@ -1,8 +1,7 @@
-"""The metric stream, also to where teams look at runs: TensorBoard, Weights & Biases, MLflow, trackio.
+"""Experiment trackers: send the metric stream also to TensorBoard, Weights & Biases, MLflow or trackio.
 
-Only where asked for; no result depends on it.
-
-A tracker that fails is left out with a word, the run goes on. Knows no stage: it is given rows that have a `step`.
+Off by default; results do not depend on it. A tracker that fails is dropped with a warning and the run continues. Rows
+need a `step`.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def _wandb(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
     folder.mkdir(parents=True, exist_ok=True)
     offline = not (
         os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")
-    )  # without a key it would ask for one
+    )  # without a key it would prompt for one
     made = wandb.init(
         project=os.environ.get("WANDB_PROJECT", PROJECT),
         id=run,
@@ -59,7 +58,7 @@ def _wandb(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
     )
     made.define_metric(
         "*", step_metric="step"
-    )  # a run that goes on begins at an earlier step, which its own counter refuses
+    )  # a resumed run starts at an earlier step, which wandb's own step counter refuses
     return Tracker(lambda step, values: made.log({"step": step, **values}), made.finish)
 
 
@@ -88,7 +87,7 @@ def _trackio(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
     os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))
     import trackio
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it says on standard output what it does
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints status messages to stdout
         trackio.init(project=PROJECT, name=run, config=dict(config), resume="allow", embed=False)
 
     def close() -> None:
@@ -107,13 +106,13 @@ TOOLS: dict[str, tuple[str, Callable[[Path, str, Mapping[str, Any]], Tracker]]] 
 
 
 def check(names: Sequence[str]) -> None:
-    """Whether all are there.
+    """Check that all tools are available.
 
-    Errors: UserError for a tool that is not known; MissingDependency for one that is not installed.
+    Errors: UserError for an unknown tool; MissingDependency for one that is not installed.
     """
     for name in names:
         if name not in TOOLS:
-            raise UserError(f"--track {name}: it can be {', '.join(TOOLS)}")
+            raise UserError(f"--track {name}: unknown tool; choose from {', '.join(TOOLS)}")
         if importlib.util.find_spec(TOOLS[name][0]) is None:
             raise MissingDependency(
                 f"--track {name} needs the package {TOOLS[name][0]}; install it with: pip install 'llmworks[track]'"
@@ -121,7 +120,7 @@ def check(names: Sequence[str]) -> None:
 
 
 class Tracking:
-    """Rows to the tools that were named, each opened when the first row comes. `say` hears of one that fails."""
+    """Sends rows to the named tools, each opened at the first row. `say` receives warnings about failures."""
 
     def __init__(
         self,
@@ -131,13 +130,13 @@ class Tracking:
         config: Mapping[str, Any],
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Errors: UserError for a tool that is not known; MissingDependency for one that is not installed."""
+        """Errors: UserError for an unknown tool; MissingDependency for one that is not installed."""
         check(names)
         self.names, self.folder, self.run, self.config, self.say = list(dict.fromkeys(names)), folder, run, config, say
         self.open: dict[str, Tracker] = {}
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """A row of the metric stream; what is no number of a step is left out."""
+        """Send a row of the metric stream; values that are not numbers, and rows without a step, are skipped."""
         values = {
             name: float(value) for name, value in row.items() if name != "step" and isinstance(value, (int, float))
         }
@@ -150,7 +149,7 @@ class Tracking:
                 self.open[name].log(int(row["step"]), values)
 
     def close(self) -> None:
-        """All is written."""
+        """Flush and close all trackers."""
         for name, tracker in self.open.items():
             with self._guarded(name):
                 tracker.close()
@@ -160,9 +159,9 @@ class Tracking:
     def _guarded(self, name: str) -> Any:
         try:
             yield
-        except Exception as error:  # a tracker's trouble is not the run's
+        except Exception as error:  # a tracker's failure must not stop the run
             self.say(
-                f"{name}: failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); the run"
-                " goes on without it"
+                f"{name}: failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); the"
+                " run continues without it"
             )
             self.names = [n for n in self.names if n != name]

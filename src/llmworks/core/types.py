@@ -1,7 +1,6 @@
-"""The nouns that stages exchange, and the one protocol every engine speaks. Knows no file, no tensor and no HTTP.
+"""The types that stages exchange, and the Engine protocol. Does not depend on files, tensors or HTTP.
 
-Requests carry messages or token ids; completions carry the ids as they were sampled, so that nobody tokenizes text
-again.
+Requests carry messages or token ids; completions carry the sampled ids, so that text is never tokenized again.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A function call that a model asks for; `arguments` is the parsed JSON object."""
+    """A function call by a model; `arguments` is the parsed JSON object."""
 
     name: str
     arguments: Json
@@ -31,9 +30,9 @@ class ToolCall:
 class Message:
     """One turn of a conversation.
 
-    `content` is text; an assistant turn may carry tool calls instead of it, or beside it.
+    `content` is text; an assistant turn may have tool calls instead of it, or in addition.
 
-    `weight` 0 says that an assistant turn is not to be learned (as in OpenAI's fine-tuning format).
+    `weight` 0: an assistant turn that is not trained on (as in OpenAI's fine-tuning format).
     """
 
     role: str
@@ -46,9 +45,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Document:
-    """A text to train on: `source` is the file it came from, `metadata` what else was known there (plain JSON
-    values).
-    """
+    """A text to train on. `source`: the file it came from; `metadata`: its other fields there (plain JSON values)."""
 
     id: str
     text: str
@@ -58,7 +55,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to decode. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 are off; `seed` None is drawn anew."""
+    """Sampling parameters. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 are off; `seed` None is random."""
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -69,18 +66,18 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise RequestError(f"max_tokens is {self.max_tokens}, it must be above 0")
+            raise RequestError(f"max_tokens is {self.max_tokens}, it must be greater than 0")
         if not self.temperature >= 0:
             raise RequestError(f"temperature is {self.temperature}, it must be 0 or more")
         if not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p is {self.top_p}, it must be above 0 and at most 1")
+            raise RequestError(f"top_p is {self.top_p}, it must be greater than 0 and at most 1")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to answer: messages (rendered by the model's own template, with `tools`), or token `ids` as they are.
+    """One prompt: messages (rendered with the model's chat template and `tools`), or token `ids` as they are.
 
-    `schema`: a JSON schema that the answer has to fit (needs "schema").
+    `schema`: JSON schema that constrains the completion (needs "schema").
     """
 
     messages: tuple[Message, ...] = ()
@@ -90,17 +87,17 @@ class Request:
     schema: Json | None = None
 
     def __post_init__(self) -> None:
-        """RequestError for messages that are none: a text, or one message without its tuple."""
+        """Raise RequestError unless `messages` is a sequence of Message, not a string or a single Message."""
         if isinstance(self.messages, (str, Message)) or not all(isinstance(one, Message) for one in self.messages):
             raise RequestError(f"messages takes a tuple of Message, not {self.messages!r:.80}")
 
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer: its text, the sampled ids (stop token excluded), their log-probabilities in nats, and why it ended.
+    """A completion: its text, sampled ids (stop token excluded), their log-probabilities in nats, the finish reason.
 
-    `ids` and `logprobs` are empty where an engine cannot tell them (remote HTTP). `ended`: the stop token, where the
-    answer ended with one and the engine can tell.
+    `ids` and `logprobs` are empty where an engine does not return them (remote HTTP). `ended`: the stop token, where
+    the completion ended with one and the engine returns it.
     """
 
     text: str
@@ -114,7 +111,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Scored:
-    """A given text's tokens: their log-probabilities in nats, and whether greedy decoding would have written them."""
+    """Given tokens: their log-probabilities in nats, and whether greedy decoding would have generated them."""
 
     logprobs: tuple[float, ...]
     greedy: bool
@@ -129,61 +126,61 @@ class Delta:
 
 
 class Engine(Protocol):
-    """Answers requests. Batch first. `can` names what else it offers, and only that:
+    """Generates completions. Batch first. `can` lists its other capabilities:
 
-    ids: requests of token ids, and the ids of answers · score: log-probabilities of given text · logits: all logits of
-    given text ·
-    tools: functions in a request · schema: answers that fit a JSON schema · embed: texts as vectors · parallel: several
-    requests at once are faster.
+    ids: requests of token ids, and the ids of completions · score: log-probabilities of given tokens (loglikelihood) ·
+    logits: all logits of given tokens · tools: functions in a request · schema: completions constrained to a JSON
+    schema · embed: embeddings · parallel: several requests in parallel are faster.
 
-    Errors: RequestError for a request that cannot be answered as asked, AccessError when no request can, EngineError
-    when answering failed.
+    Errors: RequestError for an unsupported request, AccessError when no request can succeed, EngineError when
+    generation failed.
     """
 
     name: str
     can: frozenset[str]
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer all requests, in their order. The first error is raised."""
+        """Return the completions of all requests, in order. The first error is raised."""
         ...
 
     def each(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion | LlmworksError]]:
-        """(place, answer or the error of that request) as they are ready; closing the iterator stops the work."""
+        """Yield (index, completion or that request's error) as they finish; closing the iterator stops the work."""
         ...
 
     def stream(self, request: Request) -> Iterator[Delta]:
-        """Answer one request piece by piece; closing the iterator cancels the work."""
+        """Stream one completion; closing the iterator cancels it."""
         ...
 
     def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[Scored]:
-        """How probable the given tokens are, per sequence: from its begin on, or all after the first (needs
-        "score").
+        """Compute log-probabilities of given tokens, per sequence from its begin on, or all after the first.
+
+        Needs "score".
         """
         ...
 
     def logits(self, ids: Sequence[int]) -> Any:
-        """Next-token logits after every position, a numpy array [len(ids), vocabulary] (needs "logits")."""
+        """Return next-token logits after every position: numpy [len(ids), vocabulary] (needs "logits")."""
         ...
 
     def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        """A vector for each text (needs "embed")."""
+        """Return one embedding per text (needs "embed")."""
         ...
 
     def close(self) -> None:
-        """Give back memory and threads."""
+        """Free memory and threads."""
         ...
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a score function says of one completion: a value in [0, 1] and, when it is not 1, why."""
+    """A score function's result for one completion: a value in [0, 1] and, when it is not 1, the reason."""
 
     value: float
     reason: str = ""
 
 
 class ScoreFunction(Protocol):
-    """(prompt messages, completion text, row) -> Score. Pure; shared by evaluation, rewards and synthesis."""
+    """(prompt messages, completion text, row) -> Score. Pure; used by evaluation, RL rewards and data synthesis."""
 
     def __call__(self, prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
         """Score one completion."""
@@ -191,9 +188,9 @@ class ScoreFunction(Protocol):
 
 
 def messages_from_json(items: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
-    """Messages from the stored form (role, content and, where given, OpenAI-style tool_calls).
+    """Parse messages from their JSON form (role, content and optional OpenAI-style tool_calls).
 
-    Raises ValueError naming the turn.
+    ValueError names the turn.
     """
     import json
 
@@ -216,7 +213,7 @@ def messages_from_json(items: Sequence[Mapping[str, Any]]) -> tuple[Message, ...
             calls.append(ToolCall(name=str(function.get("name", "")), arguments=parsed, id=str(call.get("id") or "")))
         if isinstance(content, list):  # OpenAI content parts
             if any(part.get("type") != "text" for part in content):
-                raise ValueError(f"message {turn} has content that is not text; this model reads text only")
+                raise ValueError(f"message {turn} has content that is not text; only text is supported")
             content = "".join(part["text"] for part in content)
         if content is None and not calls:
             raise ValueError(f"message {turn} ({role}) has neither content nor tool calls")
@@ -239,7 +236,7 @@ def messages_from_json(items: Sequence[Mapping[str, Any]]) -> tuple[Message, ...
 
 
 def messages_to_json(messages: Sequence[Message]) -> list[Json]:
-    """The stored form of messages; the inverse of `messages_from_json` for text turns and tool calls."""
+    """Return the JSON form of messages: the inverse of `messages_from_json` for text turns and tool calls."""
     import json
 
     out: list[Json] = []

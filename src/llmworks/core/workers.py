@@ -1,9 +1,7 @@
-"""Where independent units of work run: in this process, in several processes, or on a Ray cluster.
+"""A pool for independent units of work: this process, several processes, or a Ray cluster.
 
-Knows no stage and no data.
-
-The caller plans units from its inputs alone and puts results together in the units' order, so that a result never
-depends on the pool.
+The caller derives units from its inputs alone and combines results in the units' order, so that a result never depends
+on the pool.
 """
 
 from __future__ import annotations
@@ -28,25 +26,23 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Pool:
-    """`workers` processes here, or `workers` tasks at a time on a Ray cluster (`address` empty: one started on this
-    machine).
-    """
+    """`workers` local processes, or `workers` parallel tasks on a Ray cluster (`address` empty: a local cluster)."""
 
     workers: int = 1
     engine: Literal["local", "ray"] = "local"
     address: str = ""
     _started: list[ProcessPoolExecutor] = field(
         default_factory=list, compare=False, repr=False
-    )  # kept for the next call
+    )  # reused by the next call
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise UserError(f"workers is {self.workers}, it must be 1 or more")
         if self.address and self.engine != "ray":
-            raise UserError("--address is a Ray cluster's; give --engine ray with it")
+            raise UserError("--address is for a Ray cluster; add --engine ray")
 
     def map(self, function: Callable[[Unit], Result], units: Sequence[Unit]) -> Iterator[tuple[int, Result]]:
-        """(index, result) of every unit, as they are done. `function` is a module's own, its argument can be pickled.
+        """Yield (index, result) of every unit as they finish. `function` is module-level, its argument picklable.
 
         Errors: what the function raises; WorkerLost when a worker was killed twice; MissingDependency without the extra
         `ray`.
@@ -72,9 +68,9 @@ class Pool:
             except BrokenProcessPool:
                 if attempt == 2:
                     raise WorkerLost(
-                        f"a worker process was killed, twice (out of memory?); {len(units) - len(left)} of {len(units)}"
-                        " parts are done and kept; run the same command again to go on, with fewer --workers if memory"
-                        " is short"
+                        f"a worker process was killed, twice (out of memory?); {len(units) - len(left)} of"
+                        f" {len(units)} units are done and kept; run the same command again to resume, with fewer"
+                        " --workers if memory is short"
                     ) from None
 
     def _one_pool(self, function: Callable[[Unit], Result], units: dict[int, Unit]) -> Iterator[tuple[int, Result]]:
@@ -89,7 +85,7 @@ class Pool:
             waiting = {executor.submit(function, unit): index for index, unit in units.items()}
             while waiting:
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                # results before a broken pool's error, so that what is done counts as done
+                # results before a broken pool's error, so that finished units count
                 for future in sorted(done, key=lambda f: f.exception() is not None):
                     yield waiting.pop(future), future.result()
         except BaseException:
@@ -107,7 +103,7 @@ class Pool:
 
         if not ray.is_initialized():
             _connect(ray, self.address, self.workers)
-        remote: Any = ray.remote(max_retries=1)(_call)  # Ray takes plain functions only
+        remote: Any = ray.remote(max_retries=1)(_call)  # Ray accepts plain functions only
         todo = list(enumerate(units))[::-1]
         running: dict[Any, int] = {}
         try:
@@ -127,8 +123,8 @@ class Pool:
             ray.exceptions.NodeDiedError,
         ) as error:
             raise WorkerLost(
-                f"a Ray worker was lost ({type(error).__name__}); what is done is kept, run the same command again to"
-                " go on"
+                f"a Ray worker was lost ({type(error).__name__}); finished units are kept, run the same command"
+                " again to resume"
             ) from None
         finally:
             for reference in running:
@@ -140,22 +136,24 @@ def _call(function: Callable[[Unit], Result], unit: Unit) -> Result:
 
 
 def _connect(ray: Any, address: str, workers: int) -> None:
-    """Join the cluster at `address`, or start one here with as many slots as workers."""
+    """Connect to the cluster at `address`, or start a local one with as many CPUs as workers."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        if port.isdigit():  # Ray itself tries for minutes
+        if port.isdigit():  # Ray itself retries for minutes
             socket.create_connection((host, int(port)), timeout=5).close()
         if address:
             ray.init(address=address, log_to_driver=False, logging_level="error")
         else:
             ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="error")
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"--address {address}: cannot connect to a Ray cluster ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def _follow(parent: int) -> None:
-    """In a worker: leave Ctrl-C to the parent, use one thread, and end when the parent is gone."""
+    """Initialize a worker: leave Ctrl-C to the parent, use one thread, and exit when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["OMP_NUM_THREADS"] = "1"
 

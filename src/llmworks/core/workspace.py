@@ -1,13 +1,11 @@
-"""A workspace: the immutable store of artifacts, the names that point into it, scratch space and locks.
+"""A workspace: an immutable artifact store, names that point into it, scratch space and locks.
 
-    store/KIND-DIGEST12/      immutable artifacts
-    NAME/STEP -> ../store/..  names, swapped atomically
-    scratch/KEY12/            what resuming a step needs
-    locks/KEY12               one flock per step
-    roots/ID -> OUT           `--out` links elsewhere that keep artifacts alive
-    tracking/TOOL             metrics as other tools keep them (`--track`)
-
-Knows no stage and no recipe.
+store/KIND-DIGEST12/      immutable artifacts
+NAME/STEP -> ../store/..  names, swapped atomically
+scratch/KEY12/            checkpoints for resuming a step
+locks/KEY12               one flock per step
+roots/ID -> OUT           `--out` links elsewhere that keep artifacts alive
+tracking/TOOL             metrics in the formats of other tools (`--track`)
 """
 
 from __future__ import annotations
@@ -27,45 +25,43 @@ RESERVED = ("store", "scratch", "locks", "roots", "tracking")
 
 
 def default_workspace() -> Path:
-    """`$LLMWORKS_WORKSPACE`, else `workspace` in the current directory."""
+    """Return `$LLMWORKS_WORKSPACE`, else `workspace` in the current directory."""
     return Path(os.environ.get("LLMWORKS_WORKSPACE") or "workspace")
 
 
 def cache_directory() -> Path:
-    """Where fetched assets and converted models are kept: `$LLMWORKS_CACHE`, else `~/.cache/llmworks`."""
+    """Return the cache for fetched assets and converted models: `$LLMWORKS_CACHE`, else `~/.cache/llmworks`."""
     return Path(os.environ.get("LLMWORKS_CACHE") or Path.home() / ".cache" / "llmworks")
 
 
 class Workspace:
-    """The directory tree described above. Safe for several processes at once."""
+    """The directory tree described above. Safe for several processes."""
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root).absolute()
 
     @property
     def store(self) -> Path:
-        """The directory of immutable artifacts."""
+        """Directory of immutable artifacts."""
         return self.root / "store"
 
     def artifacts(self) -> list[Artifact]:
-        """Every complete artifact in the store, oldest first."""
+        """Return every complete artifact in the store, oldest first."""
         found: list[Artifact] = []
         for path in self.store.glob(f"[!.]*/{MANIFEST}"):
-            with contextlib.suppress(
-                ArtifactError
-            ):  # one that is broken, or was collected meanwhile, is as if it were not there
+            with contextlib.suppress(ArtifactError):  # skip artifacts that are broken or were removed meanwhile
                 found.append(load(path.parent))
         return sorted(found, key=lambda a: (a.manifest.finished if a.manifest else "", a.path.name))
 
     def find(self, key: str) -> Artifact | None:
-        """The newest artifact that was made under this step key."""
+        """Return the newest artifact with this step key."""
         for artifact in reversed(self.artifacts()):
             if artifact.manifest is not None and artifact.manifest.key == key:
                 return artifact
         return None
 
     def find_digest(self, digest: str) -> Artifact | None:
-        """The artifact with this digest, in the store or behind a name."""
+        """Return the artifact with this digest, from the store or behind a name."""
         for artifact in [*self.artifacts(), *self.names().values()]:
             if artifact.digest == digest:
                 return artifact
@@ -82,7 +78,7 @@ class Workspace:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Hold off `collect` while a run reads and makes artifacts here."""
+        """Block `collect` while a run reads and writes artifacts here."""
         directory = self.root / "locks"
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / "in-use").open("w") as stream:
@@ -90,9 +86,7 @@ class Workspace:
             yield
 
     def draft(self, key: str) -> Path:
-        """A new empty directory to write an artifact into; drafts that a killed run left for this key are removed
-        first.
-        """
+        """Create an empty draft directory; drafts that a killed run left for this key are removed first."""
         self.store.mkdir(parents=True, exist_ok=True)
         for old in self.store.glob(f".draft-{key[:12]}*"):
             shutil.rmtree(old)
@@ -101,13 +95,13 @@ class Workspace:
         return path
 
     def scratch(self, key: str) -> Path:
-        """The step's scratch directory, made when missing."""
+        """Return the step's scratch directory, created if missing."""
         path = self.scratch_place(key)
         path.mkdir(parents=True, exist_ok=True)
         return path
 
     def scratch_place(self, key: str) -> Path:
-        """Where the step's scratch directory is, if it has begun."""
+        """Return the path of the step's scratch directory, which may not exist."""
         return self.root / "scratch" / key[:12]
 
     def drop_scratch(self, key: str) -> None:
@@ -122,7 +116,7 @@ class Workspace:
         return load(target)
 
     def bind(self, group: str, name: str, artifact: Artifact) -> Path:
-        """Let `group/name` point to an artifact, atomically."""
+        """Point `group/name` to an artifact, atomically."""
         link = self.root / group / name
         link.parent.mkdir(parents=True, exist_ok=True)
         target = artifact.path.absolute()
@@ -130,8 +124,9 @@ class Workspace:
         return link
 
     def link_out(self, out: Path, artifact: Artifact) -> Artifact | None:
-        """Let a path outside the workspace point to an artifact, and remember it as a root that keeps the artifact
-        alive; what it pointed to before.
+        """Point a path outside the workspace to an artifact, and register it as a garbage collection root.
+
+        Return the artifact it pointed to before.
         """
         out = out.absolute()
         check_out(out)
@@ -144,7 +139,7 @@ class Workspace:
         return before
 
     def names(self) -> dict[str, Artifact]:
-        """Every name (`group/step`) and the artifact it points to; dangling names are left out."""
+        """Return every name (`group/step`) with its artifact; dangling names are omitted."""
         found: dict[str, Artifact] = {}
         for link in sorted(self.root.glob("*/*")):
             if link.parent.name in RESERVED or not link.is_symlink():
@@ -154,9 +149,7 @@ class Workspace:
         return found
 
     def outs(self) -> dict[str, Artifact]:
-        """Results that `--out` gave a name, by that name; those that are gone, or name something else now, are left
-        out.
-        """
+        """Return the artifacts behind `--out` links by link name; missing or replaced links are omitted."""
         found: dict[str, Artifact] = {}
         for link in sorted((self.root / "roots").glob("*")):
             out = link.readlink() if link.is_symlink() else link
@@ -166,17 +159,19 @@ class Workspace:
         return found
 
     def collect(self, *, scratch: bool = False, dry_run: bool = False) -> list[tuple[Path, int]]:
-        """Remove what no name and no descendant of a name needs, and with `scratch` the checkpoints of interrupted
-        steps.
+        """Remove artifacts that are neither named nor ancestors of a named one.
 
-        Returns the removed paths and their bytes. UserError while a run is going on here.
+        With `scratch`, also remove checkpoints of interrupted steps. Return the removed paths and their bytes.
+        UserError while a run is active here.
         """
         (self.root / "locks").mkdir(parents=True, exist_ok=True)
         with (self.root / "locks" / "in-use").open("w") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{self.root}: a run is going on in this workspace; collect when it is done") from None
+                raise UserError(
+                    f"{self.root}: a run is active in this workspace; run gc when it has finished"
+                ) from None
             return self._collect(scratch, dry_run)
 
     def _collect(self, scratch: bool, dry_run: bool) -> list[tuple[Path, int]]:
@@ -203,22 +198,22 @@ class Workspace:
         if not dry_run:
             for path, _ in removed:
                 doomed = path.with_name(f".draft-gone-{path.name.removeprefix('.')}")
-                path.rename(doomed)  # from here on it is no artifact, whenever the removal is cut short
+                path.rename(doomed)  # not an artifact from here on, even if the removal is interrupted
                 shutil.rmtree(doomed, ignore_errors=True)
         return removed
 
 
 def check_out(out: Path) -> None:
-    """UserError when `--out` is taken by something that is not a link to a published artifact."""
+    """Raise UserError when `--out` exists and is not a link to a published artifact."""
     ours = out.is_symlink() and (
         not out.exists() or (out.resolve().parent.name == "store" and (out.resolve() / MANIFEST).exists())
     )
     if (out.exists() or out.is_symlink()) and not ours:
-        raise UserError(f"{out}: exists already and is not a result of llmworks; choose another --out")
+        raise UserError(f"{out}: already exists and is not an llmworks result; choose another --out")
 
 
 def point(link: Path, target: Path) -> None:
-    """Make or swap a symbolic link atomically."""
+    """Create or replace a symbolic link atomically."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
@@ -226,7 +221,7 @@ def point(link: Path, target: Path) -> None:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file or of all files below a directory."""
+    """Return the bytes of a file or of all files below a directory."""
     if path.is_file():
         return path.stat().st_size
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

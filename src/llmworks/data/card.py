@@ -1,7 +1,7 @@
-"""The data card of a set of documents or of conversations (README.md): sources, licences, what was dropped on the way
-and why, lengths, languages, examples.
+"""The data card of a dataset (README.md): sources, licenses, rows dropped and why, lengths, languages, examples.
 
-Facts travel from set to set in `about`, so that every card tells the whole way. Cards carry no dates.
+Facts are carried from dataset to dataset in `about`, so that every card shows the whole processing history. Cards
+contain no dates.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def finish(
     note: str = "",
     extra: Mapping[str, Any] | None = None,
 ) -> Dataset:
-    """The data set that a stage wrote into `ctx.out`, with its card."""
+    """Write the data card of the documents in `ctx.out` and return them as a dataset."""
     facts = measure(ctx)
     sources = {s["name"]: s for parent in parents for s in sources_of(parent)}
     history = _joined([parent.about.get("history", []) for parent in parents])
@@ -70,7 +70,7 @@ def finish_rows(
     note: str = "",
     extra: Mapping[str, Any] | None = None,
 ) -> Dataset:
-    """Write conversations or preference pairs into `ctx.out`, with their card; at least one row."""
+    """Write conversations or preference pairs (at least one) into `ctx.out`, with their data card."""
     pairs = "chosen" in rows[0]
     (write_preference if pairs else write_chat)(ctx.out, rows)
     sources = {s["name"]: s for parent in parents for s in sources_of(parent)}
@@ -100,7 +100,7 @@ def finish_rows(
 
 
 def measure_rows(rows: Sequence[Row]) -> Json:
-    """Counts, lengths and first examples of conversations or pairs."""
+    """Return counts, length quantiles and the first examples of conversations or preference pairs."""
     import numpy as np
 
     turns = [
@@ -127,7 +127,7 @@ def measure_rows(rows: Sequence[Row]) -> Json:
 
 
 def sources_of(dataset: Dataset) -> list[Json]:
-    """Where a data set's texts come from: what its own card says, the asset that it is, or files from outside."""
+    """Return the sources of a dataset: those of its card, the asset that it is, or external files."""
     known: list[Json] | None = dataset.about.get("sources")
     if known is not None:
         return known
@@ -135,11 +135,11 @@ def sources_of(dataset: Dataset) -> list[Json]:
         return [
             {"name": dataset.about["asset"], "licence": dataset.about["licence"], "what": dataset.about.get("what", "")}
         ]
-    return [{"name": dataset.name, "licence": "not stated", "what": "from outside"}]
+    return [{"name": dataset.name, "licence": "not stated", "what": "external files"}]
 
 
 def _joined(histories: Sequence[list[Json]]) -> list[Json]:
-    """Histories one after the other; steps that several parents share are told once."""
+    """Concatenate histories; an entry shared by several parents appears once."""
     found: list[Json] = []
     for history in histories:
         found += [entry for entry in history if entry not in found]
@@ -147,7 +147,7 @@ def _joined(histories: Sequence[list[Json]]) -> list[Json]:
 
 
 def measure(ctx: Context) -> Json:
-    """Counts, lengths, languages and first examples of the documents in `ctx.out`."""
+    """Return counts, length quantiles, languages and the first examples of the documents in `ctx.out`."""
     import numpy as np
     import pyarrow.compute as pc
 
@@ -175,7 +175,7 @@ def measure(ctx: Context) -> Json:
 
 
 def card(about: Json, facts: Json, what: str = "documents") -> str:
-    """The card as Markdown; `what` names the rows."""
+    """Render the card as Markdown; `what` names the rows."""
     lines = [
         "# Data card",
         "",
@@ -185,9 +185,15 @@ def card(about: Json, facts: Json, what: str = "documents") -> str:
         ),
         "",
     ]
-    lines += ["## Sources", "", "| source | licence | what |", "|---|---|---|"]
+    lines += ["## Sources", "", "| source | license | description |", "|---|---|---|"]
     lines += [f"| {_cell(s['name'])} | {_cell(s['licence'])} | {_cell(s['what'])} |" for s in about["sources"]]
-    lines += ["", "## How it was made", "", f"| step | of | {what} left | dropped | why |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "## Processing history",
+        "",
+        f"| stage | input | {what} kept | dropped | reasons |",
+        "|---|---|---|---|---|",
+    ]
     for entry in about["history"]:
         why = "; ".join(
             f"{reason} {n:,}" for reason, n in sorted(entry["dropped"].items(), key=lambda item: -item[1])[:12]
@@ -200,12 +206,12 @@ def card(about: Json, facts: Json, what: str = "documents") -> str:
     compared = [e for e in about["history"] if e["stage"] == "data.dedup"]
     if compared:
         before = sum(e["documents"] + sum(e["dropped"].values()) for e in compared)
-        lines += ["", f"Near-duplicate rate before they were dropped: {near / max(1, before):.2%}."]
+        lines += ["", f"Near-duplicate rate before deduplication: {near / max(1, before):.2%}."]
     lines += [
         "",
         "## Lengths",
         "",
-        f"| share of the {what} | characters, at most |",
+        f"| quantile ({what}) | characters |",
         "|---|---|",
         *(f"| {share} | {size:,} |" for share, size in facts["lengths"].items()),
     ]

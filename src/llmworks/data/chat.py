@@ -1,8 +1,7 @@
-"""Stage `data.chat`: raw rows of any usual shape become conversations, or preference pairs, in one schema; each row's
-shape is recognised.
+"""Stage `data.chat`: convert raw rows of the usual chat formats to conversations or preference pairs of one schema.
 
-Rows whose turns are out of order are set aside with the reason, never mended silently. Writing back: the stage
-`data.export`.
+The format of each row is detected from its keys. Rows with faulty turns are rejected with the reason, never repaired
+silently. The stage `data.export` converts back.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ PUBLISHED = {"bfcl": bfcl, "flan-cot": flan_cot, "spider": spider}
 
 
 class ChatConfig(Config):
-    """What the raw rows are, and what is asked of them."""
+    """Format of the raw rows, and which rows are accepted."""
 
     format: Literal[
         "auto",
@@ -50,31 +49,29 @@ class ChatConfig(Config):
     ] = Field(
         "auto",
         description=(
-            "auto: each row's shape is recognised by its keys; bfcl, flan-cot and spider are published sets of other"
-            " forms"
+            "auto: detect each row's format from its keys; bfcl, flan-cot and spider: published datasets in formats of"
+            " their own"
         ),
     )
     turns: Literal["strict", "any"] = Field(
         "strict",
-        description=(
-            "strict: rows with turns out of order, empty turns or broken tool calls are set aside; any: they stay"
-        ),
+        description=("strict: reject rows with turns out of order, empty turns or broken tool calls; any: keep them"),
     )
     duplicates: Literal["keep", "drop"] = Field(
-        "keep", description="drop: rows whose turns and tools are those of an earlier row are set aside"
+        "keep", description="drop: reject rows whose turns and tools equal those of an earlier row"
     )
-    merge_turns: bool = Field(False, description="first join neighbouring turns of one role by an empty line")
+    merge_turns: bool = Field(False, description="first join consecutive turns of one role, with an empty line between")
 
 
 def chat(config: ChatConfig, data: Dataset, ctx: Context) -> Dataset:
-    """Convert raw rows. Rows that cannot be used are kept in `rejected.jsonl` with their reason.
+    """Convert raw rows; unusable rows are written to `rejected.jsonl` with the reason.
 
     Errors: DataError for a missing or empty file, or when no row is left.
     """
     if kind := converted(data):
         raise DataError(
-            f"{data.path}: holds {WHAT[kind]} of this schema already; data.export writes them in other shapes, data.mix"
-            " joins sets"
+            f"{data.path}: already holds {WHAT[kind]} in this schema; use data.export to write another format, data.mix"
+            " to combine datasets"
         )
     rejected = Rejected()
     published = PUBLISHED.get(config.format)
@@ -96,12 +93,12 @@ def chat(config: ChatConfig, data: Dataset, ctx: Context) -> Dataset:
     found = Counter(row["extra"].get("shape", config.format) for row in rows)
     reasons = Counter(row["reason"] for row in rejected.rows)
     ctx.report.title = f"{data.name} as {'preference pairs' if pairs else 'conversations'}"
-    ctx.report.lead = f"{len(rows):,} rows, {len(rejected.rows):,} set aside."
+    ctx.report.lead = f"{len(rows):,} rows, {len(rejected.rows):,} rejected."
     ctx.report.data = {"rows": len(rows), "shapes": dict(found), "rejected": dict(reasons)}
-    ctx.report.table("Shapes", ("shape", "rows"), found.most_common())
+    ctx.report.table("Formats", ("format", "rows"), found.most_common())
     if reasons:
         ctx.report.table(
-            "Set aside", ("reason", "rows"), reasons.most_common(40), note="The rows are in rejected.jsonl."
+            "Rejected", ("reason", "rows"), reasons.most_common(40), note="The rows are in rejected.jsonl."
         )
     extra = {"rejected": len(rejected.rows), "shapes": dict(found)}
     return finish_rows(
@@ -116,7 +113,7 @@ def chat(config: ChatConfig, data: Dataset, ctx: Context) -> Dataset:
 
 
 def without_repeated(rows: Sequence[Row], name: str, rejected: Rejected) -> list[Row]:
-    """The rows without those whose turns and tools stand before."""
+    """Reject rows whose turns and tools equal those of an earlier row; return the others."""
     first: dict[str, str] = {}
     kept = []
     for number, row in enumerate(rows, 1):
@@ -126,12 +123,12 @@ def without_repeated(rows: Sequence[Row], name: str, rejected: Rejected) -> list
         if first.setdefault(content, row["id"]) == row["id"]:
             kept.append(row)
         else:
-            rejected.add(name, number, f"the same as another row ({first[content]})", row)
+            rejected.add(name, number, f"duplicate of another row ({first[content]})", row)
     return kept
 
 
 def plain_reasons(reasons: Mapping[str, int]) -> dict[str, int]:
-    """Reasons without what is told of one row only: numbers of turns, names, details in brackets, advice."""
+    """Strip row-specific details from reasons (turn numbers, names, parentheses, advice) and add up their counts."""
     found: Counter[str] = Counter()
     for reason, count in reasons.items():
         plain = BRACKETS.sub("", BRACKETS.sub("", re.sub(r"'[^']*'", "...", reason))).partition(";")[0]
@@ -143,13 +140,13 @@ def plain_reasons(reasons: Mapping[str, int]) -> dict[str, int]:
 
 def _rows(config: ChatConfig, data: Dataset, rejected: Rejected) -> Iterator[Row]:
     seen: set[str] = set()
-    questions: dict[str, str] = {}  # and the group of the first row that asks it
+    questions: dict[str, str] = {}  # question -> id of the first row with it, used as the group
     pairs: bool | None = None
     for file, number, raw in raw_rows(data.path, rejected):
         try:
             row = chat_row(config, raw, f"{file.rsplit('/', 1)[-1].split('.')[0]}-{number}")
             if row["id"] in seen:
-                raise ValueError(f"the id {row['id']!r} stands twice")
+                raise ValueError(f"duplicate id {row['id']!r}")
             if pairs is not None and pairs != ("chosen" in row):
                 raise ValueError(
                     "a preference pair among conversations"
@@ -167,20 +164,20 @@ def _rows(config: ChatConfig, data: Dataset, rejected: Rejected) -> Iterator[Row
 
 
 def reason_of(error: Exception) -> str:
-    """An error's words; for one that Python worded, its kind too."""
+    """Return an error's message as a rejection reason; Python's own errors include their type."""
     if isinstance(error, UnicodeEncodeError):
-        return "a lone surrogate, which is no text"
+        return "a lone surrogate, which is not valid Unicode text"
     return (
         str(error)
         if type(error) is ValueError
-        else f"not in the shape that its keys promise ({type(error).__name__}: {error})"
+        else f"does not match the format that its keys indicate ({type(error).__name__}: {error})"
     )
 
 
 def chat_row(config: ChatConfig, raw: Json, default_id: str) -> Row:
-    """One raw row in the schema; its group may be empty.
+    """Convert one raw row to the schema; its group may be empty.
 
-    ValueError and its like when it is none, or its turns are wrong.
+    Errors: ValueError, AttributeError, KeyError or TypeError when the format does not fit or the turns are faulty.
     """
     row = shapes.read(raw, "" if config.format == "auto" else config.format)
     row["id"] = row["id"] or default_id
@@ -195,7 +192,7 @@ def chat_row(config: ChatConfig, raw: Json, default_id: str) -> Row:
 
 
 def conversations(row: Row) -> list[tuple[Message, ...]]:
-    """The whole conversations of a row: its own, or the prompt with each side."""
+    """Return the full conversations of a row: its own, or the prompt with the chosen and with the rejected side."""
     if "chosen" not in row:
         return [messages_from_json(row["messages"])]
     return [messages_from_json([*row["prompt"], *row[side]]) for side in ("chosen", "rejected")]

@@ -1,7 +1,7 @@
-"""Stage `data.classify`: learn from good and bad texts what good text looks like, score a corpus, keep the better part.
+"""Stage `data.classify`: train a quality classifier on good and bad documents, score a corpus, keep the better part.
 
-A linear model over hashed words and word pairs, as the quality filters of GPT-3 (Brown et al. 2020, appendix A) and
-DCLM are. Its quality is measured on texts that it did not learn from.
+Logistic regression over hashed word unigrams and bigrams, like the quality filters of GPT-3 (Brown et al. 2020,
+appendix A) and DCLM. Its quality is measured on held-out examples.
 """
 
 from __future__ import annotations
@@ -28,36 +28,35 @@ if TYPE_CHECKING:
     from llmworks.core.report import ReportBuilder
 
 MODEL, SCORES = "model.npz", "scores.npy"
-PIECE = 2000  # characters: examples are cut alike, so that length teaches nothing
+PIECE = 2000  # characters; all examples are cut to this size, so that length is not a feature
 SHOWN = 5
-LEAST = 10  # examples of each kind
+LEAST = 10  # examples of each class
 
 
 class ClassifyConfig(Config):
-    """How the classifier learns and what is kept. Without `threshold` and `quantile` all is kept, with its score."""
+    """Classifier training and score threshold. Without `threshold` and `quantile` all documents are kept and scored."""
 
     threshold: float | None = Field(None, ge=0, le=1, description="keep documents with at least this score")
     quantile: float | None = Field(
-        None, gt=0, lt=1, description="drop this share of the documents, those with the lowest scores"
+        None, gt=0, lt=1, description="drop this fraction of the documents, those with the lowest scores"
     )
-    max_examples: int = Field(20_000, ge=20, description="examples of each kind, at most")
-    test_size: float = Field(0.2, gt=0, lt=1, description="share of the examples that measure and do not teach")
-    C: float = Field(10.0, gt=0, description="inverse strength of the L2 penalty (scikit-learn's C)")
+    max_examples: int = Field(20_000, ge=20, description="maximum number of examples per class, held-out ones included")
+    test_size: float = Field(0.2, gt=0, lt=1, description="fraction of the examples held out for evaluation")
+    C: float = Field(10.0, gt=0, description="scikit-learn's C: inverse of the L2 regularization strength")
     score_field: str = Field("quality", description="metadata field that receives the score")
-    seed: int = Field(0, description="seed of the choice and split of examples")
+    seed: int = Field(0, description="seed for sampling and splitting the examples")
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:
         if self.threshold is not None and self.quantile is not None:
-            raise ValueError("threshold and quantile are both given: choose one")
+            raise ValueError("threshold and quantile are mutually exclusive: give only one")
         return self
 
 
 def classify(config: ClassifyConfig, good: list[Dataset], bad: list[Dataset], data: Dataset, ctx: Context) -> Dataset:
-    """Score every document of `data` by its likeness to `good` rather than `bad`; what is below the bound goes to
-    `dropped/`.
+    """Score every document of `data` with the classifier; those below the threshold go to `dropped/`.
 
-    Errors: DataError with fewer than 10 examples of a kind; MissingDependency without the extra `corpus`.
+    Errors: DataError with fewer than 10 examples of a class; MissingDependency without the extra `corpus`.
     """
     import numpy as np
 
@@ -82,9 +81,7 @@ def classify(config: ClassifyConfig, good: list[Dataset], bad: list[Dataset], da
         ctx, "write", partial(_write_part, config.score_field, bound), list(zip(parts, scored.folders, strict=True))
     )
     if not done.sum("kept"):
-        raise DataError(
-            f"{data.name}: no document has a score of {bound:.3g} or more; the highest is {scores.max():.3g}"
-        )
+        raise DataError(f"{data.name}: no document scores {bound:.3g} or more; the highest score is {scores.max():.3g}")
     done.gather(ctx.out)
     _report(ctx, data, scores, bound, done)
     metrics = {"documents": done.sum("kept"), "dropped": done.sum("dropped"), "bound": round(bound, 6), **report}
@@ -98,9 +95,7 @@ def classify(config: ClassifyConfig, good: list[Dataset], bad: list[Dataset], da
 
 
 def learn(config: ClassifyConfig, good: Sequence[Dataset], bad: Sequence[Dataset], ctx: Context) -> Json:
-    """Train on one part of the examples, measure on the other; writes the model into scratch and returns the
-    figures.
-    """
+    """Train the classifier, evaluate it on held-out examples and save it to scratch; returns the metrics."""
     import numpy as np
     import pyarrow as pa
     from sklearn.metrics import roc_auc_score
@@ -110,12 +105,12 @@ def learn(config: ClassifyConfig, good: Sequence[Dataset], bad: Sequence[Dataset
     texts = [examples(kind, config) for kind in (good, bad)]
     for name, found in zip(("good", "bad"), texts, strict=True):
         if len(found) < LEAST:
-            raise DataError(f"{name}: {len(found)} examples are too few to learn from; at least {LEAST} are needed")
+            raise DataError(f"{name}: {len(found)} examples are too few to train on; at least {LEAST} are needed")
     every = texts[0] + texts[1]
     labels = np.array([1] * len(texts[0]) + [0] * len(texts[1]))
     test = np.zeros(len(every), dtype=bool)
     random = np.random.default_rng(config.seed)
-    for kind in (0, 1):  # as many of each kind, proportionally
+    for kind in (0, 1):  # stratified by class
         places = np.flatnonzero(labels == kind)
         test[random.permutation(places)[: max(2, round(len(places) * config.test_size))]] = True
     matrix = features(pa.array(every))
@@ -134,7 +129,7 @@ def learn(config: ClassifyConfig, good: Sequence[Dataset], bad: Sequence[Dataset
     report = _describe_figures(truth, scores, ctx, precision, recall, figures, test)
     plus, minus = telling(model, every[:: max(1, len(every) // 4000)], 15)
     rows = [(a, x, b, y) for (a, x), (b, y) in zip(plus, minus, strict=False)]
-    report.table("What tells them apart", ("for good", "weight", "for bad", "weight"), rows)
+    report.table("Most predictive features", ("of good", "weight", "of bad", "weight"), rows)
     report.data = figures
     return figures
 
@@ -148,15 +143,15 @@ def _describe_figures(
     figures: dict[str, float],
     test: NDArray[Any],
 ) -> ReportBuilder:
-    """Draw the curves of the examples that were measured, and the table of figures."""
+    """Report the metrics, ROC curve and precision-recall curve of the held-out examples."""
     from sklearn.metrics import precision_recall_curve, roc_curve
 
     false, true, _ = roc_curve(truth, scores)
     p, r, _ = precision_recall_curve(truth, scores)
     report = ctx.report
     report.table(
-        "On examples that it did not learn from",
-        ("figure", "value"),
+        "Metrics on held-out examples",
+        ("metric", "value"),
         [
             ("good examples", int(truth.sum())),
             ("bad examples", int((truth == 0).sum())),
@@ -164,22 +159,20 @@ def _describe_figures(
             ("recall at 0.5", recall),
             ("area under the ROC curve", figures["auc"]),
         ],
-        note=f"{int((~test).sum()):,} examples taught, {int(test.sum()):,} measured.",
+        note=f"{int((~test).sum()):,} training examples, {int(test.sum()):,} held-out examples.",
     )
     report.curves(
         "ROC",
         {"classifier": _thin(false, true), "chance": [(0, 0), (1, 1)]},
-        x="bad texts that pass",
-        y="good texts that pass",
+        x="false positive rate",
+        y="true positive rate",
     )
     report.curves("Precision and recall", {"classifier": _thin(r, p)}, x="recall", y="precision")
     return report
 
 
 def examples(datasets: Sequence[Dataset], config: ClassifyConfig) -> list[str]:
-    """Pieces of documents, as many from each data set; chosen by reservoir sampling (Vitter 1985), one piece of a
-    document.
-    """
+    """Sample excerpts by reservoir sampling (Vitter 1985): one per document, equally many from each dataset."""
     import random
 
     chosen: list[str] = []
@@ -243,7 +236,7 @@ def _write_part(field: str, bound: float, unit: tuple[Span, Path], folder: Path)
 
 
 def _thin(x: Any, y: Any, points: int = 200) -> list[tuple[float, float]]:
-    """At most so many points of a curve."""
+    """Subsample a curve to about `points` points."""
     step = max(1, len(x) // points)
     return [(float(a), float(b)) for a, b in zip(x[::step], y[::step], strict=True)] + [(float(x[-1]), float(y[-1]))]
 
@@ -252,9 +245,9 @@ def _report(ctx: Context, data: Dataset, scores: Any, bound: float, done: Done) 
     import numpy as np
 
     report = ctx.report
-    report.title = f"{data.name}, scored"
+    report.title = f"Quality scores of {data.name}"
     report.lead = (
-        f"{done.sum('kept'):,} of {len(scores):,} documents have a score of at least {bound:.3g} and stay; the median"
+        f"{done.sum('kept'):,} of {len(scores):,} documents score at least {bound:.3g} and are kept; the median score"
         f" is {np.median(scores):.3f}."
     )
     report.data = {**report.data, "kept": done.sum("kept"), "dropped": done.sum("dropped"), "bound": bound}

@@ -1,7 +1,6 @@
-"""Stage `data.clean`: mend documents, tell their language, and drop what the published rules call bad text.
+"""Stage `data.clean`: repair documents, identify their language and apply published quality filters.
 
-What is dropped is kept beside the result, each document with the first rule that it broke. The rules live in
-`filters/`.
+Dropped documents are kept in `dropped/`, each with the first rule that it violated. The rules are in `filters/`.
 """
 
 from __future__ import annotations
@@ -35,34 +34,37 @@ if TYPE_CHECKING:
 
 BATCH_DOCUMENTS = 500
 BATCH_CHARACTERS = 1 << 20
-SAMPLES = 3  # of what each rule dropped, from each part
+SAMPLES = 3  # documents dropped by each rule, from each part
 
 
 class CleanConfig(Config):
-    """What is applied, in this order; null leaves a rule set out.
+    """Filters, applied in this order; null disables one.
 
-    The defaults are FineWeb's, with lines mended first.
+    The defaults are FineWeb's, after a repair of lines.
     """
 
     repair: Repair | None = Field(
-        default_factory=Repair, description="mend encoding, white space and boilerplate lines"
+        default_factory=Repair, description="repair encoding and white space, remove boilerplate lines"
     )
-    language: Language | None = Field(default_factory=Language, description="identify the language; keep some only")
+    language: Language | None = Field(
+        default_factory=Language, description="identify the language and optionally filter by it"
+    )
     gopher_repetition: GopherRepetition | None = Field(
         default_factory=GopherRepetition, description="Gopher's repetition rules"
     )
     gopher_quality: GopherQuality | None = Field(default_factory=GopherQuality, description="Gopher's quality rules")
     c4: C4 | None = Field(
         default_factory=lambda: C4(filter_no_terminal_punct=False),
-        description="C4's rules, as FineWeb uses them: without terminal_punctuation",
+        description="C4's rules, as FineWeb uses them: without filter_no_terminal_punct",
     )
     fineweb: FineWeb | None = Field(default_factory=FineWeb, description="FineWeb's own rules")
     instruction: Instruction | None = Field(None, description="length and symbol rules for instruction data")
 
 
 def clean(config: CleanConfig, data: Dataset, ctx: Context) -> Dataset:
-    """Mend and filter documents; the metadata gets `language` and `language_score`, dropped ones go to `dropped/` with
-    their reason.
+    """Repair and filter documents; dropped ones go to `dropped/` with their reason.
+
+    Adds `language` and `language_score` to the metadata.
 
     Errors: UserError for an unknown language code; DataError when nothing is left; MissingDependency without the extra
     `corpus`.
@@ -73,7 +75,7 @@ def clean(config: CleanConfig, data: Dataset, ctx: Context) -> Dataset:
     kept, dropped = done.sum("kept"), done.total("dropped")
     if not kept:
         raise DataError(
-            f"{data.name}: no document is left of {dropped.total()}; the most frequent reason:"
+            f"{data.name}: all {dropped.total()} documents were dropped; the most frequent reason:"
             f" {dropped.most_common(1)[0][0]}"
         )
     done.gather(ctx.out)
@@ -88,7 +90,7 @@ def clean(config: CleanConfig, data: Dataset, ctx: Context) -> Dataset:
 
 
 def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Documents in batches that rules look at together: so many, or so many characters."""
+    """Yield batches of BATCH_DOCUMENTS documents, or fewer of at least BATCH_CHARACTERS characters."""
     batch: list[Document] = []
     size = 0
     for document in documents:
@@ -119,7 +121,7 @@ def _clean_part(config: CleanConfig, part: Span, folder: Path) -> Json:
 
 
 class Tally:
-    """What is counted while documents are judged."""
+    """Counters and samples collected while documents are filtered."""
 
     def __init__(self) -> None:
         self.before = 0
@@ -131,14 +133,14 @@ class Tally:
         self.samples: dict[str, list[Json]] = {}
 
     def drop(self, document: Document, reason: str) -> None:
-        """Count a dropped document, and keep the beginning of a few."""
+        """Count a dropped document; keep the beginning of the first few as samples."""
         self.dropped[reason] += 1
         samples = self.samples.setdefault(reason, [])
         if len(samples) < SAMPLES:
             samples.append({"id": document.id, "text": document.text[:600]})
 
     def count(self, rules: str, judged: Judgement) -> None:
-        """Add a batch's histograms to those of the part."""
+        """Add a batch's histograms to those of the part, under the name of the rule set."""
         for label, histogram in judged.histograms.items():
             known = self.histograms.setdefault(
                 f"{rules}: {label}", {**histogram, "counts": [0] * len(histogram["counts"])}
@@ -149,8 +151,8 @@ class Tally:
 def judge_batch(
     config: CleanConfig, batch: list[Document], words: Words, tally: Tally
 ) -> Iterator[tuple[Document, str]]:
-    """Each document of a batch as it is kept (mended, with its language), or as it was when the rule that it broke
-    looked at it.
+    """Yield (document, reason) for a batch: repaired documents with an empty reason if kept, else as the violated rule
+    received them.
     """
     import numpy as np
 
@@ -166,10 +168,10 @@ def judge_batch(
         _language(config.language, documents, left, reasons, tally)
         left = [i for i in left if not reasons[i]]
 
-    counted: dict[int, tuple[str, int]] = {}  # texts whose words were counted
+    counted: dict[int, tuple[str, int]] = {}  # index -> (text, its number of words)
 
     def apply(*judged: tuple[str, Judgement]) -> None:
-        """Rule sets that looked at the same texts: the first that a text broke counts."""
+        """Apply the results of rule sets on the same texts; the first violated rule counts."""
         nonlocal left
         for rules, judgement in judged:
             tally.count(rules, judgement)
@@ -238,10 +240,10 @@ def _report(ctx: Context, data: Dataset, done: Done) -> None:
     kept, dropped = done.sum("kept"), done.total("dropped")
     before, after = done.sum("before"), done.sum("characters")
     report = ctx.report
-    report.title = f"{data.name}, cleaned"
+    report.title = f"{data.name} after cleaning"
     report.lead = (
-        f"{kept:,} of {kept + dropped.total():,} documents stay, {after:,} of {before:,} characters"
-        f" ({after / max(before, 1):.1%}); {done.sum('changed'):,} of them were mended or lost lines."
+        f"{kept:,} of {kept + dropped.total():,} documents are kept, {after:,} of {before:,} characters"
+        f" ({after / max(before, 1):.1%}); {done.sum('changed'):,} of the kept documents were changed."
     )
     report.data = {
         "kept": kept,
@@ -252,12 +254,12 @@ def _report(ctx: Context, data: Dataset, done: Done) -> None:
     every = kept + dropped.total()
     report.table(
         "Dropped documents",
-        ("first rule that was broken", "documents", "share"),
+        ("first violated rule", "documents", "share"),
         [(r, n, f"{n / every:.2%}") for r, n in dropped.most_common()],
-        note="Each is kept in dropped/ with its reason. Rules are applied in their order, so a document counts once.",
+        note="They are in dropped/ with their reason. Rules are applied in order; each document counts once.",
     )
     if lines := done.total("lines"):
-        report.table("Dropped lines", ("why", "lines"), lines.most_common())
+        report.table("Dropped lines", ("reason", "lines"), lines.most_common())
     if languages := done.total("languages"):
         report.table("Languages", ("code", "documents"), languages.most_common(20))
     histograms: dict[str, Json] = {}
@@ -267,16 +269,16 @@ def _report(ctx: Context, data: Dataset, done: Done) -> None:
             known["counts"] = [a + b for a, b in zip(known["counts"], histogram["counts"], strict=True)]
     if histograms:
         report.histograms(
-            "What the rules saw",
+            "Distributions of the filtered quantities",
             histograms,
-            note="Documents by value; red lines are the bounds, the last bar holds what lies beyond.",
+            note="Documents by value; red lines are the thresholds, the last bar includes all larger values.",
         )
     samples = {
         reason: [s for summary in done.summaries for s in summary["samples"].get(reason, [])][:SAMPLES]
         for reason in dropped
     }
     report.samples(
-        "What was dropped",
+        "Samples of dropped documents",
         [{"why": f"{reason} · {s['id']}", "text": s["text"]} for reason in dropped for s in samples[reason]],
-        note="The beginning of a few documents for every reason.",
+        note="The beginning of a few documents per reason.",
     )

@@ -1,7 +1,7 @@
-"""Stage `data.decontaminate`: find, and drop or flag, training documents that hold rows of evaluation sets.
+"""Stage `data.decontaminate`: find training documents that overlap with evaluation sets, and drop or flag them.
 
-Shared runs of words, 13 as in GPT-3 (Brown et al. 2020, appendix C), fewer for short rows; and near-duplicates by
-MinHash.
+Overlaps are shared word n-grams, 13 words as in GPT-3 (Brown et al. 2020, appendix C), fewer for short rows, and
+near-duplicates by MinHash.
 """
 
 from __future__ import annotations
@@ -36,43 +36,48 @@ LETTER = re.compile(r"[A-Za-z\x80-\U0010ffff]")
 
 
 class DecontaminateConfig(Config):
-    """What counts as an overlap, and what is done about it."""
+    """Definition of an overlap, and the action taken."""
 
     ngram: int = Field(
-        13, ge=3, le=50, description="words in a row that a document must share with a test row; 13 or 8 are usual"
+        13,
+        ge=3,
+        le=50,
+        description="n-gram size: words in a row shared by a document and a test row; 13 or 8 are usual",
     )
     short_ngram: int = Field(
-        8, ge=3, description="for test rows of fewer than n words; rows of fewer than this are too short to compare"
+        8, ge=3, description="n-gram size for test rows shorter than ngram; rows shorter than this are not compared"
     )
     min_share: float = Field(
-        0.0, ge=0, le=1, description="share of a test row's runs of words that a document must hold; 0: one run"
+        0.0, ge=0, le=1, description="fraction of a test row's n-grams that a document must contain; 0: one n-gram"
     )
     include_numeric_ngrams: bool = Field(
-        False, description="also count runs of which half the words or more are bare numbers, such as 1 2 3 4 ..."
+        False, description="also count n-grams in which at least half of the words are numbers, such as 1 2 3 4 ..."
     )
     near: Near | None = Field(
-        default_factory=lambda: Near(threshold=0.5), description="also near-duplicates of whole rows"
+        default_factory=lambda: Near(threshold=0.5), description="also find near-duplicates of whole rows (MinHash)"
     )
     action: Literal["drop", "flag"] = Field(
-        "drop", description="drop the document, or keep it with `contaminated_by` in its metadata"
+        "drop", description="drop: drop the document; flag: keep it with `contaminated_by` in its metadata"
     )
 
     @model_validator(mode="after")
     def _shorter(self) -> Self:
         if self.short_ngram > self.ngram:
-            raise ValueError(f"short_n is {self.short_ngram}, n is {self.ngram}: short_n must not be larger")
+            raise ValueError(
+                f"short_ngram is {self.short_ngram}, ngram is {self.ngram}: short_ngram must not be larger"
+            )
         return self
 
 
 def decontaminate(config: DecontaminateConfig, data: Dataset, tests: dict[str, Dataset], ctx: Context) -> Dataset:
-    """Compare every document with every row of `tests`; each overlap is written to overlaps.jsonl with both ids.
+    """Compare every document with every row of `tests`; write each overlap to overlaps.jsonl with both ids.
 
-    Errors: DataError for a test set without rows that can be compared, or when nothing is left.
+    Errors: DataError for a test set without rows that can be compared, or when no document is left.
     """
     rows = _index(config, tests, ctx.scratch / INDEX)
     done = work(ctx, "compare", partial(_compare_part, config, ctx.scratch / INDEX, rows.names), spans(data))
     if not done.sum("kept"):
-        raise DataError(f"{data.name}: every document overlaps with the tests; nothing is left")
+        raise DataError(f"{data.name}: every document overlaps with the test sets; no document is left")
     done.gather(ctx.out)
     touched = _report(config, ctx, data, rows, done)
     metrics = {
@@ -90,9 +95,7 @@ def decontaminate(config: DecontaminateConfig, data: Dataset, tests: dict[str, D
 
 @dataclass(frozen=True)
 class TestRows:
-    """The rows that are protected: (test set, id) of each, how many of each set there are, and how many have no run of
-    words to compare.
-    """
+    """The test rows: (test set, id) of each, and per test set the number of rows and of rows without n-grams."""
 
     names: list[tuple[str, str]]
     sizes: Counter[str]
@@ -100,9 +103,7 @@ class TestRows:
 
 
 def _index(config: DecontaminateConfig, tests: Mapping[str, Dataset], path: Path) -> TestRows:
-    """Write the runs of words of all test rows, sorted, with the row that each belongs to; and what MinHash
-    compares.
-    """
+    """Write the index of all test rows: sorted n-gram hashes with their rows, MinHash bands and shingle sets."""
     import numpy as np
     import pyarrow as pa
 
@@ -163,8 +164,10 @@ def _index(config: DecontaminateConfig, tests: Mapping[str, Dataset], path: Path
 
 @dataclass(frozen=True)
 class Overlap:
-    """A document and a test row: how they overlap, the share of the row's runs or the similarity, and where the first
-    run begins (in words).
+    """An overlap of a document with a test row.
+
+    `share` is the fraction of the row's n-grams or the Jaccard similarity, `place` the word in the document at which
+    the first shared n-gram begins, `n` the n-gram size (0 for a near-duplicate).
     """
 
     row: int
@@ -175,7 +178,7 @@ class Overlap:
 
 
 def overlaps(config: DecontaminateConfig, index: Mapping[str, Array], words: Hashed) -> dict[int, list[Overlap]]:
-    """The overlaps of some documents, by their place."""
+    """Find the overlaps of some documents; the keys are the documents' indices."""
     import numpy as np
 
     from llmworks.data.text.hashing import shingles
@@ -208,7 +211,7 @@ def overlaps(config: DecontaminateConfig, index: Mapping[str, Array], words: Has
 
 
 def _near(config: Near, index: Mapping[str, Array], words: Hashed) -> Iterator[tuple[int, int, float]]:
-    """(document, test row, similarity) of near-duplicates."""
+    """Yield (document, test row, Jaccard similarity) of near-duplicates."""
     import numpy as np
 
     from llmworks.data.duplicates import near
@@ -286,7 +289,7 @@ def _compare_part(
 
 
 def _row_of(names: list[tuple[str, str]], item: Overlap, document: Document) -> dict[str, object]:
-    """What is written of one overlap."""
+    """Return the row of overlaps.jsonl for one overlap."""
     name, id = names[item.row]
     row = {
         "test": name,
@@ -300,7 +303,7 @@ def _row_of(names: list[tuple[str, str]], item: Overlap, document: Document) -> 
 
 
 def excerpt(document: Document, item: Overlap) -> str:
-    """The shared words where they begin, or the beginning of a near-duplicate."""
+    """Return the first shared n-gram, or the beginning of a near-duplicate."""
     if not item.n:
         return document.text[:200]
     words = list(WORD.finditer(document.text))[item.place : item.place + item.n]
@@ -308,7 +311,7 @@ def excerpt(document: Document, item: Overlap) -> str:
 
 
 def _report(config: DecontaminateConfig, ctx: Context, data: Dataset, rows: TestRows, done: Done) -> int:
-    """Describe the overlaps; returns how many test rows are touched."""
+    """Report the overlaps; returns the number of contaminated test rows."""
     touched = done.total("touched")
     by_test = Counter(rows.names[int(row)][0] for row in touched)
     report = ctx.report
@@ -317,7 +320,7 @@ def _report(config: DecontaminateConfig, ctx: Context, data: Dataset, rows: Test
     report.lead = (
         f"{changed:,} of {done.sum('kept') + done.sum('dropped'):,} documents overlap with a test row and were"
         f" {'dropped' if config.action == 'drop' else 'flagged'}; {len(touched):,} of {len(rows.names):,} test rows are"
-        " touched."
+        " contaminated."
     )
     report.data = {
         "dropped": done.sum("dropped"),
@@ -328,31 +331,32 @@ def _report(config: DecontaminateConfig, ctx: Context, data: Dataset, rows: Test
     }
     report.table(
         "Test sets",
-        ("test set", "rows", "touched", "share", "without runs"),
+        ("test set", "rows", "contaminated", "share", "too short to compare"),
         [
             (name, size, by_test[name], f"{by_test[name] / size:.1%}", rows.short[name])
             for name, size in rows.sizes.items()
         ],
         note=(
-            f"Touched: a document holds {config.ngram} words in a row of the test row ({config.short_ngram} for shorter rows;"
-            f" runs of {'numbers count too' if config.include_numeric_ngrams else 'bare numbers do not count'})"
+            f"Contaminated: a document shares a {config.ngram}-gram with the test row ({config.short_ngram} for"
+            " shorter rows;"
+            f" n-grams of {'numbers count too' if config.include_numeric_ngrams else 'mostly numbers do not count'})"
         )
         + (f", or is a near-duplicate of it (Jaccard at least {config.near.threshold})." if config.near else "."),
     )
     if touched:
-        report.table("How", ("overlap", "pairs"), done.total("kinds").most_common())
+        report.table("Overlaps by type", ("type", "pairs"), done.total("kinds").most_common())
         report.table(
-            "Most touched rows",
+            "Most contaminated rows",
             ("test row", "documents"),
             [("/".join(rows.names[int(row)]), n) for row, n in touched.most_common(20)],
         )
     shown = [s for summary in done.summaries for s in summary["shown"]][:SHOWN]
     report.samples(
-        "What is shared",
+        "Samples of overlaps",
         [
             {"pair": f"{s['test']}/{s['row']} · {s['document']} · {s['kind']}, {s['share']:.0%}", "text": s["text"]}
             for s in shown
         ],
-        note="All of them are in overlaps.jsonl.",
+        note="All overlaps are in overlaps.jsonl.",
     )
     return len(touched)

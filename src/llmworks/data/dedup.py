@@ -1,8 +1,6 @@
-"""Stage `data.dedup`: one of each cluster of duplicates stays; exact, near and repeated lines, each on its own or
-together.
+"""Stage `data.dedup`: deduplicate documents by exact hashes, MinHash near-duplicates and repeated lines.
 
-First every part is hashed; then clusters are found from the hashes alone; then every part is written without what is
-dropped.
+Three passes: hash every part, cluster by the hashes alone, write every part without its duplicates.
 """
 
 from __future__ import annotations
@@ -34,28 +32,29 @@ NUMBERS, SCORES = "numbers.npy", "scores.npy"
 
 
 class DedupConfig(Config):
-    """Which duplicates are looked for, and which of a cluster stays; null leaves a kind out."""
+    """Types of duplicates to remove (null disables one), and the document of each cluster to keep."""
 
-    exact: Exact | None = Field(default_factory=Exact, description="the same bytes or words")
-    near: Near | None = Field(default_factory=Near, description="nearly the same words (MinHash, verified)")
-    lines: Lines | None = Field(None, description="lines that many documents share")
-    keep: Literal["longest", "first", "highest"] = Field(
-        "longest", description="which of a cluster stays; highest: by the metadata field `by`"
+    exact: Exact | None = Field(default_factory=Exact, description="exact duplicates: the same bytes or the same words")
+    near: Near | None = Field(
+        default_factory=Near, description="near-duplicates: MinHash LSH, verified by Jaccard similarity"
     )
-    score_field: str = Field("quality", description="metadata field with a number, for keep: highest")
+    lines: Lines | None = Field(None, description="lines repeated in many documents")
+    keep: Literal["longest", "first", "highest"] = Field(
+        "longest", description="document of a cluster to keep; highest: the one with the highest score_field"
+    )
+    score_field: str = Field("quality", description="numeric metadata field compared by keep: highest")
 
     @model_validator(mode="after")
     def _something(self) -> Self:
         if not (self.exact or self.near or self.lines):
-            raise ValueError("exact, near and lines are all null: nothing is looked for")
+            raise ValueError("exact, near and lines are all null: set at least one")
         return self
 
 
 def dedup(config: DedupConfig, data: Dataset, ctx: Context) -> Dataset:
-    """Keep one document of every cluster; the others go to `dropped/` with the id that stands for them (`duplicate_of`)
-    in their metadata.
+    """Keep one document of every cluster; the others go to `dropped/` with the id of the kept one (`duplicate_of`).
 
-    Errors: DataError when a document has no number to compare by; MissingDependency without the extra `corpus`.
+    Errors: DataError when a document has no numeric score_field; MissingDependency without the extra `corpus`.
     """
     import numpy as np
 
@@ -86,9 +85,7 @@ def dedup(config: DedupConfig, data: Dataset, ctx: Context) -> Dataset:
 
 
 def hash_part(config: DedupConfig, part: Span, folder: Path) -> Json:
-    """Write what comparing needs: a number for exact duplicates, shingle sets and bands for near ones, a score for each
-    document.
-    """
+    """Write the hashes of a part: exact hashes, shingle sets and MinHash bands, and a score for each document."""
     import numpy as np
 
     from llmworks.data.duplicates import exact, near
@@ -137,13 +134,14 @@ def _scores(config: DedupConfig, table: Any, part: Span) -> Array:
     wrong = next((i for i, value in enumerate(found) if not isinstance(value, (int, float))), None)
     if wrong is not None:
         raise DataError(
-            f"{part.file}: a document has no number {config.score_field!r} in its metadata, which keep: highest compares (by)"
+            f"{part.file}: a document has no numeric {config.score_field!r} (score_field) in its metadata, needed by"
+            " keep"
         )
     return np.array(found, dtype=np.float64)
 
 
 def _decide(config: DedupConfig, hashed: Done, rows: int, ctx: Context) -> tuple[dict[int, Drop], Counter[int], Json]:
-    """(why each dropped row goes, cluster sizes, figures)."""
+    """Cluster the duplicates; returns (reason for each dropped row, counts of cluster sizes, metrics)."""
     import numpy as np
 
     from llmworks.data.duplicates import near
@@ -156,7 +154,7 @@ def _decide(config: DedupConfig, hashed: Done, rows: int, ctx: Context) -> tuple
             clusters.join(int(same[0]), row)
     facts: Json = {}
     if config.near:
-        # one of each exact cluster is compared: the others would only repeat it
+        # only one document of each exact cluster is compared
         chosen = np.array([row for row in range(rows) if clusters.find(row) == row])
         facts["compared"], facts["joined"] = near.join_near(config.near, hashed.folders, clusters, chosen)
     scores = np.concatenate([np.load(folder / SCORES) for folder in hashed.folders])
@@ -179,7 +177,7 @@ def _decide(config: DedupConfig, hashed: Done, rows: int, ctx: Context) -> tuple
 
 
 def _count_lines(config: Lines, plan: Path, unit: tuple[int, Span], folder: Path) -> Json:
-    """Write (line number, row) of the documents that stay."""
+    """Write (line hash, row) pairs of the documents that are kept."""
     import numpy as np
 
     from llmworks.data.duplicates import lines
@@ -211,13 +209,13 @@ def _report(
     report = ctx.report
     kept, dropped = done.sum("kept"), done.total("dropped")
     every = kept + dropped.total()
-    report.title = f"{data.name} without duplicates"
-    report.lead = f"{kept:,} of {every:,} documents stay ({kept / max(every, 1):.1%}); {sizes.total():,} clusters."
+    report.title = f"{data.name} after deduplication"
+    report.lead = f"{kept:,} of {every:,} documents are kept ({kept / max(every, 1):.1%}); {sizes.total():,} clusters."
     if config.near:
         near = config.near
         report.lead += (
-            f" {facts['compared']:,} candidate pairs were compared, {facts['joined']:,} joined (Jaccard of"
-            f" {near.ngram_size}-word shingles at least {near.threshold})."
+            f" {facts['compared']:,} candidate pairs were compared, {facts['joined']:,} merged (Jaccard similarity of"
+            f" {near.ngram_size}-gram shingles at least {near.threshold})."
         )
     report.data = {
         "kept": kept,
@@ -227,32 +225,32 @@ def _report(
     }
     report.table(
         "Dropped",
-        ("why", "documents", "share"),
+        ("reason", "documents", "share"),
         [(r, n, f"{n / every:.2%}") for r, n in dropped.most_common()],
-        note="Each is kept in dropped/ with duplicate_of and similarity.",
+        note="They are in dropped/ with duplicate_of and similarity.",
     )
     if sizes:
-        report.table("Clusters", ("documents in the cluster", "clusters"), sorted(sizes.items()))
+        report.table("Clusters", ("cluster size", "clusters"), sorted(sizes.items()))
     if config.near:
         near = config.near
         curve = [(i / 50, _chance(near, i / 50)) for i in range(51)]
         report.curves(
-            "Which pairs become candidates",
+            "Probability of becoming a candidate pair",
             {"chance": curve},
             x="Jaccard similarity",
-            y="chance",
+            y="probability",
             note=(
-                f"{near.bands} bands of {near.band_rows} minima. Candidates below {near.threshold} are refused when"
-                " compared."
+                f"{near.bands} bands of {near.band_rows} hashes. Candidates with a lower similarity than"
+                f" {near.threshold} are discarded."
             ),
         )
     if config.lines:
         common = done.total("shown").most_common(20)
         report.table(
             "Repeated lines",
-            ("line", "taken out"),
+            ("line", "times removed"),
             [(line[:200], n) for line, n in common],
-            note=f"{done.sum('lines'):,} lines were taken out; each stays where it came first.",
+            note=f"{done.sum('lines'):,} lines were removed; the first occurrence of each is kept.",
         )
     side_by_side(report, parts, drops)
 

@@ -1,9 +1,7 @@
-"""Stage `data.doctor`: would this model learn from these conversations what is meant?
+"""Stage `data.doctor`: check a dataset and a chat template for training faults.
 
-Looks at the template, then at every row.
-
-Faults of the template are found by `tokenize.probe`; faults of rows here. What is learned is shown in colour. Knows no
-weights.
+Template faults are found by `tokenize/chat/template_faults.py`, faults of the rows here. The report shows label tokens
+in color. Does not load model weights.
 """
 
 from __future__ import annotations
@@ -37,13 +35,13 @@ if TYPE_CHECKING:
 
 
 class DoctorConfig(Config):
-    """How the data will be trained on."""
+    """How the data will be used in training."""
 
     chat_template: Template = Field("keep", description=CHOICES)
     max_length: int | None = Field(
-        None, gt=1, description="the longest conversation that training takes; default: what the model reads"
+        None, gt=1, description="maximum sequence length of the training; default: the model's max_position_embeddings"
     )
-    limit: int | None = Field(None, gt=0, description="only the first rows")
+    limit: int | None = Field(None, gt=0, description="check only this many rows; default: all")
 
 
 def doctor(
@@ -55,8 +53,8 @@ def doctor(
 ) -> Report:
     """Report every fault of the template and of the rows; `errors` and `warnings` are metrics for a gate.
 
-    `held_out` is what the model will be measured on: its questions must not be in the data.
-    Errors: ModelError for a model without a readable tokenizer; DataError for data that are no conversations.
+    `eval_data` is the data that the model will be evaluated on; its questions must not be in the training data.
+    Errors: ModelError for a model without a readable tokenizer; DataError for data that are not conversations.
     """
     tokenizer, stops, vocabulary, longest = load(config, model)
     pairs = schema_of(data) == "preference"
@@ -65,7 +63,7 @@ def doctor(
     drawn: list[tuple[str, Rendered]] = []
     tokens = learned = 0
     broken = any(case.finding.code in ("no-template", "template-broken") for case in cases.values())
-    with ctx.progress.bar("look at", len(rows), "rows") as bar:
+    with ctx.progress.bar("check", len(rows), "rows") as bar:
         for row in rows:
             for side, messages in zip((" chosen", " rejected") if pairs else ("",), conversations(row), strict=True):
                 rendered = None if broken else examine(tokenizer, row, messages, config.max_length or longest, cases)
@@ -89,9 +87,7 @@ def doctor(
 
 
 def load(config: DoctorConfig, model: Model | Adapter | Tokenizer) -> tuple[Any, list[int], int | None, int | None]:
-    """(tokenizer with the template that is asked for, stop ids, rows of the embedding, longest input) of a model
-    directory.
-    """
+    """Load (tokenizer with the configured template, stop ids, vocab_size, max_position_embeddings) of a model."""
     tokenizer = tokenizer_of(model, config.chat_template)
     known = read_json(model.path / "config.json") if (model.path / "config.json").exists() else {}
     known = known.get("text_config") or known
@@ -99,16 +95,14 @@ def load(config: DoctorConfig, model: Model | Adapter | Tokenizer) -> tuple[Any,
 
 
 def require_template(name: str, tokenizer: Any, stops: Sequence[int], uses: Uses) -> None:
-    """ModelError for a template that would teach something else than what is meant: no end, a dropped system turn,
-    another prompt than is asked with.
-    """
+    """Raise ModelError for a template with an error, such as a missing end token or a dropped system turn."""
     fault = next((f for f in probe(tokenizer, stops, uses) if f.level == "error"), None)
     if fault is not None:
-        raise ModelError(f"{name}: {fault.what}; {fault.fix} (llmworks data doctor tells more)")
+        raise ModelError(f"{name}: {fault.what}; {fault.fix} (run llmworks data doctor for details)")
 
 
 def uses_of(rows: Sequence[Row]) -> Uses:
-    """What the rows need of a template."""
+    """Return the template features that the rows use."""
     turns = [row.get("messages") or [*row["prompt"], *row["chosen"]] for row in rows]
     return Uses(
         system=any(m["role"] == "system" for messages in turns for m in messages),
@@ -121,31 +115,30 @@ def uses_of(rows: Sequence[Row]) -> Uses:
 def examine(
     tokenizer: Any, row: Row, messages: tuple[Message, ...], longest: int | None, cases: dict[str, Case]
 ) -> Rendered | None:
-    """Add what is wrong with one conversation to `cases`; returns it as it would be trained on, None when it
-    cannot be.
-    """
+    """Check one conversation and add its faults to `cases`; returns it as rendered for training, or None."""
     for code, level, what, fix in _said(tokenizer, messages, row):
         _add(cases, row, Finding(code, level, what, fix))
     shown, tools = for_template(tokenizer, messages, row.get("tools") or ())
     try:
         rendered = render_masked(tokenizer, shown, tools=tools)
     except (RequestError, ModelError) as error:
-        _add(cases, row, Finding("not-rendered", "error", str(error), "correct these rows, or set them aside"))
+        _add(cases, row, Finding("not-rendered", "error", str(error), "correct or remove these rows"))
         return None
     if not any(rendered.mask[1:]):
         _add(
             cases,
             row,
             Finding(
-                "nothing-learned", "error", "no token of the row is learned", "it needs an assistant turn of weight 1"
+                "nothing-learned",
+                "error",
+                "the row has no label tokens (all are masked)",
+                "it needs an assistant turn of weight 1",
             ),
         )
     if longest is not None and len(rendered.ids) > longest:
         kept = sum(rendered.mask[:longest])
         code, what = (
-            ("answer-cut-off", "no answer is left")
-            if not kept
-            else ("answer-cut", "answers are cut and lose their end")
+            ("answer-cut-off", "no label token is left") if not kept else ("answer-cut", "answers lose their end")
         )
         _add(
             cases,
@@ -153,8 +146,8 @@ def examine(
             Finding(
                 code,
                 "error",
-                f"longer than {longest} tokens: cut there, {what}",
-                "set longer rows aside (llmworks never cuts), or raise max_tokens",
+                f"longer than {longest} tokens: when truncated there, {what}",
+                "remove longer rows (llmworks rejects, never truncates them), or raise max_length",
             ),
         )
     if (lost := _lost(tokenizer, messages)) is not None:
@@ -164,8 +157,8 @@ def examine(
             Finding(
                 "text-lost",
                 "warning",
-                f"the tokenizer cannot give back the text, for example {lost!r}",
-                "the model reads something else than what is written",
+                f"the tokenizer does not round-trip the text, for example {lost!r}",
+                "the model sees other text than what is written",
             ),
         )
     return rendered
@@ -174,7 +167,7 @@ def examine(
 def _said(
     tokenizer: Any, messages: Sequence[Message], row: Row
 ) -> Iterator[tuple[str, Literal["error", "warning", "note"], str, str]]:
-    """(code, level, what, fix) of faults in the turns themselves."""
+    """Yield (code, level, what, fix) of faults in the turns themselves."""
     found = problems(messages, row.get("tools") or ())
     if found:
         what = re.sub(
@@ -182,7 +175,7 @@ def _said(
             lambda m: f"a {m[3]} turn" if m[3] else "turns" if m[1] else "a turn",
             found[0],
         )
-        yield "turns", "error", what, "data.chat sets such rows aside (turns: strict)"
+        yield "turns", "error", what, "data.chat rejects such rows (turns: strict)"
     control = _control(tokenizer)
     for where, tokens in [
         *((f"the text of a {m.role} turn", control.of_turn(m)) for m in messages),
@@ -190,25 +183,25 @@ def _said(
     ]:
         if tokens:
             what = (
-                f"{where} holds {' and '.join(map(repr, tokens[:3]))}, which"
-                f" become{'s a control token' if len(tokens) == 1 else ' control tokens'}"
+                f"{where} contains {' and '.join(map(repr, tokens[:3]))}, which"
+                f" become{'s a special token' if len(tokens) == 1 else ' special tokens'}"
             )
             yield (
                 "special-in-text",
                 "error",
                 what,
-                "a user can end turns and speak for others: take it out of the text (data.pack sets such rows aside)",
+                "a user can end turns and speak for others: remove it from the text (data.pack rejects such rows)",
             )
     learned = [m for m in messages if m.role == "assistant" and m.weight]
     if any(OTHER_TURN.search(m.content) for m in learned):
         yield (
             "other-turn-learned",
             "warning",
-            "a learned answer goes on with a turn of somebody else (Human:, ### Instruction ...)",
-            "the model learns to speak for the user: cut the answer there",
+            "a trained answer continues with a turn of another role (Human:, ### Instruction ...)",
+            "the model would be trained to speak for the user: cut the answer there",
         )
     if any(m.content != m.content.strip() and m.content.strip() for m in learned):
-        yield "white-space", "note", "learned answers begin or end with white space", ""
+        yield "white-space", "note", "trained answers begin or end with white space", ""
 
 
 @functools.lru_cache(maxsize=1)
@@ -217,7 +210,7 @@ def _control(tokenizer: Any) -> ControlTokens:
 
 
 def _lost(tokenizer: Any, messages: Sequence[Message]) -> str | None:
-    """A stretch of text that is not given back after encoding, if there is one."""
+    """Return an excerpt of text that does not survive encoding and decoding, or None."""
     for message in messages:
         text = message.content
         if text.isascii():
@@ -230,7 +223,7 @@ def _lost(tokenizer: Any, messages: Sequence[Message]) -> str | None:
 
 
 def shared(rows: Sequence[Row], held_out: Dataset, cases: dict[str, Case]) -> None:
-    """Questions that are in the held-out data too."""
+    """Add the rows whose question is also in the eval data to `cases`."""
     other = read_preference(held_out) if schema_of(held_out) == "preference" else read_chat(held_out)
     known = {question_of(row) for row in other}
     for row in rows:
@@ -241,7 +234,7 @@ def shared(rows: Sequence[Row], held_out: Dataset, cases: dict[str, Case]) -> No
                 Finding(
                     "in-held-out",
                     "error",
-                    f"the question is in {held_out.name} too",
-                    "what is measured there was learned: split by question (data.split keeps groups together)",
+                    f"the question is also in {held_out.name}",
+                    "the evaluation would be contaminated: split by question (data.split keeps groups together)",
                 ),
             )

@@ -1,5 +1,5 @@
-"""Stage `data.export`: conversations or preference pairs as JSONL, in the shape each row came in, or all in one
-shape.
+"""Stage `data.export`: export conversations or preference pairs as JSONL, in each row's original format or in one
+format.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ FILE = "data.jsonl"
 
 
 class ExportConfig(Config):
-    """What to write."""
+    """Output format."""
 
     format: Literal["as-read", "messages", "sharegpt", "alpaca", "chatml", "completion", "preference"] = Field(
         "as-read",
         description=(
-            "as-read: every row as it came, order of keys aside; else all rows in this shape, with the same keys"
+            "as-read: every row in its original format, except for the order of keys; else all rows in this format,"
+            " with the same keys"
         ),
     )
     extra_turn_fields: Literal["drop_rows", "drop_fields"] = Field(
         "drop_rows",
-        description="rows whose turns have fields that no shape but their own has; drop: without these fields",
+        description="turn fields that only the original format has; set-aside: reject the row; drop: drop the fields",
     )
 
 
 def export(config: ExportConfig, data: Dataset, ctx: Context) -> Dataset:
-    """Write `data.jsonl`.
+    """Write `data.jsonl`; rows that the format cannot represent go to rejected.jsonl with the reason.
 
-    Rows that the shape cannot hold are set aside in rejected.jsonl with the reason. DataError when none is left.
+    Errors: DataError when no row is left.
     """
     rows = read_preference(data) if schema_of(data) == "preference" else read_chat(data)
     rejected = Rejected()
@@ -55,7 +56,7 @@ def export(config: ExportConfig, data: Dataset, ctx: Context) -> Dataset:
             count += 1
     if not count:
         raise DataError(
-            f"{data.name}: no row can be written as {config.format!r}; the first: {rejected.rows[0]['reason']}"
+            f"{data.name}: no row can be written as {config.format!r}; the first reason: {rejected.rows[0]['reason']}"
         )
     rejected.write(ctx.out, ctx.progress.say)
     return Dataset(

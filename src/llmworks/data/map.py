@@ -1,8 +1,7 @@
-"""Stage `data.map`: a picture of a data set: documents as points, near one another when they are alike, in clusters
-with their terms.
+"""Stage `data.map`: plot a dataset as a 2-D map of document embeddings, with k-means clusters and their terms.
 
-Vectors are an embedder's, or TF-IDF reduced by a singular value decomposition; t-SNE (van der Maaten and Hinton 2008)
-or PCA lays them out.
+Embeddings come from an embedding model, or from TF-IDF with truncated SVD; t-SNE (van der Maaten and Hinton 2008) or
+PCA projects them to two dimensions.
 """
 
 from __future__ import annotations
@@ -29,27 +28,29 @@ LEAST = 10
 DIMENSIONS = 50
 TERMS = 6
 SNIPPET = 220
-GROUPS = 12  # values of a field that have a colour of their own
+GROUPS = 12  # values of a field that get a color of their own
 
 
 class MapConfig(Config):
-    """What is drawn and how."""
+    """Sample size, clustering and layout of the map."""
 
-    max_documents: int = Field(3000, ge=LEAST, description="documents on the map, a random sample of larger sets")
-    n_clusters: int = Field(12, ge=2, le=60, description="k-means clusters")
-    layout: Literal["tsne", "pca"] = Field(
-        "tsne", description="tsne: neighbours stay together; pca: the two widest directions"
+    max_documents: int = Field(
+        3000, ge=LEAST, description="documents on the map; larger datasets are sampled at random"
     )
-    perplexity: float = Field(30.0, gt=1, description="t-SNE: about how many neighbours count")
+    n_clusters: int = Field(12, ge=2, le=60, description="number of k-means clusters")
+    layout: Literal["tsne", "pca"] = Field(
+        "tsne", description="tsne: preserves neighborhoods; pca: the first two principal components"
+    )
+    perplexity: float = Field(30.0, gt=1, description="t-SNE perplexity: the effective number of neighbors")
     color_by: list[str] = Field(
         default_factory=lambda: ["mix", "language", "source"],
-        description="source or metadata fields that points can be coloured by",
+        description="`source` or metadata fields by which points can be colored",
     )
-    seed: int = Field(0, description="seed of sample, clusters and layout")
+    seed: int = Field(0, description="seed of the sample, the clusters and the layout")
 
 
 def map(config: MapConfig, data: Dataset, ctx: Context, embedder: Model | None = None) -> Report:
-    """Write map.html (interactive, one file), map.png, points.json and a report with the clusters.
+    """Write map.html (interactive, self-contained), map.png, points.json and a report of the clusters.
 
     Errors: DataError with fewer than 10 documents; MissingDependency without the extra `corpus`.
     """
@@ -89,14 +90,13 @@ def map(config: MapConfig, data: Dataset, ctx: Context, embedder: Model | None =
     )
     draw(points, labels, terms, ctx.out / "map.png", f"{data.name}: {len(rows):,} documents, {how}, {config.layout}")
     report = ctx.report
-    report.title = f"A map of {data.name}"
+    report.title = f"Map of {data.name}"
     report.lead = (
-        f"{len(rows):,} of {total:,} documents by {how}, laid out by {config.layout}; open map.html to move around and"
-        " read them."
+        f"{len(rows):,} of {total:,} documents by {how}, projected by {config.layout}; open map.html to explore them."
     )
     sizes = Counter(labels)
     report.data = {"documents": len(rows), "clusters": [{"size": sizes[i], "terms": terms[i]} for i in sorted(terms)]}
-    report.picture("Map", ctx.out / "map.png", "Colours are the clusters of the table below.")
+    report.picture("Map", ctx.out / "map.png", "Colors are the clusters of the table below.")
     report.table(
         "Clusters",
         ("cluster", "documents", "terms"),
@@ -106,7 +106,7 @@ def map(config: MapConfig, data: Dataset, ctx: Context, embedder: Model | None =
 
 
 def sample(data: Dataset, config: MapConfig) -> tuple[list[Document], int]:
-    """(some documents in their order, how many there are): a reservoir (Vitter 1985)."""
+    """Return (sampled documents in their order, total number of documents); reservoir sampling (Vitter 1985)."""
     choose = random.Random(config.seed)
     kept: list[tuple[int, Document]] = []
     total = 0
@@ -120,7 +120,7 @@ def sample(data: Dataset, config: MapConfig) -> tuple[list[Document], int]:
 
 
 def tfidf(texts: Sequence[str]) -> tuple[Any, list[str]]:
-    """(TF-IDF matrix [texts, words], the words), without English stop words and words of one text."""
+    """Return (TF-IDF matrix [texts, words], the words), without English stop words and very rare or common words."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     least = 2 if len(texts) >= 50 else 1
@@ -141,7 +141,7 @@ def tfidf(texts: Sequence[str]) -> tuple[Any, list[str]]:
 
 
 def reduced(matrix: Any, seed: int) -> Array:
-    """The widest directions of a sparse matrix (latent semantic analysis), rows of unit length."""
+    """Reduce a sparse matrix by truncated SVD (latent semantic analysis); rows are normalized to unit length."""
     import numpy as np
     from sklearn.decomposition import TruncatedSVD
 
@@ -153,14 +153,14 @@ def reduced(matrix: Any, seed: int) -> Array:
 
 
 def embed(texts: list[str], embedder: Model) -> Array:
-    """The embedder's vectors."""
+    """Embed the texts with the embedding model."""
     from llmworks.embed import open_embedder
 
     return open_embedder(embedder.path).encode(texts)
 
 
 def cluster(vectors: Array, count: int, seed: int) -> list[int]:
-    """The k-means cluster of each row; the largest is 0."""
+    """Return the k-means cluster of each row; clusters are numbered by size, the largest is 0."""
     from sklearn.cluster import KMeans
 
     found = KMeans(count, random_state=seed, n_init=4).fit_predict(vectors).tolist()
@@ -169,7 +169,7 @@ def cluster(vectors: Array, count: int, seed: int) -> list[int]:
 
 
 def cluster_terms(matrix: Any, words: list[str], labels: Sequence[int]) -> dict[int, list[str]]:
-    """The words that weigh more in a cluster than in the others, most telling first."""
+    """Return the terms whose mean TF-IDF in a cluster exceeds the overall mean most, the most distinctive first."""
     import numpy as np
 
     own = np.array(labels)
@@ -178,13 +178,13 @@ def cluster_terms(matrix: Any, words: list[str], labels: Sequence[int]) -> dict[
     for label in sorted(set(labels)):
         lift = np.asarray(matrix[own == label].mean(axis=0)).ravel() - overall
         found[label] = [words[i] for i in np.argsort(-lift, kind="stable")[:TERMS] if lift[i] > 0] or [
-            "(nothing of its own)"
+            "(no distinctive terms)"
         ]
     return found
 
 
 def lay_out(vectors: Array, config: MapConfig) -> Array:
-    """Points [rows, 2]."""
+    """Project the embeddings to points [rows, 2]."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -198,7 +198,7 @@ def lay_out(vectors: Array, config: MapConfig) -> Array:
 
 
 def colours(documents: Sequence[Document], fields: Sequence[str]) -> dict[str, list[str]]:
-    """The values of each field that some documents have and that differ; rare ones are 'other'."""
+    """Return the documents' values of each field that has more than one value; rare values become 'other'."""
     found = {}
     for field in fields:
         values = [
@@ -212,7 +212,7 @@ def colours(documents: Sequence[Document], fields: Sequence[str]) -> dict[str, l
 
 
 def draw(points: Array, labels: Sequence[int], terms: dict[int, list[str]], path: Path, title: str) -> None:
-    """The map as a PNG, each cluster named where its middle is."""
+    """Draw the map as a PNG, with each cluster labeled at its median."""
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -239,7 +239,7 @@ def draw(points: Array, labels: Sequence[int], terms: dict[int, list[str]], path
 
 
 def page(title: str, rows: list[dict[str, Any]], fields: list[str]) -> str:
-    """The interactive map: one file that needs nothing from outside."""
+    """Return the interactive map as one self-contained HTML page."""
     import html
 
     data = json.dumps({"rows": rows, "fields": fields}, ensure_ascii=False).replace("</", "<\\/")

@@ -1,8 +1,7 @@
-"""Stage `data.mix`: several sets of documents become one, by weights, with a cap on how often a document is repeated,
-in a seeded order.
+"""Stage `data.mix`: mix several datasets into one by weights, with a cap on repetitions, in a seeded order.
 
-Parts are dealt to buckets by a hash of the document, each bucket is then shuffled on its own; memory holds a bucket,
-not the mixture.
+Documents are distributed to buckets by a hash and each bucket is shuffled on its own, so memory holds one bucket, not
+the mixture.
 """
 
 from __future__ import annotations
@@ -35,33 +34,35 @@ BUCKET_CHARACTERS = 32 << 20
 
 
 class MixConfig(Config):
-    """How much of each set goes in."""
+    """Weight of each input, and the size of the mixture."""
 
     weights: dict[str, float] = Field(
         default_factory=dict,
-        description="share of the mixture by input name, any scale; empty: all of everything, once",
+        description="mixture weight by input name, on any scale; empty: all rows of every input, once",
     )
     total_characters: int = Field(
-        0, ge=0, description="size of a mixture of documents; 0: as many as the inputs have together"
+        0, ge=0, description="size of a mixture of documents, in characters; 0: the total of the inputs"
     )
     total_rows: int = Field(
         0,
         ge=0,
-        description="size of a mixture of conversations or of preference pairs; 0: as many as the inputs have together",
+        description="size of a mixture of conversations or preference pairs, in rows; 0: the total of the inputs",
     )
     max_repeats: float = Field(
         4.0,
         gt=0,
-        description="how often a document may come at most; above 4 repeating teaches little (Muennighoff et al. 2023)",
+        description="maximum repetitions of a document; above 4 epochs returns diminish (Muennighoff et al. 2023)",
     )
     source_field: str = Field("mix", description="metadata field that receives the input's name")
-    seed: int = Field(0, description="seed of the choice and the order")
+    seed: int = Field(0, description="seed of the sampling and the order")
 
 
 @dataclass(frozen=True)
 class Share:
-    """What is taken of one input: how often each document comes; those whose draw is below `limit` come once more, for
-    what is left.
+    """Sampling of one input.
+
+    Each document is repeated int(`repeats`) times; those whose random number is below `limit` once more, for the
+    fractional part.
     """
 
     name: str
@@ -72,21 +73,21 @@ class Share:
 
 
 def mix(config: MixConfig, data: dict[str, Dataset], ctx: Context) -> Dataset:
-    """Mix sets of documents, of conversations, or of preference pairs.
+    """Mix datasets of documents, of conversations, or of preference pairs.
 
-    Ids become `name/id`, of what is repeated `name/id~2` and on.
+    Ids become `name/id`; repeated rows get `name/id~2`, `name/id~3` ... Weights are fractions of the characters of
+    documents, and of the rows of conversations and pairs.
 
-    Weights are shares of characters, for conversations and pairs of rows.
-    Errors: UserError for weights that name no input, or that are negative or all zero, and for sets of different kinds.
+    Errors: UserError for weights of an unknown input, negative or all-zero weights, and inputs of different schemas.
     """
     kinds = {name: schema_of(dataset) for name, dataset in data.items()}
     if config.weights and (absent := [name for name in data if name not in config.weights]):
-        ctx.progress.say(f"{', '.join(absent)}: no weight, so nothing is taken")
+        ctx.progress.say(f"{', '.join(absent)}: no weight given, so nothing is sampled")
     if any(kinds.values()):
         return _mix_rows(config, data, kinds, ctx)
     if config.total_rows:
         raise UserError(
-            "rows is for conversations and preference pairs; the size of a mixture of documents is `characters`"
+            "total_rows is for conversations and preference pairs; use total_characters for a mixture of documents"
         )
     drawn = {name: _draws(config.seed, name, dataset) for name, dataset in data.items()}
     sizes = {name: int(lengths.sum()) for name, (_, lengths) in drawn.items()}
@@ -105,14 +106,14 @@ def mix(config: MixConfig, data: dict[str, Dataset], ctx: Context) -> Dataset:
     taken = dealt.total("characters")
     rows = _rows_of(shares, taken, config, ctx)
     report = ctx.report
-    report.title = "A mixture of " + ", ".join(data)
+    report.title = "Mixture of " + ", ".join(data)
     report.lead = f"{dealt.sum('documents'):,} documents, {sum(taken.values()):,} characters."
     report.data = {row[0]: {"available": row[1], "taken": row[2], "repeats": row[5]} for row in rows}
     report.table(
         "Shares",
-        ("input", "characters it has", "taken", "share", "wanted share", "times"),
+        ("input", "available characters", "sampled characters", "share", "target share", "epochs"),
         rows,
-        note=f"No document comes more than {'once' if config.max_repeats == 1 else f'{config.max_repeats:g} times'}.",
+        note=f"No document is used more than {'once' if config.max_repeats == 1 else f'{config.max_repeats:g} times'}.",
     )
     note = ", ".join(f"{row[0]} {row[3]} (×{row[5]:g})" for row in rows)
     return finish(
@@ -127,7 +128,7 @@ def mix(config: MixConfig, data: dict[str, Dataset], ctx: Context) -> Dataset:
 def _rows_of(
     shares: list[Share], taken: Counter[str], config: MixConfig, ctx: Context
 ) -> list[tuple[str, int, int, str, str, float]]:
-    """A row of the report for each input; says where an input has less than is wanted."""
+    """Return a report row for each input; log the inputs that are smaller than their target."""
     rows = []
     for share in shares:
         got = taken[share.name]
@@ -143,8 +144,8 @@ def _rows_of(
         )
         if share.wanted > 1.01 * share.available * config.max_repeats:
             ctx.progress.say(
-                f"{share.name}: {share.wanted:,} characters are wanted, {config.max_repeats:g} times all it has are"
-                f" {int(share.available * config.max_repeats):,}"
+                f"{share.name}: the target is {share.wanted:,} characters, but {config.max_repeats:g} repetitions give"
+                f" only {int(share.available * config.max_repeats):,}"
             )
     return rows
 
@@ -152,11 +153,11 @@ def _rows_of(
 def _mix_rows(config: MixConfig, data: dict[str, Dataset], kinds: Mapping[str, str], ctx: Context) -> Dataset:
     if len(set(kinds.values())) > 1:
         raise UserError(
-            "mixed can be sets of one kind only: "
+            "only datasets of one schema can be mixed: "
             + ", ".join(f"{name} holds {WHAT.get(kind, 'documents')}" for name, kind in kinds.items())
         )
     if config.total_characters:
-        raise UserError("characters is for documents; the size of a mixture of conversations or pairs is `rows`")
+        raise UserError("total_characters is for documents; use total_rows for a mixture of conversations or pairs")
     read = read_preference if "preference" in kinds.values() else read_chat
     every = {name: read(dataset) for name, dataset in data.items()}
     shares = plan(config, {name: len(rows) for name, rows in every.items()}, config.total_rows)
@@ -180,19 +181,19 @@ def _mix_rows(config: MixConfig, data: dict[str, Dataset], kinds: Mapping[str, s
         table.append((share.name, len(rows), len(found) - before, round(share.repeats, 3)))
         if share.wanted > 1.01 * share.available * config.max_repeats:
             ctx.progress.say(
-                f"{share.name}: {share.wanted:,} rows are wanted, {config.max_repeats:g} times all it has are"
-                f" {int(share.available * config.max_repeats):,}"
+                f"{share.name}: the target is {share.wanted:,} rows, but {config.max_repeats:g} repetitions give"
+                f" only {int(share.available * config.max_repeats):,}"
             )
     if not found:
-        raise UserError("the mixture is empty; raise the weights or rows")
+        raise UserError("the mixture is empty; raise weights or total_rows")
     found.sort(key=lambda row: (draw(config.seed, "order", row["id"]), row["id"]))
     report = ctx.report
-    report.title = "A mixture of " + ", ".join(data)
+    report.title = "Mixture of " + ", ".join(data)
     report.lead = f"{len(found):,} rows."
     report.data = {
         name: {"available": available, "taken": taken, "repeats": repeats} for name, available, taken, repeats in table
     }
-    report.table("Shares", ("input", "rows it has", "rows taken", "times"), table)
+    report.table("Shares", ("input", "available rows", "sampled rows", "epochs"), table)
     note = ", ".join(f"{name} {taken:,} (×{repeats:g})" for name, _, taken, repeats in table)
     return finish_rows(
         ctx,
@@ -205,10 +206,10 @@ def _mix_rows(config: MixConfig, data: dict[str, Dataset], kinds: Mapping[str, s
 
 
 def plan(config: MixConfig, sizes: Mapping[str, int], total: int = 0) -> list[Share]:
-    """How often the documents of each input come, in the inputs' order."""
+    """Compute how often the documents of each input are repeated, in the inputs' order."""
     unknown = sorted(set(config.weights) - set(sizes))
     if unknown:
-        raise UserError(f"weights: {unknown[0]!r} is no input; the inputs are {', '.join(sizes)}")
+        raise UserError(f"weights: unknown input {unknown[0]!r}; the inputs are {', '.join(sizes)}")
     weights = (
         {name: config.weights.get(name, 0.0) for name in sizes}
         if config.weights
@@ -225,7 +226,7 @@ def plan(config: MixConfig, sizes: Mapping[str, int], total: int = 0) -> list[Sh
 
 
 def _draws(seed: int, name: str, dataset: Dataset) -> tuple[Array, Array]:
-    """(a number drawn for each document, its characters)."""
+    """Return (a random number for each document, its length in characters)."""
     import numpy as np
     import pyarrow.compute as pc
 
@@ -239,7 +240,7 @@ def _draws(seed: int, name: str, dataset: Dataset) -> tuple[Array, Array]:
 
 
 def _limit(share: Share, drawn: Array, lengths: Array) -> float:
-    """The draw below which documents hold as many characters as whole repeats leave to be taken."""
+    """Return the random number below which documents add up to the fractional part of the repetitions."""
     import numpy as np
 
     rest = (share.repeats - int(share.repeats)) * share.available
@@ -249,12 +250,12 @@ def _limit(share: Share, drawn: Array, lengths: Array) -> float:
 
 
 def draw(seed: int, *words: str) -> float:
-    """A number in [0, 1) that depends on the words and the seed alone."""
+    """Return a pseudorandom number in [0, 1) that depends only on the seed and the words."""
     return int.from_bytes(hashlib.blake2b("\0".join((str(seed), *words)).encode(), digest_size=7).digest()) / 2**56
 
 
 def copies(config: MixConfig, share: Share, document: Document) -> Iterator[Document]:
-    """A document as often as it comes."""
+    """Yield the copies of a document that go into the mixture."""
     whole = int(share.repeats)
     count = whole + (draw(config.seed, "rest", share.name, document.id) < share.limit)
     marked = {**document.metadata, config.source_field: share.name}

@@ -1,6 +1,4 @@
-"""Stage `data.overlap`: count what two sets of conversations share, so that a recipe can refuse to test on what it
-trained on.
-"""
+"""Stage `data.overlap`: count the rows that two chat datasets share, as a gate against evaluating on training data."""
 
 from __future__ import annotations
 
@@ -12,11 +10,11 @@ from llmworks.data.store.rows import Row, read_chat
 
 
 class OverlapConfig(Config):
-    """No choices yet: exact groups, ids, and normalised user texts are compared."""
+    """No options: groups, ids and normalized user messages are compared exactly."""
 
 
 def overlap(config: OverlapConfig, left: Dataset, right: Dataset, ctx: Context) -> Report:
-    """Count shared groups, ids and user texts (case and white space ignored) of two chat datasets."""
+    """Count the shared groups, ids and user messages of two chat datasets; case and white space are ignored."""
     a, b = read_chat(left), read_chat(right)
     shared = {
         "shared_groups": sorted({r["group"] for r in a} & {r["group"] for r in b}),
@@ -27,13 +25,13 @@ def overlap(config: OverlapConfig, left: Dataset, right: Dataset, ctx: Context) 
     ctx.report.title = f"Overlap of {left.name} and {right.name}"
     ctx.report.data = {**counts, "left_rows": len(a), "right_rows": len(b)}
     ctx.report.table(
-        "What both hold",
-        ("what", "count", "first"),
+        "Shared by both",
+        ("kind", "count", "first"),
         [(n.replace("_", " "), len(v), v[0] if v else "") for n, v in shared.items()],
     )
     return Report(ctx.out, metrics=counts)
 
 
 def texts(rows: Sequence[Row]) -> set[str]:
-    """What users said, normalised."""
+    """Return the normalized user messages."""
     return {" ".join(m["content"].lower().split()) for row in rows for m in row["messages"] if m["role"] == "user"}

@@ -1,8 +1,8 @@
-"""Stage `data.pack`: conversations or documents as rows of tokens of one length, so full that nothing is wasted, none
-running into another.
+"""Stage `data.pack`: tokenize conversations or documents and pack them into rows of max_length tokens.
 
-Text becomes tokens in parts, `packing.fit` says which pieces share a row, and the rows are written as shards that
-training maps (`data.tokens`). A conversation is never cut; one that is too long is set aside.
+Text is tokenized in parts, `packing/fit.py` assigns the pieces to rows (best-fit decreasing), and the rows are written
+as shards that training memory-maps (`store/packed_tokens.py`). A conversation is never truncated; one that is too long
+is rejected.
 """
 
 from __future__ import annotations
@@ -34,32 +34,35 @@ BINS = 40
 
 
 class PackConfig(Config):
-    """The rows, and what text becomes."""
+    """Row length, chat template and special tokens."""
 
     max_length: int = Field(
-        2048, gt=1, description="tokens of a row; longer conversations are set aside, longer documents divided"
+        2048, gt=1, description="tokens per row; longer conversations are rejected, longer documents are split"
     )
     chat_template: Template = Field("keep", description=CHOICES)
-    eos_token: str = Field("", description="the token that ends a document; default: the tokenizer's end token")
+    eos_token: str = Field("", description="token appended to each document; default: the tokenizer's eos_token")
     control_tokens: Literal["drop", "keep"] = Field(
         "drop",
-        description="conversations with a control token in somebody's text; keep: it controls. In documents it is text",
+        description=(
+            "set-aside: reject conversations whose text contains special tokens; keep: encode them as special tokens;"
+            " in documents they are always plain text"
+        ),
     )
-    seed: int = Field(0, description="seed of the order")
+    seed: int = Field(0, description="seed of the row order")
 
 
 def pack(config: PackConfig, model: Model | Adapter | Tokenizer, data: Dataset, ctx: Context) -> Dataset:
-    """Write `shard-00000.safetensors` and on.
+    """Pack the data into `shard-00000.safetensors` and so on.
 
-    The bytes depend on data, tokenizer and config alone, not on the number of workers.
+    The bytes depend only on data, tokenizer and config, not on the number of workers.
 
-    Errors: ModelError for a tokenizer or a template that would damage; DataError for data of another kind, or when
-    nothing is left.
+    Errors: ModelError for an unsuitable tokenizer or a faulty template; DataError for preference pairs, or when no row
+    is left.
     """
     tokenizer = tokenizer_of(model, config.chat_template)
     chats = schema_of(data)
     if chats == "preference":
-        raise DataError(f"{data.name}: holds preference pairs; what is packed are conversations or documents")
+        raise DataError(f"{data.name}: holds preference pairs; only conversations or documents can be packed")
     if chats:
         how = How(model.path, config.chat_template, config.max_length, control=config.control_tokens == "keep")
         done = work(
@@ -80,7 +83,7 @@ def pack(config: PackConfig, model: Model | Adapter | Tokenizer, data: Dataset, 
         done = work(ctx, "tokens", partial(encode_documents, how), spans(data))
     if not done.sum("pieces"):
         raise DataError(
-            f"{data.name}: nothing is left to pack, all {done.sum('rejected'):,} rows were set aside"
+            f"{data.name}: nothing is left to pack, all {done.sum('rejected'):,} rows were rejected"
             f" ({_reasons(done).most_common(1)[0][0]})"
         )
     lengths, order, ends = _arrange(config, done, ctx.scratch)
@@ -100,25 +103,23 @@ def pack(config: PackConfig, model: Model | Adapter | Tokenizer, data: Dataset, 
 
 
 def _around(config: PackConfig, tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(ids in front of a document: those that the tokenizer itself puts there, ids behind it)."""
+    """Return (token ids prepended to a document: those that the tokenizer itself adds, token ids appended to it)."""
     bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     before = whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)]
     end = tokenizer.convert_tokens_to_ids(config.eos_token) if config.eos_token else tokenizer.eos_token_id
     if config.eos_token and (end is None or tokenizer.convert_ids_to_tokens(end) != config.eos_token):
-        raise ModelError(f"config.document_end: {config.eos_token!r} is no token of this tokenizer")
+        raise ModelError(f"config.eos_token: {config.eos_token!r} is not a token of this tokenizer")
     if end is None:
         raise ModelError(
-            "the tokenizer has no end token, so documents would run into one another; name one (document_end)"
+            "the tokenizer has no end token, so documents would have no boundary; name one (config.eos_token)"
         )
     if len(before) + 1 >= config.max_length:
-        raise ModelError(f"config.length is {config.max_length}, which leaves no room for text")
+        raise ModelError(f"config.max_length is {config.max_length}, which leaves no room for text")
     return tuple(before), (int(end),)
 
 
 def _arrange(config: PackConfig, done: Done, scratch: Path) -> tuple[Any, Any, Any]:
-    """(lengths of all pieces, `best_fit`'s order and ends); the order is kept in scratch, where the writers of shards
-    read it.
-    """
+    """Return (lengths of all pieces, order, row ends) from `best_fit`; the order is saved for the shard writers."""
     import numpy as np
 
     lengths = np.concatenate([np.load(folder / "lengths.npy") for folder in done.folders])
@@ -128,7 +129,7 @@ def _arrange(config: PackConfig, done: Done, scratch: Path) -> tuple[Any, Any, A
 
 
 def _plan(lengths: Any, order: Any, ends: Any) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Shards of about SHARD_TOKENS tokens: (first and last place in the order, and where its rows end)."""
+    """Plan shards of about SHARD_TOKENS tokens: (begin and end in the order, ends of its rows)."""
     import numpy as np
 
     tokens = np.cumsum(lengths[order])[ends - 1]
@@ -170,7 +171,7 @@ def _write_shard(
     }
     if chats:
         tensors["learned"] = np.empty(pieces[-1], np.uint8)
-    for number in np.unique(of).tolist():  # one part after the other, so that few files are open
+    for number in np.unique(of).tolist():  # one part at a time, so that few files are open
         here = np.flatnonzero(of == number)
         begins = np.concatenate([[0], np.cumsum(lengths_of[number])])[within[here]]
         tensors["origins"][here] = np.load(folders[number] / "origins.npy")[within[here]]
@@ -191,7 +192,7 @@ def _gather_rejected(done: Done, out: Path) -> None:
 
 
 def _reasons(done: Done) -> Counter[str]:
-    """How many rows were set aside, by reason without its details."""
+    """Count the rejected rows by reason, without the details in parentheses."""
     import json
 
     found: Counter[str] = Counter()
@@ -214,24 +215,32 @@ def _finish(
     learned: int,
     reasons: Counter[str],
 ) -> Dataset:
-    """The data set with its report."""
+    """Write the report and return the packed dataset."""
     import numpy as np
 
     rows, pieces, tokens = len(ends), len(lengths), int(lengths.sum())
     figures: Json = {
-        "rows": rows, "pieces": pieces, "tokens": tokens, "learned": learned, "dropped": sum(reasons.values()),
-        "fill": round(tokens / (rows * config.max_length), 5), "pieces_per_row": round(pieces / rows, 2),
-    }  # fmt: skip
+        "rows": rows,
+        "pieces": pieces,
+        "tokens": tokens,
+        "learned": learned,
+        "dropped": sum(reasons.values()),
+        "fill": round(tokens / (rows * config.max_length), 5),
+        "pieces_per_row": round(pieces / rows, 2),
+    }
     report = ctx.report
     report.title = f"{data.name} packed for {model.name}"
-    report.lead = f"{pieces:,} pieces in {rows:,} rows of {config.max_length:,} tokens; {figures['fill']:.2%} of the room is filled."
+    report.lead = (
+        f"{pieces:,} pieces in {rows:,} rows of {config.max_length:,} tokens; {figures['fill']:.2%} of the"
+        " space is used."
+    )
     report.data = {**figures, "length": config.max_length, "rejected": dict(reasons)}
-    report.table("Figures", ("what", "value"), list(figures.items()))
+    report.table("Metrics", ("metric", "value"), list(figures.items()))
     counts = np.bincount(np.minimum((lengths * BINS) // (config.max_length + 1), BINS - 1), minlength=BINS)
     per_row = np.diff(np.concatenate([[0], ends]))
     most = int(per_row.max())
     report.histograms(
-        "Sizes",
+        "Packing",
         {
             "tokens of a piece": {"counts": counts.tolist(), "top": config.max_length},
             "pieces of a row": {
@@ -241,21 +250,16 @@ def _finish(
         },
     )
     if reasons:
-        report.table("Set aside", ("reason", "rows"), reasons.most_common(40), note="The rows are in rejected.jsonl.")
-    ctx.progress.say(
-        report.lead + (f" {figures['dropped']:,} rows were set aside (rejected.jsonl)." if reasons else "")
-    )
-    about = {
-        "schema": "tokens",
-        "length": config.max_length,
-        "vocabulary": vocabulary,
-        "rows": rows,
-        "tokens": tokens,
-        "tokenizer": (
-            hashlib.sha256(tokenizer._tokenizer.to_str().encode()).hexdigest()
-            if hasattr(tokenizer, "_tokenizer")
-            else ""
-        ),
+        report.table("Rejected", ("reason", "rows"), reasons.most_common(40), note="The rows are in rejected.jsonl.")
+    ctx.progress.say(report.lead + (f" {figures['dropped']:,} rows were rejected (rejected.jsonl)." if reasons else ""))
+    about = {"length": config.max_length, "vocabulary": vocabulary, "rows": rows, "tokens": tokens}
+    return Dataset(ctx.out, metrics=figures, about={"schema": "tokens", **about, **_tokenizer_digests(tokenizer)})
+
+
+def _tokenizer_digests(tokenizer: Any) -> dict[str, str]:
+    """Return the digests of a tokenizer and of its chat template, by which training knows its own tokens again."""
+    vocabulary = tokenizer._tokenizer.to_str().encode() if hasattr(tokenizer, "_tokenizer") else b""
+    return {
+        "tokenizer": hashlib.sha256(vocabulary).hexdigest() if vocabulary else "",
         "template": hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest(),
     }
-    return Dataset(ctx.out, metrics=figures, about=about)

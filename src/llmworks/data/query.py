@@ -1,6 +1,6 @@
-"""Stage `data.query`: the rows of a SQL query become documents, as a stream. Any database that SQLAlchemy speaks to.
+"""Stage `data.query`: stream the rows of a SQL query into documents, from any database that SQLAlchemy supports.
 
-A SQLite file is an input like any other; a server is named by a URL, whose secrets are names of environment variables.
+A SQLite file is given as an input; a server by a URL whose secrets are names of environment variables.
 """
 
 from __future__ import annotations
@@ -22,30 +22,28 @@ from llmworks.data.card import finish
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-ROWS = 1000  # fetched at a time
+ROWS = 1000  # rows per fetch
 
 
 class QueryConfig(Config):
-    """What to ask, and of whom."""
+    """Query, database and columns."""
 
-    sql: str = Field(min_length=1, description="the query; its rows become documents in the order that they come")
+    sql: str = Field(min_length=1, description="SQL query; each row becomes a document, in the query's order")
     url: str = Field(
         "",
-        description="a SQLAlchemy URL, with ${NAME} for what the environment holds; empty: the input is a SQLite file",
+        description="SQLAlchemy URL, with ${NAME} for environment variables; empty: the input is a SQLite file",
     )
-    text_field: str = Field("text", description="column that holds the text")
-    id_field: str = Field("", description="column that is the document's id; default: the row's number")
-    max_document_mb: int = Field(64, gt=0, le=1024, description="longer texts are set aside")
-    as_of: str = Field("", description="a label such as a date: the same query is asked again only when it changes")
+    text_field: str = Field("text", description="column with the text")
+    id_field: str = Field("", description="column with the document id; default: the row number")
+    max_document_mb: int = Field(64, gt=0, le=1024, description="longer documents are rejected")
+    as_of: str = Field("", description="cache key such as a date: the same query runs again only when it changes")
 
 
 def query(config: QueryConfig, ctx: Context, database: Dataset | None = None) -> Dataset:
-    """Ask the query and keep every row: the text column as text, the others as metadata.
+    """Run the query and convert every row: the text column becomes the text, the others metadata.
 
-    Nothing is written to the database.
-
-    Errors: UserError for a query or URL that does not work; DataError when no row gives a document; MissingDependency
-    for a driver.
+    Errors: UserError for an invalid query or URL; DataError when no row gives a document; MissingDependency for a
+    missing driver.
     """
     engine, name = _engine(config, database)
     try:
@@ -59,13 +57,13 @@ def query(config: QueryConfig, ctx: Context, database: Dataset | None = None) ->
     finally:
         engine.dispose()
     if not writer.documents:
-        first = f", the first row: {aside.first.reason}" if aside.first else ""
+        first = f"; first row: {aside.first.reason}" if aside.first else ""
         raise DataError(f"{name}: no row of the query gives a document{first}")
     ctx.report.title = f"Documents of {name}"
     ctx.report.lead = (
-        f"{writer.documents:,} documents, {writer.characters:,} characters; {aside.count:,} rows set aside."
+        f"{writer.documents:,} documents, {writer.characters:,} characters; {aside.count:,} rows rejected."
     )
-    ctx.report.table("Query", ("what", "value"), [("database", name), ("query", config.sql)])
+    ctx.report.table("Query", ("setting", "value"), [("database", name), ("query", config.sql)])
     metrics = {"documents": writer.documents, "characters": writer.characters, "rejected": aside.count}
     asked = Dataset(
         ctx.out,
@@ -83,7 +81,7 @@ def query(config: QueryConfig, ctx: Context, database: Dataset | None = None) ->
 
 
 def _engine(config: QueryConfig, database: Dataset | None) -> tuple[Engine, str]:
-    """The engine and what people may know of it: a file's name, or the URL with the names of its secrets."""
+    """Return the engine and its public name: the file's name, or the URL with placeholders for secrets."""
     try:
         import sqlalchemy
     except ImportError:
@@ -91,13 +89,13 @@ def _engine(config: QueryConfig, database: Dataset | None) -> tuple[Engine, str]
     if (database is None) == (not config.url):
         raise UserError("data.query: give either the input `database` (a SQLite file) or the field `url`")
     if re.search(r"://[^/@]*:[^$@/][^@/]*@", config.url):  # checked here, since a config's own errors show its values
-        raise UserError("url: holds a password; put it into the environment and write ${NAME}")
+        raise UserError("url: contains a password; put it into an environment variable and write ${NAME}")
     if database is not None:
         if not database.path.is_file():
-            raise DataError(f"{database.path}: is a directory, wanted is a SQLite file")
+            raise DataError(f"{database.path}: is a directory, expected a SQLite file")
         with database.path.open("rb") as stream:
             if stream.read(16) != b"SQLite format 3\0":
-                raise DataError(f"{database.path}: is no SQLite file")
+                raise DataError(f"{database.path}: is not a SQLite file")
         url = sqlalchemy.URL.create(
             "sqlite", database=f"file:{database.path}", query={"mode": "ro", "immutable": "1", "uri": "true"}
         )
@@ -105,9 +103,9 @@ def _engine(config: QueryConfig, database: Dataset | None) -> tuple[Engine, str]
     try:
         return sqlalchemy.create_engine(re.sub(r"\$\{(\w+)\}", _secret, config.url)), config.url
     except sqlalchemy.exc.NoSuchModuleError:
-        raise UserError(f"url: {config.url.partition(':')[0]!r} is no database that SQLAlchemy knows") from None
+        raise UserError(f"url: {config.url.partition(':')[0]!r} is not a dialect that SQLAlchemy supports") from None
     except sqlalchemy.exc.ArgumentError:
-        raise UserError("url: cannot be understood; write it as dialect://user:${NAME}@host/database") from None
+        raise UserError("url: invalid; write it as dialect://user:${NAME}@host/database") from None
     except ImportError as error:
         raise MissingDependency(
             f"{config.url.partition(':')[0]}: its driver is missing ({error}); install it with pip"
@@ -119,7 +117,7 @@ def _secret(match: re.Match[str]) -> str:
 
     value = os.environ.get(match[1])
     if value is None:
-        raise UserError(f"url: the environment has no {match[1]}")
+        raise UserError(f"url: the environment variable {match[1]} is not set")
     return quote_plus(value)
 
 

@@ -1,7 +1,7 @@
-"""Stage `data.read`: raw files of many formats become documents, as a stream; what gives none is set aside with its
+"""Stage `data.read`: read raw files of many formats into documents, as a stream; unusable ones are rejected with the
 reason.
 
-Formats are told by the suffix, a file without a known one is text. The readers live in `formats/`.
+The format is taken from the suffix; files with an unknown suffix are read as text. The readers are in `readers/`.
 """
 
 from __future__ import annotations
@@ -35,29 +35,30 @@ SKIPPED = frozenset(
 
 
 class ReadConfig(Config):
-    """How rows and pages become documents."""
+    """Conversion of rows and pages to documents."""
 
-    text_field: str = Field("text", description="field of a row (JSONL, JSON, CSV, Parquet, Arrow) that holds the text")
-    id_field: str = Field("", description="field of a row that is the document's id; default: its file and number")
-    keep_fields: list[str] | None = Field(None, description="fields of a row that become metadata; default: all others")
+    text_field: str = Field("text", description="field with the text, in rows of JSONL, JSON, CSV, Parquet or Arrow")
+    id_field: str = Field("", description="field with the document id; default: file and row number")
+    keep_fields: list[str] | None = Field(None, description="fields kept as metadata; default: all others")
     html: Literal["main", "all"] = Field(
-        "main", description="main: a page's content without navigation; all: all its text"
+        "main", description="main: main content without navigation and boilerplate; all: all text"
     )
-    max_document_mb: int = Field(64, gt=0, le=1024, description="longer documents are set aside")
-    max_expanded_mb: int = Field(20_000, gt=0, description="what one compressed file or archive may expand to")
+    max_document_mb: int = Field(64, gt=0, le=1024, description="longer documents are rejected")
+    max_expanded_mb: int = Field(20_000, gt=0, description="maximum expanded size of one compressed file or archive")
 
 
 @dataclass(frozen=True)
 class Files:
-    """A part of the work: some files below `root`."""
+    """One work unit: some files below `root`."""
 
     root: Path
     files: tuple[Path, ...]
 
 
 def read(config: ReadConfig, data: Dataset, ctx: Context) -> Dataset:
-    """Read every file of `data`: text, Markdown, HTML, PDF, JSON, JSONL, CSV, Parquet, Arrow, WARC, R data; also
-    compressed, in zip or tar.
+    """Read every file of `data`, also compressed ones and those in zip or tar archives.
+
+    Formats: text, Markdown, HTML, PDF, JSON, JSONL, CSV, Parquet, Arrow, WARC, R data.
 
     Errors: DataError when there is no file, or none gives a document; MissingDependency for HTML, PDF or WARC without
     the extra.
@@ -66,7 +67,7 @@ def read(config: ReadConfig, data: Dataset, ctx: Context) -> Dataset:
 
     files = find_files(data.path, _beside_arrow)
     if not files:
-        raise DataError(f"{data.path}: holds no files")
+        raise DataError(f"{data.path}: contains no files")
     done = work(ctx, "read", partial(_read_files, config), batches(data.path, files))
     done.gather(ctx.out)
     metrics = {
@@ -79,14 +80,14 @@ def read(config: ReadConfig, data: Dataset, ctx: Context) -> Dataset:
     if not metrics["documents"]:
         raise DataError(f"{data.path}: none of {len(files)} files gives a document{': ' if first else ''}{first}")
     if first:
-        ctx.progress.say(f"{metrics['rejected']} set aside in rejected.jsonl, the first: {first}")
+        ctx.progress.say(f"{metrics['rejected']} rejected (rejected.jsonl), the first: {first}")
     _report(ctx, data, metrics, done.total("formats"), done.total("reasons"))
-    note = "; ".join(f"set aside: {reason} {n:,}" for reason, n in done.total("reasons").most_common())
+    note = "; ".join(f"rejected: {reason} {n:,}" for reason, n in done.total("reasons").most_common())
     return finish(ctx, "data.read", [data], metrics=metrics, note=note, extra={"rejected": metrics["rejected"]})
 
 
 def batches(root: Path, files: Sequence[Path]) -> list[Files]:
-    """Files in their order, in parts of about PART_BYTES or PART_FILES, whichever comes first."""
+    """Group files, in their order, into parts of about PART_BYTES or of PART_FILES, whichever comes first."""
     parts: list[list[Path]] = [[]]
     size = 0
     for file in files:
@@ -121,7 +122,7 @@ def _read_files(config: ReadConfig, part: Files, folder: Path) -> Json:
 
 
 def documents(file: Source, config: ReadConfig) -> Iterator[Document | Unusable]:
-    """What one file gives: its documents, or those of what it holds. A file that cannot be read gives its reason."""
+    """Yield the documents of one file or archive, or an Unusable with the reason where it cannot be read."""
     from llmworks.data.readers.source import BROKEN, TooLarge, expand
 
     for source in expand(file, config.max_expanded_mb << 20):
@@ -205,11 +206,11 @@ def _report(
     report.title = f"Documents of {data.name}"
     mean = metrics["characters"] / metrics["documents"]
     report.lead = (
-        f"{metrics['documents']:,} documents, {mean:,.0f} characters on average; {metrics['rejected']:,} set aside."
+        f"{metrics['documents']:,} documents, {mean:,.0f} characters on average; {metrics['rejected']:,} rejected."
     )
     report.data = {"documents": metrics["documents"], "formats": dict(formats), "reasons": dict(reasons)}
     report.table("Documents by format", ("format", "documents"), formats.most_common())
     if reasons:
         report.table(
-            "Set aside", ("reason", "how many"), reasons.most_common(), note="Each with its place in rejected.jsonl."
+            "Rejected", ("reason", "count"), reasons.most_common(), note="rejected.jsonl lists each with its location."
         )

@@ -1,6 +1,6 @@
-"""Stage `data.redact`: find personal data and secrets in documents, and replace them, tag the documents, or drop them.
+"""Stage `data.redact`: find PII and secrets in documents; redact them, tag the documents, or drop the documents.
 
-The checks are `guard/pii.py` and `guard/secrets.py`. What was found is counted and never written down.
+The detectors are in `guard/pii.py` and `guard/secrets.py`. Findings are counted; their values are never written.
 """
 
 from __future__ import annotations
@@ -24,48 +24,51 @@ from llmworks.guard import Finding, apart
 
 Kind = Literal["email", "phone", "ip", "card", "iban", "secret"]
 KINDS: tuple[Kind, ...] = ("email", "phone", "ip", "card", "iban", "secret")
-AROUND = 60  # characters shown on both sides
+AROUND = 60  # characters of context shown on both sides
 SHOWN = 4  # samples of each kind from each part
 
 
 class RedactConfig(Config):
-    """What is looked for and what is done about it."""
+    """Kinds of findings to detect, and the action taken."""
 
-    kinds: list[Kind] = Field(default_factory=lambda: list(KINDS), min_length=1, description="what is looked for")
+    kinds: list[Kind] = Field(
+        default_factory=lambda: list(KINDS), min_length=1, description="kinds of PII and secrets to detect"
+    )
     action: Literal["redact", "tag", "drop"] = Field(
         "redact",
-        description="redact: replace by the kind; tag: only count in the metadata field `pii`; drop: drop the document",
+        description="redact: replace by the placeholder; tag: only count in the metadata field `pii`; drop: drop the"
+        " document",
     )
-    drop_above: int = Field(0, ge=0, description="drop: documents with more findings than this")
-    placeholder: str = Field("[{kind}]", description="what stands for a finding; {kind} is EMAIL, PHONE ...")
+    drop_above: int = Field(0, ge=0, description="for action drop: drop documents with more findings than this")
+    placeholder: str = Field("[{kind}]", description="replacement for a finding; {kind} is EMAIL, PHONE ...")
     include_reserved: bool = Field(
-        False, description="also what is reserved for examples: example.com, private networks, 555-01xx, placeholders"
+        False, description="also detect reserved example values: example.com, private networks, 555-01xx, placeholders"
     )
 
 
 def redact(config: RedactConfig, data: Dataset, ctx: Context) -> Dataset:
-    """Apply the checks to every document; the metadata gets `pii`, the number of findings by kind.
+    """Apply the detectors to every document; the metadata gets `pii`, the number of findings by kind.
 
-    Errors: DataError when nothing is left.
+    Errors: DataError when no document is left.
     """
     done = work(ctx, "redact", partial(_redact_part, config), spans(data))
     if not done.sum("kept"):
-        raise DataError(f"{data.name}: every document has a finding; nothing is left")
+        raise DataError(f"{data.name}: every document has findings; no document is left")
     done.gather(ctx.out)
     found, touched = done.total("found"), done.sum("touched")
     every = done.sum("kept") + done.sum("dropped")
     report = ctx.report
-    report.title = f"Personal data and secrets in {data.name}"
+    report.title = f"PII and secrets in {data.name}"
     what = {"redact": "replaced", "tag": "tagged", "drop": "dropped"}[config.action]
-    report.lead = f"{touched:,} of {every:,} documents hold {found.total():,} findings; they were {what}."
+    report.lead = f"{touched:,} of {every:,} documents have {found.total():,} findings; they were {what}."
     report.data = {"documents": every, "touched": touched, "found": dict(found), "dropped": done.sum("dropped")}
-    report.table("Findings", ("kind", "how many"), found.most_common())
+    report.table("Findings", ("kind", "count"), found.most_common())
     samples = [
         {"finding": s["kind"], "text": s["text"]}
         for kind in config.kinds
         for s in [s for part in done.summaries for s in part["shown"] if s["kind"] == kind][:SHOWN]
     ]
-    report.samples("Where they stood", samples, note="A few of each kind, taken out, with what is around them.")
+    report.samples("Context of findings", samples, note="A few of each kind, redacted, with the text around them.")
     metrics = {
         "documents": done.sum("kept"),
         "dropped": done.sum("dropped"),
@@ -78,9 +81,7 @@ def redact(config: RedactConfig, data: Dataset, ctx: Context) -> Dataset:
 
 
 def findings(text: str, kinds: list[Kind], examples: bool = False) -> list[Finding]:
-    """Everything of the kinds in a text, without overlaps; where two checks see the same, a secret or a number with a
-    checksum wins.
-    """
+    """Detect findings of these kinds in a text; of overlapping ones a secret or a number with a checksum wins."""
     from llmworks.guard.pii import CHECKS
     from llmworks.guard.secrets import secrets
 
@@ -90,7 +91,7 @@ def findings(text: str, kinds: list[Kind], examples: bool = False) -> list[Findi
 
 
 def redacted(text: str, found: list[Finding], placeholder: str) -> str:
-    """The text with what was found replaced."""
+    """Replace the findings in a text by the placeholder."""
     parts = []
     at = 0
     for finding in found:
@@ -118,14 +119,14 @@ def _redact_part(config: RedactConfig, part: Span, folder: Path) -> Json:
             if config.action == "drop" and len(found) > config.drop_above:
                 dropped.add(
                     replace(marked, text=clean), "personal data or secrets"
-                )  # also what is set aside shows none
+                )  # dropped documents are redacted too
             else:
                 writer.add(replace(marked, text=clean) if config.action == "redact" else marked)
     return {"kept": writer.documents, "dropped": dropped.documents, "touched": touched, "found": counts, "shown": shown}
 
 
 def _samples(text: str, found: list[Finding], shown: list[Json]) -> list[Json]:
-    """What is around the first finding of each kind, all findings taken out, as long as few of the kind are shown."""
+    """Return the redacted context of the first finding of each kind, up to MAX_SAMPLES per kind."""
     new = []
     for kind in {finding.kind for finding in found}:
         if sum(s["kind"] == kind for s in shown) < SHOWN:

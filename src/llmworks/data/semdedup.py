@@ -1,6 +1,4 @@
-"""Stage `data.semdedup`: of documents that mean the same, one stays (SemDeDup, Abbas et al. 2023), judged by the
-vectors of an embedder.
-"""
+"""Stage `data.semdedup`: remove semantic duplicates by embedding similarity (SemDeDup, Abbas et al. 2023)."""
 
 from __future__ import annotations
 
@@ -22,20 +20,20 @@ VECTORS, SIZES = "vectors.npy", "sizes.npy"
 
 
 class SemdedupConfig(Config):
-    """What counts as meaning the same."""
+    """Similarity threshold, and the document of each cluster to keep."""
 
     threshold: float = Field(
-        0.95, gt=0, le=1, description="cosine of two documents' vectors, at least; depends on the embedder"
+        0.95, gt=0, le=1, description="minimum cosine similarity of duplicates; depends on the embedding model"
     )
-    keep: Literal["longest", "first"] = Field("longest", description="which of a cluster stays")
-    seed: int = Field(0, description="seed of the partition of large data sets")
+    keep: Literal["longest", "first"] = Field("longest", description="document of a cluster to keep")
+    seed: int = Field(0, description="seed of the k-means partition of large datasets")
 
 
 def semdedup(config: SemdedupConfig, data: Dataset, embedder: Model, ctx: Context) -> Dataset:
-    """Keep one document of every cluster of like meaning; the others go to `dropped/` with `duplicate_of` and the
-    cosine.
+    """Keep one document of every cluster; the others go to `dropped/` with `duplicate_of` and cosine similarity.
 
-    Errors: ModelError when `embedder` is none; MissingDependency without the extra `corpus` on large data.
+    Errors: ModelError when `embedder` is not an embedding model; MissingDependency without the extra `corpus` on large
+    data.
     """
     import numpy as np
 
@@ -68,10 +66,10 @@ def semdedup(config: SemdedupConfig, data: Dataset, embedder: Model, ctx: Contex
     written = write_kept(ctx, parts, save_plan(ctx, parts, drops))
     stay = written.sum("kept")
     report = ctx.report
-    report.title = f"{data.name} without documents of like meaning"
+    report.title = f"{data.name} after semantic deduplication"
     report.lead = (
-        f"{stay:,} of {rows:,} documents stay ({stay / max(rows, 1):.1%}); {joined:,} of {compared:,} pairs have a"
-        f" cosine of at least {config.threshold} under {embedder.name}."
+        f"{stay:,} of {rows:,} documents are kept ({stay / max(rows, 1):.1%}); {joined:,} of {compared:,} pairs have a"
+        f" cosine similarity of at least {config.threshold} under {embedder.name}."
     )
     report.data = {
         "kept": stay,
@@ -80,7 +78,7 @@ def semdedup(config: SemdedupConfig, data: Dataset, embedder: Model, ctx: Contex
         "compared": compared,
     }
     if counts:
-        report.table("Clusters", ("documents in the cluster", "clusters"), sorted(counts.items()))
+        report.table("Clusters", ("cluster size", "clusters"), sorted(counts.items()))
     side_by_side(report, parts, drops)
     metrics = {
         "documents": stay,
@@ -93,7 +91,7 @@ def semdedup(config: SemdedupConfig, data: Dataset, embedder: Model, ctx: Contex
 
 
 def _embed_part(path: Path, part: Span, folder: Path) -> Json:
-    """Write the vectors (fp16) and sizes of a part's documents."""
+    """Write the embeddings (fp16) and lengths of a part's documents."""
     import numpy as np
 
     from llmworks.embed import open_embedder

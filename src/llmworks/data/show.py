@@ -1,7 +1,7 @@
-"""Stage `data.show`: look at a data set: its rows as chats, in the terminal and on a page with search and filters, and
-what it is like as a whole.
+"""Stage `data.show`: show a dataset: statistics, and rows as chats in the terminal and on a page with search and
+filters.
 
-With a model its rows are shown as tokens too, coloured by what is learned. Also reads packed tokens.
+With a model the rows are also shown as tokens, label tokens in color. Also shows packed tokens.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ HEAD, TAIL = 150, 250  # tokens of one row in the terminal, from its beginning a
 
 
 class ShowConfig(Config):
-    """Which rows, and how."""
+    """Rows to show."""
 
     rows: int = Field(300, gt=0, description="rows on the page")
     terminal_rows: int = Field(3, ge=0, description="rows in the terminal")
-    offset: int = Field(0, ge=0, description="rows to pass over")
-    contains: str = Field("", description="only rows with these words, whatever their case")
+    offset: int = Field(0, ge=0, description="number of rows to skip")
+    contains: str = Field("", description="only rows that contain this text (case-insensitive)")
     chat_template: Template = Field("keep", description=CHOICES)
 
 
 def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter | Tokenizer | None = None) -> Report:
-    """One page, `report.html`, with statistics and rows; `model` adds tokens and what is learned.
+    """Write one page, `report.html`, with statistics and rows; `model` adds tokens and the loss mask.
 
-    Errors: DataError for data that are no conversations, pairs or packed tokens, or when no row fits; UserError for
+    Errors: DataError for data that are not conversations, pairs or packed tokens, or when no row matches; UserError for
     packed tokens without a model; ModelError for a model without a chat template.
     """
     tokenizer = tokenizer_of(model, config.chat_template) if model is not None else None
     if any(data.path.glob("*.safetensors")) if data.path.is_dir() else False:
         if tokenizer is None:
-            raise UserError("packed tokens are shown as text by the tokenizer that made them; give its --model")
+            raise UserError("packed tokens need the tokenizer that made them; give --model")
         return _show_packed(config, data, tokenizer, ctx)
     kind = schema_of(data)
     if not kind:
         raise DataError(f"{data.name}: {_instead(data.path)}")
     if model is not None and tokenizer is not None and not tokenizer.chat_template:
         raise ModelError(
-            f"{model.name} has no chat template, so conversations are no tokens to it; name one with --set"
-            " template=chatml, or leave the model out"
+            f"{model.name} has no chat template to render conversations with; name one with --set"
+            " chat_template=chatml, or omit the model"
         )
     every = read_preference(data) if kind == "preference" else read_chat(data)
     wanted = config.contains.lower()
@@ -68,7 +68,7 @@ def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter
     if not rows:
         raise DataError(
             f"{data.name}: no row "
-            + (f"holds {config.contains!r}" if not fitting else f"comes after the first {config.offset}")
+            + (f"contains {config.contains!r}" if not fitting else f"comes after the first {config.offset}")
         )
     facts = describe(every, _identify())
     encoder = ConversationEncoder(tokenizer) if tokenizer is not None else None
@@ -81,7 +81,7 @@ def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter
     report = ctx.report
     report.title = f"{data.name}: {facts['rows']:,} {'preference pairs' if kind == 'preference' else 'conversations'}"
     report.lead = f"{len(rows):,} of {len(fitting):,} rows are on this page." + (
-        "" if encoder else " Give a model to see tokens and what is learned."
+        "" if encoder else " Give a model to see tokens and the loss mask."
     )
     report.data = facts
     _statistics(ctx, facts)
@@ -101,12 +101,12 @@ def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter
 
 
 def _instead(path: Path) -> str:
-    """What there is in place of rows, and what to do with it."""
+    """Describe what the path holds instead of rows, and what to do with it."""
     if path.is_file() and path.stat().st_size == 0:
         return "is empty"
     if path.is_file() or any(path.glob("*.jsonl")):
-        return "holds raw rows, no conversations yet; make them with the stage data.chat"
-    return "holds no conversations, preference pairs or packed tokens; documents are shown by data.map"
+        return "holds raw rows; convert them to conversations with the stage data.chat"
+    return "holds no conversations, preference pairs or packed tokens; use data.map for documents"
 
 
 def _identify() -> Any:
@@ -118,7 +118,7 @@ def _identify() -> Any:
 
 
 def _item(row: Row, marks: list[str], tokens: list[Json]) -> Json:
-    """A row as the page takes it."""
+    """Return a row in the JSON form that the page reads."""
     sides = (
         [("", row["messages"])]
         if "messages" in row
@@ -153,8 +153,9 @@ def _item(row: Row, marks: list[str], tokens: list[Json]) -> Json:
 
 
 def _tokens(row: Row, encoder: ConversationEncoder | None, tokenizer: Any) -> list[Json]:
-    """The conversation, or both sides of a pair, as tokens: their texts, and a digit each: 1 learned, 2 control token,
-    3 both.
+    """Return the conversation, or both sides of a pair, as tokens with a flag each.
+
+    Flags: 0 none, 1 label token, 2 special token, 3 both.
     """
     if encoder is None:
         return []
@@ -189,7 +190,7 @@ def _show_packed(config: ShowConfig, data: Dataset, tokenizer: Any, ctx: Context
         row = packed[number]
         pieces = [
             {
-                "side": f"piece {i + 1}, row {origin} of the input",
+                "side": f"piece {i + 1} (input row {origin})",
                 **_drawn(
                     tokenizer, row.ids[row.segments == i].tolist(), row.learned[row.segments == i].astype(int).tolist()
                 ),
@@ -225,7 +226,7 @@ def _show_packed(config: ShowConfig, data: Dataset, tokenizer: Any, ctx: Context
     report = ctx.report
     report.title = f"{data.name}: {len(packed):,} rows of packed tokens"
     report.lead = (
-        f"{pieces_count:,} pieces, {tokens:,} tokens, {learned:,} of them learned; {len(shown):,} rows are on this"
+        f"{pieces_count:,} pieces, {tokens:,} tokens, {learned:,} of them label tokens; {len(shown):,} rows are on this"
         " page."
     )
     report.data = facts
@@ -247,17 +248,17 @@ def _statistics(ctx: Context, facts: Json) -> None:
             ("with a system turn", "with_system"),
             ("with tools", "with_tools"),
             ("with tool calls", "with_calls"),
-            ("that stand more than once", "same_rows"),
-            ("whose question stands more than once", "same_questions"),
+            ("duplicates of another row", "same_rows"),
+            ("with the question of another row", "same_questions"),
         )
     ]
-    report.table("All rows", ("rows", "number"), whole)
-    report.table("Turns of a row", ("turns", "rows"), list(facts["turns"].items())[:40])
+    report.table("All rows", ("rows", "count"), whole)
+    report.table("Turns per row", ("turns", "rows"), list(facts["turns"].items())[:40])
     report.table(
-        "Characters of a turn",
+        "Characters per turn",
         ("role", "turns", *next(iter(facts["lengths"].values()))),
         [(role, facts["roles"][role], *sizes.values()) for role, sizes in facts["lengths"].items()],
-        note="Shares of the turns that are at most so long.",
+        note="Quantiles of the turn length.",
     )
     if facts["languages"]:
         report.table("Languages", ("code", "rows"), list(facts["languages"].items()))
@@ -270,15 +271,15 @@ def _summary(facts: Json) -> str:
     lines = [
         f"{facts['rows']:,} rows; turns "
         + ", ".join(f"{turns}: {n:,}" for turns, n in list(facts["turns"].items())[:8])
-        + f"; answers of {sizes['50%']:,} characters in the middle, {sizes['100%']:,} at most"
+        + f"; assistant turns of {sizes['50%']:,} characters (median), {sizes['100%']:,} at most"
     ]
     told = [
         f"{facts[name]:,} {label}"
         for name, label in (
             ("with_system", "with a system turn"),
             ("with_tools", "with tools"),
-            ("same_rows", "stand more than once"),
-            ("same_questions", "ask what another asks"),
+            ("same_rows", "duplicates"),
+            ("same_questions", "with a duplicate question"),
         )
         if facts[name]
     ]
@@ -287,7 +288,7 @@ def _summary(facts: Json) -> str:
 
 
 def as_terminal(item: Json, tokenizer: Any = None) -> str:
-    """A row as a chat; as coloured tokens where there are some."""
+    """Render a row for the terminal: as colored tokens where it has them, else as a chat."""
     lines = [
         f"\n\x1b[1m{item['id']}\x1b[0m "
         + " ".join([*(f"{k}={v}" for k, v in item["tags"].items()), *(f"[{m}]" for m in item["marks"])])
@@ -304,7 +305,7 @@ def as_terminal(item: Json, tokenizer: Any = None) -> str:
             for part in textwrap.wrap(line, WIDTH, replace_whitespace=False, drop_whitespace=False) or [""]
         ]
         lines.append(
-            f"\x1b[{COLOURS.get(turn['role'], '0')};1m{turn['role']}\x1b[0m" + (" (not learned)" if turn["off"] else "")
+            f"\x1b[{COLOURS.get(turn['role'], '0')};1m{turn['role']}\x1b[0m" + (" (weight 0)" if turn["off"] else "")
         )
         lines += [f"  {line}" for line in wrapped[:30]] + (["  …"] if len(wrapped) > 30 else [])
     if item["answer"]:
@@ -317,7 +318,7 @@ def _coloured(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
     if between <= 0:
         return view.as_ansi(tokenizer, ids, mask)
     return (
-        f"{view.as_ansi(tokenizer, ids[:HEAD], mask[:HEAD])}\n  … {between:,} tokens, which the page shows"
+        f"{view.as_ansi(tokenizer, ids[:HEAD], mask[:HEAD])}\n  … {between:,} more tokens on the page"
         f" …\n{view.as_ansi(tokenizer, ids[-TAIL:], mask[-TAIL:])}"
     )
 
@@ -333,7 +334,7 @@ def _plain(item: Json) -> str:
 
 
 def page(items: Sequence[Json]) -> str:
-    """The part of the page with the rows: search, filters, chats and tokens. Needs nothing from outside."""
+    """Return the self-contained page section with the rows: search, filters, chats and tokens."""
     data = (
         json.dumps(items, ensure_ascii=False)
         .replace("<", "\\u003c")

@@ -1,6 +1,6 @@
-"""Stage `data.split`: one side of a seeded k-fold split in which rows of one group stay on one side.
+"""Stage `data.split`: select the train or test side of a seeded k-fold split; rows of one group stay on one side.
 
-Conversations are split in memory; documents in parts, of which only the groups' names are held.
+Conversations are split in memory; documents in parts, with only the group names in memory.
 """
 
 from __future__ import annotations
@@ -25,54 +25,55 @@ from llmworks.data.store.rows import Row, read_chat, read_preference, schema_of
 
 
 class SplitConfig(Config):
-    """Which part of which fold. Two steps with the same fields but `part` give the two sides."""
+    """Side and fold of the split. Two steps that differ only in `split` give the two sides."""
 
-    split: Literal["train", "test"] = Field(description="which side to keep")
+    split: Literal["train", "test"] = Field(description="side to keep")
     n_splits: int = Field(5, ge=2, description="number of folds; one of them is the test side")
     fold: int = Field(0, ge=0, description="index of the test fold")
     seed: int = Field(0, description="seed of the shuffle of groups")
     group_by: str = Field(
         "",
         description=(
-            "what is kept together: source, or a metadata field; default: the group of a conversation, each document"
-            " alone"
+            "source or a metadata field whose rows stay on one side; default: the group of a conversation, each"
+            " document alone"
         ),
     )
     stratify_by: str = Field(
         "",
         description=(
-            "source or a metadata field whose values have equal shares in every fold; a group counts with its first"
-            " document"
+            "source or a metadata field whose values have equal shares in every fold (stratification); a group takes"
+            " the value of its first document"
         ),
     )
 
     @model_validator(mode="after")
     def _fold_exists(self) -> Self:
         if self.fold >= self.n_splits:
-            raise ValueError(f"fold is {self.fold}, folds is {self.n_splits}: fold must be smaller")
+            raise ValueError(f"fold is {self.fold}, n_splits is {self.n_splits}: fold must be smaller")
         return self
 
 
 def split(config: SplitConfig, data: Dataset, ctx: Context) -> Dataset:
     """Keep the conversations, preference pairs or documents of one side, in their order.
 
-    Groups, not rows, are dealt to the folds.
+    Groups, not rows, are assigned to the folds.
 
-    Errors: DataError when a side would be empty.
+    Errors: DataError when the side would be empty.
     """
     kind = schema_of(data)
     if not kind and any(data.path.glob("*.parquet")):
         return _split_documents(config, data, ctx)
     if config.group_by or config.stratify_by:
         raise UserError(
-            "group_by and stratify_by are for documents; conversations and pairs are kept together by their group"
+            "group_by and stratify_by are for documents; conversations and pairs are always split by their group"
         )
     rows = read_preference(data) if kind == "preference" else read_chat(data)
     held_out = test_groups([row["group"] for row in rows], config)
     kept = [row for row in rows if (row["group"] in held_out) == (config.split == "test")]
     if not kept:
         raise DataError(
-            f"{data.name}: the {config.split} side of {config.n_splits} folds is empty; {len({r['group'] for r in rows})}"
+            f"{data.name}: the {config.split} side of {config.n_splits} folds is empty;"
+            f" {len({r['group'] for r in rows})}"
             " groups are too few"
         )
     groups = len(_groups(kept))
@@ -83,8 +84,9 @@ def split(config: SplitConfig, data: Dataset, ctx: Context) -> Dataset:
 
 
 def test_groups(groups: Sequence[str], config: SplitConfig) -> set[str]:
-    """The groups of the test fold: sorted names, shuffled by the seed, dealt in turn, so fold sizes differ by one at
-    most.
+    """Return the groups of the test fold.
+
+    Sorted names are shuffled by the seed and assigned round-robin, so fold sizes differ by at most one.
     """
     names = sorted(set(groups))
     random.Random(config.seed).shuffle(names)
@@ -106,16 +108,15 @@ def _split_documents(config: SplitConfig, data: Dataset, ctx: Context) -> Datase
         names = sorted(group for group, own in strata.items() if own == stratum)
         random.Random(f"{config.seed}/{stratum}").shuffle(names)
         held_out.update(names[first :: config.n_splits])
-        first = (
-            first - len(names)
-        ) % config.n_splits  # small strata begin at different folds, so that folds are of one size
+        first = (first - len(names)) % config.n_splits  # strata begin at different folds, so that fold sizes stay equal
     side = ctx.scratch / "test-groups.json"
     side.write_text(json.dumps(sorted(held_out)))
     done = work(ctx, "split", partial(_split_part, config, side), parts)
     kept = done.sum("documents")
     if not kept:
         raise DataError(
-            f"{data.name}: the {config.split} side of {config.n_splits} folds is empty; {len(strata)} groups are too few"
+            f"{data.name}: the {config.split} side of {config.n_splits} folds is empty; {len(strata)} groups are too"
+            " few"
         )
     done.gather(ctx.out)
     groups = len(held_out) if config.split == "test" else len(strata) - len(held_out)
@@ -133,8 +134,8 @@ def _split_part(config: SplitConfig, side: Path, part: Span, folder: Path) -> Js
 
 
 def value_of(document: Document, field: str) -> str:
-    """A document's id, source, or metadata field. DataError when it has none such."""
-    if field == "id":  # a copy stays with what it is a copy of
+    """Return a document's id, source or metadata field; DataError when it has no such field."""
+    if field == "id":  # a copy stays with its original
         return str(document.metadata.get(COPY_OF, document.id))
     if field == "source":
         return document.source

@@ -1,4 +1,4 @@
-"""Texts to vectors: one interface over sentence encoders and static vectors. Knows no document and no index."""
+"""Text embeddings: one interface over sentence encoders and static embeddings. Does not handle documents or indexes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from llmworks.embed.vectors import Vectors
 
 
 class Embedder(Protocol):
-    """Gives every text a vector of unit length; the product of two is their cosine."""
+    """A text embedder: vectors have unit length, so the dot product of two is their cosine similarity."""
 
     dimensions: int
 
     def encode(self, texts: Sequence[str]) -> Vectors:
-        """Vectors [texts, dimensions] in fp32; a text without tokens has zeros."""
+        """Embed texts as fp32 vectors [texts, dimensions]; a text without tokens gets zeros."""
         ...
 
 
 def open_embedder(path: Path) -> Embedder:
-    """The embedder in a directory: a sentence encoder (Hugging Face, with config.json) or static vectors (a table and a
-    tokenizer).
+    """Load the embedder in a directory.
+
+    It is a sentence encoder (Hugging Face, with config.json) or static embeddings (an embedding table and a tokenizer).
 
     Errors: ModelError for anything else.
     """
@@ -35,6 +36,6 @@ def open_embedder(path: Path) -> Embedder:
 
         return StaticVectors(path)
     raise ModelError(
-        f"{path}: holds no embedder; wanted is a sentence encoder (config.json) or static vectors (model.safetensors,"
-        " tokenizer.json)"
+        f"{path}: holds no embedder; expected a sentence encoder (config.json) or static embeddings"
+        " (model.safetensors, tokenizer.json)"
     )

@@ -1,6 +1,4 @@
-"""Sentence encoders: the mean of a Transformer's last hidden states over a text's tokens (Reimers and Gurevych
-2019).
-"""
+"""Sentence encoders: mean pooling of a Transformer's last hidden states (Sentence-BERT, Reimers and Gurevych 2019)."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ BATCH_TOKENS = 4096
 
 
 class Encoder:
-    """A Hugging Face encoder with mean pooling, as sentence-transformers directories hold it."""
+    """A Hugging Face encoder with mean pooling, in the directory format of sentence-transformers."""
 
     def __init__(self, path: Path) -> None:
         from transformers import AutoModel, AutoTokenizer
@@ -35,13 +33,13 @@ class Encoder:
         self.max_tokens = min(stated, self.model.config.max_position_embeddings)
 
     def encode(self, texts: Sequence[str]) -> Vectors:
-        """Vectors [texts, dimensions] of unit length; texts are cut at the encoder's length."""
+        """Embed texts as unit-length vectors [texts, dimensions]; texts are truncated to the encoder's length."""
         import torch
 
         ids = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens, add_special_tokens=True)[
             "input_ids"
         ]
-        order = sorted(range(len(texts)), key=lambda i: len(ids[i]))  # little padding
+        order = sorted(range(len(texts)), key=lambda i: len(ids[i]))  # sort by length to reduce padding
         out = np.zeros((len(texts), self.dimensions), dtype=np.float32)
         at = 0
         while at < len(order):

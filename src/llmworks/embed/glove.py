@@ -1,9 +1,8 @@
-"""GloVe: vectors whose products are the logarithms of how often words stand near one another (Pennington, Socher &
-Manning 2014).
+"""GloVe: word vectors whose dot products fit log co-occurrence counts (Pennington, Socher & Manning 2014).
 
     minimise over all pairs: f(X) (w . c + b + b' - log X)^2,   f(X) = min(1, (X / most)^power)
 
-X sums 1 / distance within a window. Pure functions of numbers of words; knows no text.
+X sums 1 / distance within a window. Pure functions of word ids.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HELD = 1 << 24  # pairs that are merged at once
+HELD = 1 << 24  # buffered pairs before a merge
 
 
 def cooccurrences(texts: Iterable[Any], words: int, window: int) -> tuple[Any, Any, Any]:
-    """(word, other word, X) of every ordered pair that stands within `window` of one another.
+    """Count co-occurrences; returns (word, context word, X) of every ordered pair within `window` of each other.
 
-    texts: numpy arrays of word numbers, -1 for none.
+    texts: numpy arrays of word ids, -1 for out-of-vocabulary words.
     """
     import numpy as np
 
@@ -64,15 +63,15 @@ def glove(
     seed: int = 0,
     each: Callable[[int, float], None] | None = None,
 ) -> Tensor:
-    """Vectors [words, dimensions], each the sum of a word's own and its context's, by AdaGrad on batches of pairs.
+    """Train vectors [words, dimensions], each the sum of word and context vector, with AdaGrad on batches of pairs.
 
-    `each` hears epoch and mean loss.
+    `each` is called with epoch and mean loss after every epoch.
     """
     draw = torch.Generator().manual_seed(seed)
     first, second = (torch.from_numpy(x) for x in pairs[:2])
     log, weight = (torch.from_numpy(x).float() for x in (pairs[2], pairs[2]))
     log, weight = log.log(), (weight / most).pow(power).clamp(max=1)
-    # a bias is one more number of each vector, against a one in the other
+    # the bias is an extra dimension of each vector, multiplied by 1 in the other
     tables = [(torch.rand(words, dimensions + 1, generator=draw) - 0.5) / dimensions for _ in range(2)]
     squares = [torch.ones_like(table) for table in tables]
     for epoch in range(epochs):
@@ -89,7 +88,7 @@ def glove(
                 summed, squared = (
                     torch.zeros(len(touched), by.shape[1]).index_add_(0, place, x) for x in (by, by.square())
                 )
-                square[touched] += squared  # pair by pair, as the authors' code has it
+                square[touched] += squared  # accumulated per pair, as in the reference implementation
                 table[touched] -= rate * summed / square[touched].sqrt()
         if each is not None:
             each(epoch, total / len(log))

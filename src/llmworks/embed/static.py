@@ -1,6 +1,6 @@
-"""Static vectors: the mean of a table's rows over a text's tokens (as WordLlama and Model2Vec do).
+"""Static embeddings: the mean of token embeddings over a text (as WordLlama and Model2Vec).
 
-Fast, and blind to word order.
+Fast, but ignores word order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BATCH = 256
 
 
 class StaticVectors:
-    """A table [tokens, dimensions] and the tokenizer that it was made for."""
+    """An embedding table [tokens, dimensions] with its tokenizer."""
 
     def __init__(self, path: Path, max_tokens: int = 512) -> None:
         from safetensors import SafetensorError
@@ -28,19 +28,19 @@ class StaticVectors:
             tensors = load_file(path / "model.safetensors")
             self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: the static vectors cannot be read ({error})") from None
+            raise ModelError(f"{path}: the static embeddings cannot be read ({error})") from None
         except Exception as error:  # tokenizers raises a bare Exception
             raise ModelError(f"{path}/tokenizer.json: cannot be read ({error})") from None
         tables = [t for t in tensors.values() if t.ndim == 2]
         if len(tables) != 1:
-            raise ModelError(f"{path}/model.safetensors: holds {len(tables)} tables, wanted is one")
+            raise ModelError(f"{path}/model.safetensors: holds {len(tables)} 2-D tensors, expected one embedding table")
         self.table = tables[0].astype(np.float32)
         self.dimensions = self.table.shape[1]
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(max_tokens)
 
     def encode(self, texts: Sequence[str]) -> Vectors:
-        """Vectors [texts, dimensions] of unit length."""
+        """Embed texts as unit-length vectors [texts, dimensions]."""
         out = np.zeros((len(texts), self.dimensions), dtype=np.float32)
         for at in range(0, len(texts), BATCH):
             encoded = self.tokenizer.encode_batch_fast(

@@ -1,4 +1,4 @@
-"""The array of vectors that embedders return: [texts, dimensions]."""
+"""Type of the embedding arrays [texts, dimensions] that embedders return."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""What word vectors know: do words that people find alike have like vectors (a rank correlation), and is king - man +
-woman queen?
+"""Evaluate word vectors: word similarity (Spearman correlation with human ratings) and analogies (king - man + woman).
 
-WordSim353 (Finkelstein et al. 2002), SimLex999 (Hill et al. 2015), analogies (Mikolov et al. 2013, by 3CosAdd). Knows
-no training.
+WordSim353 (Finkelstein et al. 2002), SimLex999 (Hill et al. 2015), analogies (Mikolov et al. 2013, 3CosAdd).
 """
 
 from __future__ import annotations
@@ -18,36 +16,36 @@ import numpy as np
 from llmworks.core.errors import DataError
 
 BATCH = 512
-FEW = 10  # pairs below which an interval says nothing
+FEW = 10  # no confidence interval below this number of pairs
 Vector = Callable[[str], Any]  # a word's vector, or None
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Two words, and how alike people find them."""
+    """A word similarity test: word pairs with human similarity ratings."""
 
     rows: list[tuple[str, str, float]]
 
 
 @dataclass(frozen=True)
 class Analogies:
-    """a is to b as c is to d, by section."""
+    """A word analogy test: questions "a is to b as c is to d" by section."""
 
     sections: dict[str, list[tuple[str, str, str, str]]] = field(default_factory=dict)
 
 
 def read(path: Path, *, lowercase: bool = True) -> Pairs | Analogies:
-    """The test in a file: lines of two words and a number, or of four words below `: section`.
+    """Read a test file: lines of two words and a rating, or of four words below `: section`.
 
-    Lines that begin with # are left out. DataError for others.
+    Lines that begin with # are skipped. DataError for other lines.
     """
     files = [path] if path.is_file() else sorted(p for p in path.glob("[!.]*.t*") if p.is_file())
     if len(files) != 1:
-        raise DataError(f"{path}: holds {len(files)} text files, a test of words is one")
+        raise DataError(f"{path}: holds {len(files)} text files, expected one word similarity or analogy test")
     try:
         lines = files[0].read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise DataError(f"{files[0]}: is not UTF-8 (byte {error.start})") from None
+        raise DataError(f"{files[0]}: not UTF-8 (byte {error.start})") from None
     pairs: list[tuple[str, str, float]] = []
     analogies = Analogies()
     section = "all"
@@ -66,7 +64,7 @@ def read(path: Path, *, lowercase: bool = True) -> Pairs | Analogies:
                 f"{files[0]}: line {number} is neither two words and a number nor four words ({line[:40]!r})"
             )
     if not pairs and not analogies.sections:
-        raise DataError(f"{files[0]}: holds no test of words")
+        raise DataError(f"{files[0]}: holds no word similarity or analogy test")
     return Pairs(pairs) if pairs else analogies
 
 
@@ -79,7 +77,7 @@ def _number(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Found:
-    """A score with its 95 % interval, and of how many questions it answered how many."""
+    """A score with its 95% confidence interval, and how many of the questions were answered."""
 
     score: float
     low: float
@@ -89,9 +87,9 @@ class Found:
 
 
 def likeness(test: Pairs, vector: Vector) -> Found:
-    """Spearman's rank correlation of people's scores and cosines, over pairs of which both words have a vector.
+    """Compute Spearman's rank correlation of human ratings and cosine similarities, over pairs with both vectors.
 
-    Of 10 pairs or more, interval by Fisher's z (Bonett & Wright 2000).
+    From 10 pairs on, the confidence interval is by Fisher's z (Bonett & Wright 2000).
     """
     from scipy.stats import spearmanr
 
@@ -107,10 +105,10 @@ def likeness(test: Pairs, vector: Vector) -> Found:
 
 
 def solve(test: Analogies, words: dict[str, int], table: Any) -> dict[str, Found]:
-    """Accuracy by section, and of "all": the word whose vector is nearest to b - a + c, none of the three; over
-    questions whose words have a row in `table`.
+    """Compute analogy accuracy (3CosAdd) by section, and overall under "all".
 
-    table: [words, dimensions], lengths of any size; lengths are made one first.
+    The prediction is the word with the vector nearest to b - a + c, excluding a, b and c. Questions with words that
+    have no row in `table` are not answered. table: [words, dimensions], normalized to unit length first.
     """
     unit = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
     found: dict[str, Found] = {}
@@ -133,7 +131,7 @@ def solve(test: Analogies, words: dict[str, int], table: Any) -> dict[str, Found
 
 
 def _share(right: int, answered: int, asked: int) -> Found:
-    """A share with Wilson's interval."""
+    """Return an accuracy with its Wilson confidence interval."""
     if not answered:
         return Found(math.nan, math.nan, math.nan, 0, asked)
     p, z = right / answered, 1.96

@@ -1,7 +1,7 @@
-"""Stage `evaluate.arena`: a leaderboard of votes between two answers, by people (`llmworks arena`) and by judges
+"""Stage `evaluate.arena`: rank models by pairwise votes of people (`llmworks arena`) and of LLM judges
 (`evaluate.judge`).
 
-Knows no model.
+Does not load a model.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ WON = {"A": 1.0, "B": 0.0, "C": 0.5}
 
 
 class ArenaConfig(Config):
-    """Whose votes count."""
+    """Votes to count and bootstrap settings."""
 
     voters: Literal["all", "people", "judges"] = Field(
-        "all", description="whose votes make the ratings; agreement of both is told where both voted"
+        "all", description="whose votes are rated; human-judge agreement is reported where both voted on a pair"
     )
-    bootstrap_iters: int = Field(500, ge=50, description="bootstrap resamples of the intervals")
-    seed: int = Field(0, description="seed of the resampling")
+    bootstrap_iters: int = Field(500, ge=50, description="number of bootstrap resamples for the intervals")
+    seed: int = Field(0, description="bootstrap seed")
 
 
 @dataclass(frozen=True)
 class Ballot:
-    """One vote with names."""
+    """One pairwise vote, with model names."""
 
     question: str
     a: str
@@ -52,11 +52,10 @@ class Ballot:
 def arena(
     config: ArenaConfig, ctx: Context, votes: list[Dataset] | None = None, judge_reports: list[Report] | None = None
 ) -> Report:
-    """Bradley-Terry ratings with 95% intervals, with and without the length of answers taken into account; Elo; wins of
-    every two.
+    """Fit Bradley-Terry ratings with 95% intervals, with and without length control; also Elo and pairwise win rates.
 
-    `votes`: files that `llmworks arena` wrote, or rows of {question, a, b, vote, voter}; either input may be left out.
-    Errors: DataError for votes of another form, or too few.
+    `votes`: files written by `llmworks arena`, or rows of {question, a, b, vote, voter}. Either input may be left out.
+    Errors: DataError for malformed votes, or too few.
     """
     ballots, counted, names = _count_ballots(votes, judge_reports, config)
     rated = [Vote(names.index(b.a), names.index(b.b), WON[b.vote], style_of(*b.lengths), b.question) for b in counted]
@@ -71,7 +70,7 @@ def arena(
     best = names[order[0]]
     page.title = "Arena"
     beside = [names[i] for i in order[1:] if intervals(drawn[:, order[0]] - drawn[:, i], questions)[0] <= 0]
-    told = f"; not told apart from {', '.join(beside)}" if beside else ""
+    told = f"; not significantly different from {', '.join(beside)}" if beside else ""
     page.lead = (
         f"{len(counted)} votes on {len(names)} models; {best} leads with {plain[order[0]]:.0f} (95% interval"
         f" {low[order[0]]:.0f} to {high[order[0]]:.0f}){told}."
@@ -88,7 +87,7 @@ def arena(
     agreement = _agreement(ballots)
     if agreement:
         metrics["agreement"] = agreement[0]
-        page.text("People and judges", f"On {agreement[1]} pairs that both voted on they agree in {agreement[0]:.0%}.")
+        page.text("Human-judge agreement", f"{agreement[0]:.0%} on the {agreement[1]} pairs that both voted on.")
     page.data = {
         "ratings": {
             names[i]: {
@@ -108,7 +107,7 @@ def arena(
 def _count_ballots(
     votes: list[Dataset] | None, judged: list[Report] | None, config: ArenaConfig
 ) -> tuple[list[Ballot], list[Ballot], list[str]]:
-    """All ballots, those that are counted, and the names on them. DataError where they cannot be rated together."""
+    """Return all ballots, the counted ones and their model names. DataError where they cannot be rated together."""
     ballots = [b for data in votes or [] for b in read_votes(data)] + [
         b for report in judged or [] for b in of_judges(report)
     ]
@@ -116,13 +115,13 @@ def _count_ballots(
     names = sorted({name for b in counted for name in (b.a, b.b)})
     if len(names) < 2 or len(counted) < 10:
         raise DataError(
-            f"{len(counted)} votes on {len(names)} models are too few for ratings; ten on two are the least"
+            f"{len(counted)} votes on {len(names)} models are too few for ratings; at least 10 on 2 are needed"
         )
     apart = _apart(counted, names)
     if apart:
         raise DataError(
-            f"no vote joins {', '.join(apart[0][:3])} with {', '.join(apart[1][:3])}, so their ratings cannot be"
-            " compared; let some of them meet"
+            f"no vote connects {', '.join(apart[0][:3])} with {', '.join(apart[1][:3])}, so their ratings cannot be"
+            " compared; collect votes between the two groups"
         )
     return ballots, counted, names
 
@@ -139,7 +138,7 @@ def _describe_ratings(
     online: list[float],
     tallies: Counter[str],
 ) -> None:
-    """The table of ratings."""
+    """Add the table of ratings."""
     rank_styled = sorted(range(len(names)), key=lambda i: -styled[i])
     rows = [
         (
@@ -156,32 +155,32 @@ def _describe_ratings(
     ]
     page.table(
         "Ratings",
-        ("", "model", "Bradley-Terry", "95% interval", "at equal length", "place at equal length", "Elo", "votes"),
+        ("", "model", "Bradley-Terry", "95% interval", "length-controlled", "length-controlled rank", "Elo", "votes"),
         rows,
-        f"A difference of 100 is 64% of wins. At equal length: the votes' liking for longer answers ({weight:+.2f} nats"
-        " for one many times as long) is taken out. Elo depends on the order of votes.",
+        f"A difference of 100 is a win rate of 64%. Length-controlled: the effect of answer length ({weight:+.2f} nats"
+        " for an answer many times as long) is removed. Elo depends on the order of votes.",
     )
 
 
 def _describe_wins(
     page: ReportBuilder, order: list[int], counted: list[Ballot], names: list[str], plain: Any, low: Any, high: Any
 ) -> None:
-    """Intervals of ratings, wins of each against each, and voters."""
+    """Add the rating intervals, the pairwise win rates and the voters."""
     page.intervals(
         "Bradley-Terry ratings", [(names[i], float(plain[i]), float(low[i]), float(high[i])) for i in order], x="rating"
     )
     page.table(
-        "Wins",
+        "Win rates",
         ("model", *(names[i] for i in order)),
         [(names[i], *(_wins(counted, names[i], names[j]) if i != j else "" for j in order)) for i in order],
-        "Of the row against the column, ties half.",
+        "Win rate of the row's model against the column's; a tie counts half.",
     )
     voters = Counter(b.voter for b in counted)
     page.table("Voters", ("voter", "votes"), voters.most_common(40))
 
 
 def read_votes(data: Dataset) -> list[Ballot]:
-    """Votes of people. DataError for a row of another form."""
+    """Read votes of people. DataError for a malformed row."""
     rejected = Rejected()
     out: list[Ballot] = []
     for file, number, row in raw_rows(data.path, rejected):
@@ -193,9 +192,9 @@ def read_votes(data: Dataset) -> list[Ballot]:
             raise DataError(f"{where}: has no `{missing}`; a vote is {{question, a, b, vote: A, B or C, voter}}")
         if row["vote"] not in WON or row["a"] == row["b"]:
             raise DataError(
-                f"{where}: the vote {row['vote']!r} is none of A, B, C (a tie)"
+                f"{where}: the vote {row['vote']!r} must be A, B or C (a tie)"
                 if row["vote"] not in WON
-                else f"{where}: {row['a']!r} is voted on against itself"
+                else f"{where}: {row['a']!r} is compared with itself"
             )
         lengths = row.get("lengths")
         known = isinstance(lengths, list) and len(lengths) == 2 and all(isinstance(n, int) for n in lengths)
@@ -218,15 +217,15 @@ def read_votes(data: Dataset) -> list[Ballot]:
 
 
 def of_judges(report: Report) -> list[Ballot]:
-    """Votes of a judgement of two evaluations. DataError for another report."""
+    """Read the votes of a pairwise `evaluate.judge` report. DataError for any other report."""
     data = report.read()
     if not data.get("pairs"):
-        raise DataError(f"{report.name}: is no judgement of two evaluations (`llmworks evaluate judge` with --against)")
+        raise DataError(
+            f"{report.name}: is not a pairwise judgment of two evaluations (`llmworks evaluate judge` with --baseline)"
+        )
     a, b = data.get("models") or ("", "")
     if a == b:
-        raise DataError(
-            f"{report.name}: both evaluations are of a model called {a!r}; give the models names of their own"
-        )
+        raise DataError(f"{report.name}: both evaluations are of a model named {a!r}; give the models different names")
     try:
         found = [
             Ballot(str(p["question"]), str(a), str(b), vote, judge, False, (int(p["lengths"][0]), int(p["lengths"][1])))
@@ -236,12 +235,12 @@ def of_judges(report: Report) -> list[Ballot]:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         found = []
     if not found or any(ballot.vote not in WON for ballot in found):
-        raise DataError(f"{report.name}: report.json was changed by hand or is broken; judge again")
+        raise DataError(f"{report.name}: report.json was edited or is corrupt; run `evaluate.judge` again")
     return found
 
 
 def _apart(ballots: Sequence[Ballot], names: Sequence[str]) -> tuple[list[str], list[str]] | None:
-    """Two groups of models that no vote joins, if there are such."""
+    """Return two groups of models with no vote between them; None where all are connected."""
     reached, todo = {names[0]}, [names[0]]
     while todo:
         here = todo.pop()
@@ -263,7 +262,7 @@ def _wins(ballots: Sequence[Ballot], name: str, other: str) -> str:
 
 
 def _agreement(ballots: Sequence[Ballot]) -> tuple[float, int] | None:
-    """(share of pairs on which people and judges lean to the same side, how many pairs both voted on)."""
+    """Return (share of pairs on which people and judges prefer the same side, number of pairs both voted on)."""
     sides: dict[tuple[str, str, str], dict[bool, list[float]]] = {}
     for b in ballots:
         first, second = sorted((b.a, b.b))

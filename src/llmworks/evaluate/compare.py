@@ -1,7 +1,7 @@
-"""Stage `evaluate.compare`: is one evaluation better than another, sample by sample, and what made the difference?
+"""Stage `evaluate.compare`: test whether one evaluation is better than another, sample by sample, and explain why.
 
-Two models on one task, or one model on two engines or with two prompts. A paired bootstrap over the same samples;
-samples that differ are put down to their first cause.
+For two models on one task, or one model on two engines or with two prompts. Uses a paired bootstrap over the same
+samples; each differing sample is attributed to its first cause.
 """
 
 from __future__ import annotations
@@ -29,18 +29,17 @@ SHOWN = 400
 
 
 class CompareConfig(Config):
-    """How to resample."""
+    """Bootstrap settings."""
 
     bootstrap_iters: int = Field(RESAMPLES, ge=100, description="number of bootstrap resamples")
-    seed: int = Field(0, description="seed of the resampling")
+    seed: int = Field(0, description="bootstrap seed")
 
 
 def compare(config: CompareConfig, before: Report, after: Report, ctx: Context) -> Report:
-    """The mean difference `after - before` with a 95% interval, and a page of the samples that differ, to be filtered
-    by cause.
+    """Compute the mean difference `after - before` with a 95% interval, and list the differing samples by cause.
 
     Metrics: difference, low, high, p_not_better, p_not_worse, gained, lost, samples, differ, same_answer.
-    Errors: DataError when the two reports are not of the same samples and task.
+    Errors: DataError when the two reports do not have the same samples and task.
     """
     a, b = (read_evaluation(report, "task", of_samples=("question", "score", "text")) for report in (before, after))
     left, right = ({s["id"]: s for s in data["samples"]} for data in (a, b))
@@ -69,16 +68,17 @@ def compare(config: CompareConfig, before: Report, after: Report, ctx: Context) 
         "same_answer": sum(one[i] == other[i] for i in ids) / len(ids),
     }
     low, high = sorted((sign * d.low, sign * d.high))
-    verdict = "not told apart" if chance >= 0.05 else "better" if low > 0 else "worse" if high < 0 else "not told apart"
+    verdict = "better" if low > 0 else "worse" if high < 0 else "not significantly different"
+    verdict = verdict if chance < 0.05 else "not significantly different"
     page = ctx.report
     form = "{:+.1%}" if a.get("percent", True) else "{:+.4g}"
     told, between = form.format(d.value), f"{form.format(d.low)} to {form.format(d.high)}"
-    page.title = f"{after.name} against {before.name}"
+    page.title = f"{after.name} vs. {before.name}"
     page.lead = (
         f"{after.name} is {verdict}: {told} (95% interval {between}) over {len(ids)} paired samples; {gained} gained,"
-        f" {lost} lost. The same answer in {metrics['same_answer']:.1%}."
+        f" {lost} lost. Identical answers: {metrics['same_answer']:.1%}."
     )
-    page.table("Paired bootstrap", ("what", "value"), list(metrics.items()))
+    page.table("Paired bootstrap", ("statistic", "value"), list(metrics.items()))
     _other_metrics(config, left, right, ids, groups, page)
     causes = _describe_causes(a, b, changed, page, metrics, before, after, left, right)
     _describe_samples(changed, page, left, right, sign, causes, before, after)
@@ -106,29 +106,29 @@ def _describe_causes(
     left: dict[Any, Any],
     right: dict[Any, Any],
 ) -> dict[Any, str]:
-    """The cause of each sample that differs, and tables of causes and of settings that differ."""
+    """Attribute each differing sample to a cause; add tables of causes and of differing settings."""
     causes = {i: cause(a, b, left[i], right[i]) for i in changed} if "definition" in a and "definition" in b else {}
     if causes:
         counted = Counter(causes.values()).most_common()
         several = changes(a, b)
         note = (
-            f" {len(several)} settings differ at once ({', '.join(several)}): what each of them does by itself cannot"
-            " be told; change one at a time."
+            f" {len(several)} settings differ ({', '.join(several)}): their individual effects cannot be separated;"
+            " change one at a time."
             if len(several) > 1
             else ""
         )
         page.table(
             "Why samples differ",
-            ("cause", "samples", "what it is"),
+            ("cause", "samples", "description"),
             [(c, n, CAUSES[c]) for c, n in counted],
-            f"The first cause that is seen, in the order in which a prompt becomes a score.{note}",
+            f"The first cause found, in the order from prompt to score.{note}",
         )
         metrics["causes"] = dict(counted)
     if causes or ("definition" in a and "definition" in b):
         differing = settings(a, b)
         page.table(
-            "What decided prompts and scores, and differs",
-            ("what", before.name, after.name),
+            "Settings that differ",
+            ("setting", before.name, after.name),
             differing or [("nothing", "", "")],
         )
     return causes
@@ -144,7 +144,7 @@ def _describe_samples(
     before: Report,
     after: Report,
 ) -> None:
-    """The samples that differ, side by side."""
+    """Add the differing samples side by side."""
     items = [
         (
             _line(left[i], right[i], sign, causes.get(i, "")),
@@ -169,25 +169,24 @@ def _check(
 ) -> None:
     if a["task"] != b["task"] or set(left) != set(right):
         raise DataError(
-            f"{first} and {second} are not of the same task and samples ({a['task']}: {len(left)}, {b['task']}:"
+            f"{first} and {second} do not have the same task and samples ({a['task']}: {len(left)}, {b['task']}:"
             f" {len(right)}), so they cannot be paired"
         )
     if a.get("metric") != b.get("metric"):
         raise DataError(
-            f"{first} and {second} have other scores ({a.get('metric')}, {b.get('metric')}), so they cannot be paired"
+            f"{first} and {second} differ in metric ({a.get('metric')}, {b.get('metric')}), so they cannot be paired"
         )
     by = "row" if all("row" in s for s in (*left.values(), *right.values())) else "question"
     other = next((i for i in sorted(left) if left[i][by] != right[i][by]), None)
     if other is not None:
-        raise DataError(f"{first} and {second} are of different rows under the id {other!r}, so they cannot be paired")
+        raise DataError(f"{first} and {second} have different rows under the id {other!r}, so they cannot be paired")
 
 
 def _answers(run: Mapping[str, Any], samples: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What each sample's answer comes down to: the option that was chosen, the answers that were extracted, else the
-    text or its score.
+    """Reduce each sample to what is compared: the chosen option, the extracted answers, else text or score.
 
-    Of a text that a function judges as a whole (calls, programs, constraints): the calls in it, or the verdict; another
-    wording is no other answer.
+    Of text scored as a whole by a function (calls, programs, constraints): the calls in it, or the scores; another
+    wording is not another answer.
     """
     task = run.get("definition", {})
     judged = (
@@ -215,7 +214,7 @@ def _other_metrics(
     groups: list[str],
     page: Any,
 ) -> None:
-    """All metrics that both have, with p-values that allow for their number."""
+    """Add all shared metrics, with p-values adjusted for multiple tests."""
     names = [n for n in left[ids[0]].get("scores", {}) if n in right[ids[0]].get("scores", {})]
     if len(names) < 2:
         return
@@ -241,9 +240,9 @@ def _other_metrics(
     ]
     page.table(
         "All metrics",
-        ("metric", "difference", "95% interval", "p", "p of all"),
+        ("metric", "difference", "95% interval", "p", "adjusted p"),
         rows,
-        f"{len(names)} metrics are looked at together: `p of all` allows for that (Holm).",
+        f"{len(names)} metrics are tested: the adjusted p corrects for that (Holm).",
     )
 
 
@@ -264,7 +263,7 @@ def _tags(left: Mapping[str, Any], right: Mapping[str, Any], sign: int, why: str
 
 
 def _told(sample: Mapping[str, Any]) -> str:
-    """What a person wants to see of a sample."""
+    """Format a sample for the side-by-side view."""
     if "choices" in sample:
         return "\n".join(
             f"{'→' if c == sample['chosen'] else ' '}{'✓' if i in sample['gold'] else ' '} {p:9.3f}  {c}"

@@ -1,8 +1,8 @@
-"""Stage `evaluate.contamination`: which samples of an evaluation stand in what the model was trained on, and the score
-without them.
+"""Stage `evaluate.contamination`: find evaluation samples that occur in the training data, and score without them.
 
-A sample is touched when a training row shares a run of its words: 13, as in GPT-3 (Brown et al. 2020, appendix C), or
-all of it where it has fewer, but 8 at least. Runs that many samples share are the task's own words and do not count.
+A sample is contaminated when a training row shares an n-gram of its words: a 13-gram, as in GPT-3 (Brown et al. 2020,
+appendix C), or the whole sample where it is shorter, but at least 8 words. N-grams that many samples share belong to
+the task's template and do not count.
 """
 
 from __future__ import annotations
@@ -20,26 +20,29 @@ from llmworks.evaluate.statistics.bootstrap import mean_interval
 from llmworks.evaluate.statistics.stored import read_evaluation
 
 WORD = re.compile(r"[0-9A-Za-z\x80-\U0010ffff]+")
-COMMON = 0.02  # of all samples: a run that more of them have is no sign
+COMMON = 0.02  # fraction of all samples; an n-gram in more of them is ignored
 
 
 class ContaminationConfig(Config):
-    """What counts as touched."""
+    """What counts as contaminated."""
 
-    ngram: int = Field(13, ge=3, le=50, description="words in a row that a training row must share with a sample")
+    ngram: int = Field(
+        13, ge=3, le=50, description="n-gram size: consecutive words that a training row must share with a sample"
+    )
     min_words: int = Field(
-        8, ge=3, description="samples of fewer words than n are compared whole, those of fewer than this not at all"
+        8,
+        ge=3,
+        description="samples shorter than ngram words are compared whole; those shorter than this are not compared",
     )
 
 
 def contamination(
     config: ContaminationConfig, evaluation: Report, training_data: list[Dataset], ctx: Context
 ) -> Report:
-    """The score of touched and of clean samples.
+    """Score contaminated and clean samples separately.
 
-    Metrics: contaminated, clean, short (not compared), score_clean, score_contaminated with their intervals.
-
-    Errors: DataError for a report that is no evaluation, or training sets that cannot be read as text.
+    Metrics: contaminated, clean, short (not compared), score_clean, score_contaminated, score_short.
+    Errors: DataError for a report that is not an evaluation, or training sets that cannot be read as text.
     """
     data = read_evaluation(evaluation, "task", "model", of_samples=("question", "score"))
     samples = {s["id"]: s for s in data["samples"]}
@@ -55,11 +58,8 @@ def contamination(
                     touched.setdefault(sample, f"{dataset.name}: {id}: {' '.join(run)}")
     clean = [i for i in samples if i not in touched and i not in short]
     sides = {"clean": clean, "contaminated": list(touched), "short": short}
-    metrics: dict[str, object] = {
-        "samples": len(samples),
-        "training_rows": rows,
-        **{name: len(ids) for name, ids in sides.items()},
-    }
+    metrics: dict[str, object] = {"samples": len(samples), "training_rows": rows}
+    metrics |= {name: len(ids) for name, ids in sides.items()}
     table = []
     for name, ids in (("all", list(samples)), *sides.items()):
         if ids:
@@ -70,12 +70,12 @@ def contamination(
             if name != "all":
                 metrics[f"score_{name}"] = found.value
     page = ctx.report
-    page.title = f"{data['task']} on {data['model']}: what it may have seen"
+    page.title = f"{data['task']} on {data['model']}: contamination"
     page.lead = (
-        f"{len(touched)} of {len(samples)} samples share {config.ngram} words in a row with {rows:,} rows of"
+        f"{len(touched)} of {len(samples)} samples share {config.ngram} consecutive words with {rows:,} rows of"
         f" {', '.join(d.name for d in training_data)}; {len(short)} are too short to compare."
     )
-    page.table("Mean score", ("samples", "how many", "mean", "95% interval"), table)
+    page.table("Mean score", ("samples", "count", "mean", "95% interval"), table)
     page.samples(
         "Contaminated samples",
         [
@@ -97,7 +97,7 @@ def contamination(
 
 
 def _index(config: ContaminationConfig, texts: dict[str, str]) -> tuple[dict[tuple[str, ...], list[str]], list[str]]:
-    """(run of words -> samples that have it, samples that are too short to compare)."""
+    """Return (n-gram -> samples that contain it, samples that are too short to compare)."""
     found: dict[tuple[str, ...], list[str]] = {}
     short: list[str] = []
     count: Counter[tuple[str, ...]] = Counter()

@@ -1,8 +1,7 @@
-"""Stage `evaluate.error_analysis`: where does a model fail?
+"""Stage `evaluate.error_analysis`: find where a model fails: by topic, length, group and kind of error.
 
-Failures by topic, length, group and kind of error, with what is more than chance.
-
-Topics are clusters of all questions, so that each has a rate of failures. Knows no model.
+Flags slices that fail more often than chance. Topics are clusters of all questions, so that each has a failure rate.
+Does not load a model.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ EXAMPLES, LEAST = 6, 5
 
 
 class ErrorAnalysisConfig(Config):
-    """How failures are divided."""
+    """How failures are grouped."""
 
-    n_clusters: int = Field(8, ge=2, le=50, description="clusters of questions")
-    pass_threshold: float = Field(1.0, gt=0, le=1, description="a sample with a lower score has failed")
-    seed: int = Field(0, description="of the clustering")
+    n_clusters: int = Field(8, ge=2, le=50, description="number of k-means clusters of questions (topics)")
+    pass_threshold: float = Field(1.0, gt=0, le=1, description="a sample with a score below this has failed")
+    seed: int = Field(0, description="clustering seed")
 
 
 @dataclass(frozen=True)
 class Part:
-    """Samples that have something in common: how many, how many failed, and how likely so many are by chance."""
+    """A slice of the samples: its ids, the number of failures and the p-value of that many by chance."""
 
     facet: str
     name: str
@@ -46,21 +45,23 @@ class Part:
 
     @property
     def rate(self) -> float:
-        """Share that failed."""
+        """Failure rate."""
         return self.failed / len(self.ids)
 
 
 def error_analysis(config: ErrorAnalysisConfig, evaluation: Report, ctx: Context) -> Report:
-    """Rates of failure by topic, length, group and kind of error; parts that fail more than the rest are told from
-    chance (Fisher's exact test, Holm).
+    """Compute failure rates by topic, length, group and kind of error, and flag slices that fail more often than chance
+    (Fisher's exact test, Holm correction).
 
-    Errors: DataError for a report that is no evaluation with right and wrong answers; MissingDependency without
+    Errors: DataError for a report that is not an evaluation with right and wrong answers; MissingDependency without
     scikit-learn.
     """
     data = read_evaluation(evaluation, "task", "model", of_samples=("question", "score"))
     samples = {s["id"]: s for s in data["samples"]}
     if not data.get("percent", False) or data.get("better") == "lower":
-        raise DataError(f"{evaluation.name}: has no right and wrong answers that could be divided")
+        raise DataError(
+            f"{evaluation.name}: has no right and wrong answers to analyze; give an evaluation with a 0-to-1 score"
+        )
     failed = {i for i, s in samples.items() if s["score"] < config.pass_threshold}
     page = ctx.report
     page.title = f"Where {data['model']} fails on {data['task']}"
@@ -70,7 +71,7 @@ def error_analysis(config: ErrorAnalysisConfig, evaluation: Report, ctx: Context
         kinds.setdefault(kind_of(samples[i]), []).append(i)
     page.table(
         "Kinds of errors",
-        ("kind", "samples", "of all failures"),
+        ("kind", "samples", "share of failures"),
         [(k, len(v), f"{len(v) / len(failed):.0%}") for k, v in sorted(kinds.items(), key=lambda item: -len(item[1]))]
         or [("none", 0, "")],
     )
@@ -99,7 +100,7 @@ def error_analysis(config: ErrorAnalysisConfig, evaluation: Report, ctx: Context
         "parts_more_than_chance": sum(a < 0.05 for a in adjusted),
     }
     if worst is not None and worst[0] < 0.05:
-        page.lead += f" Most of all: {worst[1].facet} {worst[1].name!r}, {worst[1].failed} of {len(worst[1].ids)}."
+        page.lead += f" Worst slice: {worst[1].facet} {worst[1].name!r}, {worst[1].failed} of {len(worst[1].ids)}."
     return Report(ctx.out, metrics=metrics, about={"model": evaluation.about.get("model", "")})
 
 
@@ -111,7 +112,7 @@ def _describe_parts(
     failed: set[Any],
     samples: dict[Any, Any],
 ) -> None:
-    """The table of parts with their rates, and samples of those that fail more than chance."""
+    """Add the table of slices with their rates, and samples of those that fail more often than chance."""
     rows = [
         (
             p.facet,
@@ -121,16 +122,16 @@ def _describe_parts(
             f"{p.rate:.0%}",
             f"{p.chance:.3g}",
             f"{a:.3g}",
-            "more than chance" if a < 0.05 else "",
+            "above chance" if a < 0.05 else "",
         )
         for p, a in sorted(zip(parts, adjusted, strict=True), key=lambda item: (item[1], -item[0].rate))
     ]
     page.table(
-        "Where failures are",
-        ("by", "part", "samples", "failed", "rate", "p", "p of all", ""),
+        "Failure rates by slice",
+        ("facet", "slice", "samples", "failed", "failure rate", "p", "adjusted p", ""),
         rows,
-        "p: chance of as many failures in a part, were they spread evenly (Fisher's exact test, one-sided)."
-        f" {len(parts)} parts are looked at: `p of all` allows for that (Holm).",
+        "p: probability of at least this many failures in a slice if failures were spread evenly (Fisher's exact test,"
+        f" one-sided). {len(parts)} slices are tested: the adjusted p corrects for that (Holm).",
     )
     for part in [p for p, a in zip(parts, adjusted, strict=True) if a < 0.05 and p.facet != "length"][:10]:
         page.samples(f"{part.facet}: {part.name}", [_shown(samples[i]) for i in part.ids if i in failed][:EXAMPLES])
@@ -139,13 +140,13 @@ def _describe_parts(
 
 
 def kind_of(sample: Mapping[str, Any]) -> str:
-    """What kind of error a failed sample is, in a few words."""
+    """Name the kind of error of a failed sample."""
     if sample.get("finish") == "refused":
         return "not answered"
     if "chosen" in sample:
         best = sorted(sample["logprobs"], reverse=True)
         return (
-            "another option, by a hair"
+            "another option, by a narrow margin"
             if best[0] - best[1] < 0.1
             else f"chose {sample['chosen'][:20]!r} instead"
             if len(sample["chosen"]) <= 4
@@ -161,13 +162,13 @@ def kind_of(sample: Mapping[str, Any]) -> str:
 
 
 def topics(samples: Mapping[str, Mapping[str, Any]], config: ErrorAnalysisConfig) -> dict[str, str]:
-    """A topic for every sample: k-means on TF-IDF of the questions, named by the words that stand out."""
+    """Assign a topic to every sample: k-means on TF-IDF of the questions, named by distinctive words."""
     try:
         from sklearn.cluster import KMeans
         from sklearn.feature_extraction.text import TfidfVectorizer
     except ImportError:
         raise MissingDependency(
-            "evaluate.error_analysis groups questions with scikit-learn; install it with: pip install 'llmworks[corpus]'"
+            "evaluate.error_analysis needs scikit-learn; install it with: pip install 'llmworks[corpus]'"
         ) from None
     import numpy as np
 
@@ -177,7 +178,7 @@ def topics(samples: Mapping[str, Mapping[str, Any]], config: ErrorAnalysisConfig
             stop_words="english", sublinear_tf=True, max_df=0.5, min_df=2, token_pattern=r"(?u)\b[^\W\d]{3,}\b"
         )
         vectors = vectorizer.fit_transform([samples[i]["question"] for i in ids])
-    except ValueError:  # no word in two questions
+    except ValueError:  # no word occurs in two questions
         return dict.fromkeys(ids, "all")
     count = min(config.n_clusters, max(2, len(ids) // LEAST))
     places = KMeans(count, random_state=config.seed, n_init=4).fit_predict(vectors)
@@ -193,7 +194,7 @@ def topics(samples: Mapping[str, Mapping[str, Any]], config: ErrorAnalysisConfig
 
 
 def lengths(samples: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """A quarter of lengths for every sample."""
+    """Assign a length quartile to every sample."""
     size = {i: len(s["question"]) for i, s in samples.items()}
     order = sorted(size.values())
     bounds = [order[len(order) * q // 4] for q in (1, 2, 3)]
@@ -207,7 +208,7 @@ def lengths(samples: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def divided(facet: str, names: Mapping[str, str], failed: set[str], total: int) -> list[Part]:
-    """The parts of a facet that have enough samples, each with how likely its failures are by chance."""
+    """Return the slices of a facet that have enough samples, each with the p-value of its failures."""
     members: dict[str, list[str]] = {}
     for id, name in names.items():
         members.setdefault(name, []).append(id)
@@ -220,8 +221,8 @@ def divided(facet: str, names: Mapping[str, str], failed: set[str], total: int) 
 
 
 def at_least(seen: int, drawn: int, marked: int, total: int) -> float:
-    """Chance that of `drawn` of `total` items, of which some are marked, at least `seen` are: the hypergeometric tail
-    (Fisher's exact test, one-sided).
+    """Compute the hypergeometric tail (Fisher's exact test, one-sided): the probability that, of `drawn` of `total`
+    items of which `marked` are marked, at least `marked_drawn` are marked.
     """
 
     def logs(n: int, k: int) -> float:

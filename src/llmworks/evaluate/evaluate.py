@@ -1,7 +1,7 @@
-"""Stage `evaluate`: a task on a model through any engine, sample by sample, with confidence intervals.
+"""Stage `evaluate`: run a task on a model through any engine, sample by sample, with confidence intervals.
 
-What an engine answered is kept in scratch as it comes, so that a killed run asks nothing twice. Knows tasks and the
-Engine protocol, no model.
+Engine responses are cached in scratch as they arrive, so that an interrupted run repeats no request. Depends on tasks
+and the Engine protocol, not on models.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from llmworks.evaluate.statistics.metrics import metric_of
 
 
 class EvaluateConfig(Config):
-    """What is asked."""
+    """Task and how to run it."""
 
-    task: str = Field(description="name of a built-in task, or a YAML file of a task (the lm-evaluation-harness's too)")
+    task: str = Field(description="name of a built-in task, or a task's YAML file (also of the lm-evaluation-harness)")
     definition: dict[str, Any] = Field(
-        {}, description="the task as it was read, so that another content is another evaluation; filled in from `task`"
+        {}, description="the parsed task, so that a changed task is a new evaluation; filled in from `task`"
     )
     num_fewshot: int | None = Field(
-        None, ge=0, le=100, description="worked examples in front of every question, in place of the task's"
+        None, ge=0, le=100, description="few-shot examples before every question; overrides the task"
     )
     prompt_format: Literal["", "plain", "chat"] = Field(
-        "", description="in place of the task's: `plain` text that the model goes on with, or `chat` turns"
+        "", description="overrides the task: `plain` text that the model continues, or `chat` turns"
     )
     split_half: Literal["all", "dev", "test"] = Field(
         "all",
@@ -43,8 +43,8 @@ class EvaluateConfig(Config):
             " (evaluate.to_training), `test` to measure it afterwards"
         ),
     )
-    limit: int | None = Field(None, gt=0, description="only the first rows")
-    max_tokens: int | None = Field(None, gt=0, description="longest answer, in place of the task's")
+    limit: int | None = Field(None, gt=0, description="evaluate only the first rows")
+    max_tokens: int | None = Field(None, gt=0, description="maximum new tokens of a completion; overrides the task")
 
     @model_validator(mode="before")
     @classmethod
@@ -57,11 +57,10 @@ class EvaluateConfig(Config):
 def evaluate(
     config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx: Context, fewshot: Dataset | None = None
 ) -> Report:
-    """Ask every row and score what comes back; report each metric with its 95% interval, every sample, and what decided
-    the prompts.
+    """Evaluate a model on a task; report each metric with its 95% interval, every sample and the prompt settings.
 
-    Errors: UserError for an unknown task, too few rows for worked examples, or an engine that cannot be asked so;
-    DataError for rows without a right answer.
+    Errors: UserError for an unknown task, too few rows for few-shot examples, or an engine that lacks what the task
+    needs; DataError for rows without a right answer.
     """
     task = with_config(checked(config.task, config.definition), config, ctx.seed)
     every = read_rows(task, data, task.split)
@@ -75,7 +74,7 @@ def evaluate(
     except DataError as error:
         raise DataError(f"task {config.task}, data {data.name}: {error}") from None
     ctx.progress.say(expectation(task, len(asked)))
-    measure(task, [], asked)  # a row that cannot be scored is refused before anything is asked
+    measure(task, [], asked)  # reject rows that cannot be scored before any request is sent
     engine = ctx.open_engine(model)
     try:
         asker = Asker(
@@ -101,7 +100,7 @@ def evaluate(
 
 
 def with_config(task: Task, config: EvaluateConfig, seed: int) -> Task:
-    """The task with what a run changes. A run's seed draws the examples, unless the task's own draw has one."""
+    """Apply a run's overrides to the task. With num_fewshot, the run's seed is added to the task's."""
     changes: dict[str, Any] = {}
     if config.num_fewshot is not None:
         changes["shots"] = Shots(
@@ -115,14 +114,14 @@ def with_config(task: Task, config: EvaluateConfig, seed: int) -> Task:
 
 
 def expectation(task: Task, samples: int) -> str:
-    """What so many samples can tell at all: said before they are asked."""
+    """Describe the smallest difference that this many samples can detect, before running them."""
     metric = metric_of(task.kind, task.metrics[0])
     if not metric.percent:
         return f"{task.name}: {samples} samples"
     least = detectable(0.5 * 2**0.5, samples)
     if least >= 1:
-        return f"{task.name}: {samples} samples, which are too few to tell two models apart"
+        return f"{task.name}: {samples} samples, too few to distinguish two models"
     return (
-        f"{task.name}: {samples} samples; differences between two models below about {least:.0%} are seldom told from"
-        " chance (less where both answer alike)"
+        f"{task.name}: {samples} samples; differences between two models below about {least:.0%} are rarely significant"
+        " (paired comparisons of similar models detect smaller ones)"
     )

@@ -1,8 +1,7 @@
-"""Stage `evaluate.judge`: models judge answers: a grade for each, or the better of two, alone or as a jury.
+"""Stage `evaluate.judge`: LLM-as-a-judge: grade answers or compare them pairwise, with one judge or a jury.
 
-Pairs are shown in both orders, and a judge that changes with the order has decided nothing. The report says how far
-judges can be trusted: agreement with one another and with people's labels, and whether place, length or kinship sways
-them.
+Pairs are shown in both orders; a judge whose verdict changes with the order counts as a tie. The report shows how far
+judges can be trusted: agreement with each other and with human labels, and position, length and self-preference bias.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ SHOWN = 60
 
 
 class JudgeConfig(Config):
-    """What judges are asked."""
+    """What judges are asked, and how."""
 
     criteria: str = Field(
-        "", description="what is judged, in a phrase; default: does it do what was asked, right, complete and clear"
+        "", description="criteria, in a phrase; default: does the answer do what was asked, right, complete and clear"
     )
     reference: Literal["auto", "never"] = Field(
-        "auto", description="auto: the row's reference answer is shown to the judge where there is one"
+        "auto", description="auto: show the judge the row's reference answer where there is one"
     )
-    max_tokens: int = Field(256, gt=0, description="longest verdict")
-    limit: int | None = Field(None, gt=0, description="only the first samples")
+    max_tokens: int = Field(256, gt=0, description="maximum new tokens of a verdict")
+    limit: int | None = Field(None, gt=0, description="judge only the first samples")
 
 
 def judge(
@@ -53,14 +52,14 @@ def judge(
     baseline: Report | None = None,
     labels: Dataset | None = None,
 ) -> Report:
-    """Grade the answers of an evaluation, or with `against` say which of two evaluations' answers is better (A:
-    `answers`, B: `against`).
+    """Grade the answers of an evaluation, or compare them pairwise with those of `baseline` (A: `answers`, B:
+    `baseline`).
 
-    `labels`: people's verdicts, rows of {id, label}, with `rater` where several people judged: a grade from 1 to 10, or
-    A, B, C.
-    Metrics: score (mean grade, or share of wins with half of the ties), low, high, unread, and kappa where there are
-    labels.
-    Errors: DataError for evaluations without written answers or of other rows, labels that contradict each other, or no
+    `labels`: human verdicts, rows of {id, label}, with `rater` where several people judged: a grade from 1 to 10, or
+    A, B, C (tie).
+    Metrics: score (mean grade, or win rate with ties counted half), low, high, unread (unparsable verdicts), and kappa
+    where there are labels.
+    Errors: DataError for evaluations without generated answers or of different rows, contradictory labels, or no
     verdict at all.
     """
     samples = _samples(answers, config.limit)
@@ -71,7 +70,7 @@ def judge(
     page = ctx.report
     jury = _jury(found, samples, pairs=others is not None)
     if not jury:
-        raise DataError("no answer has a verdict of any judge with a scale; reward models alone can only compare")
+        raise DataError("no answer has a grade: reward models have no fixed scale; add an LLM judge, or use --baseline")
     values = {i: {"A": 1.0, "B": 0.0, "C": 0.5}[v] if others is not None else v for i, v in jury.items()}
     score = mean_interval(list(values.values()), groups=[str(samples[i].get("group", "")) for i in values])
     metrics: dict[str, Any] = {
@@ -85,7 +84,7 @@ def judge(
     metrics |= _describe_score(others, page, answers, judges, score, values, baseline, jury)
     page.table(
         "Judges",
-        ("judge", "verdicts", "unparsed", "mean"),
+        ("judge", "verdicts", "unparsable", "mean"),
         [(one.name, len(one.verdicts), one.unread, _mean(one, pairs=others is not None)) for one in found],
     )
     if others is not None:
@@ -109,25 +108,25 @@ def judge(
 def _others_of(
     against: Report | None, config: JudgeConfig, samples: dict[str, dict[str, Any]], answers: Report
 ) -> dict[str, dict[str, Any]] | None:
-    """The samples of the second evaluation. DataError where they are of other questions."""
+    """Read the samples of the baseline evaluation. DataError where its questions differ."""
     others = None if against is None else _samples(against, config.limit)
     if others is not None and {i: s["question"] for i, s in samples.items()} != {
         i: s["question"] for i, s in others.items()
     }:
         raise DataError(
-            f"{answers.name} and {against.name if against else ''} do not answer the same questions, so their answers"
+            f"{answers.name} and {against.name if against else ''} do not have the same questions, so their answers"
             " cannot be compared"
         )
     return others
 
 
 def _require_verdicts(found: list[Judged], others: dict[str, dict[str, Any]] | None) -> None:
-    """DataError where no judge gave a verdict."""
+    """Raise DataError where no judge gave a verdict."""
     if not any(one.verdicts for one in found):
         example = next((text for one in found for text in one.said.values()), "")
-        form = "[[A]], [[B]] or [[C]]" if others is not None else "a grade in double brackets, as [[7]]"
+        form = "[[A]], [[B]] or [[C]]" if others is not None else "a grade in double brackets, such as [[7]]"
         raise DataError(
-            f"no judge gave a verdict; the first said {' '.join(example.split())[:100]!r}; wanted is {form}; take a"
+            f"no judge gave a verdict; the first response: {' '.join(example.split())[:100]!r}; expected {form}; use a"
             " stronger judge"
         )
 
@@ -142,7 +141,7 @@ def _describe_score(
     against: Report | None,
     jury: dict[str, Any],
 ) -> dict[str, int]:
-    """Title and lead; of comparisons also wins, losses and ties."""
+    """Write title and lead; return wins, losses and ties of a comparison."""
     if others is None:
         page.title = f"{answers.name}, graded by {', '.join(judges)}"
         page.lead = (
@@ -151,10 +150,10 @@ def _describe_score(
         )
         return {}
     wins = [sum(v == letter for v in jury.values()) for letter in "ABC"]
-    page.title = f"{answers.name} against {against.name if against else ''}, judged by {', '.join(judges)}"
+    page.title = f"{answers.name} vs. {against.name if against else ''}, judged by {', '.join(judges)}"
     page.lead = (
-        f"{answers.name} wins {score.value:.1%} (95% interval {score.low:.1%} to {score.high:.1%}), ties counted"
-        f" half: {wins[0]} won, {wins[1]} lost, {wins[2]} ties or undecided, of {len(values)}."
+        f"{answers.name} has a win rate of {score.value:.1%} (95% interval {score.low:.1%} to {score.high:.1%}, ties"
+        f" count half): {wins[0]} wins, {wins[1]} losses, {wins[2]} ties or undecided, of {len(values)}."
     )
     return {"wins": wins[0], "losses": wins[1], "ties": wins[2]}
 
@@ -168,7 +167,7 @@ def _keep_pairs(
     samples: dict[str, dict[str, Any]],
     found: list[Judged],
 ) -> None:
-    """Keep what an arena needs of each compared pair."""
+    """Store what `evaluate.arena` needs of each compared pair."""
     if others is not None and against is not None:
         page.data["models"] = [answers.read().get("model", answers.name), against.read().get("model", against.name)]
         page.data["pairs"] = [
@@ -185,7 +184,7 @@ def _keep_pairs(
 def _samples(report: Report, limit: int | None) -> dict[str, dict[str, Any]]:
     samples = read_evaluation(report, of_samples=("question",))["samples"]
     if "text" not in samples[0] or "logprobs" in samples[0]:
-        raise DataError(f"{report.name}: has no written answers; judges read evaluations of tasks of kind generate")
+        raise DataError(f"{report.name}: has no generated answers; judges need evaluations of tasks of kind generate")
     return {s["id"]: s for s in samples[:limit]}
 
 
@@ -216,7 +215,7 @@ def _ask(
     }
     with (
         Journal(ctx.scratch / f"judged-{name}.jsonl", lambda: ctx.open_engine(model)) as journal,
-        ctx.progress.bar(f"{name} judges", len(requests), "verdicts") as bar,
+        ctx.progress.bar(f"judge {name}", len(requests), "verdicts") as bar,
     ):
         replies = journal.ask(requests, bar)
     said = {key: reply.text if isinstance(reply, Record) else f"(refused: {reply})" for key, reply in replies.items()}
@@ -254,7 +253,7 @@ def _rewards(name: str, model: Reward, samples: Mapping[str, Any], others: Mappi
 
 
 def _jury(found: Sequence[Judged], samples: Mapping[str, Any], *, pairs: bool) -> dict[str, Any]:
-    """By sample the majority of verdicts, or the mean of grades; rewards have no scale and are no grades."""
+    """Aggregate by sample: majority of verdicts, or mean of grades. Rewards are not grades and are left out."""
     out: dict[str, Any] = {}
     for id in samples:
         votes = [one.verdicts[id] for one in found if id in one.verdicts and (pairs or not one.unbounded)]
@@ -268,7 +267,9 @@ def _mean(one: Judged, *, pairs: bool) -> str:
     if not values:
         return "–"
     mean = sum(values) / len(values)
-    return f"{mean:.1%} won" if pairs else f"reward {mean:.4g}" if one.unbounded else f"{1 + mean * (BEST - 1):.2f}"
+    return (
+        f"{mean:.1%} win rate" if pairs else f"reward {mean:.4g}" if one.unbounded else f"{1 + mean * (BEST - 1):.2f}"
+    )
 
 
 def _shown(

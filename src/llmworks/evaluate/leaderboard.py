@@ -1,6 +1,6 @@
-"""Stage `evaluate.leaderboard`: evaluations side by side: a leaderboard that compares only what was asked alike.
+"""Stage `evaluate.leaderboard`: combine evaluations into a leaderboard that compares only identical setups.
 
-Two evaluations stand in one column when task, definition, prompts and rows are the same. Knows no model and no engine.
+Two evaluations share a column when task, definition, prompts and rows are the same. Does not load a model or an engine.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ CARD = "model-card.md"
 
 
 class LeaderboardConfig(Config):
-    """What the page is for."""
+    """Title and focus of the leaderboard."""
 
-    title: str = Field("Leaderboard", description="the page's title")
+    title: str = Field("Leaderboard", description="title of the page")
     model: str = Field(
         "",
         description=(
-            "digest of the model that the page is about: its card section is written, and it is compared with the"
-            " others"
+            "digest of the model that the page is about: its model-card section is written, and it is compared with"
+            " the others"
         ),
     )
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One evaluation: of which model, in which column, and its data."""
+    """One evaluation: its model, leaderboard column and data."""
 
     model: str
     name: str
@@ -50,7 +50,7 @@ class Entry:
 
     @property
     def score(self) -> tuple[float, float, float]:
-        """Value and 95% interval."""
+        """Score and its 95% interval."""
         found = self.data["intervals"][self.data["metric"]]
         return float(found["value"]), float(found["low"]), float(found["high"])
 
@@ -58,12 +58,11 @@ class Entry:
 def leaderboard(
     config: LeaderboardConfig, reports: list[Report], ctx: Context, contaminations: list[Report] | None = None
 ) -> Report:
-    """A table of models and tasks, plots, and differences that are more than noise; `model-card.md` has the section of
-    one model.
+    """Build the table of models and tasks, plots and significance tests; `model-card.md` holds one model's section.
 
-    `contaminations`: what evaluate.contamination said of some of the reports.
+    `contaminations`: evaluate.contamination reports of some of the evaluations.
 
-    Errors: DataError for a report that is no evaluation of this form.
+    Errors: DataError for a report that is not an evaluation.
     """
     entries = latest([entry_of(report) for report in reports])
     columns = list(dict.fromkeys(e.column for e in entries))
@@ -75,8 +74,8 @@ def leaderboard(
     best = order[0][0]
     placed = [name for name, rank in order if rank is not None]
     page.lead = f"{counted(len(order), 'model')} on {counted(len(columns), 'task')}." + (
-        f" Best on average: {best}, by {len(shared)} tasks that {len(placed)} models were"
-        f" asked.{ahead(cells, placed, shared)}"
+        f" Best on average: {best}, over {len(shared)} tasks shared by {len(placed)}"
+        f" models.{ahead(cells, placed, shared)}"
         if len(placed) > 1
         else ""
     )
@@ -84,15 +83,15 @@ def leaderboard(
         "Leaderboard",
         ("model", "mean rank", "mean score", *columns),
         [row_of(name, rank, cells, columns, shared) for name, rank in order],
-        "Scores with their 95% intervals; ↓: lower is better. Mean rank and mean score (of those in percent) are over"
-        f" {', '.join(shared) or 'no task'}: what all were asked that were asked half of the tasks or more.",
+        "Scores with their 95% intervals; ↓: lower is better. Mean rank and mean score (of percentage metrics) are over"
+        f" {', '.join(shared) or 'no task'}: the tasks shared by all models evaluated on at least half of the tasks.",
     )
     _draw_scores(columns, page, shared, placed, best, entries, order, cells)
     about = names.get(config.model, best)
     _describe_differences(cells, about, order, columns, page)
     _describe_seen(contaminations, page)
     page.table(
-        "What was asked",
+        "Evaluation setup",
         ("task", "metric", "shots", "prompt", "samples", "models"),
         [asked_row(c, entries) for c in columns],
     )
@@ -119,7 +118,7 @@ def _draw_scores(
     order: list[tuple[str, float | None]],
     cells: dict[tuple[str, str], Entry],
 ) -> None:
-    """Bars of scores in percent, and a profile where three tasks or more are shared."""
+    """Add bar charts of percentage scores, and a radar chart where at least three tasks are shared."""
     percent = [c for c in columns if all(e.data["percent"] for e in entries if e.column == c)]
     if percent:
         page.bars(
@@ -141,7 +140,7 @@ def _describe_differences(
     columns: list[str],
     page: ReportBuilder,
 ) -> None:
-    """The table of paired tests of one model against the others."""
+    """Add the table of paired tests of one model against the others."""
     tests = differences(cells, about, [name for name, _ in order if name != about], columns)
     if tests:
         rows = [
@@ -150,28 +149,28 @@ def _describe_differences(
         ]
         page.table(
             f"{about} against the others",
-            ("against", "task", "difference", "95% interval", "p", "p of all", "verdict"),
+            ("against", "task", "difference", "95% interval", "p", "adjusted p", "verdict"),
             rows,
-            f"Paired over the same samples. {len(tests)} tests are made at once: by chance alone"
-            f" {0.05 * len(tests):.1f} of them would be below 5%, so that the verdict goes by `p of all` (Holm).",
+            f"Paired over the same samples. {len(tests)} tests are run: by chance alone {0.05 * len(tests):.1f} of them"
+            " would fall below 5%, so the verdict uses the adjusted p (Holm correction).",
         )
 
 
 def _describe_seen(contaminations: list[Report] | None, page: ReportBuilder) -> None:
-    """The table of samples that models may have seen in training."""
+    """Add the table of contaminated samples."""
     seen = [seen_row(c) for c in sorted(contaminations or [], key=lambda c: (str(c.about.get("task")), c.digest))]
     if seen:
         page.table(
-            "Rows that models may have seen in training",
-            ("model", "task", "samples", "touched", "too short to compare", "score of clean", "score of touched"),
+            "Contamination: samples that models may have seen in training",
+            ("model", "task", "samples", "contaminated", "too short", "clean score", "contaminated score"),
             seen,
-            "Touched: 13 words in a row stand in what the model or its ancestors were trained on in this workspace."
-            " What a foreign model was trained on is not known.",
+            "Contaminated: a 13-gram of the sample occurs in what the model or its ancestors were trained on in this"
+            " workspace. The training data of external models is unknown.",
         )
 
 
 def entry_of(report: Report) -> Entry:
-    """One evaluation as an entry. DataError when it is none."""
+    """Read one evaluation as an entry. DataError where the report is not one."""
     data = read_evaluation(report, *WHOLE, of_samples=("question", "group", "score"))
     return Entry(
         str(report.about.get("model", "")),
@@ -183,14 +182,14 @@ def entry_of(report: Report) -> Entry:
 
 
 def column_of(data: Mapping[str, Any]) -> str:
-    """What was asked, in a few words; definitions that differ in anything get different ones."""
+    """Return a column key: the task and a hash of definition and samples; any difference gives another key."""
     definition = {k: v for k, v in data["definition"].items() if k not in ("what", "data", "examples", "format")}
     asked = [definition, sorted((s["id"], s.get("row", "")) for s in data["samples"])]
     return f"{data['task']} #{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:4]}"
 
 
 def latest(entries: Sequence[Entry]) -> list[Entry]:
-    """Of several evaluations of one model in one column the last; columns are named as shortly as they can be."""
+    """Keep the latest evaluation of each model and column; shorten the column names."""
     found = {(e.model, e.column): e for e in sorted(entries, key=lambda e: e.finished)}
     labels = labels_of({e.column: e.data for e in found.values()})
     return [
@@ -200,7 +199,7 @@ def latest(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def labels_of(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """A name for every column: the task's, with what tells it from other columns of the same task."""
+    """Name every column: the task, plus what distinguishes it from other columns of the same task."""
     out: dict[str, str] = {}
     for task in {c.split(" #")[0] for c in columns}:
         alike = {
@@ -222,7 +221,7 @@ def labels_of(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def names_of(entries: Sequence[Entry]) -> dict[str, str]:
-    """A name for every model's digest; models of one name are told apart by their digests."""
+    """Map each model digest to a name; models with the same name get their digest appended."""
     names = {e.model: e.name for e in sorted(entries, key=lambda e: e.finished)}
     return {
         digest: name if list(names.values()).count(name) == 1 else f"{name} {digest[:6]}"
@@ -233,10 +232,10 @@ def names_of(entries: Sequence[Entry]) -> dict[str, str]:
 def ranked(
     cells: Mapping[tuple[str, str], Entry], names: Sequence[str], columns: Sequence[str]
 ) -> tuple[list[tuple[str, float | None]], list[str]]:
-    """((name, mean rank), the best first and those without a rank last; the tasks that ranks are of).
+    """Rank the models: ((name, mean rank), best first and unranked last; the tasks that ranks are over).
 
-    Tasks: those that all were asked that were asked half of the tasks or more. A model that was not asked all of them
-    has no rank. Equal scores share places.
+    Tasks: those shared by all models evaluated on at least half of the tasks. A model missing one of them has no rank.
+    Tied scores share the average rank.
     """
     many = [name for name in names if 2 * sum((name, c) in cells for c in columns) >= len(columns)] or list(names)
     shared = one_of_each(cells, [c for c in columns if all((name, c) in cells for name in many)])
@@ -259,7 +258,7 @@ def ranked(
 
 
 def one_of_each(cells: Mapping[tuple[str, str], Any], columns: Sequence[str]) -> list[str]:
-    """Of several columns of one task the one with the most rows: a task counts once."""
+    """Keep, of several columns of one task, the one with the most rows, so that a task counts once."""
     best: dict[str, tuple[int, str]] = {}
     for column in columns:
         data = next(e.data for (_, c), e in cells.items() if c == column)
@@ -272,7 +271,7 @@ def one_of_each(cells: Mapping[tuple[str, str], Any], columns: Sequence[str]) ->
 def row_of(
     name: str, rank: float | None, cells: Mapping[tuple[str, str], Entry], columns: Sequence[str], shared: Sequence[str]
 ) -> tuple[Any, ...]:
-    """A model's row."""
+    """Return a model's row."""
     percent = [cells[name, c].score[0] for c in shared if cells[name, c].data["percent"]] if rank is not None else []
     return (
         name,
@@ -283,7 +282,7 @@ def row_of(
 
 
 def shown(entry: Entry) -> str:
-    """A score with its interval."""
+    """Format a score with its interval."""
     value, low, high = entry.score
     return (
         f"{value:.1%} ({low:.0%}–{high:.0%})"
@@ -298,8 +297,9 @@ Difference = tuple[str, str, float, float, float, float, float]
 def differences(
     cells: Mapping[tuple[str, str], Entry], name: str, others: Sequence[str], columns: Sequence[str]
 ) -> list[Difference]:
-    """(other, task, difference in favour of `name`, interval, p, p adjusted for all tests) for tasks whose score is a
-    mean in percent.
+    """Test `name` against each other model on every percentage task.
+
+    Rows: (other, task, difference in favor of `name`, low, high, p, p adjusted for all tests).
     """
     found: list[tuple[str, str, float, float, float, float]] = []
     for column in columns:
@@ -325,29 +325,29 @@ def differences(
 
 
 def ahead(cells: Mapping[tuple[str, str], Entry], placed: Sequence[str], shared: Sequence[str]) -> str:
-    """Whether the first model is more than by chance before the one that comes next."""
+    """State whether the first model is significantly better than the second."""
     tests = differences(cells, placed[0], [placed[1]], shared)
     apart = sum(adjusted < 0.05 for *_, adjusted in tests)
     return (
-        f" {f'{apart} of {len(tests)} tasks' if apart else 'No task'} {'tell' if apart > 1 else 'tells'} it apart from"
-        f" {placed[1]}, which comes next."
+        f" {f'{apart} of {len(tests)} tasks' if apart else 'No task'} {'show' if apart > 1 else 'shows'} a significant"
+        f" difference from {placed[1]}, which comes next."
         if tests
         else ""
     )
 
 
 def small(chance: float) -> str:
-    """A p-value; resampling tells none below one of its resamples."""
+    """Format a p-value; resampling cannot resolve less than 1 / resamples."""
     return f"{chance:.3g}" if chance >= 1e-4 else "< 0.0001"
 
 
 def verdict(difference: float, chance: float) -> str:
-    """What a test says."""
-    return "not told apart" if chance >= 0.05 else "better" if difference > 0 else "worse"
+    """Return the verdict of a test."""
+    return "not significantly different" if chance >= 0.05 else "better" if difference > 0 else "worse"
 
 
 def seen_row(report: Report) -> tuple[Any, ...]:
-    """What a model may have seen of a task."""
+    """Return a row of the contamination table."""
     data, m = report.read(), report.metrics
     return (
         data["model"],
@@ -360,20 +360,20 @@ def seen_row(report: Report) -> tuple[Any, ...]:
 
 
 def asked_row(column: str, entries: Sequence[Entry]) -> tuple[Any, ...]:
-    """What was asked in a column."""
+    """Return a column's row of the setup table."""
     found = [e for e in entries if e.column == column]
     data = found[0].data
     return (column, data["metric"], data["shots"], data["protocol"].get("prompt", ""), len(data["samples"]), len(found))
 
 
 def rows_told(data: Mapping[str, Any]) -> str:
-    """How many rows were asked, and of how many."""
+    """Format the number of evaluated rows, and of how many."""
     asked, every = len(data["samples"]), int(data["protocol"].get("rows", 0))
     return f"{asked} of {every}" if asked < every else str(asked)
 
 
 def card(name: str, cells: Mapping[tuple[str, str], Entry], columns: Sequence[str]) -> str:
-    """The section of a model card."""
+    """Write the model-card section of one model."""
     columns = one_of_each({k: e for k, e in cells.items() if k[0] == name}, [c for c in columns if (name, c) in cells])
     lines = [
         f"## Evaluation of {name}",

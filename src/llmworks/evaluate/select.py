@@ -1,5 +1,5 @@
-"""Stage `evaluate.select`: of several models the one of the best mean score, and an honest table: which skills it keeps
-beside the model that is best at each.
+"""Stage `evaluate.select`: keep the model with the best mean score, and report which skills it loses against the model
+that is best at each task.
 """
 
 from __future__ import annotations
@@ -22,33 +22,36 @@ if TYPE_CHECKING:
 
 
 class SelectConfig(Config):
-    """Which may be kept."""
+    """Candidates for selection."""
 
     candidates: list[str] = Field(
-        [], description="names of models that may be kept; empty: all. Others stand in the table beside them"
+        [], description="names of models that may be selected; empty: all. The others are only shown in the table"
     )
 
 
 def select(config: SelectConfig, models: dict[str, Model], evaluations: list[Report], ctx: Context) -> Model:
-    """The files of the model whose mean over all tasks is largest; every model must have been asked the same tasks.
+    """Select the model with the largest mean score over all tasks, and return its files.
 
-    Errors: DataError for evaluations that are missing, or of models that are not given.
+    Every model must be evaluated on the same tasks. Errors: DataError for missing evaluations, or evaluations of models
+    that are not inputs.
     """
     strange = [name for name in config.candidates if name not in models]
     if strange:
-        raise DataError(f"config.among: no model is called {strange[0]!r}; given: {', '.join(models)}")
+        raise DataError(f"config.candidates: no model is named {strange[0]!r}; inputs: {', '.join(models)}")
     names = {model.digest: name for name, model in models.items()}
     found: dict[str, dict[str, tuple[Report, dict[str, Any]]]] = {}
     for report in evaluations:
         data = read_evaluation(report, "task", "model", of_samples=("score",))
         digest = str(report.about.get("model", ""))
         if digest not in names:
-            raise DataError(f"{report.name}: is of a model that is not given")
+            raise DataError(
+                f"{report.name}: evaluates a model that is not an input; add the model or leave out the report"
+            )
         found.setdefault(names[digest], {})[str(data["task"])] = (report, data)
     tasks = list(dict.fromkeys(task for asked in found.values() for task in asked))
     missing = next(((name, task) for name in models for task in tasks if task not in found.get(name, {})), None)
     if missing is not None or not tasks:
-        raise DataError(f"{missing[0]} was not asked {missing[1]}" if missing else "no evaluation is given")
+        raise DataError(f"{missing[0]} has no evaluation on {missing[1]}" if missing else "no evaluations given")
     score = {name: {task: float(found[name][task][0].metrics["score"]) for task in tasks} for name in models}
     means = {name: sum(score[name].values()) / len(tasks) for name in models}
     chosen = max(config.candidates or list(models), key=lambda name: means[name])
@@ -56,25 +59,25 @@ def select(config: SelectConfig, models: dict[str, Model], evaluations: list[Rep
     rows, kept = [], []
     for task in tasks:
         first = max(models, key=lambda name: score[name][task])
-        verdict = _verdict(found[first][task][1], found[chosen][task][1]) if first != chosen else "the best of all"
+        verdict = _verdict(found[first][task][1], found[chosen][task][1]) if first != chosen else "the best"
         kept.append(verdict)
         rows.append((task, f"{score[chosen][task]:.3f}", first, f"{score[first][task]:.3f}", verdict))
-    page.title = f"Kept: {chosen}"
+    page.title = f"Selected: {chosen}"
     lost = [task for task, verdict in zip(tasks, kept, strict=True) if verdict.startswith("worse")]
     page.lead = (
         f"Of {len(config.candidates or models)} models {chosen} has the best mean score, {means[chosen]:.3f}; "
         + (
-            f"it is worse than the best at {', '.join(lost)}."
+            f"it is significantly worse than the best at {', '.join(lost)}."
             if lost
-            else "at no task is it worse than the best by more than chance."
+            else "it is not significantly worse than the best at any task."
         )
     )
     _describe_models(page, tasks, models, means, chosen, config, score, found)
     page.table(
-        "What it keeps",
-        ("task", chosen, "best at it", "score", "beside it"),
+        "Compared with the best model of each task",
+        ("task", chosen, "best model", "score", "difference"),
         rows,
-        "Paired over the same samples; the best of several is somewhat too good by chance.",
+        "Paired over the same samples; the best of several scores is biased upward (winner's curse).",
     )
     page.data = {"kept": chosen, "scores": score, "means": means, "verdicts": dict(zip(tasks, kept, strict=True))}
     model = models[chosen]
@@ -98,7 +101,7 @@ def _describe_models(
     score: dict[str, dict[str, float]],
     found: dict[str, dict[str, tuple[Report, dict[str, Any]]]],
 ) -> None:
-    """The table of all models with their scores."""
+    """Add the table of all models with their scores."""
     page.table(
         "All models",
         ("model", *tasks, "mean", ""),
@@ -111,20 +114,20 @@ def _describe_models(
                     for task in tasks
                 ),
                 f"{means[name]:.3f}",
-                "kept"
+                "selected"
                 if name == chosen
                 else ""
                 if not config.candidates or name in config.candidates
-                else "not asked for",
+                else "not a candidate",
             )
             for name in sorted(models, key=lambda name: -means[name])
         ],
-        "In brackets 95% intervals.",
+        "95% intervals in parentheses.",
     )
 
 
 def _link_files(model: Model, ctx: Context) -> None:
-    """Put the model's files into `out`, as hard links where the disk has them; its report stays out."""
+    """Hard-link the model's files into `out`, or copy them where links fail; its report is left out."""
     for file in files_of(model.path):
         if "report" not in file.relative_to(model.path).parts:
             target = ctx.out / file.relative_to(model.path)
@@ -136,7 +139,7 @@ def _link_files(model: Model, ctx: Context) -> None:
 
 
 def _verdict(best: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """The difference to the best at a task, over the samples that both were asked."""
+    """Describe the paired difference from the best model at a task, over shared samples."""
     first, second = ({str(sample["id"]): sample for sample in data["samples"]} for data in (best, own))
     both = [one for one in first if one in second]
     difference = paired_difference(
@@ -145,6 +148,6 @@ def _verdict(best: Mapping[str, Any], own: Mapping[str, Any]) -> str:
         groups=[str(first[one].get("group", "")) for one in both],
     ).difference
     return (
-        f"{'worse' if difference.high < 0 else 'not told apart'}: {difference.value:+.3f} ({difference.low:+.3f} to"
-        f" {difference.high:+.3f})"
+        f"{'worse' if difference.high < 0 else 'not significantly different'}: {difference.value:+.3f}"
+        f" ({difference.low:+.3f} to {difference.high:+.3f})"
     )

@@ -1,4 +1,4 @@
-"""Suites: tasks that are asked together, named in suites.yaml."""
+"""Suites: named groups of tasks that are run together, defined in suites.yaml."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class Item(Config):
     """One task of a suite."""
 
     task: str = Field(description="name of a task")
-    limit: int | None = Field(None, gt=0, description="only the first rows")
+    limit: int | None = Field(None, gt=0, description="evaluate only the first rows")
 
 
 class Suite(Config):
-    """Some tasks."""
+    """A group of tasks."""
 
-    what: str = Field(description="one line: what they are, and what they take")
-    tasks: list[Item] = Field(description="in the order in which they are asked")
+    what: str = Field(description="one line: what the tasks are, and their cost")
+    tasks: list[Item] = Field(description="the tasks, in running order")
 
 
 @cache
 def suites() -> dict[str, Suite]:
-    """All suites by name."""
+    """Load all suites by name."""
     import yaml
 
     text = resources.files("llmworks.evaluate").joinpath("suites.yaml").read_text(encoding="utf-8")
@@ -36,7 +36,7 @@ def suites() -> dict[str, Suite]:
 
 
 def items_of(names: str, limit: int | None = None) -> list[Item]:
-    """The tasks of suites and single tasks, named with commas between; `limit` in place of theirs.
+    """Resolve comma-separated names of suites and tasks; `limit` overrides theirs.
 
     UserError for an unknown name.
     """
@@ -56,7 +56,7 @@ def items_of(names: str, limit: int | None = None) -> list[Item]:
                 if near
                 else f"suites: {', '.join(known)}; tasks: {', '.join(task_names())}"
             )
-            raise UserError(f"no suite and no task {name!r}; {hint}")
+            raise UserError(f"no suite or task is named {name!r}; {hint}")
     if not out:
-        raise UserError("no task is named; give suites or tasks with commas between, as in quick,code")
+        raise UserError("no task given; name suites or tasks separated by commas, as in quick,code")
     return [item if limit is None else Item(task=item.task, limit=limit) for item in dict.fromkeys(out)]

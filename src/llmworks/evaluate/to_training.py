@@ -1,7 +1,7 @@
-"""Stage `evaluate.to_training`: the rows that a model failed on, as conversations for its next training.
+"""Stage `evaluate.to_training`: turn the rows that a model failed on into conversations for further training.
 
-Only evaluations of the `dev` half of a set are taken: the `test` side, on which the model is measured, never gets
-into training by this way. Knows no model.
+Only evaluations of the `dev` half of a dataset are accepted, so that the `test` half, on which the model is
+measured, never gets into the training data. Does not load a model.
 """
 
 from __future__ import annotations
@@ -26,33 +26,31 @@ if TYPE_CHECKING:
 
 
 class ToTrainingConfig(Config):
-    """Which rows are taken."""
+    """Which rows become training data."""
 
-    pass_threshold: float = Field(1.0, gt=0, le=1, description="a sample with a lower score has failed")
+    pass_threshold: float = Field(1.0, gt=0, le=1, description="a sample with a score below this has failed")
     replay_ratio: float = Field(
         0.0,
         ge=0,
         le=1,
-        description=(
-            "share of the rows that were answered right that is taken, too, so that the model does not forget them"
-        ),
+        description=("share of the passed rows to add as replay, against forgetting"),
     )
 
 
 def to_training(config: ToTrainingConfig, evaluation: Report, data: Dataset, ctx: Context) -> Dataset:
-    """Conversations of the failed rows: what was asked, and the right answer.
+    """Build conversations of the failed rows: the prompt and the reference answer.
 
-    `data` is the set that the evaluation asked.
+    `data`: the dataset that was evaluated.
 
-    Errors: DataError for an evaluation that is not of the dev half, for other rows, or where no row has a right
-    answer as text.
+    Errors: DataError for an evaluation that is not of the dev half, for other rows, or where no row has a
+    reference answer as text.
     """
     found = read_evaluation(evaluation, "protocol", "definition", "task", "model", of_samples=("score",))
     side = found.get("protocol", {}).get("side")
     if side != "dev":
         raise DataError(
-            f"{evaluation.name}: was made of {'the test side' if side == 'test' else 'all rows'}; rows to train on are"
-            " taken from an evaluation with split_half: dev, and the model is then measured with split_half: test"
+            f"{evaluation.name}: evaluates {'the test half' if side == 'test' else 'all rows'}; training rows are taken"
+            " from an evaluation with split_half: dev, and the model is then measured with split_half: test"
         )
     task = Task.model_validate(found["definition"])
     rows = {row["id"]: row for row in one_side(kept(task, read_rows(task, data, task.split), data.name), "dev", task)}
@@ -60,8 +58,8 @@ def to_training(config: ToTrainingConfig, evaluation: Report, data: Dataset, ctx
     unknown = next((i for i in samples if i not in rows), None)
     if unknown is not None:
         raise DataError(
-            f"{data.name}: the row {unknown!r} of the evaluation is not among its dev rows; give the data set that"
-            " was asked"
+            f"{data.name}: row {unknown!r} of the evaluation is not in its dev half; give the dataset that was"
+            " evaluated"
         )
     failed = [i for i, s in samples.items() if s["score"] < config.pass_threshold]
     good = [i for i, s in samples.items() if s["score"] >= config.pass_threshold]
@@ -75,9 +73,8 @@ def to_training(config: ToTrainingConfig, evaluation: Report, data: Dataset, ctx
     made, dropped = _conversations(asked, samples, found)
     if not made:
         raise DataError(
-            f"{evaluation.name}:"
-            f" {'nothing failed' if not taken else 'none of the failed rows has a right answer as text'}, so there is"
-            " nothing to practise"
+            f"{evaluation.name}: no training data:"
+            f" {'no row failed' if not taken else 'none of the failed rows has a reference answer as text'}"
         )
     return finish_rows(
         ctx,
@@ -93,7 +90,7 @@ def to_training(config: ToTrainingConfig, evaluation: Report, data: Dataset, ctx
 def _conversations(
     asked: list[Question], samples: dict[Any, Any], found: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """A row of each question that has a right answer as text, and why others were dropped."""
+    """Return a row for each question with a reference answer as text, and the reasons why others were dropped."""
     made: list[Row] = []
     dropped: dict[str, int] = {}
     for question in asked:
@@ -117,5 +114,5 @@ def _conversations(
 
 
 def _written(answer: Any) -> str:
-    """A right answer in fields, as text: a query; other fields say how an answer is checked, not what it is."""
+    """Return the SQL query of a structured answer; other fields only say how an answer is checked."""
     return str(answer.get("sql", "")) if isinstance(answer, Mapping) else ""

@@ -1,6 +1,6 @@
-"""Vote in the terminal: a question, two answers, nobody knows whose.
+"""Blind pairwise voting in the terminal: a question and two anonymous answers.
 
-Every vote is written down at once. Knows no model.
+Every vote is written immediately. Does not load a model.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from llmworks.core.errors import DataError, UserError
 from llmworks.evaluate.statistics.stored import read_evaluation
 
 KEYS = {"a": "A", "b": "B", "t": "C"}
-HELP = "a or b: the better answer, t: a tie, s: skip, q: enough"
+HELP = "a or b: the better answer, t: tie, s: skip, q: quit"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def answers_of(reports: Sequence[Report]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Model -> sample -> sample of evaluations of written answers.
+    """Map model -> sample id -> sample, of evaluations with generated answers.
 
-    DataError when fewer than two models answered the same questions.
+    Errors: DataError for evaluations without generated answers; UserError for fewer than two evaluations.
     """
     out: dict[str, dict[str, dict[str, Any]]] = {}
     for report in reports:
@@ -32,24 +32,24 @@ def answers_of(reports: Sequence[Report]) -> dict[str, dict[str, dict[str, Any]]
         samples = data["samples"]
         if "text" not in samples[0] or "logprobs" in samples[0]:
             raise DataError(
-                f"{report.name}: has no written answers; an arena is of evaluations of tasks of kind generate"
+                f"{report.name}: has no generated answers; an arena needs evaluations of tasks of kind generate"
             )
         name = (
             data["model"] if data["model"] not in out else f"{data['model']}: {report.name}"
-        )  # one model asked in two ways
+        )  # one model with two settings
         if name in out:
-            raise DataError(f"{report.name}: stands twice among the evaluations")
+            raise DataError(f"{report.name}: is given twice")
         out[name] = {s["id"]: s for s in samples}
     if len(out) < 2:
-        raise UserError("an arena needs the evaluations of two models or more")
+        raise UserError("an arena needs evaluations of at least two models")
     return out
 
 
 def matches(
     answers: dict[str, dict[str, dict[str, Any]]], done: set[tuple[str, str, str]], seed: int
 ) -> list[tuple[str, str, str]]:
-    """(sample, model, model) in a random order and on random sides: every question of every two models once, without
-    those of equal answers.
+    """List the open matches (sample, model, model) in random order with random sides: every question of every pair of
+    models once, without identical answers.
     """
     names = sorted(answers)
     pairs = [
@@ -71,13 +71,13 @@ def matches(
 
 
 def vote(reports: Sequence[Report], file: Path, voter: str, seed: int, source: TextIO, target: TextIO) -> int:
-    """Ask until there is nothing left or the voter has had enough; returns how many votes were written to `file`."""
+    """Ask for votes until all pairs are done or the voter quits; return the number of votes written to `file`."""
     answers = answers_of(reports)
     done = {(v["sample"], v["a"], v["b"]) for v in _read(file) if v.get("voter") == voter and "sample" in v}
     todo = matches(answers, done, seed)
     if not todo:
         raise UserError(
-            f"{voter} has voted on all pairs of different answers"
+            f"{voter} has already voted on all pairs of different answers"
             if done
             else "no two models answered the same question differently"
         )
@@ -123,7 +123,7 @@ def _key(source: TextIO, target: TextIO) -> str:
 
 
 def _clean(text: str) -> str:
-    """Answers are foreign text: nothing in them may command the terminal."""
+    """Strip control characters: answers are untrusted and must not send terminal escapes."""
     return CONTROL.sub("", text)
 
 
@@ -133,7 +133,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: is no file of votes ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{file}: is not a votes file ({str(error).splitlines()[0]})") from None
     if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{file}: is no file of votes")
+        raise UserError(f"{file}: is not a votes file")
     return rows

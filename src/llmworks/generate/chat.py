@@ -1,7 +1,4 @@
-"""A conversation in the terminal: streams answers of any engine, keeps the turns, cancels on Ctrl-C.
-
-Knows only the Engine protocol.
-"""
+"""Chat in the terminal: streams completions of any engine, keeps the conversation, cancels on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,18 +9,21 @@ from typing import TextIO
 from llmworks.core.errors import RequestError
 from llmworks.core.types import Engine, Json, Message, Request, Sampling
 
-HELP = "/reset starts anew, /system TEXT sets the system message, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
+HELP = (
+    "/reset clears the conversation, /system TEXT sets the system message, /exit or Ctrl-D quits, Ctrl-C stops an"
+    " answer."
+)
 
 
 class Conversation:
-    """Turns so far and how to go on."""
+    """The turns so far, the system message, tools and sampling parameters."""
 
     def __init__(self, engine: Engine, sampling: Sampling, system: str = "", tools: tuple[Json, ...] = ()) -> None:
         self.engine, self.sampling, self.system, self.tools = engine, sampling, system, tools
         self.turns: list[Message] = []
 
     def say(self, text: str) -> Iterator[str]:
-        """Add a user turn and stream the answer; the answer becomes a turn when it is complete."""
+        """Add a user turn and stream the answer, which becomes a turn when it is complete."""
         head = (Message("system", self.system),) if self.system else ()
         request = Request((*head, *self.turns, Message("user", text)), tools=self.tools, sampling=self.sampling)
         answer = ""
@@ -36,7 +36,7 @@ class Conversation:
 def converse(
     conversation: Conversation, message: str | None, source: TextIO | None = None, target: TextIO | None = None
 ) -> None:
-    """One answer to `message`, or a dialogue over `source` (default: standard input) until it ends."""
+    """Answer `message`, or run a dialogue over `source` (default: standard input) until it ends."""
     source, target = source or sys.stdin, target or sys.stdout
     if message is not None:
         _answer(conversation, message, target)

@@ -1,8 +1,7 @@
-"""Replay a model's golden tokens on an engine: does it read the same tokens and say the same as the model that the
-record is of?
+"""Replay a model's golden tokens on an engine: does it tokenize and predict as the recorded model did?
 
-What an engine lets one see is compared: ids, mask, stop tokens and logits where it runs here; how many tokens it read,
-and its greedy answers, where it is a server.
+An engine is compared on what it exposes. A local engine: token ids, loss mask, stop tokens and logits. A server: the
+number of prompt tokens, and greedy completions.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from llmworks.core.errors import LlmworksError
 from llmworks.core.types import Engine, Request, Sampling, messages_from_json
 from llmworks.tokenize.chat.golden import replay_logits, replay_tokens
 
-SAID = 8  # tokens of a greedy answer that are compared
+SAID = 8  # tokens of a greedy completion that are compared
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was compared; `ok` None says that it is told, not judged."""
+    """One compared property. `ok` is None when it is reported, not judged."""
 
     what: str
     ok: bool | None
@@ -29,9 +28,10 @@ class Check:
 
 
 def replay(golden: Golden, engine: Engine, within: float, reference: Engine | None = None) -> list[Check]:
-    """All that can be compared on this engine.
+    """Return every check that can be run on this engine.
 
-    `within` bounds how far logits may be away on average (nats); `reference` says greedy answers.
+    `within`: bound of the mean absolute logit difference (nats). `reference`: engine whose greedy completions are
+    compared.
     """
     found: list[Check] = []
     here: Any = engine
@@ -48,8 +48,8 @@ def replay(golden: Golden, engine: Engine, within: float, reference: Engine | No
     if "logits" in engine.can:
         gap = replay_logits(golden, engine.logits)
         told = (
-            f"{gap.mean:.2g} away on average (allowed {within:g}), {gap.largest:.2g} at most, same greedy token in"
-            f" {gap.same_greedy:.0%}"
+            f"{gap.mean:.2g} mean difference (allowed {within:g}), {gap.largest:.2g} maximum, same greedy token at"
+            f" {gap.same_greedy:.0%} of positions"
         )
         found.append(Check("logits", gap.mean <= within, told))
     if not found:
@@ -58,7 +58,7 @@ def replay(golden: Golden, engine: Engine, within: float, reference: Engine | No
 
 
 def asked(conversation: GoldenConversation) -> tuple[Request, int] | None:
-    """(the conversation up to its last answer, how many tokens that is as recorded); None for plain text."""
+    """Return (request up to the last answer, its number of prompt tokens as recorded); None for plain text."""
     if not conversation.messages or conversation.messages[-1].get("role") != "assistant":
         return None
     learned = conversation.mask
@@ -78,7 +78,7 @@ def asked(conversation: GoldenConversation) -> tuple[Request, int] | None:
 def _from_outside(golden: Golden, engine: Engine, reference: Engine | None) -> list[Check]:
     cases = [case for case in map(asked, golden.conversations) if case is not None]
     if not cases:
-        return [Check("prompts", None, "the record holds plain text only, which a chat server cannot be asked about")]
+        return [Check("prompts", None, "the record holds plain text only, which cannot be sent to a chat server")]
     requests = [request for request, _ in cases]
     answers = dict(engine.each(requests))
     for answer in answers.values():
@@ -87,14 +87,14 @@ def _from_outside(golden: Golden, engine: Engine, reference: Engine | None) -> l
     done = [answers[i] for i in range(len(requests))]
     read = [getattr(answer, "prompt_tokens", 0) for answer in done]
     if not any(read):
-        found = [Check("prompts", None, "the server does not say how many tokens it read")]
+        found = [Check("prompts", None, "the server does not report the number of prompt tokens")]
     else:
         wrong = [
-            f"conversation {i}: the server read {got} tokens, recorded are {want}"
+            f"conversation {i}: the server read {got} tokens, {want} are recorded"
             for i, (got, (_, want)) in enumerate(zip(read, cases, strict=True), 1)
             if got != want
         ]
-        hint = " (a token added in front, another template, or another tokenizer)" if wrong else ""
+        hint = " (an extra BOS token, another chat template, or another tokenizer)" if wrong else ""
         found = [
             Check(
                 "prompts",
@@ -109,9 +109,7 @@ def _from_outside(golden: Golden, engine: Engine, reference: Engine | None) -> l
     if reference is not None:
         expected: Sequence[Any] = reference.generate(requests)
         same = sum(_text(a) == _text(b) for a, b in zip(done, expected, strict=True))
-        found.append(
-            Check("greedy answers", None, f"the first {SAID} tokens are the same in {same} of {len(requests)}")
-        )
+        found.append(Check("greedy completions", None, f"the first {SAID} tokens agree in {same} of {len(requests)}"))
     return found
 
 

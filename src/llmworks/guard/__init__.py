@@ -1,4 +1,4 @@
-"""Checks of a text: pure functions from text to findings. They know no document, no model and no file."""
+"""Detectors of PII and secrets: pure functions from text to findings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """Something in a text: its kind, where it begins and ends (characters), and what it says."""
+    """A match in a text: its kind, start and end (character offsets), and value."""
 
     kind: str
     start: int
@@ -16,7 +16,7 @@ class Finding:
 
 
 def apart(findings: list[Finding]) -> list[Finding]:
-    """Findings in their order without overlaps: of two that share characters the one that was given first stays."""
+    """Remove overlapping findings, keeping the one given first, and sort by position."""
     chosen: list[Finding] = []
     for finding in findings:
         if all(finding.end <= other.start or finding.start >= other.end for other in chosen):

@@ -1,4 +1,4 @@
-"""Personal data in a text: e-mail and IP addresses, telephone, card and account numbers.
+"""Detect PII in text: e-mail and IP addresses, phone numbers, credit card numbers and IBANs.
 
 Numbers with a checksum must pass it.
 """
@@ -15,7 +15,7 @@ EMAIL = re.compile(
     r"(?<![\w.+%-])[A-Za-z0-9](?:[\w.+%-]|'(?=\w)){0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62})\.)+([A-Za-z]{2,24})"
     r"(?![\w@-])"
 )
-# what stands behind the last full stop of pictures, units and files, and is no top-level domain
+# file extensions and systemd unit suffixes that look like a top-level domain but are not
 NO_DOMAIN = frozenset(
     [
         "png",
@@ -58,7 +58,7 @@ PHONE = re.compile(
     r")(?:(?:,? ?(?:ext\.?|x) ?)\d{1,5})?(?![\w]|[.-]\d|/\d)"
 )
 VERSION = re.compile(r"(?:\bv|[Vv]ersion|[Rr]elease|[Ff]irmware|[A-Za-z]/)[\s=:\"'v]*$")
-# digits of an account number by country (ISO 13616 registry)
+# IBAN length by country (ISO 13616 registry)
 IBAN_LENGTHS = {
     "AD": 24,
     "AE": 23,
@@ -150,7 +150,7 @@ BRANDS = (
 EXAMPLE_DOMAIN = re.compile(
     r"@(?:.*\.)?(?:example(?:\.(?:com|net|org))?|test|invalid|localhost)$", re.IGNORECASE
 )  # RFC 2606
-# signs that a text may hold a finding, quickly looked for
+# fast pre-filters
 DOTTED, COLONS, DIGITS = (
     re.compile(r"\d\.\d{1,3}\.\d"),
     re.compile(r"[0-9A-Fa-f]:[0-9A-Fa-f:]*:|::[0-9A-Fa-f]"),
@@ -161,7 +161,7 @@ DATE = re.compile(r"\d{4}[-./ ]\d{2}[-./ ]\d{2}|\d{2}[-./ ]\d{2}[-./ ]\d{4}")
 
 
 def luhn(digits: str) -> bool:
-    """Whether the last digit is right (ISO/IEC 7812-1, annex B)."""
+    """Check the Luhn check digit (ISO/IEC 7812-1, annex B)."""
     total = 0
     for place, digit in enumerate(reversed(digits)):
         value = int(digit) * (1 + place % 2)
@@ -170,14 +170,14 @@ def luhn(digits: str) -> bool:
 
 
 def iban_checks(number: str) -> bool:
-    """Whether length and check digits of an account number are right (ISO 7064, MOD 97-10)."""
+    """Check the length and check digits of an IBAN (ISO 7064, MOD 97-10)."""
     if IBAN_LENGTHS.get(number[:2]) != len(number):
         return False
     return int("".join(str(int(c, 36)) for c in number[4:] + number[:4])) % 97 == 1
 
 
 def emails(text: str, examples: bool = False) -> Iterator[Finding]:
-    """E-mail addresses; those of domains reserved for examples only with `examples`."""
+    """Find e-mail addresses; those of reserved example domains only with `examples`."""
     if "@" in text:
         for match in EMAIL.finditer(text):
             if (
@@ -189,7 +189,7 @@ def emails(text: str, examples: bool = False) -> Iterator[Finding]:
 
 
 def addresses(text: str, examples: bool = False) -> Iterator[Finding]:
-    """IP addresses that lead somewhere: private, local and documentation ranges only with `examples`."""
+    """Find public IP addresses; private, local and documentation ranges only with `examples`."""
     for pattern, sign in ((IPV4, DOTTED), (IPV6, COLONS)):
         if not sign.search(text):
             continue
@@ -209,8 +209,8 @@ def addresses(text: str, examples: bool = False) -> Iterator[Finding]:
 
 
 def _is_address(value: str) -> bool:
-    """Whether six digits or more are there and it is no name in code (no digit at all) nor a hardware address (pairs
-    only).
+    """Return whether an IPv6 match is plausible: at least 6 hex digits, not an identifier without decimal digits, not a
+    MAC address (pairs only).
     """
     groups = value.split(":")
     return (
@@ -221,7 +221,7 @@ def _is_address(value: str) -> bool:
 
 
 def cards(text: str, examples: bool = False) -> Iterator[Finding]:
-    """Card numbers of the known brands whose check digit is right."""
+    """Find card numbers of known brands with a valid check digit."""
     for match in CARD.finditer(text) if DIGITS.search(text) else ():
         digits = re.sub(r"\D", "", match.group())
         if (
@@ -233,10 +233,10 @@ def cards(text: str, examples: bool = False) -> Iterator[Finding]:
 
 
 def ibans(text: str, examples: bool = False) -> Iterator[Finding]:
-    """Account numbers whose check digits are right."""
+    """Find IBANs with valid check digits."""
     for match in IBAN.finditer(text):
         words = match.group().split(" ")
-        for end in range(len(words), 0, -1):  # a word in capitals may follow the number
+        for end in range(len(words), 0, -1):  # an uppercase word may follow the number
             candidate = " ".join(words[:end])
             if iban_checks(candidate.replace(" ", "")):
                 yield Finding("iban", match.start(), match.start() + len(candidate), candidate)
@@ -244,9 +244,7 @@ def ibans(text: str, examples: bool = False) -> Iterator[Finding]:
 
 
 def phones(text: str, examples: bool = False) -> Iterator[Finding]:
-    """Telephone numbers that are written as such: with a country code, or grouped as North American or national numbers
-    are.
-    """
+    """Find phone numbers written with a country code, or grouped as North American or national numbers."""
     for match in PHONE.finditer(text):
         number = re.split(r",? ?(?:ext|x)", match.group())[0]
         digits = re.sub(r"\D", "", number)

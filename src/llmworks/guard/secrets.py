@@ -1,6 +1,4 @@
-"""Secrets in a text: keys and tokens by the prefixes that their issuers give them, and values of telling names by their
-entropy.
-"""
+"""Detect secrets in text: keys and tokens by issuers' prefixes, and values of names such as api_key by entropy."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from llmworks.guard import Finding
 
 B = r"(?<![A-Za-z0-9_-])"
 E = r"(?![A-Za-z0-9_-])"
-# documented formats of the issuers, and how they begin
+# issuers' documented formats, with prefixes for a fast pre-filter
 KNOWN: dict[str, tuple[tuple[str, ...], re.Pattern[str]]] = {
     "aws": (("AKIA", "ASIA", "AGPA", "AIDA", "AROA"), re.compile(rf"{B}(?:AKIA|ASIA|AGPA|AIDA|AROA)[A-Z2-7]{{16}}{E}")),
     "github": (
@@ -63,18 +61,19 @@ PLACEHOLDER = re.compile(
     r"(?i)x{4,}|\*{3,}|\.{3,}|your|example|changeme|change_me|placeholder|dummy|redacted|insert|<|os\.environ"
     r"|getenv|process\.env|None|null|true|false|password|secret"
 )
-MIN_ENTROPY = 3.2  # bits per character; English words are below, random letters and digits above
+MIN_ENTROPY = 3.2  # bits per character; English words are below, random strings above
 
 
 def entropy(value: str) -> float:
-    """Bits per character of a string by the frequencies of its own characters (Shannon 1948)."""
+    """Compute the Shannon entropy of a string in bits per character, from its own character frequencies."""
     total = len(value)
     return -sum(n / total * math.log2(n / total) for n in Counter(value).values()) if total else 0.0
 
 
 def secrets(text: str, examples: bool = False) -> Iterator[Finding]:
-    """Keys, tokens, passwords in URLs, and random-looking values of names such as api_key; placeholders only with
-    `examples`.
+    """Find keys, tokens, passwords in URLs, and random-looking values of names such as api_key.
+
+    Placeholders are found only with `examples`.
     """
     for begins, pattern in KNOWN.values():
         for match in pattern.finditer(text) if any(begin in text for begin in begins) else ():
@@ -102,12 +101,10 @@ def _is_secret(value: str, examples: bool) -> bool:
 
 
 def looks_random(value: str) -> bool:
-    """Whether a value is no word, path or name: high entropy, and digits, or letters of both cases, among its
-    characters.
-    """
+    """Return whether a value looks random, not like a word, path or name: high entropy and mixed character classes."""
     kinds = (any(c.isdigit() for c in value), any(c.islower() for c in value), any(c.isupper() for c in value))
     if sum(kinds) < 2 or entropy(value) < min(MIN_ENTROPY, 0.85 * math.log2(len(value))):
         return False
-    if not kinds[0] and not re.search(r"[!@#$%^&*?~+/=]", value):  # letters only: a name has few changes of case
+    if not kinds[0] and not re.search(r"[!@#$%^&*?~+/=]", value):  # letters only: a name has few case changes
         return sum(a.islower() != b.islower() for a, b in pairwise(value)) > len(value) / 3
     return not re.fullmatch(r"[\w-]+(?:[./][\w-]+)+|[a-z_]+\d{0,3}|[A-Z][a-z]+\d{0,4}", value)

@@ -1,6 +1,4 @@
-"""Steps of a recipe that read what another tool's configuration trains on: raw rows to conversations or documents,
-several sets to one, held-out rows.
-"""
+"""Build recipe steps for the data of another tool's configuration: read, mix and split datasets."""
 
 from __future__ import annotations
 
@@ -16,10 +14,10 @@ Steps = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Source:
-    """A data set.
+    """A dataset.
 
-    `shape`: a format of data.chat, or `text` for documents, whose text is in the field `text`; `rows`: at most so many,
-    0 for all.
+    `shape`: a format of data.chat, or `text` for documents with their text in the field `text`; `rows`: maximum number
+    of rows, 0 = all.
     """
 
     ref: str
@@ -29,7 +27,7 @@ class Source:
 
 
 def read(sources: Sequence[Source], steps: Steps, prefix: str = "") -> str:
-    """Add the steps that read all sources; returns the name of the step that holds them together.
+    """Add steps that read all datasets; returns the name of the step that combines them.
 
     UserError when documents and conversations are mixed.
     """
@@ -60,8 +58,7 @@ def read(sources: Sequence[Source], steps: Steps, prefix: str = "") -> str:
         names[f"set-{number}"] = made
     if len({source.shape == "text" for source in sources}) > 1:
         raise UserError(
-            "documents and conversations stand side by side in its data sets; a fine-tuning reads one kind: translate a"
-            " configuration of each"
+            "mixes documents and conversations; fine-tuning reads one kind: translate a separate configuration for each"
         )
     if len(sources) == 1:
         return names["set-1"]
@@ -71,16 +68,16 @@ def read(sources: Sequence[Source], steps: Steps, prefix: str = "") -> str:
 
 
 def split(rows: str, share: float, steps: Steps, keys: Keys, key: str) -> tuple[str, str]:
-    """Add both sides of a split; returns their names.
+    """Add the steps of a train/test split; returns their names.
 
-    `share`: of the held-out rows, between 0 and 1; of rows, from 1 on; `key` has it.
+    `share` is the value of `key`: the fraction of held-out rows below 1, else their number.
     """
     if share >= 1:
-        keys.otherwise(key, f"{share} rows; here a share is held out, and a twentieth is taken")
+        keys.otherwise(key, f"{share} rows; here a fraction is held out, and 5% is used")
         share = 0.05
     folds = max(2, round(1 / share))
     if abs(1 / folds - share) > 0.01:
-        keys.otherwise(key, f"{share}; one of {folds} parts is held out, {1 / folds:.0%} of the rows")
+        keys.otherwise(key, f"{share}; one of {folds} folds is held out, {1 / folds:.0%} of the rows")
     for part in ("train", "test"):
         steps[part] = {"stage": "data.split", "inputs": {"data": rows}, "config": {"split": part, "n_splits": folds}}
     return "train", "test"

@@ -1,6 +1,4 @@
-"""The keys of another tool's configuration, each of which must be accounted for: translated, done otherwise, without
-meaning here, or lost.
-"""
+"""Keys of another tool's configuration; each is translated, approximated, ignored as meaningless, or lost."""
 
 from __future__ import annotations
 
@@ -17,23 +15,23 @@ from llmworks.core.errors import UserError
 
 Fate = Literal["otherwise", "lost", "meaningless", "unknown"]
 HEADINGS: dict[Fate, str] = {
-    "lost": "Lost: it changes what is learned, and there is nothing like it here",
-    "otherwise": "Done otherwise",
-    "meaningless": "Without meaning here",
-    "unknown": "Not known to this translation",
+    "lost": "Lost: affects training and has no equivalent here",
+    "otherwise": "Translated approximately",
+    "meaningless": "Not needed here",
+    "unknown": "Unknown to this translation",
 }
 
 
 @functools.cache
 def meaningless() -> dict[str, str]:
-    """Why keys say nothing here, by their names, which may have a *; several with spaces between."""
+    """Load why keys are not needed here: space-separated key patterns (with *) -> reason."""
     text = Path(__file__).with_name("meaningless.yaml").read_text(encoding="utf-8")
     return {names: why for why, names in yaml.safe_load(text).items()}
 
 
 @dataclass(frozen=True)
 class Note:
-    """What became of one key."""
+    """Note on how one key was translated."""
 
     key: str
     fate: Fate
@@ -42,9 +40,9 @@ class Note:
 
 @dataclass
 class Keys:
-    """A mapping whose keys are taken one by one; keys without a value count as absent.
+    """A mapping whose keys are consumed one by one; keys without a value count as absent.
 
-    `path`: where it stands, before a key's name in notes and errors.
+    `path`: prefix of key names in notes and errors.
     """
 
     values: dict[str, Any]
@@ -61,11 +59,11 @@ class Keys:
         return key in self.values
 
     def take(self, key: str, default: Any = None) -> Any:
-        """The value of a key that is translated."""
+        """Consume a key and return its value."""
         return self.values.pop(key, default)
 
     def number(self, key: str, default: float | None = None) -> Any:
-        """The number of a key, whole where it is. UserError for anything else."""
+        """Consume a number, as int if it is written as one. UserError for anything else."""
         value = self.take(key, default)
         if value is None:
             return None
@@ -82,14 +80,14 @@ class Keys:
         )
 
     def whole(self, key: str, default: int | None = None) -> Any:
-        """The whole number of a key. UserError for anything else."""
+        """Consume an integer. UserError for anything else."""
         value = self.number(key, default)
         if value is not None and value != int(value):
             raise UserError(f"{self.tool}: {self.path}{key}: {value!r} is not a whole number")
         return None if value is None else int(value)
 
     def flag(self, key: str) -> bool:
-        """Whether a key is set to something true. UserError for what is neither."""
+        """Consume a boolean; absent is false. UserError for anything else."""
         value = self.take(key, False)
         if isinstance(value, str) and value.lower() in ("true", "false"):
             value = value.lower() == "true"
@@ -98,29 +96,29 @@ class Keys:
         return value
 
     def words(self, key: str) -> list[str]:
-        """A list of words, as a list or with commas between."""
+        """Consume a list of names, given as a list or comma-separated."""
         value = self.take(key, [])
         if isinstance(value, str):
             value = value.split(",")
         if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-            raise UserError(f"{self.tool}: {self.path}{key}: {value!r} is no list of names")
+            raise UserError(f"{self.tool}: {self.path}{key}: {value!r} is not a list of names")
         return [word.strip() for word in value if word.strip()]
 
     def note(self, key: str, fate: Fate, text: str) -> None:
-        """Say what became of a key."""
+        """Record how a key was translated."""
         self.notes.append(Note(self.path + key, fate, text))
 
     def otherwise(self, key: str, text: str) -> None:
-        """A key that is done in another way."""
+        """Record a key that is translated approximately."""
         self.note(key, "otherwise", text)
 
     def lost(self, key: str, text: str) -> None:
-        """A key that changes what is learned, and cannot be translated; taken, if it still stands."""
+        """Record and consume a key that affects training and cannot be translated."""
         self.values.pop(key, None)
         self.note(key, "lost", text)
 
     def lose(self, reasons: Mapping[str, str], harmless: tuple[Any, ...] = (False, 0)) -> None:
-        """Keys that are lost where they are set to anything but a harmless value; names may have *."""
+        """Record keys as lost unless they have a harmless value; names may contain *."""
         for key in list(self.values):
             reason = next(
                 (
@@ -135,17 +133,17 @@ class Keys:
                 if not any(value is one or (type(value) is type(one) and value == one) for one in harmless):
                     self.note(key, "lost", reason)
                 else:
-                    self.note(key, "meaningless", f"{str(value).lower()} there, and there is no such thing here")
+                    self.note(key, "meaningless", f"set to {str(value).lower()}, and not supported here")
 
     def inner(self, key: str) -> Keys:
-        """The mapping under a key. UserError when it is none."""
+        """Consume a nested mapping. UserError for anything else."""
         value = self.take(key, {})
         if not isinstance(value, dict):
-            raise UserError(f"{self.tool}: {self.path}{key}: {value!r} is no mapping")
+            raise UserError(f"{self.tool}: {self.path}{key}: {value!r} is not a mapping")
         return Keys(value, self.tool, f"{self.path}{key}.", self.notes)
 
     def finish(self) -> None:
-        """Account for the keys that nobody took."""
+        """Record notes for the remaining keys."""
         for key in list(self.values):
             reason = next(
                 (
@@ -159,7 +157,7 @@ class Keys:
             if reason is not None:
                 self.note(key, "meaningless", reason)
             else:
-                self.note(key, "unknown", f"is {_short(value)} there; see what it does before you rely on this recipe")
+                self.note(key, "unknown", f"set to {_short(value)}; check what it does before relying on this recipe")
 
 
 def _short(value: Any) -> str:

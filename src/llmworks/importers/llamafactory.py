@@ -1,7 +1,4 @@
-"""LLaMA-Factory's YAML as steps of a recipe (its arguments: src/llamafactory/hparams, data/README.md).
-
-Knows its keys; writes no file.
-"""
+"""Translate a LLaMA-Factory YAML configuration to recipe steps (see its src/llamafactory/hparams, data/README.md)."""
 
 from __future__ import annotations
 
@@ -45,42 +42,42 @@ TAGS = (
     },
 )
 LOST = {
-    "adapter_name_or_path": "training begins with a new adapter; fold the old one in first, with merge.adapter",
-    "additional_target modules_to_save": "only the adapter is trained; embeddings and head stay as they are",
-    "loraplus_lr_embedding": "embeddings have no adapter",
-    "pissa_* create_new_adapter": "an adapter begins at random, as LoRA's paper has it",
-    "max_steps": "the length is told by epochs",
-    "train_on_prompt": "only answers are learned",
-    "streaming mix_strategy interleave_probs": "all rows of all data sets are read, shuffled",
+    "adapter_name_or_path": "training starts with a new adapter; merge the old one first with merge.adapter",
+    "additional_target modules_to_save": "only the adapter is trained; embeddings and LM head stay frozen",
+    "loraplus_lr_embedding": "embeddings have no adapter here",
+    "pissa_* create_new_adapter": "adapters use LoRA's default random initialization",
+    "max_steps": "training length is set by num_train_epochs",
+    "train_on_prompt": "only answers are trained on",
+    "streaming mix_strategy interleave_probs": "all rows of all datasets are read and shuffled",
     "use_galore galore_* use_apollo apollo_* use_badam badam_* use_adam_mini": "the optimizer is adamw, lion or muon",
     "use_llama_pro use_dft_loss use_asft_loss use_eaft_loss *_loss_* mixture_of_depths moe_aux_loss_coef": (
-        "the loss is cross-entropy, of the model as it is"
+        "the loss is cross-entropy of the unmodified model"
     ),
     "new_special_tokens* add_tokens add_special_tokens resize_vocab init_special_tokens": (
-        "the vocabulary stays as it is"
+        "the vocabulary is not changed"
     ),
-    "rope_scaling model_revision": "the model is trained as its files have it",
-    "tool_format default_system enable_thinking preserve_thinking": "the template says how tools and turns are shown",
-    "image_* video_* audio_* media_dir freeze_vision_tower freeze_multi_modal_projector": "only text is learned",
+    "rope_scaling model_revision": "the model is trained with the configuration in its files",
+    "tool_format default_system enable_thinking preserve_thinking": "the chat template renders tools and turns",
+    "image_* video_* audio_* media_dir freeze_vision_tower freeze_multi_modal_projector": "only text is supported",
     "label_smoothing_factor": "the loss is cross-entropy",
     "fp8 fp8_* enable_fp8* use_kt* quantization_device_map": "precision follows the device",
-    "eval_num_beams eval_on_each_dataset": "held-out rows are looked at together",
+    "eval_num_beams eval_on_each_dataset": "eval data is evaluated as one set",
 }
 
 
 def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
-    """(steps, seed, the keys with what became of each).
+    """Translate a configuration; returns (steps, seed, the keys with notes on each).
 
-    `folder`: where paths begin. UserError for what is no fine-tuning, or names no model or data.
+    Relative paths start at `folder`. UserError when it is not supervised fine-tuning, or names no model or data.
     """
     keys = Keys(values, TOOL)
     stage, method = str(keys.take("stage", "sft")), str(keys.take("finetuning_type", "lora"))
     if stage not in ("sft", "pt"):
-        raise UserError(f"{TOOL}: stage: {stage!r} is no supervised fine-tuning; sft and pt are translated")
+        raise UserError(f"{TOOL}: stage: {stage!r} is not supervised fine-tuning; sft and pt are translated")
     if method not in ("lora", "full"):
         raise UserError(
             f"{TOOL}: finetuning_type: {method!r} is not translated; lora and full are"
-            + ("; for freeze write method: full, and name in freeze what stays as it is" if method == "freeze" else "")
+            + ("; for freeze use method: full and list the frozen modules in freeze" if method == "freeze" else "")
         )
     model = keys.take("model_name_or_path")
     if model is None:
@@ -116,7 +113,7 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
         keys, "optim", "lr_scheduler_type", rate=5e-5, warmup=0.0, schedule="linear"
     )
     if keys.values.get("do_train", True) is False:
-        raise UserError(f"{TOOL}: do_train is false: nothing is trained; tasks are given to `llmworks evaluate`")
+        raise UserError(f"{TOOL}: do_train is false: no training; run evaluations with `llmworks evaluate`")
     keys.lose(LOST, harmless=(False, 0, -1))
     seed = keys.whole("seed", 42)
     steps["tuned"] = {
@@ -128,13 +125,13 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
 
 
 def _packing(keys: Keys, stage: str, config: dict[str, Any]) -> None:
-    """Say what becomes of packed rows."""
+    """Record how packing is translated."""
     packing, neat = keys.take("packing", stage == "pt"), keys.take("neat_packing")
     if packing or neat:
         keys.otherwise(
             "packing",
-            f"a row is of {config['max_length']} tokens there{'' if neat else ', whose texts see one another'}; here a"
-            " row is one text, so that a step learns less: raise batch_size to what fills as many tokens",
+            f"packed rows have {config['max_length']} tokens{'' if neat else ' and attend across sequences'}; here a"
+            " row is one sequence, so a step has fewer tokens: raise batch_size to match",
         )
 
 
@@ -150,13 +147,15 @@ def _adapter(keys: Keys) -> dict[str, Any]:
     if bits == 4:
         found["load_in_4bit"] = True
         if method not in ("bitsandbytes", "bnb"):
-            keys.lost("quantization_method", f"{method}; the base is kept in nf4")
+            keys.lost("quantization_method", f"{method}; the base is quantized to NF4")
         if keys.take("quantization_type", "nf4") != "nf4":
-            keys.lost("quantization_type", "the base is kept in nf4")
+            keys.lost("quantization_type", "the base is quantized to NF4")
         if keys.take("double_quantization", True) is False:
             found["bnb_4bit_use_double_quant"] = False
     elif bits:
-        keys.lost("quantization_bit", f"{bits} bits; the frozen base is kept as it is, in 4 bits with base: nf4")
+        keys.lost(
+            "quantization_bit", f"{bits} bits; the frozen base keeps its precision, load_in_4bit quantizes it to NF4"
+        )
     return found
 
 
@@ -165,11 +164,11 @@ def _template(keys: Keys, config: dict[str, Any], stage: str) -> None:
     if name is None or stage == "pt":
         return
     if name in ("empty", "default", "fewshot", "vicuna"):
-        keys.lost("template", f"{name}, which is not here; the model's own template is used")
+        keys.lost("template", f"{name} is not supported; the model's own chat template is used")
         return
     ours = training.template(str(name))
     if ours is None:
-        keys.otherwise("template", f"{name}: the model's own template is used")
+        keys.otherwise("template", f"{name}: the model's own chat template is used")
         return
     if str(name).startswith("qwen"):
         keys.otherwise("template", f"{name}: its default system turn is not added")
@@ -177,7 +176,7 @@ def _template(keys: Keys, config: dict[str, Any], stage: str) -> None:
 
 
 def _data(keys: Keys, folder: Path, steps: Steps, stage: str) -> tuple[str, str | None]:
-    """(the step that is trained on, the one that is held out)."""
+    """Translate the data; returns (training step, eval step)."""
     place = Path(str(keys.take("dataset_dir", "data")))
     info = _info(
         keys,
@@ -193,9 +192,9 @@ def _data(keys: Keys, folder: Path, steps: Steps, stage: str) -> tuple[str, str 
     limit = int(keys.number("max_samples", 0))
     names = keys.words("dataset")
     if not names:
-        raise UserError(f"{TOOL}: dataset is missing; it names what is learned from")
+        raise UserError(f"{TOOL}: dataset is missing; it names the training data")
     if limit:
-        keys.otherwise("max_samples", f"{limit} rows of each set are drawn, not its first")
+        keys.otherwise("max_samples", f"{limit} rows of each dataset are sampled, instead of the first ones")
     rows = read([_source(keys, name, info, place, folder, stage, limit) for name in names], steps)
     others, share = keys.words("eval_dataset"), keys.number("val_size", 0)
     if others:
@@ -206,7 +205,7 @@ def _data(keys: Keys, folder: Path, steps: Steps, stage: str) -> tuple[str, str 
 
 
 def _info(keys: Keys, place: Path | None) -> dict[str, Any]:
-    """`dataset_info.json`, with the folder that it lies in under ''."""
+    """Read `dataset_info.json`; its folder is stored under ''."""
     if place is None:
         return {}
     try:
@@ -214,25 +213,24 @@ def _info(keys: Keys, place: Path | None) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{place / 'dataset_info.json'}: cannot be read ({error})") from None
     if not isinstance(found, dict):
-        raise UserError(f"{place / 'dataset_info.json'}: must be a mapping of data sets")
+        raise UserError(f"{place / 'dataset_info.json'}: must be a mapping of datasets")
     return found | {"": str(place)}
 
 
 def _source(keys: Keys, name: str, info: dict[str, Any], place: Path, folder: Path, stage: str, limit: int) -> Source:
-    """One named data set, as `dataset_info.json` describes it."""
+    """Translate one named dataset by its entry in `dataset_info.json`."""
     usual = "text" if stage == "pt" else "auto"
     if not info:
         keys.otherwise(
             "dataset",
-            f"{name}: there is no {place}/dataset_info.json, so that its file is guessed; put the right one into the"
-            " recipe",
+            f"{name}: {place}/dataset_info.json not found, so its file path is guessed; correct it in the recipe",
         )
         return Source(f"path:{folder.resolve() / place / f'{name}.json'}", usual, rows=limit)
     if name not in info or not name:
         raise UserError(f"{TOOL}: dataset: {name!r} is not in {info['']}/dataset_info.json")
     one = Keys(dict(info[name]), TOOL, f"dataset {name}: ", keys.notes)
     if one.flag("ranking"):
-        raise UserError(f"{TOOL}: dataset: {name!r} holds preference pairs, from which a fine-tuning does not learn")
+        raise UserError(f"{TOOL}: dataset: {name!r} holds preference pairs, which fine-tuning does not use")
     hub, file = one.take("hf_hub_url"), one.take("file_name")
     if file is not None:
         ref = training.source(str(Path(info[""]) / str(file)), folder, dataset=True)
@@ -260,7 +258,7 @@ def _source(keys: Keys, name: str, info: dict[str, Any], place: Path, folder: Pa
         odd += [f"{key}: {value}" for key, value in tags.items() if value not in [known.get(key) for known in TAGS]]
         if odd:
             raise UserError(
-                f"{TOOL}: dataset {name!r}: {', '.join(odd)}: rows are recognised by their usual keys; rename them in"
+                f"{TOOL}: dataset {name!r}: {', '.join(odd)}: rows are recognized by their usual keys; rename them in"
                 " the data"
             )
     for key in ("ms_hub_url", "om_hub_url"):

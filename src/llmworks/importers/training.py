@@ -1,6 +1,4 @@
-"""What configurations of fine-tunings have in common: optimizers, precision, adapters, templates, and where models and
-data lie.
-"""
+"""Shared translation of fine-tuning configurations: optimizers, precision, adapters, chat templates, references."""
 
 from __future__ import annotations
 
@@ -45,10 +43,8 @@ TEMPLATES = {
 
 
 def source(path: str, folder: Path, *, dataset: bool = False) -> str:
-    """A reference to a model or a data set: `path:` for what lies here or is written as a path, `hf:` for a name on the
-    Hub.
-    """
-    if path.startswith(("asset:", "hf:", "path:")):  # names of ours
+    """Resolve a model or dataset to a reference: `path:` for existing or path-like names, `hf:` for Hub names."""
+    if path.startswith(("asset:", "hf:", "path:")):  # already a reference
         return path
     here = Path(path).expanduser()
     for found in (here, folder / here):
@@ -57,19 +53,19 @@ def source(path: str, folder: Path, *, dataset: bool = False) -> str:
     if path.startswith(("/", ".", "~")) or here.suffix in (".json", ".jsonl", ".parquet", ".csv", ".gguf"):
         return f"path:{here if here.is_absolute() else folder.resolve() / here}"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", path):
-        raise UserError(f"{path!r} is neither a file here nor ORG/NAME of the Hub")
+        raise UserError(f"{path!r} is neither a local file nor ORG/NAME on the Hub")
     return f"hf:datasets/{path}" if dataset else f"hf:{path}"
 
 
 def template(name: str) -> str | None:
-    """Our name of a chat template; None for one that is not here."""
+    """Map a chat template name to the built-in one; None if there is none."""
     return next((ours for ours, theirs in TEMPLATES.items() if name in theirs.split()), None)
 
 
 def optimizer(
     keys: Keys, name_key: str, schedule_key: str, *, rate: float | None, warmup: float, schedule: str
 ) -> dict[str, Any]:
-    """The optimizer's fields. `rate`, `warmup`, `schedule`: the tool's own where nothing is said."""
+    """Translate the optimizer fields. `rate`, `warmup`, `schedule`: the tool's defaults."""
     found: dict[str, Any] = {}
     name = str(keys.take(name_key, "adamw_torch"))
     ours = next((k for k, v in OPTIMIZERS.items() if name in v.split()), None)
@@ -79,7 +75,7 @@ def optimizer(
     elif ours is None:
         keys.otherwise(
             name_key,
-            f"{name} is {str(eight).removesuffix('_8bit')} with moments kept whole"
+            f"{name} is {str(eight).removesuffix('_8bit')} with full-precision moments here"
             + ("; set name to adamw_8bit on a GPU" if eight == "adamw_8bit" else ""),
         )
         ours = str(eight).removesuffix("_8bit")
@@ -108,12 +104,12 @@ def optimizer(
         if value is not None and (name != "max_grad_norm" or value > 0):
             found[name] = float(value)
         elif value is not None:
-            keys.lost(theirs, "gradients are always scaled down to a norm, of 1 where nothing is said")
+            keys.lost(theirs, "gradient norm clipping cannot be disabled; the default is 1")
     keys.lose(
         {
-            "adam_epsilon adam_beta3": "the optimizer's other constants are torch's own",
+            "adam_epsilon adam_beta3": "the optimizer's other constants are torch's defaults",
             "lr_scheduler_kwargs optim_args optim_target_modules lr_quadratic_warmup cosine_constant_lr_ratio"
-            " lr_div_factor lr_groups embedding_lr embedding_lr_scale": "one rate for all weights, by the schedule",
+            " lr_div_factor lr_groups embedding_lr embedding_lr_scale": "all weights have one learning rate schedule",
         },
         harmless=(1e-8,),
     )
@@ -121,30 +117,30 @@ def optimizer(
 
 
 def _warmup(keys: Keys, told: str, found: dict[str, Any], warmup: float) -> None:
-    """Set the share of warmup steps."""
+    """Set the warmup ratio."""
     ratio, steps = keys.number("warmup_ratio"), keys.number("warmup_steps")
-    if steps and steps < 1 and not ratio:  # transformers takes a fraction there, too
+    if steps and steps < 1 and not ratio:  # transformers accepts a fraction here
         ratio, steps = steps, None
     if told == "constant":
         found["warmup_ratio"] = 0.0
     elif ratio is not None:
         found["warmup_ratio"] = float(ratio)
     elif steps:
-        keys.otherwise("warmup_steps", f"{steps} steps; here warmup is a share of all steps, and 0.05 is taken")
+        keys.otherwise("warmup_steps", f"{steps} steps; here warmup is a fraction of all steps, and 0.05 is used")
     else:
         found["warmup_ratio"] = 0.0 if steps == 0 else warmup
 
 
 def precision(keys: Keys) -> None:
-    """bf16 and fp16 are the device's matter here."""
+    """Translate bf16 and fp16; precision follows the device here."""
     for key in ("bf16", "fp16", "bfloat16", "float16"):
         value = keys.take(key)
         if value not in (None, False, "auto", "false"):
-            keys.otherwise(key, "precision is auto: bf16 or fp16 where the device computes it, fp32 on a CPU")
+            keys.otherwise(key, "precision is auto: bf16 or fp16 where the device supports it, fp32 on CPU")
 
 
 def sharding(keys: Keys, whole: str) -> dict[str, Any]:
-    """FSDP and DeepSpeed's stages, as processes share weights here. `whole`: why weights cannot be sharded, if so."""
+    """Translate FSDP and DeepSpeed ZeRO stages to data parallelism. `whole`: why not to shard, or ""."""
     told = {
         key: keys.take(key)
         for key in list(keys.values)
@@ -161,48 +157,46 @@ def sharding(keys: Keys, whole: str) -> dict[str, Any]:
         keys.otherwise(
             key,
             "with several processes (--nproc, torchrun) weights are"
-            f" {'sharded by FSDP2' if shards else 'replicated by DDP'}{f', since {whole}' if whole else ''}; offloading"
-            " and other options there are not read",
+            f" {'sharded by FSDP2' if shards else 'replicated by DDP'}{f', since {whole}' if whole else ''};"
+            " offloading and other options are ignored",
         )
     return {"parallel": {"data_parallel": "fsdp"}} if shards else {}
 
 
 def looks(keys: Keys, held_out: bool) -> dict[str, Any]:
-    """Evaluation while training, checkpoints, the best one, and when enough is enough."""
+    """Translate evaluation during training, checkpoints, best-model selection and early stopping."""
     found: dict[str, Any] = {}
     every, per_epoch = keys.number("eval_steps"), keys.number("evals_per_epoch")
     if not held_out:
         for key, value in (("eval_steps", every), ("evals_per_epoch", per_epoch)):
             if value:
-                keys.note(key, "meaningless", "there are no held-out rows to look at")
+                keys.note(key, "meaningless", "there is no eval data")
     elif every and every >= 1:
         found["eval_steps"] = int(every)
     elif every or per_epoch:
         keys.otherwise(
             "eval_steps" if every else "evals_per_epoch",
-            "held-out rows are looked at every 50 steps; eval_steps changes it",
+            "evaluation runs every 50 steps; change it with eval_steps",
         )
         found["eval_steps"] = 50
     saves = keys.number("save_steps")
     if saves and saves >= 1:
         found["save_steps"] = int(saves)
     elif saves:
-        keys.note(
-            "save_steps", "meaningless", "a share of all steps; a checkpoint is written every checkpoint_every steps"
-        )
+        keys.note("save_steps", "meaningless", "a fraction of all steps; here save_steps is a number of steps")
     patience, best = (
         keys.number("early_stopping_patience", keys.number("early_stopping_steps")),
         keys.flag("load_best_model_at_end"),
     )
     metric = keys.take("metric_for_best_model")
     if metric not in (None, "loss", "eval_loss"):
-        keys.lost("metric_for_best_model", f"{metric}; the least held-out loss is best")
+        keys.lost("metric_for_best_model", f"{metric}; the best model has the lowest eval loss")
     keys.take("greater_is_better")
     if patience or best:
         if not held_out:
             keys.lost(
                 "early_stopping_patience" if patience else "load_best_model_at_end",
-                "there are no held-out rows to look at",
+                "there is no eval data",
             )
             return found
         found |= {"metric_for_best_model": "eval_loss"} | (
@@ -211,20 +205,20 @@ def looks(keys: Keys, held_out: bool) -> dict[str, Any]:
         found.setdefault("eval_steps", 50)
     strategies = [keys.take(key) for key in ("eval_strategy", "evaluation_strategy")]
     if held_out and "epoch" in strategies and "eval_steps" not in found:
-        keys.otherwise("eval_strategy", "held-out rows are looked at every 50 steps; eval_steps changes it")
+        keys.otherwise("eval_strategy", "evaluation runs every 50 steps; change it with eval_steps")
         found["eval_steps"] = 50
     return found
 
 
 def loop(keys: Keys, held_out: bool, four_bits: bool) -> dict[str, Any]:
-    """Looks, checkpoints, and what processes share."""
+    """Translate evaluation, checkpoints and data parallelism."""
     found = looks(keys, held_out)
     return found | sharding(
         keys,
         (
-            "the best weights are kept whole"
+            "best-model selection needs unsharded weights"
             if "metric_for_best_model" in found
-            else "a base in 4 bits is not sharded"
+            else "a 4-bit base is not sharded"
             if four_bits
             else ""
         ),
@@ -232,9 +226,9 @@ def loop(keys: Keys, held_out: bool, four_bits: bool) -> dict[str, Any]:
 
 
 def adapter(keys: Keys, rank: str, *, default_rank: int, default_alpha: float | None, dropout: float) -> dict[str, Any]:
-    """LoRA's fields that both tools name alike.
+    """Translate the LoRA fields that both tools share.
 
-    `rank`: the key of the rank; `default_alpha`: None is twice the rank.
+    `rank`: key of the LoRA rank; `default_alpha`: None = twice the rank.
     """
     size = keys.whole(rank, default_rank)
     alpha = keys.number("lora_alpha", 2 * size if default_alpha is None else default_alpha)

@@ -1,6 +1,4 @@
-"""A YAML file of Axolotl or LLaMA-Factory becomes a recipe, checked as any other, that says of each of their keys what
-became of it.
-"""
+"""Translate an Axolotl or LLaMA-Factory YAML file to a recipe with notes on every key that has no exact equivalent."""
 
 from __future__ import annotations
 
@@ -19,22 +17,22 @@ TOOLS = {"base_model": axolotl, "model_name_or_path": llamafactory}
 
 
 class _Once(yaml.SafeLoader):
-    """A loader that refuses a key that stands twice, of which YAML keeps the last."""
+    """YAML loader that rejects duplicate keys, of which YAML silently keeps the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose keys stand once."""
+        """Construct a mapping with unique keys."""
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
         if twice is not None:
             raise yaml.YAMLError(
-                f"{twice!r} stands twice, again in line {node.start_mark.line + 1 + names.index(twice)} or after it"
+                f"duplicate key {twice!r}, again in line {node.start_mark.line + 1 + names.index(twice)} or later"
             )
         return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
 class Translated:
-    """A recipe's text, and what became of the keys that have no place of their own in it."""
+    """A translated recipe, and notes on the keys without an exact equivalent."""
 
     tool: str
     text: str
@@ -42,9 +40,9 @@ class Translated:
 
 
 def translate(file: Path) -> Translated:
-    """Read a configuration and write it as a recipe.
+    """Translate a configuration file to a recipe.
 
-    UserError in one line for a file that is none, or has no meaning here at all.
+    UserError in one line for a file that is not such a configuration, or cannot be translated.
     """
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), Loader=_Once)
@@ -56,7 +54,7 @@ def translate(file: Path) -> Translated:
         raise UserError(f"{file}: not YAML ({' '.join(str(error).split())[:120]})") from None
     module = next((module for key, module in TOOLS.items() if isinstance(values, dict) and key in values), None)
     if module is None:
-        raise UserError(f"{file}: is no configuration of Axolotl (base_model) or LLaMA-Factory (model_name_or_path)")
+        raise UserError(f"{file}: not a configuration of Axolotl (base_model) or LLaMA-Factory (model_name_or_path)")
     try:
         steps, seed, keys = module.translate(values, file.parent)
     except UserError as error:
@@ -66,9 +64,9 @@ def translate(file: Path) -> Translated:
 
 
 def _text(file: Path, tool: str, steps: dict[str, Any], seed: int, notes: list[Note]) -> str:
-    """The recipe with its header."""
+    """Render the recipe with its header of notes."""
     lines = [
-        f"{file.name} of {tool}, translated. Look at it, then: llmworks plan, llmworks train selftest, llmworks run."
+        f"{file.name}, translated from {tool}. Review it, then: llmworks plan, llmworks train selftest, llmworks run."
     ]
     for fate, heading in HEADINGS.items():
         found = [note for note in notes if note.fate == fate]

@@ -1,7 +1,7 @@
-"""What files of a foreign model say of where it comes from, and under which licence: its card, an adapter's config,
-mergekit's configuration, GGUF metadata.
+"""Read the provenance and license claims in an external model's files: model card, adapter config, mergekit
+configuration, GGUF metadata.
 
-Nothing of it is proved.
+Claims are not verified.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HUB = re.compile(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)")
 
 @dataclass(frozen=True)
 class Claim:
-    """A parent that a file names. `relation`: finetune, adapter, merge, quantized, or what the file says."""
+    """A parent named by a file. `relation`: finetune, adapter, merge, quantized, or as stated in the file."""
 
     name: str
     relation: str
@@ -29,7 +29,7 @@ class Claim:
 
 
 def claims(path: Path) -> list[Claim]:
-    """Parents that a model's files name, each once: by the first file that does."""
+    """List the parents named in a model's files; each once, from the first file that names it."""
     found: dict[str, Claim] = {}
     for claim in _all(path):
         if claim.name and claim.name.lower() not in ("none", "null", "."):
@@ -39,9 +39,7 @@ def claims(path: Path) -> list[Claim]:
 
 
 def licence(path: Path) -> str:
-    """The licence that a model's card or its GGUF metadata states, as the Hub writes it; nothing where none is
-    stated.
-    """
+    """Return the license stated in a model's card or GGUF metadata, in the Hub's spelling; empty where none is."""
     front = front_of(path)
     said = front.get("license")
     if isinstance(said, list):
@@ -77,7 +75,7 @@ def _all(path: Path) -> Iterator[Claim]:
 
 
 def _recipe(file: Path) -> Iterator[Claim]:
-    """Models that mergekit's configuration names."""
+    """Yield the models that a mergekit configuration names."""
     try:
         said = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
@@ -102,13 +100,15 @@ def _recipe(file: Path) -> Iterator[Claim]:
 
 
 def front_of(path: Path) -> dict[str, Any]:
-    """The head of the card (README.md) beside a model's files; {} where there is none that can be read."""
+    """Read the YAML front matter of the model card (README.md); {} where there is none that is readable."""
     card = (path if path.is_dir() else path.parent) / "README.md"
     if path.is_file() and path.suffix == ".gguf" and not card.exists():
         return {}
     try:
         found = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8"), re.S)
-        front = yaml.load(found[1], yaml.BaseLoader) if found else None  # all is text: the language no is not false
+        front = (
+            yaml.load(found[1], yaml.BaseLoader) if found else None
+        )  # all values as strings: the language code `no` is not false
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return dict(front) if isinstance(front, dict) else {}
@@ -123,7 +123,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _gguf(path: Path) -> dict[str, Any]:
-    """What the head of a GGUF file says of itself (keys that begin with general.)."""
+    """Read the general.* metadata of a GGUF file."""
     files = (
         [path]
         if path.suffix == ".gguf" and path.is_file()
@@ -138,5 +138,5 @@ def _gguf(path: Path) -> dict[str, Any]:
     try:
         fields = GGUFReader(files[0]).fields
         return {name: field.contents() for name, field in fields.items() if name.startswith("general.")}
-    except Exception:  # a file that is none raises many kinds
+    except Exception:  # an invalid GGUF file raises many exception types
         return {}

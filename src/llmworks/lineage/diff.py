@@ -1,4 +1,4 @@
-"""What differs between two artifacts: stage, config fields, parents, files, metrics. Compares manifests only."""
+"""Diff two artifacts: stage, config fields, parents, files, metrics. Compares manifests only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Row = tuple[str, str, Any, Any]  # (section, field, left, right)
 
 
 def diff(a: Artifact, b: Artifact) -> list[Row]:
-    """Rows for every difference, in the order a reader asks: how it was made, from what, what came out, how well."""
+    """List all differences: provenance, config, parents, versions, files, then metrics."""
     left, right = a.manifest, b.manifest
     assert left is not None
     assert right is not None

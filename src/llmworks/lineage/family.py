@@ -1,6 +1,6 @@
-"""The family of a set of artifacts: who came from whom.
+"""The lineage graph of a set of artifacts.
 
-Pure graph questions over manifests; reads no file and draws nothing.
+Pure graph queries over manifests; reads no files and draws nothing.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ HELD_OUT = (
     "test",
     "tests",
     "prompts",
-)  # inputs of trainings that are not learned
+)  # training inputs that are not trained on
 
 
 @dataclass(frozen=True)
 class Node:
-    """An artifact, or an ancestor known only by its digest and reference (`artifact` is None)."""
+    """An artifact, or an ancestor known only by digest and reference (`artifact` is None)."""
 
     digest: str
     kind: str
@@ -36,12 +36,12 @@ class Node:
 
 @dataclass
 class Family:
-    """Nodes by digest, in an order where parents come before children."""
+    """Lineage graph: nodes by digest, in topological order (parents before children)."""
 
     nodes: dict[str, Node] = field(default_factory=dict)
 
     def ancestors(self, digest: str) -> list[Node]:
-        """The node and everything it came from, parents first."""
+        """Return the node and all its ancestors, parents first."""
         wanted: set[str] = set()
         todo = [digest]
         while todo:
@@ -52,12 +52,12 @@ class Family:
         return [node for node in self.nodes.values() if node.digest in wanted]
 
     def children(self, digest: str) -> list[tuple[str, Node]]:
-        """(role, child) for every artifact that consumed this one."""
+        """List (role, child) for every artifact made from this one."""
         return [(role, node) for node in self.nodes.values() for role, parent in node.parents if parent == digest]
 
     def trained_on(self, digest: str) -> list[Node]:
-        """The data sets that it, or an ancestor, was trained on, as texts: of packed tokens what they were made from;
-        held-out rows are not among them.
+        """List the datasets that the node or an ancestor was trained on, as text: packed tokens are traced back to
+        their sources; held-out data is excluded.
         """
         found: dict[str, Node] = {}
         for node in self.ancestors(digest):
@@ -76,7 +76,7 @@ class Family:
         return list(found.values())
 
     def of_kinds(self, *kinds: str) -> Family:
-        """The nodes of some kinds; what stood between two of them is passed over."""
+        """Keep the nodes of some kinds; edges skip the nodes in between."""
 
         def nearest(digest: str, seen: frozenset[str] = frozenset()) -> list[str]:
             node = self.nodes.get(digest)
@@ -92,7 +92,7 @@ class Family:
         for digest, node in self.nodes.items():
             if node.kind in kinds:
                 parents = [
-                    (role if parent == above else f"{role}, by way of others", above)
+                    (role if parent == above else f"{role}, indirectly", above)
                     for role, parent in node.parents
                     for above in nearest(parent)
                 ]
@@ -103,16 +103,16 @@ class Family:
         return Family(_sorted(found))
 
     def restricted(self, digests: Iterable[str]) -> Family:
-        """The family of the given nodes and their ancestors."""
+        """Return the subgraph of the given nodes and their ancestors."""
         keep = {node.digest for digest in digests for node in self.ancestors(digest)}
         return Family({d: n for d, n in self.nodes.items() if d in keep})
 
 
 @dataclass(frozen=True)
 class Kin:
-    """A parent that no manifest names: one that a file claims, or that was deduced.
+    """A parent that is in no manifest: claimed by a file or inferred from weights.
 
-    `digest`: the parent's, or a word of its own where nothing is known of it but its name.
+    `digest`: the parent's, or a placeholder where only its name is known.
     """
 
     child: str
@@ -125,8 +125,8 @@ class Kin:
 def family_of(
     artifacts: Iterable[Artifact], names: Mapping[str, Artifact] | None = None, kin: Iterable[Kin] = ()
 ) -> Family:
-    """Build the family of artifacts; `names` (label to artifact) decide how people call them; `kin`: parents beside
-    those of manifests.
+    """Build the lineage graph of artifacts; `names` (label to artifact) give display names; `kin`: parents in addition
+    to those in manifests.
     """
     labels = {a.digest: label.split("/")[-1] for label, a in (names or {}).items()}
     every = {a.digest: a for a in [*artifacts, *(names or {}).values()]}
@@ -155,7 +155,7 @@ def family_of(
 
 
 def _above(nodes: Mapping[str, Node], digest: str) -> set[str]:
-    """A node and all that it came from."""
+    """Return a node and all its ancestors."""
     found, todo = set[str](), [digest]
     while todo:
         current = todo.pop()

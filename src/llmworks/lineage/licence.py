@@ -1,4 +1,4 @@
-"""Whether the licences along a family can be kept together. Says where to look; is no advice of law."""
+"""Check license compatibility along a lineage. Points out what to review; not legal advice."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SHARED = ("gpl", "agpl", "lgpl", "cc-by-sa", "mpl", "eupl", "odbl")
 
 
 def kind_of(licence: str) -> str:
-    """free, share-alike, non-commercial, or own: terms that one has to read."""
+    """Classify a license: free (permissive), share-alike, non-commercial, or own (custom terms to read)."""
     said = licence.lower()
     if "-nc" in said or "noncommercial" in said or "non-commercial" in said:
         return "non-commercial"
@@ -52,10 +52,10 @@ def kind_of(licence: str) -> str:
 
 
 def conflicts(family: Family, licences: Mapping[str, str]) -> list[str]:
-    """One line for models that state less than what they came from does, or nothing at all, and for those that came
-    from terms that may not go together.
+    """List one line for models whose license is less strict than an ancestor's, or missing, and for models whose
+    ancestors have possibly incompatible terms.
 
-    `licences`: by digest, what is stated.
+    `licenses`: stated licenses by digest.
     """
     found: dict[str, list[str]] = {}
     for node in family.nodes.values():
@@ -70,18 +70,18 @@ def conflicts(family: Family, licences: Mapping[str, str]) -> list[str]:
         strict = {name: above[name] for name, kind in kinds.items() if kind != "free"}
         closed = {name: said for name, said in strict.items() if kinds[name] == "non-commercial"}
         if own not in ("", "other") and kind_of(own) == "free" and strict:
-            found.setdefault(f"under {own}, from {_told(strict)}, which ask for more", []).append(node.label)
+            found.setdefault(f"under {own}, from {_told(strict)}, which have stricter terms", []).append(node.label)
         elif closed and (own in ("", "other") or kind_of(own) != "non-commercial"):
             found.setdefault(
-                f"{f'under {own}' if own not in ('', 'other') else 'under no licence of their own'}, from"
+                f"{f'under {own}' if own not in ('', 'other') else 'without a license of their own'}, from"
                 f" {_told(closed)}, which allows no commercial use",
                 [],
             ).append(node.label)
         shared = {name: said for name, said in strict.items() if kinds[name] == "share-alike"}
         if shared and (own in ("", "other") or kind_of(own) == "own"):
             found.setdefault(
-                f"{f'under {own}' if own not in ('', 'other') else 'under no licence of their own'}, from"
-                f" {_told(shared)}, which ask for the same licence",
+                f"{f'under {own}' if own not in ('', 'other') else 'without a license of their own'}, from"
+                f" {_told(shared)}, which require the same license",
                 [],
             ).append(node.label)
         terms = {said for name, said in strict.items() if kinds[name] in ("share-alike", "own")}
@@ -89,7 +89,7 @@ def conflicts(family: Family, licences: Mapping[str, str]) -> list[str]:
             len(terms) > 1
             and len({licences[parent] for _, parent in node.parents if licences.get(parent, "other") != "other"}) > 1
         ):
-            found.setdefault(f"from {_told(strict)}: terms that may not go together", []).append(node.label)
+            found.setdefault(f"from {_told(strict)}: possibly incompatible terms", []).append(node.label)
     return [
         f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}: {what}"
         for what, names in found.items()

@@ -1,6 +1,6 @@
-"""Stage `lineage.report`: one page that tells how a family of artifacts came to be and how good it is.
+"""Stage `lineage.report`: write one page on how a family of artifacts was made and how good it is.
 
-Reads only what artifacts carry: manifests, metric streams, evaluation and comparison reports. Knows no model.
+Reads only what artifacts carry: manifests, metric logs, evaluation and comparison reports. Does not load models.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from llmworks.lineage.family import family_of
 
 
 class StoryConfig(Config):
-    """What stands on top of the page."""
+    """Title and samples of the page."""
 
-    title: str = Field("Report", description="the page's title")
-    subtitle: str = Field("", description="one sentence below it")
-    num_samples: int = Field(12, ge=0, description="questions shown with every evaluation's answer")
+    title: str = Field("Report", description="title of the page")
+    subtitle: str = Field("", description="subtitle, one sentence")
+    num_samples: int = Field(12, ge=0, description="number of questions shown with every evaluation's answer")
 
 
 def report(config: StoryConfig, artifacts: list[Model | Adapter | Dataset | Report], ctx: Context) -> Report:
-    """The family tree, training curves, scores with intervals, comparisons, samples side by side, sizes and speeds."""
+    """Write family tree, training curves, scores with intervals, comparisons, samples, sizes and speeds."""
     page = ctx.report
     page.title, page.lead = config.title, config.subtitle
     evaluations = [(a, a.read()) for a in artifacts if isinstance(a, Report) and "score" in a.metrics]
@@ -60,7 +60,7 @@ def report(config: StoryConfig, artifacts: list[Model | Adapter | Dataset | Repo
     page.drawing(
         "Family tree",
         draw_svg(family),
-        "Solid edges can be derived again byte for byte (llmworks verify), dashed ones are declared.",
+        "Solid edges can be reproduced byte for byte (llmworks verify), dashed ones are declared.",
         draw_text(family),
     )
     machine(page, artifacts)
@@ -76,11 +76,11 @@ def report(config: StoryConfig, artifacts: list[Model | Adapter | Dataset | Repo
 
 
 def scores(page: ReportBuilder, evaluations: Sequence[tuple[Report, dict[str, Any]]]) -> None:
-    """Scores as a drawing and a table."""
+    """Add scores as a chart and a table."""
     if not evaluations:
         return
     named = [(a.name, a.metrics["score"], a.metrics["low"], a.metrics["high"]) for a, _ in evaluations]
-    page.intervals("Scores", named, x=f"{evaluations[0][1]['task']}: share of right answers, 95% bootstrap interval")
+    page.intervals("Scores", named, x=f"{evaluations[0][1]['task']}: score, 95% bootstrap interval")
     rows = [
         (
             a.name,
@@ -96,13 +96,13 @@ def scores(page: ReportBuilder, evaluations: Sequence[tuple[Report, dict[str, An
     ]
     page.table(
         "",
-        ("evaluation", "model", "examples in prompt", "score", "95% interval", "samples", "answer tokens/s", "time"),
+        ("evaluation", "model", "few-shot examples", "score", "95% interval", "samples", "completion tokens/s", "time"),
         rows,
     )
 
 
 def curves(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
-    """Loss curves of everything that was trained."""
+    """Add the loss curves of all training runs."""
     series: dict[str, list[tuple[float, float]]] = {}
     for artifact in artifacts:
         file = artifact.path / "metrics.jsonl"
@@ -115,11 +115,11 @@ def curves(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
                 for i, (x, _) in enumerate(points)
             ]
     if series:
-        page.curves("Training loss", series, x="step", y="nats per learned token")
+        page.curves("Training loss", series, x="step", y="loss (nats per label token)")
 
 
 def side_by_side(page: ReportBuilder, evaluations: Sequence[tuple[Report, dict[str, Any]]], count: int) -> None:
-    """The same questions with every evaluation's answer; those whose score changed come first."""
+    """Add the same questions with every evaluation's answer; those with changed scores come first."""
     if not evaluations or not count:
         return
     by_id = [(a.name, {s["id"]: s for s in d["samples"]}) for a, d in evaluations]
@@ -135,13 +135,13 @@ def side_by_side(page: ReportBuilder, evaluations: Sequence[tuple[Report, dict[s
 
 
 def size(artifact: Artifact) -> int:
-    """Bytes of an artifact's files."""
+    """Sum the bytes of an artifact's files."""
     assert artifact.manifest is not None
     return sum(entry.bytes for entry in artifact.manifest.files.values())
 
 
 def sizes(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
-    """Size, time and memory of every model and adapter."""
+    """Add size, time and memory of every model and adapter."""
     rows = []
     for a in artifacts:
         if isinstance(a, (Model, Adapter)) and a.manifest is not None:
@@ -159,12 +159,12 @@ def sizes(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
             )
     if rows:
         page.table(
-            "Sizes and cost", ("name", "kind", "format", "size", "made in", "peak memory", "training speed"), rows
+            "Sizes and cost", ("name", "kind", "format", "size", "wall time", "peak memory", "training speed"), rows
         )
 
 
 def machine(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
-    """What all this was made on."""
+    """Add the hardware and software versions of the last run."""
     made = [a.manifest for a in artifacts if a.manifest is not None and a.manifest.stage]
     if made:
         last = made[-1]

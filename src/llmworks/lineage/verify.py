@@ -1,6 +1,6 @@
-"""Verify an artifact and its ancestors: file digests, and exact edges derived again and compared byte for byte.
+"""Verify an artifact and its ancestors: check file digests, and reproduce exact edges and compare byte for byte.
 
-How to derive is passed in, since running stages is a higher row's business.
+How to reproduce an artifact is passed in, because running stages belongs to a higher layer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 from llmworks.core.artifact import Artifact, FileEntry, changed_files
 from llmworks.lineage.family import Family, Node
 
-# how it looks changes with versions; its figures and tables stand in the JSON and Markdown beside it
+# its layout changes with versions; its figures and tables are in the JSON and Markdown beside it
 PAGE = "report/report.html"
 Verdict = Literal[
     "derived again, same bytes",
@@ -24,13 +24,13 @@ Verdict = Literal[
     "DAMAGED",
     "DIFFERS",
 ]
-# Derive an artifact again: the files of the result, or the reason why a comparison would say nothing.
+# Reproduce an artifact: return the files of the result, or why they cannot be compared.
 Derive = Callable[[Artifact], dict[str, FileEntry] | str]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What verification says of one node."""
+    """Verification result of one node."""
 
     node: Node
     verdict: Verdict
@@ -38,14 +38,14 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether verification passed."""
         return self.verdict not in ("DAMAGED", "DIFFERS")
 
 
 def verify(family: Family, digest: str, derive: Derive) -> list[Finding]:
-    """Findings for the node and all its ancestors, parents first.
+    """Verify the node and all its ancestors, parents first.
 
-    A node whose parents are damaged is not derived from them.
+    A node with damaged parents is not reproduced from them.
     """
     findings: list[Finding] = []
     damaged: set[str] = set()
@@ -62,16 +62,16 @@ def _verify_node(node: Node, damaged: set[str], derive: Derive) -> Finding:
     if artifact is None or artifact.manifest is None:
         return Finding(node, "not here", "known by digest only")
     if artifact.ref.startswith(("http://", "https://")):
-        return Finding(node, "declared", "behind a server, nothing to check")
+        return Finding(node, "declared", "served remotely, no files to check")
     problems = changed_files(artifact)
     if problems:
         return Finding(node, "DAMAGED", f"{artifact.path}: " + "; ".join(problems))
     if not node.stage:
         return Finding(node, "from outside", "files unchanged")
     if node.derivation == "declared":
-        return Finding(node, "declared", "files unchanged; this stage cannot be derived again")
+        return Finding(node, "declared", "files unchanged; this stage is not reproducible")
     if any(parent in damaged for _, parent in node.parents):
-        return Finding(node, "files unchanged", "not derived again, since a parent is damaged")
+        return Finding(node, "files unchanged", "not reproduced, because a parent is damaged")
     derived = derive(artifact)
     if isinstance(derived, str):
         return Finding(node, "not comparable", derived)
@@ -81,8 +81,8 @@ def _verify_node(node: Node, damaged: set[str], derive: Derive) -> Finding:
         return Finding(
             node,
             "derived again, same bytes",
-            f"{len(recorded) - 1} files; {PAGE} has the same figures (report.json), drawn otherwise by this version",
+            f"{len(recorded) - 1} files; {PAGE} has the same figures (report.json), but another layout",
         )
     if different:
-        return Finding(node, "DIFFERS", f"derived again, other bytes in: {', '.join(different)}")
+        return Finding(node, "DIFFERS", f"reproduced with different bytes in: {', '.join(different)}")
     return Finding(node, "derived again, same bytes", f"{len(recorded)} files")

@@ -1,8 +1,8 @@
-"""Stage `merge.adapter`: fold a LoRA adapter into its model, so that what is left is one ordinary Hugging Face
+"""Stage `merge.adapter`: merge (fold) a LoRA adapter into its base model; the result is an ordinary Hugging Face
 directory.
 
-The merged model must replay the adapter's golden tokens: folding preserves the function. Everything but the adapted
-weights is copied as it is; tokenizer and template come from the adapter, which was trained with them.
+The merged model must replay the adapter's golden tokens: merging preserves the function. Everything but the adapted
+weights is copied unchanged; tokenizer and chat template come from the adapter, which was trained with them.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from llmworks.core.errors import ModelError
 if TYPE_CHECKING:
     from llmworks.model.lora.fold import Folded
 
-BOUNDS = {"F32": 1e-3, "F16": 0.02, "BF16": 0.15}  # mean gaps of golden logits that rounding may make
+BOUNDS = {"F32": 1e-3, "F16": 0.02, "BF16": 0.15}  # mean differences of golden logits that rounding may cause
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class AdapterConfig(Config):
-    """Folding needs no choice; the bound says when to refuse."""
+    """Config of `merge.adapter`: the tolerance above which a merge is refused."""
 
     logits_atol: float = Field(
         0.0,
         ge=0,
         description=(
-            "how far golden logits may move on average before the merge is refused; 0: 0.001 for weights in fp32, 0.02"
-            " in fp16, 0.15 in bf16, whose rounding moves them"
+            "maximum mean change of golden logits before the merge is refused; 0: 0.001 for weights in fp32, 0.02 in"
+            " fp16, 0.15 in bf16 (rounding changes them)"
         ),
     )
 
 
 def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context) -> Model:
-    """Fold `adapter` into `model`, in fp32, keeping the model's number format.
+    """Merge `adapter` into `model` in fp32, keeping the model's dtype.
 
     Errors: ArtifactError when the adapter belongs to another model; GoldenMismatch when the result computes something
     else.
@@ -48,11 +48,13 @@ def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context)
 
     if not require_base(adapter, model):
         ctx.progress.say(
-            f"warning: {adapter.name} does not say by a digest which model it was trained on; that it was {model.name}"
-            " is taken on trust"
+            f"warning: {adapter.name} does not record the digest of its base model; assuming it was trained on"
+            f" {model.name}"
         )
     if model.format != "hf":
-        raise ModelError(f"{model.path}: an adapter is folded into a Hugging Face directory, not into {model.format}")
+        raise ModelError(
+            f"{model.path}: an adapter can only be merged into a Hugging Face directory, not into {model.format}"
+        )
     for file in sorted(model.path.glob("*.json")):
         if file.name not in (*TOKENIZER_FILES, "manifest.json"):
             shutil.copyfile(file, ctx.out / file.name)
@@ -65,8 +67,8 @@ def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context)
     metrics: dict[str, float] = {"layers": folded.layers}
     if folded.base_error:
         ctx.progress.say(
-            "the adapter was trained beside weights in 4 bits, which are what it is folded into; they are"
-            f" {folded.base_error:.1%} off those of {model.name}"
+            "the adapter was trained on a 4-bit base model (QLoRA), so it is merged into those weights; they differ"
+            f" by {folded.base_error:.1%} from {model.name}"
         )
         metrics["base_error"] = round(folded.base_error, 6)
     golden = adapter.golden
@@ -88,7 +90,7 @@ def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context)
 
 
 def format_of(path: Path) -> str:
-    """The number format of most weights of a directory, as safetensors names it."""
+    """Return the dtype of most weights in a directory, as safetensors names it."""
     from llmworks.model.io.weights import read_header
 
     counted: Counter[str] = Counter()
@@ -100,10 +102,10 @@ def format_of(path: Path) -> str:
 
 
 def fold_files(source: Path, adapter_path: Path, out: Path, called: str = "") -> tuple[Folded, dict[str, FileEntry]]:
-    """Copy the safetensors of `source` to `out` with the adapter folded in, tensor by tensor; digests and sizes of the
-    files by name.
+    """Copy the safetensors of `source` to `out` with the adapter merged in, tensor by tensor. Return digests and sizes
+    of the files by name.
 
-    `called`: how messages call the adapter.
+    `adapter_name`: the adapter's name in messages.
     """
     import torch
 

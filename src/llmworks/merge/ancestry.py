@@ -1,12 +1,12 @@
-"""Which models a model was made of, told by its weights: how near its layers are to theirs, and by which shares of them
-they can be had.
+"""Find a model's parents from its weights: how similar its layers are to those of candidates, and with which
+coefficients candidates' layers add up to them.
 
-Reads some thousands of numbers of each tensor.
+Reads some thousands of values of each tensor.
 
-Layers of models that were not trained from one another are as good as orthogonal; a tuned layer is nearly its parent's,
-a merged one a sum of its parents', so that a least-squares fit of a layer by the same layer of all near candidates has
-their weights as its solution (task vectors: Ilharco et al. 2023, arXiv:2212.04089). What is near, and what a share has
-to be, stands below. Direction cannot be seen: candidates are asked about.
+Layers of models that were not trained from one another are nearly orthogonal. A fine-tuned layer is nearly its
+parent's, a merged layer a weighted sum of its parents', so a least-squares fit of a layer by the same layer of all
+similar candidates recovers the merge weights (task vectors: Ilharco et al. 2023, arXiv:2212.04089). The thresholds are
+the constants below. The direction (parent or child) cannot be determined, only that two models are related.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from llmworks.core.errors import ModelError
 from llmworks.merge.plan.layout import Layout
 from llmworks.model.io.safetensors_io import BYTES, FLOATS, TORCH
 
-RUNS, RUN = 24, 128  # of each tensor so many runs of so many numbers are read
-PIECE = 1 << 20  # numbers that are compared at once
+RUNS, RUN = 24, 128  # 24 runs of 128 consecutive values are read of each tensor
+PIECE = 1 << 20  # values compared per read
 READABLE = (*FLOATS, "F8_E4M3", "F8_E5M2")
-NEAR = 0.3  # cosine of a layer with a candidate's, above which they are kin; of strangers it is a few hundredths
-SAME = 0.99999999  # and as good as one, where all that was read is equal
-SHARE = 0.04  # of a candidate in a fit, below which it counts as none
-SURE = 8.0  # how many standard errors a share has to be away from 0
+NEAR = 0.3  # cosine similarity above which layers are related; unrelated layers have a few hundredths
+SAME = 0.99999999  # cosine above which layers are checked for exact equality
+SHARE = 0.04  # smallest coefficient of a candidate in a fit
+SURE = 8.0  # standard errors by which a coefficient must differ from 0
 EXPERT = re.compile(r"(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(w1|w2|w3|gate_proj|up_proj|down_proj)\.weight")
 DENSE = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the child: shares of candidates' layers by (model, number), how near the nearest one is, what no share
-    explains, as a part of the layer, and whether all that was read is equal to the nearest's.
+    """The match of one layer of the child: coefficients of candidates' layers by (model, layer), cosine similarity
+    with the nearest one, the relative residual of the fit, and whether all values read equal the nearest layer's.
     """
 
     number: int
@@ -49,10 +49,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Kinship:
-    """What was found.
+    """The parents that were found.
 
-    `relation`: same, tuned, merged, layers, experts, or unknown; `parents`: shares on average over layers; `experts`:
-    by expert, whose layers it has.
+    `relation`: same, tuned, merged, layers, experts, or unknown; `parents`: coefficients averaged over layers;
+    `experts`: by expert, the model its layers come from.
     """
 
     relation: str
@@ -63,27 +63,29 @@ class Kinship:
 
     @property
     def said(self) -> str:
-        """In a sentence."""
+        """Return a sentence that describes the result."""
         names = ", ".join(f"{name} ({share:.2f})" for name, share in self.parents.items())
         equal = sum(layer.equal for layer in self.layers)
         left = sum(layer.left for layer in self.layers) / len(self.layers) if self.layers else 1.0
         return {
             "same": f"has the weights of {', '.join(self.parents)}",
-            "tuned": f"was tuned from {', '.join(self.parents)}, or that from it: {left:.1%} of its weights is its own",
-            "merged": f"is a merge of {names}; {left:.1%} of its weights is in none of them",
+            "tuned": f"was fine-tuned from {', '.join(self.parents)}, or the other way round: {left:.1%} of its"
+            " weights is its own",
+            "merged": f"is a merge of {names}; {left:.1%} of its weights comes from none of them",
             "layers": (
-                f"has layers of {', '.join(self.parents)}; {equal} of {len(self.layers)} are theirs to the last bit"
-                + ("" if equal else ", as after another number format")
+                f"has layers of {', '.join(self.parents)}; {equal} of {len(self.layers)} are bit-identical"
+                + ("" if equal else ", as after a change of dtype")
             ),
             "experts": (
-                f"is a mixture whose experts are {', '.join(f'{at} {name}' for at, name in self.experts.items())}"
+                "is a mixture of experts whose experts are"
+                f" {', '.join(f'{at} {name}' for at, name in self.experts.items())}"
             ),
-            "unknown": "is kin of none of them",
+            "unknown": "is not related to any of the candidates",
         }[self.relation]
 
 
 def kinship(child: Layout, candidates: Mapping[str, Layout]) -> Kinship:
-    """Which of the candidates a model was made of."""
+    """Determine which of the candidates a model was made of."""
     layers = deepest(child)
     if not layers:
         return Kinship("unknown", {}, [])
@@ -95,9 +97,9 @@ def kinship(child: Layout, candidates: Mapping[str, Layout]) -> Kinship:
     unreadable = next((rest for rest in names if child.places[layers[0][rest]].dtype not in READABLE), None)
     if unreadable is not None:
         tensor = layers[0][unreadable]
-        raise ModelError(f"{child.name}: {tensor} is in {child.places[tensor].dtype}, which cannot be compared")
+        raise ModelError(f"{child.name}: {tensor} has dtype {child.places[tensor].dtype}, which cannot be compared")
     if not names:
-        raise ModelError(f"{child.name}: its layers have no matrices, which cannot be compared")
+        raise ModelError(f"{child.name}: its layers have no matrices to compare")
     experts = [rest for rest in names if EXPERT.fullmatch(rest)]
     plain = [rest for rest in names if rest not in experts and not rest.endswith("gate.weight")] or names
     own = [read(child, layer, plain) for layer in layers]
@@ -116,12 +118,12 @@ def kinship(child: Layout, candidates: Mapping[str, Layout]) -> Kinship:
 
 
 def deepest(layout: Layout) -> list[dict[str, str]]:
-    """The layers of a model's largest stack, whatever it is called."""
+    """Return the layers of a model's largest stack, whatever its name."""
     return max(layout.stacks.values(), key=len, default=[])
 
 
 def identical(one: Layout, other: Layout) -> bool:
-    """Whether two models have the same tensors, to the last byte; names before layers' numbers may differ."""
+    """Return whether two models have bit-identical tensors; name prefixes before layer numbers may differ."""
     both = [
         {
             **{(at, rest): tensor for at, layer in enumerate(deepest(layout)) for rest, tensor in layer.items()},
@@ -148,8 +150,8 @@ def identical(one: Layout, other: Layout) -> bool:
 
 
 def read(layout: Layout, layer: Mapping[str, str], names: Sequence[str]) -> Tensor | None:
-    """Numbers of a layer's matrices, fp64, at places that depend on their shapes alone; None where a matrix is missing,
-    or cannot be read.
+    """Return sampled values of a layer's matrices in fp64, at positions that depend on their shapes alone; None if a
+    matrix is missing or unreadable.
     """
     tensors = [layer.get(rest) for rest in names]
     if not all(
@@ -161,7 +163,7 @@ def read(layout: Layout, layer: Mapping[str, str], names: Sequence[str]) -> Tens
 
 
 def sample(layout: Layout, tensor: str) -> Tensor:
-    """Some runs of a tensor's numbers, evenly spread, each begun at a place by chance that its shape decides."""
+    """Sample evenly spread runs of a tensor's values, at an offset derived from its shape."""
     place = layout.places[tensor]
     count = min(RUN, place.count)
     step = max(1, (place.count - count) // RUNS)
@@ -176,7 +178,7 @@ def sample(layout: Layout, tensor: str) -> Tensor:
 
 
 def explained(number: int, vector: Tensor, theirs: Mapping[str, Sequence[Tensor | None]]) -> Layer:
-    """A layer by shares of candidates' layers: of each candidate the layer that is nearest, where it is near at all."""
+    """Fit a layer by candidates' layers: of each candidate its most similar layer, if similar enough."""
     length = float(vector.norm())
     near: dict[tuple[str, int], float] = {}
     vectors: dict[tuple[str, int], Tensor] = {}
@@ -201,8 +203,8 @@ def explained(number: int, vector: Tensor, theirs: Mapping[str, Sequence[Tensor 
 
 
 def shares_of(vector: Tensor, others: Mapping[tuple[str, int], Tensor]) -> tuple[dict[tuple[str, int], float], float]:
-    """(shares of those that count, what is left as a part of the vector), by least squares; those whose share is small,
-    or not sure, are left out one after the other.
+    """Return (coefficients that count, relative residual) of a least-squares fit; candidates with small or
+    insignificant coefficients are eliminated one by one.
     """
     chosen = _distinct(others)
     while chosen:
@@ -228,7 +230,7 @@ def shares_of(vector: Tensor, others: Mapping[tuple[str, int], Tensor]) -> tuple
 
 
 def _distinct(others: Mapping[tuple[str, int], Tensor]) -> list[tuple[str, int]]:
-    """One of those that are equal: copies cannot be told apart."""
+    """Keep one of equal candidates: copies cannot be distinguished."""
     kept: list[tuple[str, int]] = []
     for one, vector in others.items():
         if not any(torch.equal(vector, others[other]) for other in kept):
@@ -239,7 +241,7 @@ def _distinct(others: Mapping[tuple[str, int], Tensor]) -> list[tuple[str, int]]
 def _experts(
     layers: Sequence[Mapping[str, str]], child: Layout, names: Sequence[str], candidates: Mapping[str, Layout]
 ) -> dict[int, str]:
-    """Whose feed-forward layers each expert has, by all layers."""
+    """Find the model whose feed-forward layers each expert has, over all layers."""
     found: dict[int, list[str]] = {}
     for number, layer in enumerate(layers if names else ()):
         for rest in names:
@@ -260,7 +262,7 @@ def _experts(
 
 
 def _judged(layers: Sequence[Layer], experts: Mapping[int, str], depths: Mapping[str, int], numbers: int) -> Kinship:
-    """What layers, taken together, say."""
+    """Classify the relation from all layers together."""
     kin = [layer for layer in layers if layer.shares]
     totals: dict[str, float] = {}
     for layer in kin:
@@ -291,8 +293,8 @@ def _judged(layers: Sequence[Layer], experts: Mapping[int, str], depths: Mapping
 
 
 def rank_of(child: Layout, parent: Layout) -> tuple[int, float]:
-    """(rank, share of the sum of squares that it holds) of the difference in a matrix of the middle layer; (0, 0) where
-    it is of no low rank.
+    """Return (rank, share of the squared norm it holds) of the difference in a matrix of the middle layer; (0, 0) if
+    it is not of low rank.
     """
     layers = deepest(child)
     for name in sorted(layers[len(layers) // 2].values(), key=lambda one: child.places[one].count):

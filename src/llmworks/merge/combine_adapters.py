@@ -1,5 +1,5 @@
-"""Stage `merge.combine_adapters`: several LoRA adapters of one model as one: side by side, their factors' mean, or their
-products merged by a method of `merge` and brought back to a rank.
+"""Stage `merge.combine_adapters`: combine several LoRA adapters of one model into one: concatenate them, average
+their factors, or merge their products B A by a method of `merge` and truncate the result to a rank.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from llmworks.merge.lora.config import CombineAdaptersConfig
 def combine_adapters(
     config: CombineAdaptersConfig, adapters: dict[str, Adapter], model: Model, ctx: Context
 ) -> Adapter:
-    """Merge `adapters`, by name, of `model`.
+    """Combine `adapters`, given by name, of `model`.
 
-    Errors: ArtifactError for adapters of another model; ModelError for those that are no plain LoRA; UserError for
-    names or ranks that do not fit.
+    Errors: ArtifactError for adapters of another model; ModelError for adapters that are not plain LoRA; UserError for
+    names or ranks that do not match.
     """
     from llmworks.merge.lora.merge_lora import merged
 

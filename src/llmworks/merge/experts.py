@@ -1,8 +1,9 @@
-"""Stage `merge.experts`: dense models as experts of one (frankenMoE), by mergekit-moe's YAML, or one model as several
-(sparse upcycling).
+"""Stage `merge.experts`: combine dense models into a mixture of experts (frankenMoE) by mergekit-moe's YAML, or turn
+one model into several experts (sparse upcycling).
 
-Experts give their feed-forward layers, the base all else. A router's row is where an expert's prompts are in the base's
-states. Komatsuzaki et al. 2022 (arXiv:2212.05055) for upcycling; the gates are mergekit-moe's.
+Experts contribute their feed-forward layers, the base model everything else. An expert's router row is the base model's
+hidden state of the expert's prompts. Sparse upcycling: Komatsuzaki et al. 2022 (arXiv:2212.05055); the gate modes are
+mergekit-moe's.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from llmworks.merge.moe.config import ExpertsConfig
 
 
 def experts(config: ExpertsConfig, models: dict[str, Model], ctx: Context) -> Model:
-    """Make a mixture of experts of `models`, which the config names by their keys; written tensor by tensor.
+    """Make a mixture of experts of `models`, which the config refers to by their keys; written tensor by tensor.
 
-    Errors: UserError for a layout that the models do not fit; ModelError for tensors that are missing or of other
-    shapes.
+    Errors: UserError for a layout that does not fit the models; ModelError for tensors that are missing or differ in
+    shape.
     """
     from llmworks.merge.moe.write import run
 

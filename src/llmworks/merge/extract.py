@@ -1,5 +1,5 @@
-"""Stage `merge.extract`: what a tuned model differs by from its base, as a LoRA adapter: the largest singular vectors
-of each matrix's change, and what they miss.
+"""Stage `merge.extract`: extract a LoRA adapter from a fine-tuned model and its base by a truncated SVD of each
+matrix's difference; reports the approximation error.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from llmworks.merge.lora.config import ExtractConfig
 
 
 def extract(config: ExtractConfig, model: Model, base: Model, ctx: Context) -> Adapter:
-    """A peft adapter that makes `base` into nearly `model`; both are read matrix by matrix.
+    """Write a peft adapter that turns `base` into an approximation of `model`; both are read matrix by matrix.
 
     Errors: ModelError for models of different shapes, or that do not differ in any matrix.
     """

@@ -1,5 +1,5 @@
-"""Stage `merge.find_parents`: which of some models a model was made of, told by its weights: what it was tuned from, what
-was merged into it and by which shares, whose layers it has.
+"""Stage `merge.find_parents`: find a model's parents among candidates from its weights: the model it was fine-tuned
+from, the models merged into it and their weights, or the models its layers come from.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ if TYPE_CHECKING:
 
 
 class FindParentsConfig(Config):
-    """What is shown."""
+    """Config of `merge.find_parents`."""
 
-    max_rows: int = Field(200, gt=0, description="layers in the table at most")
+    max_rows: int = Field(200, gt=0, description="maximum number of layers in the table")
 
 
 def find_parents(config: FindParentsConfig, child: Model, candidates: list[Model], ctx: Context) -> Report:
-    """Look for the parents of `child` among models; reads some thousands of numbers of each matrix.
+    """Find the parents of `child` among `candidates`; reads some thousands of values of each matrix.
 
-    The family tree shows what was found.
-
+    The lineage tree shows the result.
     Errors: ModelError for a directory without weights, or one that is quantized.
     """
     from llmworks.merge.ancestry import kinship as found_in
@@ -42,20 +41,20 @@ def find_parents(config: FindParentsConfig, child: Model, candidates: list[Model
     found = found_in(own, layouts)
     digests = {name: model.digest for name, model in zip(names, candidates, strict=True)}
     page = ctx.report
-    page.title = f"Of what {child.name} was made"
+    page.title = f"Parents of {child.name}"
     page.lead = f"{child.name} {found.said}."
     if found.relation == "tuned":
         rank, energy = rank_of(own, layouts[next(iter(found.parents))])
         if rank:
             page.lead += (
-                f" In the matrix that was looked at, {energy:.1%} of the difference has rank {rank}: an adapter was"
-                " folded in."
+                f" In the matrix that was sampled, {energy:.1%} of the difference has rank {rank}: a LoRA adapter was"
+                " merged in."
             )
     page.table(
         "Parents",
-        ("model", "share", "digest"),
+        ("model", "weight", "digest"),
         [(name, f"{share:.3f}", digests[name][:12]) for name, share in found.parents.items()],
-        "Of a merge: the weight by which the model is in it, on average over layers, by least squares.",
+        "For a merge: the model's merge weight, averaged over layers, by least squares.",
     )
     _describe_layers(found, config, page)
     page.data = {
@@ -86,7 +85,7 @@ def find_parents(config: FindParentsConfig, child: Model, candidates: list[Model
 
 
 def _describe_layers(found: Kinship, config: FindParentsConfig, page: ReportBuilder) -> None:
-    """The table of layers with their shares."""
+    """Add the table of layers with their coefficients."""
     rows = [
         (
             str(layer.number),
@@ -98,8 +97,8 @@ def _describe_layers(found: Kinship, config: FindParentsConfig, page: ReportBuil
     ]
     page.table(
         "Layers",
-        ("layer", "model and layer: share", "cosine with the nearest", "in none of them"),
+        ("layer", "model and layer: weight", "cosine with the nearest", "relative residual"),
         rows,
-        f"{found.numbers:,} numbers of the model were read. Layers of models that were not trained from one another"
+        f"{found.numbers:,} values of the model were read. Layers of models that were not trained from one another"
         " have cosines of some hundredths.",
     )

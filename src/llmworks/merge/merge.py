@@ -1,7 +1,8 @@
-"""Stage `merge`: several models as one, by mergekit's YAML; read, computed and written block by block, so that no model
-is in memory.
+"""Stage `merge`: merge several models into one by mergekit's YAML; read, computed and written block by block, so that
+no model is held in memory.
 
-The result's tokens, mask and stop tokens are those of the model whose tokenizer it has; its logits are recorded anew.
+Token ids, loss mask and stop tokens of the result are those of the model whose tokenizer it has; its golden logits are
+recorded anew.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from llmworks.merge.plan.config import MergeConfig
 
 
 def merge(config: MergeConfig, models: dict[str, Model], ctx: Context) -> Model:
-    """Merge `models`, which the config names by their keys, into one Hugging Face directory.
+    """Merge `models`, which the config refers to by their keys, into one Hugging Face directory.
 
-    Errors: UserError for a configuration that cannot be carried out; ModelError for tensors that are missing, of other
-    shapes, or hold what are no numbers, and for vocabularies that differ where no rule for tokens is given;
-    GoldenMismatch where the result would read texts in another way.
+    Errors: UserError for an invalid configuration; ModelError for tensors that are missing, differ in shape or hold NaN
+    or infinite values, and for vocabularies that differ without a tokenizer rule; GoldenMismatch where the result would
+    tokenize text differently.
     """
     from llmworks.merge.execute.run import run
 

@@ -1,10 +1,10 @@
-"""Stage `merge.transplant`: a model gets another tokenizer.
+"""Stage `merge.transplant`: replace a model's tokenizer.
 
-Rows of tokens that both have are kept, those of new tokens are the mean of the rows of the pieces that the model's own
-tokenizer makes of them.
+Embedding rows of tokens that both tokenizers have are kept; a new token's row is the mean of the rows of the pieces
+into which the model's own tokenizer splits it.
 
-As in Minixhofer et al. 2022 (WECHSEL, arXiv:2112.06598) and mergekit-tokensurgeon's `subword`; what it costs is
-measured on texts, in bits a byte, which tokenizers can be compared by. The model is to be trained on.
+As in Minixhofer et al. 2022 (WECHSEL, arXiv:2112.06598) and mergekit-tokensurgeon's `subword`. The loss is measured in
+bits per byte, which is comparable across tokenizers. The model should be trained further.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from llmworks.merge.vocabulary.config import TransplantConfig
 def transplant(
     config: TransplantConfig, model: Model, tokenizer: Model | Tokenizer, ctx: Context, data: Dataset | None = None
 ) -> Model:
-    """`model` with the tokenizer and template of `tokenizer`.
+    """Give `model` the tokenizer and chat template of `tokenizer`.
 
-    Its golden tokens are recorded anew, since another vocabulary reads texts in other tokens.
+    Its golden tokens are recorded anew, since another vocabulary tokenizes text differently.
 
-    Errors: ModelError for tokenizers without a tokenizer.json, or with a vocabulary of a kind that is not known.
+    Errors: ModelError for tokenizers without a tokenizer.json, or with an unsupported kind of vocabulary.
     """
     from llmworks.merge.vocabulary.transplant import run
 

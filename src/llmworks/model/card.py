@@ -1,7 +1,4 @@
-"""The head of a model card (README.md): licence, languages, what it was made of, as the Hub reads them.
-
-Knows no step that makes models.
-"""
+"""Write the YAML front matter of a model card (README.md) as the Hub reads it: license, languages, base model."""
 
 from __future__ import annotations
 
@@ -18,33 +15,31 @@ from llmworks.core.artifact import Adapter, Artifact, Model
 from llmworks.lineage import claims as declared
 
 CARRIED = ("license", "license_name", "license_link", "language")
-BASES = ("base", "student", "policy", "model")  # of a step's inputs, the one that its result goes on from
+BASES = ("base", "student", "policy", "model")  # input roles that name the base model, in order of preference
 
 
 def front_of(model: Model) -> dict[str, Any]:
-    """What a model's card, or the catalogue, says of its licence and languages."""
+    """Return license and languages from a model's card, else from the catalogue."""
     said = declared.front_of(model.path)
     front = {key: said[key] for key in CARRIED if key in said}
     return front if "license" in front else front | _licence(asset_of(model))
 
 
 def asset_of(model: Model) -> str:
-    """The asset that a model is, or was made of in one step (converted, an adapter folded into it); nothing for any
-    other.
-    """
+    """Return the asset that a model is or was derived from in one step (conversion, merged adapter), else ""."""
     parents = model.manifest.parents if model.manifest is not None else ()
     refs = [model.ref, *(parent.ref for parent in parents if parent.kind == "model")]
     return next((ref.removeprefix("asset:") for ref in refs if ref.startswith("asset:")), "")
 
 
 def bases_of(models: Sequence[Model], relation: str) -> dict[str, Any]:
-    """`base_model` and its relation, for those that are on the Hub."""
+    """Return `base_model` and `base_model_relation` of the models that are on the Hub."""
     names = list(dict.fromkeys(name for model in models for name in hub_names(model)))
     return {"base_model": names[0] if len(names) == 1 else names, "base_model_relation": relation} if names else {}
 
 
 def hub_names(model: Model) -> list[str]:
-    """What the Hub calls a model, or what it was made of, as far as is known."""
+    """Return a model's Hub names, or those of the models it was derived from, as far as known."""
     if model.ref.startswith("hf:"):
         return [model.ref.removeprefix("hf:")]
     if asset_of(model) in CATALOGUE:
@@ -54,10 +49,9 @@ def hub_names(model: Model) -> list[str]:
 
 
 def complete(out: Path, made: Artifact, inputs: Mapping[str, Any], stage: str) -> None:
-    """Give a directory of a model or an adapter a card where its step wrote none, or a head where it wrote one without:
-    licence, what it was made of, by which step.
+    """Write the model card of a model or adapter directory, or add front matter to a card without one.
 
-    What is a model in another form (`source`) has none.
+    The card has license, base model and stage. A model in another format (input `source`) gets no card.
     """
     config = out / ("adapter_config.json" if isinstance(made, Adapter) else "config.json")
     file = out / "README.md"
@@ -87,19 +81,16 @@ def complete(out: Path, made: Artifact, inputs: Mapping[str, Any], stage: str) -
         else [
             f"# {plain(base.name) + '-' if base is not None else ''}{stage.rpartition('.')[2]}",
             "",
-            (
-                f"{what}, made{of} by the step `{stage}` of llmworks; `manifest.json` has its settings, what went in,"
-                " and its figures."
-            ),
+            (f"{what}, made{of} by stage `{stage}` of llmworks; `manifest.json` has its config, inputs and metrics."),
             "",
         ]
     )
-    file.unlink(missing_ok=True)  # it may be a link to another model's
+    file.unlink(missing_ok=True)  # may be a link to another model's card
     write(out, front, lines)
 
 
 def write(out: Path, front: Mapping[str, Any], lines: Sequence[str]) -> None:
-    """README.md."""
+    """Write README.md."""
     (out / "README.md").write_text(
         "---\n" + yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True) + "---\n" + "\n".join(lines),
         encoding="utf-8",
@@ -107,7 +98,7 @@ def write(out: Path, front: Mapping[str, Any], lines: Sequence[str]) -> None:
 
 
 def plain(name: str) -> str:
-    """A name without what the Hub's names may not have."""
+    """Replace characters that Hub names may not contain."""
     return (
         re.sub(r"[^\w.-]+", "-", name.rpartition("/")[2].removeprefix("asset:").removesuffix(".gguf")).strip("-.")
         or "model"
@@ -115,7 +106,7 @@ def plain(name: str) -> str:
 
 
 def _licence(name: str) -> dict[str, str]:
-    """Of an asset, as the Hub writes licences."""
+    """Return the license fields of an asset, as the Hub writes them."""
     found = CATALOGUE[name].licence if name in CATALOGUE else ""
     return (
         {"license": found.lower()}

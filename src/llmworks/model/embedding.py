@@ -1,9 +1,8 @@
-"""Stage `model.embedding`: a vector for each word of documents: Word2Vec (skip-gram, CBOW), FastText, or GloVe; scored,
-and drawn as a map.
+"""Stage `model.embedding`: train word vectors (Word2Vec skip-gram or CBOW, FastText, GloVe), score them and plot a map.
 
-Word2Vec and FastText are gensim's, GloVe is `glove.py`. The result opens as any embedder of texts does (a text is the
-mean of its words), and lies beside in the format of its kind: `vectors.bin` of word2vec, or `fasttext.bin`, which knows
-words that it never saw by their parts.
+Word2Vec and FastText use gensim, GloVe is `glove.py`. The result loads as any text embedder (a text is the mean of its
+word vectors). The native format is saved too: `vectors.bin` of word2vec, or `fasttext.bin`, which embeds
+out-of-vocabulary words by their character n-grams.
 """
 
 from __future__ import annotations
@@ -28,58 +27,59 @@ from llmworks.embed.word_similarity import Analogies, Found, Vector, likeness, r
 if TYPE_CHECKING:
     from llmworks.core.report import ReportBuilder
 
-WORD = r"[\p{L}\p{M}]+(?:['’][\p{L}\p{M}]+)*|\p{N}+"  # the saved tokenizer reads the same
-LINE = 10_000  # words that gensim reads at once
+WORD = r"[\p{L}\p{M}]+(?:['’][\p{L}\p{M}]+)*|\p{N}+"  # also the pattern of the saved tokenizer
+LINE = 10_000  # words per sentence passed to gensim
 NEAR, SHOWN, DRAWN, CLUSTERS = 8, 24, 260, 12
 UNKNOWN = "<unk>"
-ALIKE = 0.8  # cosine of two words by chance that is told
+ALIKE = 0.8  # mean cosine of random word pairs above which a warning is given
 
 
 class EmbeddingConfig(Config):
-    """How vectors are learned."""
+    """Word-vector training settings."""
 
     method: Literal["skip-gram", "cbow", "fasttext", "glove"] = Field(
         "skip-gram",
         description=(
-            "skip-gram: a word guesses its neighbours; cbow: they guess it (Mikolov et al. 2013); fasttext: skip-gram"
-            " over parts of words (Bojanowski et al. 2017); glove: counts of neighbours (Pennington et al. 2014)"
+            "skip-gram: predict the context from a word; cbow: predict a word from its context (Mikolov et al. 2013);"
+            " fasttext: skip-gram with character n-grams (Bojanowski et al. 2017); glove: factorize co-occurrence"
+            " counts (Pennington et al. 2014)"
         ),
     )
-    vector_size: int = Field(100, gt=1, description="numbers of a vector")
+    vector_size: int = Field(100, gt=1, description="vector dimensions")
     window: int = Field(
-        5, gt=0, description="words to each side that are neighbours; word2vec draws a smaller one each time"
+        5, gt=0, description="context window: words to each side; word2vec samples a smaller one for each word"
     )
-    min_count: int = Field(5, gt=0, description="times that a word must stand to get a vector")
-    max_final_vocab: int = Field(100_000, gt=0, description="the most frequent words, at most")
-    lowercase: bool = Field(True, description="words without case")
-    epochs: int = Field(0, ge=0, description="passes; 0: 5, and 15 for glove, whose passes go over pairs")
+    min_count: int = Field(5, gt=0, description="minimum frequency of a word in the corpus")
+    max_final_vocab: int = Field(100_000, gt=0, description="maximum vocabulary size; the most frequent words are kept")
+    lowercase: bool = Field(True, description="lowercase the words")
+    epochs: int = Field(0, ge=0, description="epochs; 0 = 5, for glove 15 (over co-occurring pairs)")
     learning_rate: float = Field(
-        0.0, ge=0, description="at the beginning; 0: 0.025 for skip-gram and fasttext, 0.05 for cbow and glove"
+        0.0, ge=0, description="initial learning rate; 0 = 0.025 for skip-gram and fasttext, 0.05 for cbow and glove"
     )
-    negative: int = Field(5, gt=0, description="words that are no neighbours, drawn for each that is (all but glove)")
-    sample: float = Field(
-        1e-4, ge=0, description="frequent words are left out by this threshold (all but glove); 0: none is"
+    negative: int = Field(
+        5, gt=0, description="negative sampling: negative words per positive pair (all methods but glove)"
     )
-    char_ngrams: tuple[int, int] = Field((3, 6), description="letters of the parts of words, from and to (fasttext)")
+    sample: float = Field(1e-4, ge=0, description="threshold for subsampling frequent words (all but glove); 0 = off")
+    char_ngrams: tuple[int, int] = Field(
+        (3, 6), description="minimum and maximum length of character n-grams (fasttext)"
+    )
     workers: int = Field(
-        1, gt=0, description="threads (all but glove); more than one and the vectors differ from run to run"
+        1, gt=0, description="threads (all but glove); with more than one, vectors differ from run to run"
     )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if not 1 <= self.char_ngrams[0] <= self.char_ngrams[1] <= 20:
             raise ValueError(
-                f"parts is {list(self.char_ngrams)}: letters from and to, the first at least 1 and at most the second, which"
-                " is at most 20"
+                f"char_ngrams is {list(self.char_ngrams)}: needs a minimum of at least 1 and a maximum of at least the"
+                " minimum and at most 20"
             )
         return self
 
 
 @dataclass(frozen=True)
 class Made:
-    """Words, the most frequent first, their vectors [words, dimensions] in fp32, and the vector of any word, or
-    None.
-    """
+    """Trained words, most frequent first, their vectors [words, dimensions] in fp32, and a lookup (None if unknown)."""
 
     words: list[str]
     table: Any
@@ -87,35 +87,32 @@ class Made:
 
 
 def embedding(config: EmbeddingConfig, data: Dataset, ctx: Context, tests: dict[str, Dataset] | None = None) -> Model:
-    """Learn a vector for each word.
+    """Train a vector for each word.
 
-    `tests`: files of word pairs with people's scores, or of analogies (assets wordsim353, simlex999, word-analogies).
+    `tests`: files of word pairs with human similarity scores, or of analogies (assets wordsim353, simlex999,
+    word-analogies).
 
-    Errors: DataError for too little text or a test that cannot be read; MissingDependency without gensim or
+    Errors: DataError for too small a corpus or a test that cannot be read; MissingDependency without gensim or
     scikit-learn.
     """
     _require()
     import numpy as np
 
     if taken := {"words", "text_words", "warnings"} & set(tests or {}):
-        raise UserError(f"a test cannot be called {min(taken)!r}, which is a figure of its own; give it another name")
+        raise UserError(f"a test cannot be named {min(taken)!r}, which is already a metric; give it another name")
     asked = {name: read(test.path, lowercase=config.lowercase) for name, test in (tests or {}).items()}
     counts = _count(config, data, ctx)
-    words = [
-        word
-        for word, times in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        if times >= config.min_count
-    ][: config.max_final_vocab]
+    frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    words = [word for word, times in frequent if times >= config.min_count][: config.max_final_vocab]
     if len(words) < max(10, config.vector_size // 10):
         raise DataError(
-            f"{data.name}: only {len(words)} words stand {config.min_count} times or more; give more text, or lower"
-            " config.least"
+            f"{data.name}: only {len(words)} words occur {config.min_count} times or more; give more text, or lower"
+            " config.min_count"
         )
     made = (_glove if config.method == "glove" else _gensim)(config, data, words, counts, ctx)
     if not np.isfinite(made.table).all():
-        raise TrainingError(
-            f"the vectors are no numbers any more; lower learning_rate ({config.learning_rate or 'its default'})"
-        )
+        rate = config.learning_rate or "its default"
+        raise TrainingError(f"training diverged: vectors are NaN or infinite; lower learning_rate ({rate})")
     _save(made, config, counts, ctx.out)
     metrics: dict[str, float] = {"words": len(words), "text_words": sum(counts.values())}
     rows: list[tuple[Any, ...]] = []
@@ -131,11 +128,11 @@ def embedding(config: EmbeddingConfig, data: Dataset, ctx: Context, tests: dict[
         metrics |= {name: 0.0 if math.isnan(score.score) else round(score.score, 4), f"{name}_answered": score.answered}
         lines.append(
             f"{name} {'has no score' if math.isnan(score.score) else f'{score.score:.3f}'} ({score.answered} of"
-            f" {score.questions} answered)"
+            f" {score.questions} covered)"
         )
     report = ctx.report
     report.title = f"{len(words):,} words of {data.name} ({config.method})"
-    report.lead = f"Vectors of {config.vector_size} numbers, learned from {sum(counts.values()):,} words." + (
+    report.lead = f"Vectors of {config.vector_size} dimensions, trained on {sum(counts.values()):,} words." + (
         f" {'; '.join(lines)}." if lines else ""
     )
     _describe_scores(made, metrics, report, ctx, rows, kinds)
@@ -157,37 +154,37 @@ def _describe_scores(
     rows: list[tuple[Any, ...]],
     kinds: dict[str, dict[str, Found]],
 ) -> None:
-    """Tables of scores, and a warning where all vectors point the same way."""
+    """Report scores, and warn when the vectors have collapsed to one direction."""
     alike = collapsed(made.table)
     metrics["warnings"] = int(alike > ALIKE)
     if alike > ALIKE:
         warning = (
-            f"most vectors point the same way (two words by chance have a cosine of {alike:.2f}), so there was too"
-            " little text for so few passes; give more text, or more epochs and a larger sample"
+            f"vectors have collapsed: two random words have a mean cosine of {alike:.2f}; the corpus or the number of"
+            " epochs is too small; give more text, more epochs, or a larger sample"
         )
         report.text("Warnings", warning)
         ctx.progress.say(f"warning: {warning}")
     if rows:
         report.table(
             "Scores",
-            ("test", "score", "from", "to", "answered", "questions"),
+            ("test", "score", "low", "high", "covered", "questions"),
             rows,
             note=(
-                "Pairs: Spearman's rank correlation with people's scores; analogies: share that is right. Only what has"
-                " vectors is answered; 95 % intervals."
+                "Pairs: Spearman's rank correlation with human scores; analogies: accuracy. Only questions whose words"
+                " have vectors are covered; 95 % confidence intervals."
             ),
         )
     for name, found in kinds.items():
         report.table(
             f"{name}, by kind",
-            ("kind", "right", "from", "to", "answered", "questions"),
+            ("kind", "accuracy", "low", "high", "covered", "questions"),
             [_row(kind, one) for kind, one in found.items() if kind != "all"],
-            note="The answer must be the nearest of all words; 95 % intervals.",
+            note="The answer must be the nearest of all words; 95 % confidence intervals.",
         )
 
 
 def collapsed(table: Any) -> float:
-    """The mean cosine of two words by chance; near 1 when all vectors are about the same."""
+    """Return the mean cosine of random word pairs; near 1 when the vectors have collapsed to one direction."""
     import numpy as np
 
     unit = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
@@ -215,20 +212,20 @@ def _require() -> None:
 
 
 def _texts(config: EmbeddingConfig, data: Dataset) -> Iterator[list[str]]:
-    """The words of each document."""
+    """Yield the words of each document."""
     from tokenizers import normalizers
 
     pattern, lower = (
         regex.compile(WORD),
         normalizers.Lowercase(),
-    )  # Python's own knows a final sigma, the saved tokenizer does not
+    )  # str.lower treats a final sigma differently from the saved tokenizer
     for document in read_documents(data):
         yield pattern.findall(lower.normalize_str(document.text) if config.lowercase else document.text)
 
 
 def _count(config: EmbeddingConfig, data: Dataset, ctx: Context) -> Counter[str]:
     counts: Counter[str] = Counter()
-    with ctx.progress.bar("count words", count_characters(data)[0], "documents") as bar:
+    with ctx.progress.bar("counting words", count_characters(data)[0], "documents") as bar:
         for text in _texts(config, data):
             counts.update(text)
             bar.advance()
@@ -236,7 +233,7 @@ def _count(config: EmbeddingConfig, data: Dataset, ctx: Context) -> Counter[str]
 
 
 def _gensim(config: EmbeddingConfig, data: Dataset, words: list[str], counts: Counter[str], ctx: Context) -> Made:
-    """Word2Vec or FastText."""
+    """Train Word2Vec or FastText with gensim."""
     import numpy as np
     from gensim.models import FastText, Word2Vec
     from gensim.models.callbacks import CallbackAny2Vec
@@ -244,7 +241,7 @@ def _gensim(config: EmbeddingConfig, data: Dataset, words: list[str], counts: Co
     epochs = config.epochs or 5
 
     class Lines:
-        """The documents again in each pass, no line across two of them."""
+        """Sentences of the documents, anew in each epoch; no sentence spans two documents."""
 
         def __iter__(self) -> Iterator[list[str]]:
             for text in _texts(config, data):
@@ -271,7 +268,7 @@ def _gensim(config: EmbeddingConfig, data: Dataset, words: list[str], counts: Co
         else Word2Vec(**usual)
     )
     model.build_vocab_from_freq({word: counts[word] for word in words}, corpus_count=0)
-    with ctx.progress.bar("learn", epochs, "passes") as bar:
+    with ctx.progress.bar("training", epochs, "epochs") as bar:
         model.train(Lines(), total_words=sum(counts.values()), epochs=epochs, callbacks=[Shown()])
     if config.method == "fasttext":
         from gensim.models.fasttext import save_facebook_model
@@ -297,9 +294,9 @@ def _glove(config: EmbeddingConfig, data: Dataset, words: list[str], counts: Cou
         config.window,
     )
     if not len(pairs[0]):
-        raise DataError(f"{data.name}: no two words stand near one another; glove learns from nothing else")
+        raise DataError(f"{data.name}: no co-occurring words in the window, which glove needs")
     epochs = config.epochs or 15
-    with ctx.progress.bar("learn", epochs, "passes") as bar:
+    with ctx.progress.bar("training", epochs, "epochs") as bar:
         vectors = glove(
             pairs,
             len(words),
@@ -313,13 +310,13 @@ def _glove(config: EmbeddingConfig, data: Dataset, words: list[str], counts: Cou
 
 
 def _known(words: list[str], table: Any) -> Made:
-    """Vectors of words that were seen, and of no others."""
+    """Return vectors of the vocabulary, without out-of-vocabulary words."""
     place = {word: i for i, word in enumerate(words)}
     return Made(words, table, lambda word: table[place[word]] if word in place else None)
 
 
 def _save(made: Made, config: EmbeddingConfig, counts: Counter[str], out: Path) -> None:
-    """A table and its tokenizer, as `embed.static` reads them; a word that is not known has zeros."""
+    """Save the table and its tokenizer as `embed.static` reads them; unknown words get zeros."""
     import numpy as np
     from safetensors.numpy import save_file
     from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
@@ -346,12 +343,12 @@ def _save(made: Made, config: EmbeddingConfig, counts: Counter[str], out: Path) 
         vectors = KeyedVectors(config.vector_size)
         vectors.add_vectors(made.words, made.table)
         for word in made.words:
-            vectors.set_vecattr(word, "count", counts[word])  # else gensim warns that it does not know an order
+            vectors.set_vecattr(word, "count", counts[word])  # else gensim warns about a missing order
         vectors.save_word2vec_format(str(out / "vectors.bin"), binary=True)
 
 
 def _look(made: Made, counts: Counter[str], ctx: Context) -> None:
-    """Nearest words, and frequent words on a map."""
+    """Report nearest neighbors and a 2-D map of frequent words."""
     import numpy as np
     from sklearn.cluster import KMeans
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
@@ -369,7 +366,7 @@ def _look(made: Made, counts: Counter[str], ctx: Context) -> None:
         fits[i] = -np.inf
         best = np.argsort(-fits, kind="stable")[:NEAR]
         rows.append((made.words[i], counts[made.words[i]], ", ".join(f"{made.words[j]} {fits[j]:.2f}" for j in best)))
-    ctx.report.table("Nearest words", ("word", "times", "nearest, with their cosine"), rows)
+    ctx.report.table("Nearest words", ("word", "count", "nearest neighbors with cosine"), rows)
     chosen = telling[:DRAWN]
     if len(chosen) < 3 * CLUSTERS:
         return
@@ -378,13 +375,13 @@ def _look(made: Made, counts: Counter[str], ctx: Context) -> None:
     ).fit_transform(unit[chosen])
     groups = KMeans(CLUSTERS, random_state=ctx.seed, n_init=4).fit_predict(unit[chosen])
     ctx.report.points(
-        "A map",
+        "Word map",
         [
             (made.words[i], float(x), float(y), int(group))
             for i, (x, y), group in zip(chosen, points, groups, strict=True)
         ],
         note=(
-            f"The {len(chosen)} most frequent words that say something, by t-SNE of their cosines; colours are clusters"
-            " (k-means) of the vectors themselves."
+            f"The {len(chosen)} most frequent content words, by t-SNE on cosine distance; colors are k-means clusters"
+            " of the original vectors."
         ),
     )

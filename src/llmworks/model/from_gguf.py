@@ -1,8 +1,8 @@
-"""Stage `model.from_gguf`: a GGUF file becomes a Hugging Face directory (safetensors, tokenizer, template, golden
+"""Stage `model.from_gguf`: convert a GGUF file to a Hugging Face directory (safetensors, tokenizer, template, golden
 tokens).
 
-Reads the blocks with the vectorised `gguf` reader and dequantizes to fp32, which loses nothing that the file still has.
-Knows the layouts of Llama, Qwen2, Qwen3, Gemma 3 and Phi-3; says so for any other architecture.
+Dequantizes the blocks to fp32 with the vectorized `gguf` reader, without further loss. Supports the layouts of Llama,
+Qwen2, Qwen3, Gemma 3 and Phi-3; any other architecture is an error.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 
 class FromGgufConfig(Config):
-    """How to write the converted model."""
+    """Number format of the converted model."""
 
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="number format of the written weights; float32 keeps every bit of the dequantized blocks"
+        "float32", description="number format of the written weights; float32 keeps the dequantized blocks exactly"
     )
 
 
 def from_gguf(config: FromGgufConfig, source: Model, ctx: Context) -> Model:
     """Convert a GGUF file to a Hugging Face directory.
 
-    Errors: ModelError for a truncated file or another architecture. Equality with the transformers loader is a test.
+    Errors: ModelError for a truncated file or an unsupported architecture.
     """
     from llmworks.model.golden import record
 
@@ -43,7 +43,7 @@ def from_gguf(config: FromGgufConfig, source: Model, ctx: Context) -> Model:
 
 
 def open_reader(path: Path) -> GGUFReader:
-    """The `gguf` reader over a file, or ModelError with one line when the file is no GGUF or cut short."""
+    """Open a GGUF file with the `gguf` reader. ModelError when it is not a GGUF file or is truncated."""
     from gguf import GGUFReader
 
     try:
@@ -53,11 +53,11 @@ def open_reader(path: Path) -> GGUFReader:
 
 
 def metadata(reader: GGUFReader) -> dict[str, Any]:
-    """All key-value fields of a GGUF file as Python values."""
+    """Return all key-value metadata of a GGUF file as Python values."""
     try:
         return {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     except (ValueError, IndexError, KeyError) as error:
-        raise ModelError(f"a key of the GGUF file cannot be read ({error}); fetch it again") from None
+        raise ModelError(f"a metadata key of the GGUF file cannot be read ({error}); fetch it again") from None
 
 
 def write_hf_directory(path: Path, out: Path, dtype: str = "float32") -> None:
@@ -80,7 +80,7 @@ def write_hf_directory(path: Path, out: Path, dtype: str = "float32") -> None:
 
 
 def type_of(path: Path) -> str:
-    """What llama.cpp calls a file's mix of number formats, as q4_k_m; nothing where the file does not say."""
+    """Return llama.cpp's name of a file's quantization type, as q4_k_m; "" if the file has none."""
     from gguf import LlamaFileType
 
     said = metadata(open_reader(path)).get("general.file_type")
@@ -89,7 +89,7 @@ def type_of(path: Path) -> str:
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    """The `config.json` that a GGUF file converts to. ModelError for another architecture."""
+    """Return the `config.json` that a GGUF file converts to. ModelError for an unsupported architecture."""
     reader = open_reader(path)
     return _config(path, reader, metadata(reader), "float32")
 
@@ -105,13 +105,15 @@ def _config(path: Path, reader: GGUFReader, meta: dict[str, Any], dtype: str) ->
     try:
         return hf_config(meta, tied, dtype)
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{path}: a key of the GGUF file is missing, or broken ({error}); fetch it again") from None
+        raise ModelError(
+            f"{path}: a metadata key of the GGUF file is missing or invalid ({error}); fetch it again"
+        ) from None
 
 
 def hf_config(meta: dict[str, Any], tied: bool, dtype: str) -> dict[str, Any]:
-    """The `config.json` of a model from GGUF metadata.
+    """Build `config.json` from GGUF metadata.
 
-    ModelError for scaled rotary positions, which are not carried over.
+    ModelError for RoPE scaling, which is not converted.
     """
     architecture = str(meta["general.architecture"])
     kind = KINDS[architecture]
@@ -119,10 +121,7 @@ def hf_config(meta: dict[str, Any], tied: bool, dtype: str) -> dict[str, Any]:
         key.removeprefix(f"{architecture}."): value for key, value in meta.items() if key.startswith(f"{architecture}.")
     }
     if own.get("rope.scaling.type", "none") != "none":
-        raise ModelError(
-            f"this GGUF file scales its rotary positions ({own['rope.scaling.type']}), which conversion does not carry"
-            " over"
-        )
+        raise ModelError(f"this GGUF file uses RoPE scaling ({own['rope.scaling.type']}), which cannot be converted")
     heads = int(own["attention.head_count"])
     hidden = int(own["embedding_length"])
     width = int(own.get("attention.key_length", hidden // heads))
@@ -153,7 +152,7 @@ def hf_config(meta: dict[str, Any], tied: bool, dtype: str) -> dict[str, Any]:
 
 
 def _own_fields(own: dict[str, Any], width: int, theta: float) -> dict[str, dict[str, Any]]:
-    """Fields that each architecture has besides the common ones."""
+    """Return the config fields specific to each architecture."""
     every: dict[str, dict[str, Any]] = {
         "llama": {"attention_bias": False, "mlp_bias": False},
         "qwen2": {"use_sliding_window": False},
@@ -184,7 +183,7 @@ def _own_fields(own: dict[str, Any], width: int, theta: float) -> dict[str, dict
 
 
 def write_weights(reader: GGUFReader, meta: dict[str, Any], out: Path, dtype: str) -> None:
-    """Dequantize every tensor to `model.safetensors`, rows of Q and K back in Hugging Face order."""
+    """Dequantize every tensor to `model.safetensors`, with the rows of Q and K back in Hugging Face order."""
     import numpy as np
     import torch
     from gguf.quants import dequantize
@@ -201,10 +200,8 @@ def write_weights(reader: GGUFReader, meta: dict[str, Any], out: Path, dtype: st
         name = to_hf_name(tensor.name, KINDS[architecture])
         if name is None:
             if tensor.name == "rope_freqs.weight":
-                raise ModelError(
-                    "this GGUF file scales its rotary frequencies (rope_freqs), which conversion does not carry over"
-                )
-            raise ModelError(f"the GGUF tensor {tensor.name!r} has no place in such a model")
+                raise ModelError("this GGUF file scales its RoPE frequencies (rope_freqs), which cannot be converted")
+            raise ModelError(f"the GGUF tensor {tensor.name!r} has no counterpart in this architecture")
         shape = tuple(int(n) for n in reversed(tensor.shape))
         weight = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32).reshape(shape)
         interleaved = heads_of(tensor.name, heads, kv_heads) if layout.interleaved else None

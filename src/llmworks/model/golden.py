@@ -1,6 +1,6 @@
-"""Golden tokens of a Hugging Face model: record them, or replay them, with logits from torch.
+"""Record and replay golden tokens of a Hugging Face model, with logits from torch.
 
-What they hold, and what must replay, is `tokenize/chat/golden.py`'s.
+Their content and tolerances are defined in `tokenize/chat/golden.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from llmworks.tokenize.chat import golden
 
 
 def torch_logits(model: Any) -> golden.Logits:
-    """Logits of a loaded causal model, as numpy [len(ids), vocabulary]."""
+    """Return a function that computes a causal model's logits as numpy [len(ids), vocab_size]."""
 
     def logits(ids: Sequence[int]) -> Any:
         import torch
@@ -26,7 +26,7 @@ def torch_logits(model: Any) -> golden.Logits:
 
 
 def record(path: Path) -> Golden:
-    """The golden record of a Hugging Face directory."""
+    """Record the golden tokens of a Hugging Face model directory."""
     from llmworks.model.io.load import load_model
     from llmworks.tokenize.load import load_tokenizer, stop_ids
 
@@ -35,7 +35,7 @@ def record(path: Path) -> Golden:
 
 
 def require(recorded: Golden, path: Path, *, mean_within: float, step: str) -> golden.LogitGap | None:
-    """Replay a record on a Hugging Face directory; GoldenMismatch when it does not hold."""
+    """Replay golden tokens on a Hugging Face directory. Errors: GoldenMismatch when they differ."""
     from llmworks.model.io.load import load_model
     from llmworks.tokenize.load import load_tokenizer, stop_ids
 

@@ -1,6 +1,6 @@
-"""Stage `model.new`: an untrained decoder of any shape, with a tokenizer: what pre-training begins with.
+"""Stage `model.new`: initialize an untrained decoder of any architecture with a tokenizer, for pretraining.
 
-A decoder whose shape is Llama's, Mistral's, Qwen's, Gemma's or GPT-2's is saved as that. Trains nothing.
+A decoder whose shape matches Llama, Mistral, Qwen, Gemma or GPT-2 is saved as that architecture. Does not train.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from llmworks.model.shape import Shape
 
 
 class NewConfig(Shape):
-    """What a decoder is made of."""
+    """Architecture of an untrained decoder."""
 
-    vocab_size: int = Field(0, ge=0, description="rows of the embedding; 0: the tokenizer's tokens, rounded up to 64")
+    vocab_size: int = Field(
+        0, ge=0, description="embedding rows; 0 = number of tokenizer tokens, rounded up to a multiple of 64"
+    )
 
 
 def new(config: NewConfig, tokenizer: Tokenizer | Model | Adapter, ctx: Context) -> Model:
-    """Draw a decoder's weights by the run's seed (normal, 0.02; less where a layer adds to the state) and save them
-    beside the tokenizer.
+    """Initialize a decoder's weights from the run's seed and save them with the tokenizer.
 
-    Errors: UserError for a vocabulary that is smaller than the tokenizer's; ModelError for a tokenizer that cannot be
-    read.
+    Normal initialization with std 0.02, smaller for projections into the residual stream.
+
+    Errors: UserError for a vocab_size smaller than the tokenizer's; ModelError for a tokenizer that cannot be read.
     """
 
     def draw(vocabulary: int, ids: Ids) -> tuple[Any, str]:

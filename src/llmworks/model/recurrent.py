@@ -1,4 +1,4 @@
-"""Stage `model.recurrent`: an untrained RNN, LSTM, GRU or window model, with a tokenizer. Trains nothing."""
+"""Stage `model.recurrent`: initialize an untrained RNN, LSTM, GRU or fixed-window MLP model with a tokenizer."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from llmworks.model.shape import RecurrentShape
 
 
 class RecurrentConfig(RecurrentShape):
-    """What a model without attention is made of."""
+    """Architecture of a language model without attention."""
 
-    vocab_size: int = Field(0, ge=0, description="rows of the embedding; 0: the tokenizer's tokens, rounded up to 64")
+    vocab_size: int = Field(
+        0, ge=0, description="embedding rows; 0 = number of tokenizer tokens, rounded up to a multiple of 64"
+    )
 
 
 def recurrent(config: RecurrentConfig, tokenizer: Tokenizer | Model | Adapter, ctx: Context) -> Model:
-    """Draw the weights of an RNN, LSTM, GRU or window model by the run's seed and save them beside the tokenizer.
+    """Initialize an RNN, LSTM, GRU or fixed-window MLP model from the run's seed and save it with the tokenizer.
 
-    Errors: UserError for a vocabulary that is smaller than the tokenizer's; ModelError for a tokenizer that cannot be
-    read.
+    Errors: UserError for a vocab_size smaller than the tokenizer's; ModelError for a tokenizer that cannot be read.
     """
 
     def draw(vocabulary: int, ids: Ids) -> tuple[Any, str]:

@@ -1,9 +1,7 @@
-"""The shape of a Transformer: every switch of the architecture, with a name that says what it does.
+"""Define the architecture of a Transformer decoder: one field per design choice.
 
-Torch-free; knows no weights.
-
-The defaults are today's usual decoder: RMSNorm before each part, rotary positions, grouped queries, SwiGLU, tied
-embeddings. `RecurrentShape` is that of what came before.
+Torch-free. The defaults are a current decoder: pre-norm RMSNorm, RoPE, grouped-query attention, SwiGLU, tied
+embeddings. `RecurrentShape` describes RNNs and fixed-window models.
 """
 
 from __future__ import annotations
@@ -17,146 +15,162 @@ from llmworks.core.artifact import Config
 
 
 class Rope(Config):
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864), and how they are stretched to a longer context than was
-    trained.
-    """
+    """Rotary position embeddings (RoPE; Su et al. 2021, arXiv:2104.09864) and their scaling to longer contexts."""
 
-    rope_theta: float = Field(10_000.0, gt=1, description="base of the wavelengths")
+    rope_theta: float = Field(10_000.0, gt=1, description="RoPE theta: base of the wavelengths")
     rope_type: Literal["default", "linear", "ntk", "yarn", "llama3"] = Field(
         "default",
         description=(
-            "linear: positions divided by factor; ntk: a larger base; yarn: short waves kept, long ones divided;"
-            " llama-3: the same with its own bounds"
+            "RoPE scaling. linear: positions divided by factor; ntk: larger base; yarn: short wavelengths kept, long"
+            " ones divided; llama-3: the same with its own bounds"
         ),
     )
-    factor: float = Field(1.0, ge=1, description="how many times the trained context")
+    factor: float = Field(1.0, ge=1, description="ratio of the extended to the trained context")
     original_max_position_embeddings: int = Field(
-        0, ge=0, description="context that was trained (yarn, llama-3); 0: context / factor"
+        0, ge=0, description="trained context length (yarn, llama-3); 0 = max_position_embeddings / factor"
     )
     beta_fast: float = Field(
         32.0,
         gt=0,
         description=(
-            "yarn: waves that turn so often within the trained context are kept; llama-3: its high_freq_factor, 4 in"
-            " Llama 3.1"
+            "yarn: pairs with at least this many rotations within the trained context are not scaled; llama-3:"
+            " high_freq_factor, 4 in Llama 3.1"
         ),
     )
     beta_slow: float = Field(
-        1.0, gt=0, description="yarn: those that turn less often are divided; llama-3: its low_freq_factor"
+        1.0, gt=0, description="yarn: pairs with fewer rotations are divided by factor; llama-3: low_freq_factor"
     )
 
     @model_validator(mode="after")
     def _stretched(self) -> Self:
         if self.rope_type == "default" and self.factor != 1:
-            raise ValueError(f"rope.factor {self.factor} needs a rope.scaling")
+            raise ValueError(f"rope_parameters.factor {self.factor} needs a rope_parameters.rope_type")
         return self
 
 
 class Experts(Config):
-    """Mixture of experts (Shazeer et al. 2017, arXiv:1701.06538; Switch, Fedus et al. 2021): each token goes to a few
-    of many feed-forward layers.
+    """Mixture of experts (MoE): a router sends each token to a few of many feed-forward layers.
+
+    Shazeer et al. 2017 (arXiv:1701.06538); Switch Transformer, Fedus et al. 2021.
     """
 
-    num_experts: int = Field(8, gt=1, description="experts of a layer")
-    num_experts_per_tok: int = Field(2, gt=0, description="experts that a token goes to")
-    router_aux_loss_coef: float = Field(0.01, ge=0, description="weight of the loss that keeps experts evenly used")
+    num_experts: int = Field(8, gt=1, description="experts per layer")
+    num_experts_per_tok: int = Field(2, gt=0, description="experts each token is routed to (top-k)")
+    router_aux_loss_coef: float = Field(0.01, ge=0, description="coefficient of the router's load-balancing loss")
 
 
 class Shape(Config):
-    """What a decoder is made of."""
+    """Architecture of a Transformer decoder."""
 
-    vocab_size: int = Field(32_000, gt=0, description="tokens")
-    hidden_size: int = Field(512, gt=0, le=1 << 20, description="numbers of a token's state")
-    num_hidden_layers: int = Field(8, gt=0, le=1000, description="blocks")
+    vocab_size: int = Field(32_000, gt=0, description="vocabulary size in tokens")
+    hidden_size: int = Field(512, gt=0, le=1 << 20, description="hidden size")
+    num_hidden_layers: int = Field(8, gt=0, le=1000, description="Transformer blocks")
     num_attention_heads: int = Field(8, gt=0, description="query heads")
     num_key_value_heads: int = Field(
         0,
         ge=0,
         description=(
-            "key and value heads: as many as heads (0) is multi-head, fewer grouped-query, one multi-query attention"
+            "key and value heads: 0 = as many as query heads (multi-head), fewer = grouped-query, 1 ="
+            " multi-query attention"
         ),
     )
-    head_dim: int = Field(0, ge=0, description="numbers of a head; 0: width / heads")
+    head_dim: int = Field(0, ge=0, description="dimensions per head; 0 = hidden_size / num_attention_heads")
     intermediate_size: int = Field(
         0,
         ge=0,
         description=(
-            "inner width of the feed-forward layer; 0: 8/3 of the width when gated, else 4 times, rounded up to 64"
+            "feed-forward inner size; 0 = 8/3 of hidden_size when gated, else 4 times, rounded up to a multiple of 64"
         ),
     )
-    max_position_embeddings: int = Field(2048, gt=0, description="longest text, in tokens")
+    max_position_embeddings: int = Field(2048, gt=0, description="maximum sequence length in tokens")
     norm: Literal["rms", "layer"] = Field("rms", description="RMSNorm, or LayerNorm with bias")
     norm_position: Literal["pre", "post", "sandwich"] = Field(
-        "pre", description="before each part; after it is added, as in 2017; or before and after each part, as Gemma 3"
+        "pre", description="pre-norm; post-norm (2017); or around: before and after each sublayer, as Gemma 3"
     )
-    norm_eps: float = Field(1e-5, gt=0, description="added to the variance")
-    norm_unit_offset: bool = Field(False, description="RMSNorm's gain is 1 + weight, as Gemma has it")
-    use_qk_norm: bool = Field(False, description="RMSNorm of each query and key")
+    norm_eps: float = Field(1e-5, gt=0, description="epsilon added to the variance")
+    norm_unit_offset: bool = Field(False, description="RMSNorm gain is 1 + weight, as in Gemma")
+    use_qk_norm: bool = Field(False, description="QK-norm: RMSNorm on each query and key")
     position_embedding_type: Literal["rope", "learned", "sinusoidal", "alibi", "none"] = Field(
-        "rope", description="how order is known"
+        "rope", description="position encoding"
     )
-    rope_parameters: Rope = Field(Rope(), description="rotary positions")
-    sliding_window: int = Field(0, ge=0, description="tokens that attention looks back, itself included; 0: all")
+    rope_parameters: Rope = Field(Rope(), description="RoPE parameters")
+    sliding_window: int = Field(
+        0, ge=0, description="sliding-window attention: window in tokens, the current one included; 0 = full attention"
+    )
     global_attn_every_n_layers: int = Field(
-        0, ge=0, description="with a window: every so many-th layer looks back without one; 0: none does"
+        0, ge=0, description="with a sliding window: every n-th layer uses full attention; 0 = none"
     )
     local_rope_theta: float = Field(
-        0.0, ge=0, description="base of rotary positions in layers with a window; 0: the same"
+        0.0, ge=0, description="RoPE theta of sliding-window layers; 0 = the same as in the other layers"
     )
-    hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh"] = Field("silu", description="of the feed-forward layer")
-    gated_mlp: bool = Field(True, description="feed-forward layer with a gate: SwiGLU with silu, GeGLU with gelu")
-    bias: Literal["none", "qkv", "all"] = Field("none", description="linear layers with a bias")
-    tie_word_embeddings: bool = Field(True, description="output head and embedding are one matrix")
-    scale_embedding: bool = Field(False, description="embeddings are multiplied by the root of the width")
+    hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh"] = Field(
+        "silu", description="activation function of the feed-forward layer"
+    )
+    gated_mlp: bool = Field(True, description="gated feed-forward layer: SwiGLU with silu, GeGLU with gelu")
+    bias: Literal["none", "qkv", "all"] = Field("none", description="which linear layers have a bias")
+    tie_word_embeddings: bool = Field(
+        True, description="tied embeddings: output head and input embedding share one matrix"
+    )
+    scale_embedding: bool = Field(False, description="multiply embeddings by sqrt(hidden_size)")
     attention_multiplier: float = Field(
-        0.0, ge=0, description="queries times keys are multiplied by it; 0: 1 / root of the head's width"
+        0.0, ge=0, description="attention scale, multiplies the query-key products; 0 = 1 / sqrt(head_dim)"
     )
-    experts: Experts | None = Field(None, description="mixture of experts in place of the feed-forward layer")
+    experts: Experts | None = Field(None, description="mixture of experts (MoE) in place of the feed-forward layer")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        """Where a field may be 0 for what follows from others, the mathematics uses `per_head`, `groups` and
-        `inner`.
+        """Check that the fields fit together.
+
+        Code reads fields whose 0 means "derived" through `head_size`, `num_kv_heads` and `inner_size`.
         """
         if not self.head_dim and self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"width {self.hidden_size} is not divided by heads {self.num_attention_heads}; give head_width, or change one of them"
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads};"
+                " give head_dim, or"
+                " change one of them"
             )
         if self.num_attention_heads % (self.num_key_value_heads or self.num_attention_heads):
-            raise ValueError(f"heads {self.num_attention_heads} is not divided by kv_heads {self.num_key_value_heads}")
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads"
+                f" {self.num_key_value_heads}"
+            )
         if self.position_embedding_type == "rope" and self.per_head % 2:
-            raise ValueError(f"rotary positions turn pairs, a head of width {self.per_head} is odd")
+            raise ValueError(f"RoPE rotates pairs of dimensions, but head_dim {self.per_head} is odd")
         if self.experts and self.experts.num_experts_per_tok > self.experts.num_experts:
             raise ValueError(
-                f"experts.chosen {self.experts.num_experts_per_tok} is more than experts.count {self.experts.num_experts}"
+                f"num_experts_per_tok {self.experts.num_experts_per_tok} is larger than num_experts"
+                f" {self.experts.num_experts}"
             )
         if (self.global_attn_every_n_layers or self.local_rope_theta) and not self.sliding_window:
-            raise ValueError(f"{'full_every' if self.global_attn_every_n_layers else 'window_theta'} needs a window")
+            raise ValueError(
+                f"{'global_attn_every_n_layers' if self.global_attn_every_n_layers else 'local_rope_theta'} needs a"
+                " sliding_window"
+            )
         if self.norm_unit_offset and self.norm != "rms":
-            raise ValueError(f"norm_from_zero is RMSNorm's, norm is {self.norm!r}")
+            raise ValueError(f"norm_unit_offset needs norm 'rms', norm is {self.norm!r}")
         if self.position_embedding_type == "rope" and self.rope_parameters.rope_type == "ntk" and self.per_head < 4:
-            raise ValueError(f"rope.scaling ntk needs heads of 4 numbers or more, they have {self.per_head}")
+            raise ValueError(f"rope_type ntk needs a head_dim of 4 or more, it is {self.per_head}")
         return self
 
     @property
     def per_head(self) -> int:
-        """Numbers of a head."""
+        """Dimensions per head, with 0 resolved."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def groups(self) -> int:
-        """Key and value heads."""
+        """Number of key and value heads, with 0 resolved."""
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
     def inner(self) -> int:
-        """Inner width of the feed-forward layer."""
+        """Feed-forward inner size, with 0 resolved."""
         if self.intermediate_size:
             return self.intermediate_size
         return -(-(self.hidden_size * 8 // 3 if self.gated_mlp else self.hidden_size * 4) // 64) * 64
 
     def window_of(self, layer: int) -> int:
-        """How far a layer looks back; 0: all the way."""
+        """Return a layer's sliding window in tokens; 0 = full attention."""
         return (
             0
             if self.global_attn_every_n_layers and (layer + 1) % self.global_attn_every_n_layers == 0
@@ -164,7 +178,7 @@ class Shape(Config):
         )
 
     def rope_of(self, layer: int) -> Rope:
-        """A layer's rotary positions: with a base of their own, layers with a window are not stretched (Gemma 3)."""
+        """Return a layer's RoPE parameters; sliding-window layers with their own theta are not scaled (Gemma 3)."""
         return (
             Rope(rope_theta=self.local_rope_theta)
             if self.local_rope_theta and self.window_of(layer)
@@ -172,7 +186,7 @@ class Shape(Config):
         )
 
     def settled(self) -> dict[str, object]:
-        """All fields, with what 0 stands for; two shapes that settle to the same are the same model."""
+        """Return all fields with derived values resolved; equal results mean the same model."""
         rope = self.rope_parameters if self.position_embedding_type == "rope" else Rope()
         used: dict[str, object] = {"rope_theta": rope.rope_theta, "rope_type": rope.rope_type}
         if rope.rope_type != "default":
@@ -204,39 +218,41 @@ class Shape(Config):
 
 
 class RecurrentShape(Config):
-    """What a model is made of that reads through a window, or one token after the other, without attention."""
+    """Architecture of a language model without attention: a fixed-window MLP or a recurrent network."""
 
     rnn_type: Literal["mlp", "rnn", "lstm", "gru"] = Field(
         "lstm",
-        description="mlp: a window of tokens through one layer; rnn, lstm, gru: a state that every token changes",
+        description="mlp: fixed window of tokens through one layer; rnn, lstm, gru: recurrent state",
     )
-    vocab_size: int = Field(32_000, gt=0, description="tokens")
-    embedding_dim: int = Field(512, gt=0, le=1 << 20, description="numbers of an embedding")
-    hidden_size: int = Field(0, ge=0, description="numbers of the state, or of mlp's layer; 0: the width")
-    num_hidden_layers: int = Field(1, gt=0, le=100, description="one above the other (rnn, lstm, gru)")
-    window_size: int = Field(0, ge=0, le=10_000, description="tokens that mlp looks back, itself included; 0: 8")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of embeddings and of what each layer gives, in training")
-    tie_word_embeddings: bool = Field(True, description="output head and embedding are one matrix")
+    vocab_size: int = Field(32_000, gt=0, description="vocabulary size in tokens")
+    embedding_dim: int = Field(512, gt=0, le=1 << 20, description="embedding size")
+    hidden_size: int = Field(0, ge=0, description="size of the recurrent state or of the MLP layer; 0 = embedding_dim")
+    num_hidden_layers: int = Field(1, gt=0, le=100, description="stacked layers (rnn, lstm, gru)")
+    window_size: int = Field(0, ge=0, le=10_000, description="window of mlp in tokens, the current one included; 0 = 8")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on embeddings and layer outputs in training")
+    tie_word_embeddings: bool = Field(
+        True, description="tied embeddings: output head and input embedding share one matrix"
+    )
     max_position_embeddings: int = Field(
-        2048, gt=0, description="longest text, in tokens, that is trained and asked; the state itself has no limit"
+        2048, gt=0, description="maximum sequence length in training and inference; the state itself has no limit"
     )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.rnn_type == "mlp" and self.num_hidden_layers > 1:
-            raise ValueError(f"kind mlp has one layer, not {self.num_hidden_layers}; give hidden more")
+            raise ValueError(f"rnn_type mlp has one layer, not {self.num_hidden_layers}; increase hidden_size instead")
         if self.rnn_type != "mlp" and self.window_size:
-            raise ValueError(f"window_size is of rnn_type mlp; {self.rnn_type} has no window")
+            raise ValueError(f"window_size needs rnn_type mlp; {self.rnn_type} has no window")
         return self
 
     @property
     def inner(self) -> int:
-        """Numbers of the state."""
+        """Size of the state, with 0 resolved."""
         return self.hidden_size or self.embedding_dim
 
     @property
     def reach(self) -> int:
-        """Tokens that the window looks back."""
+        """Window in tokens, with 0 resolved."""
         return self.window_size or 8
 
 

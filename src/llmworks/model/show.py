@@ -1,7 +1,6 @@
-"""Stage `model.show`: look inside a model, or two side by side: its layers with shapes, parameters, work and cache, and
-its block as a drawing.
+"""Stage `model.show`: show one or two models layer by layer: shapes, parameters, FLOPs, KV cache, and a block diagram.
 
-All of it comes from the configuration; weights are not read.
+Computed from the configuration alone; weights are not read.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class ShowConfig(Config):
-    """For which text work and cache are counted."""
+    """Context length and number format for which FLOPs and KV cache are computed."""
 
     context_length: int = Field(
         0,
         ge=0,
-        description="tokens that the counted token sees, itself included; 0: as many as the model reads, at most 4,096",
+        description="context length in tokens, the current one included; 0 = the model's maximum, at most 4,096",
     )
     kv_cache_dtype: str = Field(
-        "float32", pattern="^(float32|bfloat16|float16)$", description="number format of the cache"
+        "float32", pattern="^(float32|bfloat16|float16)$", description="number format of the KV cache"
     )
 
 
 def show(config: ShowConfig, model: Model, ctx: Context, other: Model | None = None) -> Report:
-    """The layer table, figures and drawing of one model, or of two with their differences.
+    """Report layers, parameters, FLOPs and a block diagram of one model, or compare two.
 
-    Errors: ModelError for an architecture that is not known; UserError for a context beyond learned positions.
+    Errors: ModelError for an unknown architecture; UserError for a context_length beyond learned positions.
     """
     from llmworks.model.anatomy.drawing import draw
     from llmworks.model.anatomy.parts import parts_of
@@ -56,44 +55,40 @@ def show(config: ShowConfig, model: Model, ctx: Context, other: Model | None = N
     shapes = {name: shape_of_model(one) for name, one in zip(names, (model, other), strict=False) if one is not None}
     context = config.context_length or min(4096, *(shape.max_position_embeddings for shape in shapes.values()))
     for name, shape in shapes.items():
-        if (
-            isinstance(shape, Shape)
-            and shape.position_embedding_type == "learned"
-            and context > shape.max_position_embeddings
-        ):
-            raise UserError(
-                f"config.context is {context:,}, {name} has positions for {shape.max_position_embeddings:,}"
-            )
+        learned = isinstance(shape, Shape) and shape.position_embedding_type == "learned"
+        if learned and context > (most := shape.max_position_embeddings):
+            raise UserError(f"config.context_length is {context:,}, but {name} has {most:,} position embeddings")
     width = BYTES[config.kv_cache_dtype]
     found = {name: parts_of(shape, context) for name, shape in shapes.items()}
     rows = _figures(found, context, shapes, width)
     report = ctx.report
-    report.title = " beside ".join(names)
+    report.title = " vs. ".join(names)
     report.lead = "; ".join(_line(name, parts) for name, parts in found.items()) + "."
     _keep_figures(report, context, found, width)
     note = (
-        f"Operations are those of matrix products, a multiply-add as two, of a token that sees {context:,}, itself"
-        f" included; a training step takes about three times as many. The cache is in {config.kv_cache_dtype}."
+        f"FLOPs count matrix products only, a multiply-add as two, for one token with a context of {context:,}"
+        " tokens, itself included; a training step takes about three times as many. KV cache in"
+        f" {config.kv_cache_dtype}."
     )
     report.table("Figures", ("what", *names), rows, note=note)
-    report.drawing("The block" if len(shapes) == 1 else "The blocks", draw(shapes), plain="(drawing: see report.html)")
+    report.drawing("Block" if len(shapes) == 1 else "Blocks", draw(shapes), plain="(diagram: see report.html)")
     if len(shapes) == 2:
-        report.table("What differs", ("field", *names), _differences(*shapes.values()))
+        report.table("Differences", ("field", *names), _differences(*shapes.values()))
     lines = [report.lead, ""]
     for name, parts in found.items():
         table = _table(parts, width)
         report.table(
             f"Layers of {name}",
-            ("block", "part", "shape", "parameters", "operations", "cache, bytes"),
+            ("block", "part", "shape", "parameters", "FLOPs", "KV cache, bytes"),
             table,
-            note="Blocks that are alike stand once; figures are those of one of them, for one token.",
+            note="Identical blocks are listed once; figures are for one block and one token.",
         )
         lines += _plain(name, table)
     report.terminal = "\n".join(
         [
             *lines,
-            "Of one token that sees "
-            + f"{context:,}; cache in bytes. Blocks that are alike stand once, with the figures of one of them.",
+            "For one token and a context of "
+            + f"{context:,} tokens; KV cache in bytes. Identical blocks are listed once, with one block's figures.",
         ]
     )
     return Report(
@@ -108,13 +103,13 @@ def show(config: ShowConfig, model: Model, ctx: Context, other: Model | None = N
 def _figures(
     found: dict[str, list[Part]], context: int, shapes: dict[str, Shape | RecurrentShape], width: int
 ) -> list[tuple[object, ...]]:
-    """Rows of figures: parameters, operations, cache."""
+    """Return the rows of the figures table: parameters, FLOPs, KV cache."""
     from llmworks.model.anatomy.parts import cached, state_of
 
     rows = []
     for what, values in (
         ("parameters", [sum(p.parameters for p in parts) for parts in found.values()]),
-        ("parameters that a token meets", [sum(p.active for p in parts) for parts in found.values()]),
+        ("active parameters per token", [sum(p.active for p in parts) for parts in found.values()]),
         (
             "parameters without embeddings",
             [
@@ -122,11 +117,11 @@ def _figures(
                 for parts in found.values()
             ],
         ),
-        ("operations of a token", [sum(p.work for p in parts) for parts in found.values()]),
-        ("of them attention's", [sum(p.work for p in parts if p.name == "attention") for parts in found.values()]),
-        ("cache of a token, bytes", [sum(p.cache for p in parts) * width for parts in found.values()]),
-        (f"cache of {context:,} tokens, bytes", [cached(shape, context) * width for shape in shapes.values()]),
-        ("state of any text, bytes", [state_of(shape) * width for shape in shapes.values()]),
+        ("FLOPs per token", [sum(p.work for p in parts) for parts in found.values()]),
+        ("of which attention", [sum(p.work for p in parts if p.name == "attention") for parts in found.values()]),
+        ("KV cache per token, bytes", [sum(p.cache for p in parts) * width for parts in found.values()]),
+        (f"KV cache of {context:,} tokens, bytes", [cached(shape, context) * width for shape in shapes.values()]),
+        ("recurrent state, bytes", [state_of(shape) * width for shape in shapes.values()]),
     ):
         if any(values):
             rows.append((what, *values))
@@ -134,7 +129,7 @@ def _figures(
 
 
 def _keep_figures(report: ReportBuilder, context: int, found: dict[str, list[Part]], width: int) -> None:
-    """Keep the figures for programs."""
+    """Store the figures in the report's machine-readable data."""
     report.data = {
         "context": context,
         "models": {
@@ -152,12 +147,12 @@ def _keep_figures(report: ReportBuilder, context: int, found: dict[str, list[Par
 def _line(name: str, parts: Sequence[Part]) -> str:
     return (
         f"{name} has {sum(p.parameters for p in parts):,} parameters and takes {sum(p.work for p in parts) / 1e6:,.1f}"
-        " million operations for a token"
+        " million FLOPs per token"
     )
 
 
 def shape_of_model(model: Model) -> Any_Shape:
-    """The shape of a Hugging Face directory or a GGUF file. ModelError for an architecture that is not known."""
+    """Read the shape of a Hugging Face directory or a GGUF file. ModelError for an unknown architecture."""
     from pydantic import ValidationError
 
     from llmworks.model.io.families import shape_of
@@ -169,14 +164,14 @@ def shape_of_model(model: Model) -> Any_Shape:
 
         config = config_of(model.gguf_path)
     elif (model.path / "embedding.json").exists():
-        raise ModelError("holds word vectors, which have no layers; `llmworks show` and its report say what they know")
+        raise ModelError("holds word vectors, which have no layers; see `llmworks show` and its report")
     elif model.path.is_dir():
         config = read_json(model.path / "config.json")
     else:
-        raise ModelError(f"{model.name}: is {model.format}; what is shown is a Hugging Face directory or a GGUF file")
+        raise ModelError(f"{model.name}: is {model.format}; give a Hugging Face directory or a GGUF file")
     try:
         if config.get("model_type") == "llmworks_ngram":
-            raise ModelError("is an n-gram model, which has no layers; `llmworks show` says what was counted")
+            raise ModelError("is an n-gram model, which has no layers; see `llmworks show` for its counts")
         if config.get("model_type") == "llmworks_recurrent":
             return RecurrentShape.model_validate(read_stored(config.get("shape") or {}))
         return shape_of(config)[1]
@@ -187,7 +182,7 @@ def shape_of_model(model: Model) -> Any_Shape:
 
 
 def _differences(one: Any_Shape, two: Any_Shape) -> list[tuple[str, str, str]]:
-    """Fields that both have and that are not the same, derived sizes as what they come to."""
+    """Return the shape fields that differ between two models; derived sizes are resolved."""
     from llmworks.model.shape import RecurrentShape
 
     sides = []
@@ -213,7 +208,7 @@ def _differences(one: Any_Shape, two: Any_Shape) -> list[tuple[str, str, str]]:
 
 
 def _table(parts: Sequence[Part], width: int) -> list[tuple[object, ...]]:
-    """A row a part; blocks that are alike in all but their number once, where the first of them stands."""
+    """Build the layer table, one row per part; blocks identical but for their number are listed once."""
     kinds: list[tuple[list[int], list[Part]]] = []
     for where, group in ((where, list(group)) for where, group in groupby(parts, key=lambda part: part.where)):
         numbers = [int(where)] if where else []
@@ -236,7 +231,7 @@ def _table(parts: Sequence[Part], width: int) -> list[tuple[object, ...]]:
                 (
                     _ranges(numbers),
                     part.name,
-                    shape + (f" (the {part.shares}'s)" if part.shares else ""),
+                    shape + (f" (tied to {part.shares})" if part.shares else ""),
                     part.parameters,
                     part.work,
                     part.cache * width,
@@ -246,7 +241,7 @@ def _table(parts: Sequence[Part], width: int) -> list[tuple[object, ...]]:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 4 as "0–2, 4"."""
+    """Format 0, 1, 2, 4 as "0–2, 4"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -261,7 +256,7 @@ def _same(one: Sequence[Part], two: Sequence[Part]) -> bool:
 
 
 def _plain(name: str, rows: Sequence[tuple[object, ...]]) -> list[str]:
-    """The table for a terminal."""
+    """Format the layer table for a terminal."""
     cells = [("block", "part", "shape", "parameters", "operations", "cache")] + [
         tuple(f"{c:,}" if isinstance(c, int) else str(c) for c in row) for row in rows
     ]

@@ -1,5 +1,5 @@
-"""Stage `quantize.adapter`: a LoRA adapter becomes a GGUF file that llama.cpp puts on its model's, in any number of
-bits, without folding it in.
+"""Stage `quantize.adapter`: convert a LoRA adapter to a GGUF file that llama.cpp applies to its model at any bit
+width, without merging it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from llmworks.quantize.llamacpp.config import AdapterConfig
 
 
 def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context) -> Adapter:
-    """Write `adapter.gguf` beside the adapter's own files; llama.cpp with it has to say what the folded model says.
+    """Write `adapter.gguf` beside the adapter's own files; llama.cpp with it must match the merged model's
+    log-probabilities.
 
-    Errors: ArtifactError when the adapter belongs to another model; ModelError for one that llama.cpp has no place for;
+    Errors: ArtifactError when the adapter belongs to another model; ModelError for one that llama.cpp cannot represent;
     GoldenMismatch when llama.cpp computes something else.
     """
     from llmworks.quantize.llamacpp.adapter import run

@@ -1,8 +1,8 @@
-"""Stage `quantize.awq`: columns that read large inputs are made larger before weights are rounded to the nearest whole
-number, and what they read smaller.
+"""Stage `quantize.awq`: activation-aware weight quantization (AWQ): scale up the weight columns of large inputs before
+rounding, and scale down those inputs.
 
-Lin et al. 2023 (arXiv:2306.00978). Norms, values and the upper matrix of the feed-forward layer take the scales up, so
-that nothing is computed more; values of grouped heads share theirs.
+Lin et al. 2023 (arXiv:2306.00978). The scales are folded into norms, the value projection and the up projection, so
+inference costs nothing extra; value heads shared by a query group (GQA) share their scales.
 """
 
 from __future__ import annotations
@@ -15,23 +15,21 @@ from llmworks.quantize.config import CalibratedConfig, WholeConfig
 
 
 class AwqConfig(CalibratedConfig, WholeConfig):
-    """How ranges are found."""
+    """Config of `quantize.awq`."""
 
     symmetric: bool = Field(
-        False, description="whole numbers around 0; else with a zero point, of the same bits, for each group"
+        False, description="symmetric integers around 0; otherwise with a zero point of the same bits for each group"
     )
     apply_clip: bool = Field(
         True,
-        description=(
-            "ranges of groups by what their part of the outputs loses, in place of those of the largest weights"
-        ),
+        description=("clip group ranges to minimize each group's output error, instead of using the largest weights"),
     )
 
 
 def awq(config: AwqConfig, model: Model, ctx: Context, data: Dataset) -> Model:
-    """Write a directory in the form of compressed-tensors.
+    """Write a directory in compressed-tensors, GPTQ or AWQ format (`save_format`).
 
-    Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the
+    Errors: ModelError for a model that cannot be quantized, DataError for too little data, GoldenMismatch when the
     result computes something else.
     """
     from llmworks.model.lowbit.integer import Grid

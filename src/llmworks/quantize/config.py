@@ -1,4 +1,4 @@
-"""What all methods that round weights to whole numbers are told. Knows no tensor."""
+"""Config shared by all methods that round weights to integers. Does not know tensors."""
 
 from __future__ import annotations
 
@@ -10,58 +10,59 @@ from llmworks.core.artifact import Config
 
 
 class KeptConfig(Config):
-    """What is left as it is, and what the damage is measured on."""
+    """Layers to ignore, the dtype of the rest, and the held-out samples for evaluation."""
 
     ignore: list[str] = Field(
-        [], description="layers that stay as they are, by a part of their names, as self_attn.v_proj or layers.0."
+        [], description="layers to leave unquantized, by a part of their names, e.g. self_attn.v_proj or layers.0."
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto",
         description=(
-            "number format of scales and of what is not quantized: embedding, head, norms; auto: bfloat16 where that"
-            " changes no weight, else float16, float32 where a weight is beyond its range"
+            "dtype of scales and of unquantized tensors (embedding, head, norms); auto: bfloat16 if that changes no"
+            " weight, otherwise float16, or float32 if a weight exceeds its range"
         ),
     )
     eval_samples: int = Field(
-        8, ge=0, description="texts of `data` that are not calibrated by, on which model and result are compared"
+        8, ge=0, description="held-out sequences of `data` on which the original and the quantized model are compared"
     )
-    max_seq_length: int = Field(512, gt=1, description="tokens of a text of `data`")
+    max_seq_length: int = Field(512, gt=1, description="tokens of a sequence of `data`")
 
 
 class QuantizeConfig(KeptConfig):
-    """The numbers."""
+    """Bit width and group size."""
 
-    bits: int = Field(4, ge=2, le=8, description="of a whole number; engines know 4 and 8")
-    group_size: int = Field(64, ge=0, description="weights of a row that share a scale; 0: all of a row")
+    bits: int = Field(4, ge=2, le=8, description="bits per weight; inference engines support 4 and 8")
+    group_size: int = Field(64, ge=0, description="weights of a row that share a scale; 0: per-row scales")
 
 
 class WholeConfig(QuantizeConfig):
-    """And the form in which weights alone are whole numbers."""
+    """File format for weight-only integer quantization."""
 
     save_format: Literal["compressed-tensors", "gptq", "awq"] = Field(
         "compressed-tensors",
-        description="layout of the files: any bits (transformers, vLLM); gptq: 2, 3, 4 or 8 bits; awq: 4 bits",
+        description="file format; compressed-tensors: any bits (transformers, vLLM); gptq: 2, 3, 4 or 8 bits; awq: 4"
+        " bits",
     )
 
     @model_validator(mode="after")
     def _has_a_place(self) -> Self:
         if self.bits not in {"gptq": (2, 3, 4, 8), "awq": (4,)}.get(self.save_format, (self.bits,)):
-            raise ValueError(f"save_format: {self.save_format} has no layout for {self.bits} bits")
+            raise ValueError(f"save_format: {self.save_format} does not support {self.bits} bits")
         if self.save_format != "compressed-tensors" and self.dtype not in ("auto", "float16"):
-            raise ValueError(f"dtype: the form {self.save_format} keeps scales in float16")
+            raise ValueError(f"dtype: save_format {self.save_format} stores scales in float16")
         return self
 
 
 class CalibratedConfig(QuantizeConfig):
-    """And the texts that show what layers read."""
+    """Number of calibration samples."""
 
-    num_calibration_samples: int = Field(128, gt=0, description="texts of `data` to calibrate by")
+    num_calibration_samples: int = Field(128, gt=0, description="calibration sequences of `data`")
 
 
 BOUNDS = {8: 0.3, 7: 0.5, 6: 0.8, 5: 1.5, 4: 3.0}
-INPUTS = 1.0  # where what layers read is rounded, too; SmolLM2-135M moves by 0.3 in 8 bits of both
+INPUTS = 1.0  # if activations are quantized, too; SmolLM2-135M: 0.3 at W8A8
 
 
 def allowed(bits: int, *, inputs: bool) -> float:
-    """How far golden logits may move on average by rounding to so many bits; infinite for three and fewer."""
+    """Return the maximum mean change of golden logits for a bit width; infinite for three and fewer bits."""
     return max(BOUNDS.get(bits, float("inf")), INPUTS if inputs else 0.0)

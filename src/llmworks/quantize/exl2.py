@@ -1,8 +1,8 @@
-"""Stage `quantize.exl2`: hands a model over to exllamav2 or exllamav3, whose files only they write, on a GPU, and only
-they run.
+"""Stage `quantize.exl2`: quantize a model to EXL2 or EXL3 by the packages exllamav2 or exllamav3, which need a GPU and
+are the only ones to run the result.
 
-What it is on a CPU is `quantize.mixed`: bits by what each part costs, within a budget. The golden tokens are not
-replayed here, since no engine of llmworks reads such files; the package's own calibration texts are used.
+The CPU equivalent is `quantize.mixed`: bits allocated by sensitivity within a budget. Golden tokens are not replayed,
+since no engine of llmworks reads such files; calibration uses the package's own data.
 """
 
 from __future__ import annotations
@@ -26,31 +26,32 @@ THIRD = (
 
 
 class Exl2Config(Config):
-    """Which form, and how many bits."""
+    """Config of `quantize.exl2`."""
 
-    save_format: Literal["exl2", "exl3"] = Field("exl3", description="of exllamav2, or of exllamav3")
-    bits: float = Field(4.0, ge=1, le=8, description="of a weight on average")
-    head_bits: int = Field(6, ge=1, le=8, description="of the head's weights")
+    save_format: Literal["exl2", "exl3"] = Field("exl3", description="format of exllamav2 (exl2) or exllamav3 (exl3)")
+    bits: float = Field(4.0, ge=1, le=8, description="average bits per weight")
+    head_bits: int = Field(6, ge=1, le=8, description="bits per weight of the output head")
 
 
 def exl2(config: Exl2Config, model: Model, ctx: Context) -> Model:
     """Write the package's directory.
 
-    Errors: MissingDependency without the package or a GPU; ModelError when it fails, with its last line.
+    Errors: MissingDependency without the package or a GPU; ModelError with the last line of output if it fails.
     """
     package = {"exl2": "exllamav2", "exl3": "exllamav3"}[config.save_format]
-    rest = "quantize.mixed gives bits within a budget in the same manner, without a GPU"
+    rest = "quantize.mixed also allocates bits within a budget, without a GPU"
     if importlib.util.find_spec(package) is None:
         raise MissingDependency(
-            f"{config.save_format} files are written by {package}, which is not installed; on a machine with a CUDA GPU: pip"
+            f"{config.save_format} files are written by {package}, which is not installed; on a machine with a CUDA"
+            " GPU: pip"
             f" install {package}. {rest}"
         )
     import torch
 
     if not torch.cuda.is_available():
-        raise MissingDependency(f"{package} needs a CUDA GPU, and there is none here; {rest}")
+        raise MissingDependency(f"{package} requires a CUDA GPU, but none is available; {rest}")
     if model.format != "hf":
-        raise ModelError(f"{model.name}: a Hugging Face directory is quantized, this is {model.format}")
+        raise ModelError(f"{model.name}: only a Hugging Face directory can be quantized, not {model.format}")
     work, made = ctx.scratch / "work", ctx.scratch / "made"
     work.mkdir(exist_ok=True)
     done = subprocess.run(
@@ -60,7 +61,7 @@ def exl2(config: Exl2Config, model: Model, ctx: Context) -> Model:
     )
     if done.returncode or not (made / "config.json").exists():
         raise ModelError(
-            f"{package} failed: {((done.stderr or done.stdout).strip().splitlines() or ['it said nothing'])[-1][:300]}"
+            f"{package} failed: {((done.stderr or done.stdout).strip().splitlines() or ['no output'])[-1][:300]}"
         )
     shutil.copytree(made, ctx.out, dirs_exist_ok=True)
     size = sum(file.stat().st_size for file in ctx.out.glob("*.safetensors"))
@@ -72,7 +73,7 @@ def exl2(config: Exl2Config, model: Model, ctx: Context) -> Model:
 
 
 def command(config: Exl2Config, source: str, work: str, out: str, *, resume: bool) -> list[str]:
-    """The package's own converter; it goes on where a stopped one was."""
+    """Return the command of the package's converter; it resumes an interrupted run."""
     if config.save_format == "exl2":
         return [
             sys.executable,

@@ -1,7 +1,7 @@
-"""Stage `quantize.gptq`: weights as whole numbers, column by column; each column makes up for the errors of those
-before it, as the layer's inputs on `data` have it.
+"""Stage `quantize.gptq`: GPTQ: round weights to integers column by column, each column compensating the errors of those
+before it, by the second moments of the layer's inputs on `data`.
 
-Frantar et al. 2022 (arXiv:2210.17323). Each layer is calibrated on what the layers before it, quantized already, give
+Frantar et al. 2022 (arXiv:2210.17323). Each layer is calibrated on the outputs of the already quantized layers before
 it.
 """
 
@@ -15,35 +15,36 @@ from llmworks.quantize.config import CalibratedConfig, WholeConfig
 
 
 class GptqConfig(CalibratedConfig, WholeConfig):
-    """How columns are rounded."""
+    """Config of `quantize.gptq`."""
 
     symmetric: bool = Field(
-        True, description="whole numbers around 0; else with a zero point, of the same bits, for each group"
+        True, description="symmetric integers around 0; otherwise with a zero point of the same bits for each group"
     )
     dampening_frac: float = Field(
-        0.01, gt=0, lt=1, description="share of the mean second moment of inputs that is added to all of them"
+        0.01,
+        gt=0,
+        lt=1,
+        description="dampening: fraction of the mean of the Hessian's diagonal that is added to the diagonal",
     )
     act_order: bool = Field(
         True,
         description=(
-            "columns with the largest inputs first (act-order), scales by the weights as they are, so that no g_idx is"
-            " needed"
+            "act-order: quantize columns with the largest inputs first; scales are those of the original column"
+            " groups, so no g_idx is needed"
         ),
     )
     mse_scales: bool = Field(
         True,
-        description=(
-            "scales by which a group's part of the outputs changes least, in place of those of the largest weights"
-        ),
+        description=("choose scales that minimize each group's output error, instead of using the largest weights"),
     )
-    awq_scaling: bool = Field(False, description="columns that read large inputs made larger before, as AWQ does")
+    awq_scaling: bool = Field(False, description="scale up the columns of large inputs before, as AWQ does")
 
 
 def gptq(config: GptqConfig, model: Model, ctx: Context, data: Dataset) -> Model:
-    """Write a directory in the form of compressed-tensors.
+    """Write a directory in compressed-tensors, GPTQ or AWQ format (`save_format`).
 
-    Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the
-    result computes something else, ModelError for inputs whose moments cannot be inverted.
+    Errors: ModelError for a model that cannot be quantized or whose Hessian cannot be inverted, DataError for too
+    little data, GoldenMismatch when the result computes something else.
     """
     from llmworks.model.lowbit.integer import Grid
     from llmworks.quantize.algorithms.calibrated import Gptq

@@ -1,7 +1,7 @@
-"""Stage `quantize.hqq`: weights as whole numbers with zero points such that few weights are far off, in place of all a
-little; nothing has to be calibrated.
+"""Stage `quantize.hqq`: half-quadratic quantization (HQQ): optimize zero points for a sparse error, a few weights far
+off instead of all a little; needs no calibration.
 
-Badri and Shaji 2023, half-quadratic quantization (mobiusml.github.io/hqq_blog).
+Badri and Shaji 2023 (mobiusml.github.io/hqq_blog).
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from llmworks.quantize.config import QuantizeConfig
 
 
 class HqqConfig(QuantizeConfig):
-    """Which numbers the form has a place for."""
+    """Config of `quantize.hqq`: what the format supports."""
 
-    bits: Literal[2, 3, 4, 8] = Field(4, description="of a whole number")
+    bits: Literal[2, 3, 4, 8] = Field(4, description="bits per weight")
     dtype: Literal["auto", "float16"] = Field(
         "auto",
-        description="number format of scales, zero points and of what is not quantized: float16, as the form has it",
+        description="dtype of scales, zero points and unquantized tensors: float16, as the format requires",
     )
 
 
 def hqq(config: HqqConfig, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
-    """Write a directory in the form of the package hqq; `data`: what the damage is measured on.
+    """Write a directory in the format of the package hqq; `data`: for the comparison with the original.
 
-    Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the
+    Errors: ModelError for a model that cannot be quantized, DataError for too little data, GoldenMismatch when the
     result computes something else.
     """
     from llmworks.model.lowbit.integer import Grid

@@ -1,7 +1,8 @@
-"""Stage `quantize.imatrix`: what a model's quantizer has to know of what it is for, once for many files: what each matrix
-reads, and what each number format would cost it.
+"""Stage `quantize.imatrix`: compute an importance matrix (mean squares of each matrix's inputs) and the cost of each
+quantization format per tensor, once for many files.
 
-`importance.gguf` is llama.cpp's importance matrix, for its own tools, too. `quantize.gguf` takes the result as `sense`.
+`importance.gguf` is llama.cpp's importance matrix, usable by its own tools. `quantize.gguf` takes the result as
+`imatrix`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from llmworks.quantize.llamacpp.config import ImatrixConfig
 
 
 def imatrix(config: ImatrixConfig, model: Model, ctx: Context, data: Dataset) -> Report:
-    """Mean squares of what each matrix reads, and costs in nats a token by tensor and format.
+    """Compute mean squares of each matrix's inputs, and costs in nats per token by tensor and format.
 
-    Errors: ModelError for another architecture; DataError for too little text.
+    Errors: ModelError for an unsupported architecture; DataError for too little data.
     """
     from llmworks.quantize.llamacpp.run import sense as run
 

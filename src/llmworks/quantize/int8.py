@@ -1,7 +1,7 @@
-"""Stage `quantize.int8`: LLM.int8(): weights and what they are multiplied by in 8 bits, but for the few inputs that are
-large.
+"""Stage `quantize.int8`: LLM.int8(): weights and activations in 8 bits, except for outlier input columns, which are
+multiplied in full precision.
 
-Dettmers et al. 2022 (arXiv:2208.07339). The large ones are found as they come, so that nothing has to be calibrated.
+Dettmers et al. 2022 (arXiv:2208.07339). Outliers are detected at inference, so no calibration is needed.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from llmworks.quantize.config import QuantizeConfig
 
 
 class Int8Config(QuantizeConfig):
-    """What is large."""
+    """Config of `quantize.int8`."""
 
-    bits: Literal[8] = Field(8, description="of weights and of inputs")
-    group_size: Literal[0] = Field(0, description="one scale for each row")
-    llm_int8_threshold: float = Field(6.0, gt=0, description="inputs beyond it are multiplied in full precision")
+    bits: Literal[8] = Field(8, description="bits of weights and activations")
+    group_size: Literal[0] = Field(0, description="per-row scales")
+    llm_int8_threshold: float = Field(
+        6.0, gt=0, description="outlier threshold: larger activations are multiplied in full precision"
+    )
 
 
 def int8(config: Int8Config, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
-    """Write a directory in the form of bitsandbytes; `data`: what the damage is measured on.
+    """Write a directory in bitsandbytes format; `data`: for the comparison with the original.
 
-    Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the
+    Errors: ModelError for a model that cannot be quantized, DataError for too little data, GoldenMismatch when the
     result computes something else.
     """
     from llmworks.model.lowbit.activations import Reading

@@ -1,8 +1,7 @@
-"""Stage `quantize.mixed`: whole numbers of more bits where a model bears least to lose them, so many on average;
-rounded by GPTQ.
+"""Stage `quantize.mixed`: mixed-precision integers by sensitivity, within an average bit budget; rounded by GPTQ.
 
-In the manner of EXL2 (turboderp, exllamav2): what each part would cost at each number of bits is found first, then bits
-are given within the budget. The cost is what the divergence of the model would be, to second order.
+Like EXL2 (turboderp, exllamav2): first estimate the cost of each part at each bit width, then allocate bits within the
+budget. The cost is a second-order estimate of the model's KL divergence.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from llmworks.quantize.algorithms.config import MixedConfig
 
 
 def mixed(config: MixedConfig, model: Model, ctx: Context, data: Dataset) -> Model:
-    """Write a directory in the form of compressed-tensors.
+    """Write a directory in compressed-tensors format.
 
-    Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the
-    result computes something else; ModelError for a budget below the fewest bits.
+    Errors: ModelError for a model that cannot be quantized, or a budget below the fewest bits; DataError for too little
+    data; GoldenMismatch when the result computes something else.
     """
     from llmworks.quantize.algorithms.bit_allocation import run
 

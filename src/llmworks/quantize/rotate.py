@@ -1,9 +1,9 @@
-"""Stage `quantize.rotate`: a model that computes the same, its states turned so that no column of weights or inputs is
-much larger than others; to be quantized next, by any method.
+"""Stage `quantize.rotate`: rotate a model's hidden states by Hadamard matrices so that weights and activations have no
+outlier columns; the function is unchanged. Quantize the result by any method.
 
-Ashkboos et al. 2024, QuaRot (arXiv:2404.00456), section 4: the state by one rotation, folded into all that reads and
-writes it; values by another, folded into the matrix after them. What would have to be computed anew at every token is
-left out, so that every engine runs the result.
+Ashkboos et al. 2024, QuaRot (arXiv:2404.00456), section 4: one rotation of the residual stream, folded into all layers
+that read and write it; another of the value heads, folded into the matrix after them. Online rotations are left out, so
+every engine can run the result.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from llmworks.quantize.algorithms.config import RotateConfig
 
 
 def rotate(config: RotateConfig, model: Model, ctx: Context) -> Model:
-    """Write a Hugging Face directory with a head of its own; its golden logits are replayed.
+    """Write a Hugging Face directory with an untied head; its golden logits are replayed.
 
-    Errors: ModelError for a model that is quantized already, whose norms do not only scale (LayerNorm), or whose width
-    has no known Hadamard matrix; GoldenMismatch when it computes something else.
+    Errors: ModelError for a model that is quantized already, has norms other than RMSNorm, or a hidden size without a
+    known Hadamard matrix; GoldenMismatch when it computes something else.
     """
     from llmworks.quantize.algorithms.rotation import turned
 

@@ -1,7 +1,7 @@
-"""Stage `quantize.rtn`: round-to-nearest (RTN): each weight becomes the nearest of a range of whole numbers.
+"""Stage `quantize.rtn`: round-to-nearest (RTN): round each weight to the nearest integer of a range.
 
-Absmax: around 0, the largest weight of a group at the end of the range. Zero point: from the smallest to the largest
-weight of a group, 0 lying on one of them.
+Absmax: symmetric, the largest weight of a group at the end of the range. Zero point: from the smallest to the largest
+weight of a group, 0 being representable.
 """
 
 from __future__ import annotations
@@ -14,18 +14,21 @@ from llmworks.quantize.config import WholeConfig
 
 
 class RtnConfig(WholeConfig):
-    """Where the range lies."""
+    """Config of `quantize.rtn`."""
 
-    symmetric: bool = Field(True, description="absmax: whole numbers around 0; else with a zero point for each group")
+    symmetric: bool = Field(
+        True, description="absmax: symmetric integers around 0; otherwise with a zero point for each group"
+    )
     mse_scales: bool = Field(
-        False, description="ranges of least squared error in place of those of the smallest and largest weights"
+        False, description="choose ranges of least squared error, instead of the smallest and largest weights"
     )
 
 
 def rtn(config: RtnConfig, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
-    """Write a directory in the form of compressed-tensors; `data`: what the damage is measured on.
+    """Write a directory in compressed-tensors, GPTQ or AWQ format (`save_format`); `data`: for the comparison with the
+    original.
 
-    Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the
+    Errors: ModelError for a model that cannot be quantized, DataError for too little data, GoldenMismatch when the
     result computes something else.
     """
     from llmworks.model.lowbit.integer import Grid, whole

@@ -1,6 +1,6 @@
-"""From a model to one whose matrices are whole numbers: the walk, what is written, what is measured, the page.
+"""Quantize a model's matrices to integers: layerwise calibration, writing, evaluation, report.
 
-What a matrix becomes is each method's own.
+How a matrix is rounded is up to each method.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from llmworks.core.artifact import Golden
     from llmworks.tokenize.chat.golden import LogitGap
 
-HALF = 65504.0  # the largest number of float16
+HALF = 65504.0  # the largest float16
 STAYS = ("model.safetensors.index.json", "config.json", "manifest.json", "README.md")
 
 
@@ -49,17 +49,18 @@ def run(
     form: str = "compressed-tensors",
     grids: Mapping[str, Any] | None = None,
 ) -> Model:
-    """Write a directory in a form of `model.quantized.FORMS`.
+    """Write a directory in a format of `model.lowbit.checkpoint.FORMS`.
 
-    The golden tokens are replayed on what was written. `grids`: of layers, by name, that have another than `grid`.
+    The golden tokens are replayed on the written files. `grids`: of layers, by name, that differ from `grid`.
 
-    Errors: ModelError for a model that is quantized already, of another architecture, or with weights that are no
-    numbers; DataError for too little text; GoldenMismatch when the result computes something else.
+    Errors: ModelError for a model that is quantized already, of another architecture, or with NaN or infinite weights;
+    DataError for too little data; GoldenMismatch when the result computes something else.
     """
     source = open_source(model)
     if method.texts and data is None:
         raise DataError(
-            "this method has to see what layers read; give `data`: conversations or texts of what the model is for"
+            "this method requires calibration data; give `data`: conversations or documents like those the model is"
+            " used for"
         )
     tokenizer = load_tokenizer(model.path)
     held, ids = _texts_of(data, config, source, tokenizer, method, ctx)
@@ -102,7 +103,7 @@ def _texts_of(
     method: Method,
     ctx: Context,
 ) -> tuple[Tensor, Tensor]:
-    """Token ids to calibrate by, and others to measure on; none without data."""
+    """Return token ids of held-out sequences, and of calibration sequences; empty without data."""
     if data is not None:
         check_length(config.max_seq_length, source.shape.max_position_embeddings)
         ids, held = calibration(tokenizer, data, method.texts, config.eval_samples, config.max_seq_length, ctx.seed)
@@ -112,7 +113,7 @@ def _texts_of(
 
 
 def _left_out(source: Source, skip: Callable[[str], bool]) -> list[str]:
-    """Layers that stay as they are."""
+    """Return the names of unquantized layers."""
     left = [
         "lm_head",
         *(
@@ -132,7 +133,7 @@ def _replay(
     grid: Any,
     about: Mapping[str, Any],
 ) -> LogitGap:
-    """Replay the golden tokens on what was written. GoldenMismatch when it computes something else."""
+    """Replay the golden tokens on the written files. GoldenMismatch when they compute something else."""
     made = Source(ctx.out, quantized=True)
     texts = [list(one.ids) for one in golden.conversations]
     known = dict(zip(map(tuple, texts), logits_of(made, texts), strict=True))
@@ -151,7 +152,7 @@ def _replay(
 def _metrics_of(
     told: list[dict[str, Any]], size: int, damage: dict[str, float], gap: LogitGap
 ) -> tuple[Any, dict[str, Any]]:
-    """Figures: size, bits, damage, golden tokens."""
+    """Return the number of quantized weights, and metrics: size, bits, divergence, golden tokens."""
     weights = sum(one["weights"] for one in told)
     metrics = {
         "bytes": size,
@@ -177,16 +178,16 @@ def _write_card(
     data: Dataset | None,
     chosen: dict[Any, Any],
 ) -> None:
-    """Write the card beside the weights."""
+    """Write the model card beside the weights."""
     bits, inputs = (
         round(sum(chosen[one["name"]].bits * one["weights"] for one in told) / weights, 2),
         grid.inputs.bits if grid.inputs else 16,
     )
     said = (
-        f"its matrices in {bits:g} bits a weight, "
-        + (f"groups of {grid.group} with a scale" if grid.group else "a scale a row")
-        + (f", what they are multiplied by in {inputs}" if inputs < 16 else "")
-        + f", by the method {about['method']}."
+        f"its matrices in {bits:g} bits per weight, "
+        + (f"group size {grid.group}" if grid.group else "per-row scales")
+        + (f", activations in {inputs} bits" if inputs < 16 else "")
+        + f", by {about['method']}."
     )
     write_card(
         ctx.out,
@@ -204,7 +205,7 @@ def _write_card(
 def _describe(
     ctx: Context, model: Model, about: Mapping[str, Any], told: list[dict[str, Any]], metrics: dict[str, Any]
 ) -> None:
-    """Write the page."""
+    """Write the report."""
     from llmworks.quantize.report.page import describe
 
     describe(
@@ -227,7 +228,7 @@ def _model_of(
     about: Mapping[str, Any],
     data: Dataset | None,
 ) -> Model:
-    """The artifact, with how it was made."""
+    """Return the artifact, with how it was made."""
     return Model(
         ctx.out,
         golden=golden,
@@ -246,24 +247,24 @@ def _model_of(
 
 
 def open_source(model: Model) -> Source:
-    """The model's directory, piece by piece. ModelError for one that cannot be quantized."""
+    """Open the model's directory for reading block by block. ModelError for one that cannot be quantized."""
     if model.format != "hf":
         raise ModelError(
-            f"{model.name}: a Hugging Face directory is quantized, this is {model.format}; convert it with the stage"
-            " model.from_gguf"
+            f"{model.name}: only a Hugging Face directory can be quantized, not {model.format}; convert it with the"
+            " stage model.from_gguf"
         )
     source = Source(model.path)
     if source.kind == "gpt2" or source.shape.experts:
-        fused = "queries, keys and values are one matrix in its files"
+        fused = "its queries, keys and values are stored as one matrix"
         raise ModelError(
-            f"{model.name}: {fused if source.kind == 'gpt2' else 'its experts are no single matrices'},"
-            " which compressed-tensors has no names for; quantize.gguf may serve"
+            f"{model.name}: {fused if source.kind == 'gpt2' else 'its experts are not stored as separate matrices'},"
+            " which compressed-tensors does not support; try quantize.gguf"
         )
     return source
 
 
 def stored_of(source: Source, rest: str) -> Any:
-    """The number format of what is not quantized."""
+    """Return the dtype of what is not quantized."""
     if rest != "auto":
         return rest
     found = "bfloat16"
@@ -277,26 +278,28 @@ def stored_of(source: Source, rest: str) -> Any:
 
 
 def _keeps(tensor: Tensor) -> bool:
-    """Whether bfloat16 changes nothing."""
+    """Return whether bfloat16 represents a tensor exactly."""
     return tensor.dtype == torch.bfloat16 or torch.equal(tensor.float(), tensor.bfloat16().float())
 
 
 def skipping(source: Source, skip: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a layer, by its name in the directory, stays. ModelError for a part of a name that no layer has."""
+    """Return a function that says whether a layer, by its name in the directory, is ignored. ModelError for a
+    pattern that matches no layer.
+    """
     names = [name.removesuffix(".weight") for name in source.places if source.number_of(name) >= 0]
     for part in skip:
         if not any(part in name for name in names):
-            raise ModelError(f"config.skip: no layer's name holds {part!r}; one is {names[0]}")
+            raise ModelError(f"config.ignore: no layer name contains {part!r}; an example of a name is {names[0]}")
     matrices = [name for name, shape in source.shapes.items() if source.number_of(name) >= 0 and len(shape) == 2]
     if all(any(part in name for part in skip) for name in matrices):
         raise ModelError(
-            f"config.skip: all {len(matrices)} matrices of blocks are skipped; nothing is left to quantize"
+            f"config.ignore: all {len(matrices)} matrices of blocks are ignored; nothing is left to quantize"
         )
     return lambda name: any(part in name for part in skip)
 
 
 def _write(source: Source, ctx: Context, stored: str, quantization: Mapping[str, Any]) -> None:
-    """The directory: weights in one file, the config, and all else as it was."""
+    """Write the directory: weights in one file, the config, and all other files unchanged."""
     from safetensors.torch import save_file
 
     number = getattr(torch, stored)
@@ -312,7 +315,7 @@ def _write(source: Source, ctx: Context, stored: str, quantization: Mapping[str,
 
 
 def copy_rest(source: Path, out: Path) -> None:
-    """Tokenizer, template, generation config: all that is no weight."""
+    """Copy tokenizer, template, generation config: all files that are not weights."""
     for file in sorted(source.iterdir()):
         if (
             file.is_file()

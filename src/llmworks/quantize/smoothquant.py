@@ -1,7 +1,7 @@
-"""Stage `quantize.smoothquant`: weights and what they are multiplied by in 8 bits; what is large in a layer's inputs is
-moved into its weights before.
+"""Stage `quantize.smoothquant`: W8A8: weights and activations in 8 bits; outliers of activations are moved into the
+weights before.
 
-Xiao et al. 2022 (arXiv:2211.10438). Weights have a scale for each row, inputs one for each token, found as they come.
+Xiao et al. 2022 (arXiv:2211.10438). Per-row weight scales, dynamic per-token activation scales.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from llmworks.quantize.config import CalibratedConfig
 
 
 class SmoothquantConfig(CalibratedConfig):
-    """How much is moved."""
+    """Config of `quantize.smoothquant`."""
 
-    bits: Literal[8] = Field(8, description="of weights and of inputs")
-    group_size: Literal[0] = Field(0, description="one scale for each row")
+    bits: Literal[8] = Field(8, description="bits of weights and activations")
+    group_size: Literal[0] = Field(0, description="per-row scales")
     smoothing_strengths: list[float] = Field(
         [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
         min_length=1,
         description=(
-            "how much of the inputs' range weights take over (alpha); of several the best for each part of each block"
+            "smoothing strength (alpha): how much of the activations' range is moved into the weights; the best of"
+            " several is chosen for each part of each block"
         ),
     )
 
 
 def smoothquant(config: SmoothquantConfig, model: Model, ctx: Context, data: Dataset) -> Model:
-    """Write a directory in the form of compressed-tensors (W8A8).
+    """Write a directory in compressed-tensors format (W8A8).
 
-    Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the
+    Errors: ModelError for a model that cannot be quantized, DataError for too little data, GoldenMismatch when the
     result computes something else.
     """
     from llmworks.model.lowbit.activations import Reading

@@ -1,5 +1,5 @@
-"""Stage `quantize.zeroquant`: weights in groups and what they are multiplied by token by token, each block then taught
-to answer as it did before (layer-by-layer distillation).
+"""Stage `quantize.zeroquant`: group-wise weights and token-wise activations, followed by layer-by-layer knowledge
+distillation of each block.
 
 Yao et al. 2022, ZeroQuant (arXiv:2206.01861), sections 3.1 and 3.2.
 """
@@ -14,18 +14,20 @@ from llmworks.quantize.config import CalibratedConfig
 
 
 class ZeroquantConfig(CalibratedConfig):
-    """How a block is taught."""
+    """Config of `quantize.zeroquant`."""
 
-    activation_bits: int = Field(8, ge=4, le=8, description="bits of what layers read, each token by its own largest")
-    num_train_epochs: int = Field(2, ge=0, description="times that each block sees the texts; 0: no distillation")
-    batch_size: int = Field(4, gt=0, description="texts of a step")
-    learning_rate: float = Field(1e-2, gt=0, description="of Adam, as a share of the mean size of a matrix's weights")
+    activation_bits: int = Field(8, ge=4, le=8, description="activation bits, with dynamic per-token scales")
+    num_train_epochs: int = Field(2, ge=0, description="distillation epochs per block; 0: no distillation")
+    batch_size: int = Field(4, gt=0, description="sequences per training step")
+    learning_rate: float = Field(
+        1e-2, gt=0, description="Adam's learning rate, relative to the mean absolute weight of a matrix"
+    )
 
 
 def zeroquant(config: ZeroquantConfig, model: Model, ctx: Context, data: Dataset) -> Model:
-    """Write a directory in the form of compressed-tensors.
+    """Write a directory in compressed-tensors format.
 
-    Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the
+    Errors: ModelError for a model that cannot be quantized, DataError for too little data, GoldenMismatch when the
     result computes something else.
     """
     from llmworks.model.lowbit.activations import Reading

@@ -1,4 +1,4 @@
-"""Digest the code that a stage imports, without importing it."""
+"""Hash the code that a stage imports, without importing it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from llmworks.runtime.stages import table
 
-if TYPE_CHECKING:  # listing stages, as help does, must not cost the import of pydantic
+if TYPE_CHECKING:  # listing stages for help must not import pydantic
     pass
 
 
 @functools.cache
 def code_digest(name: str) -> str:
-    """Digest of the source of a stage's module and of every llmworks module that it imports, directly or not."""
+    """Return the digest of a stage's module and of every llmworks module it imports, directly or indirectly."""
     todo = [table()[name].target.partition(":")[0]]
     seen: dict[str, str] = {}
     while todo:
@@ -29,7 +29,7 @@ def code_digest(name: str) -> str:
         if file is None:
             continue
         text = file.read_text(encoding="utf-8")
-        for data in sorted(file.parent.glob("tasks/*.yaml")):  # tasks decide what a stage does, as code does
+        for data in sorted(file.parent.glob("tasks/*.yaml")):  # task files determine what a stage does
             seen[data.name] = hashlib.sha256(data.read_bytes()).hexdigest()
         seen[module] = hashlib.sha256(text.encode()).hexdigest()
         for node in ast.walk(ast.parse(text)):
@@ -41,7 +41,7 @@ def code_digest(name: str) -> str:
 
 
 def _source(module: str) -> Path | None:
-    """The file of a module, found without importing its package."""
+    """Return the file of a module, found without importing its package."""
     if module.split(".")[0] != "llmworks":  # a stage of another package
         spec = importlib.util.find_spec(module)
         return Path(spec.origin) if spec is not None and spec.origin else None

@@ -1,4 +1,4 @@
-"""The fields of a config class as help shows them: name, type, default, description."""
+"""The fields of a config class for help: name, type, default, description."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # listing stages, as help does, must not cost the import of pydantic
+if TYPE_CHECKING:  # listing stages for help must not import pydantic
     from llmworks.core.artifact import Config
 
 
 def config_help(
     config: type[Config], prefix: str = "", rates: Mapping[str, float] | None = None
 ) -> list[tuple[str, str, str]]:
-    """(field, type and default, description) of every field of a config class, those of configs within it as
-    `optimizer.learning_rate`.
+    """Return (field, type and default, description) of every field of a config class.
 
-    `rates`: learning rates by method, where they are other than the field's.
+    Fields of nested configs are written as `optimizer.learning_rate`. `rates`: default learning rates by method, where
+    they differ from the field's.
     """
     rates = rates or getattr(config, "rates", None)
     rows: list[tuple[str, str, str]] = []
     for name, field in config.model_fields.items():
         extra = field.json_schema_extra
-        if isinstance(extra, dict) and "fields_of" in extra:  # the configuration of another stage, described there
+        if isinstance(extra, dict) and "fields_of" in extra:  # the config of another stage, documented there
             rows.append((f"{prefix}{name}", f"fields of {extra['fields_of']}", field.description or ""))
             continue
         if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
@@ -49,7 +49,7 @@ def field_help(config: type[Config], name: str, rates: Mapping[str, float] | Non
 
 
 def told_type(hint: Any) -> str:
-    """A field's type as people write it: of what is annotated the type alone."""
+    """Return a field's type as a readable string, without annotations."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         return told_type(parts[0])

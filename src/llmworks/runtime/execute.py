@@ -1,6 +1,6 @@
-"""Run one stage: compute its key, take its lock, reuse what is there, else make it in a draft and publish.
+"""Run one stage: compute its key, take its lock, reuse an existing result, else create a draft and publish it.
 
-The one place where stages are called. Knows the workspace and the stage table; knows no recipe.
+The only place where stages are called. Does not handle recipes.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ LIBRARIES = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """The artifact, and whether it was made now."""
+    """A stage's artifact, and whether it was made now (else it was reused)."""
 
     artifact: Artifact
     made: bool
@@ -83,15 +83,15 @@ class Outcome:
 
 
 def threads() -> int:
-    """Threads for tensor operations: `$LLMWORKS_THREADS`, else all cores."""
+    """Return the number of threads for tensor operations: `$LLMWORKS_THREADS`, else all cores."""
     value = os.environ.get("LLMWORKS_THREADS", "")
     if value and not value.isdigit():
-        raise UserError(f"LLMWORKS_THREADS is {value!r}, it must be a number")
+        raise UserError(f"LLMWORKS_THREADS is {value!r}, it must be an integer")
     return int(value) if value else os.cpu_count() or 1
 
 
 def flat_inputs(inputs: Inputs) -> list[tuple[str, Artifact]]:
-    """(role, artifact) with list and mapping inputs spelled out: `reports[0]`, `data[train]`."""
+    """Return (role, artifact) with list and mapping inputs flattened: `reports[0]`, `data[train]`."""
     flat: list[tuple[str, Artifact]] = []
     for role, value in inputs.items():
         if isinstance(value, Artifact):
@@ -104,8 +104,9 @@ def flat_inputs(inputs: Inputs) -> list[tuple[str, Artifact]]:
 
 
 def step_key(stage: ResolvedStage, config: Config, inputs: Inputs, seed: int) -> str:
-    """What decides whether a result can be reused: stage, revision, config and the files that it names, seed, and the
-    parents' digests by role.
+    """Return the key under which a result is reused.
+
+    It covers stage, revision, config and the files it names, seed, and the parents' digests by role.
     """
     parents = {role: artifact.digest for role, artifact in flat_inputs(inputs)}
     files = {name: sha256_file(Path(name)) if Path(name).is_file() else "" for name in config.reads()}
@@ -133,11 +134,11 @@ def execute(
     track: Sequence[str] = (),
     announce: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Make the stage's artifact in the workspace, or find it there.
+    """Make the stage's artifact in the workspace, or reuse an existing one.
 
-    Safe against other processes and against being killed.
+    Safe with parallel processes and against being killed.
 
-    `track`: tools that hear of its metrics, too (`core/trackers.py`).
+    `track`: experiment trackers that also receive its metrics (`core/trackers.py`).
     """
     key = step_key(stage, config, inputs, seed)
     found = workspace.find(key)
@@ -148,7 +149,7 @@ def execute(
     with workspace.in_use(), workspace.lock(key):
         found = workspace.find(key)
         if found is not None:
-            announce("another run made it meanwhile")
+            announce("another run created it meanwhile")
             return Outcome(found, made=False)
         began = time.monotonic()
         tracking = Tracking(
@@ -168,20 +169,21 @@ def execute(
             raise
         finally:
             tracking.close()
-            shutil.rmtree(draft, ignore_errors=True)  # moved away when published
+            shutil.rmtree(draft, ignore_errors=True)  # already moved when published
         workspace.drop_scratch(key)
         give_back()
         return Outcome(artifact, made=True, seconds=time.monotonic() - began)
 
 
 def rank() -> int:
-    """The number of this process among those that were started together (torchrun, `--nproc`); the first publishes."""
+    """Return the rank of this process (torchrun, `--nproc`); rank 0 publishes."""
     return int(os.environ.get("RANK", "0"))
 
 
 def _begun(scratch: Path) -> Path:
-    """The file by which the first process tells the others, started with it, that it makes the step: another run may
-    have made it meanwhile.
+    """Return the marker file by which rank 0 tells the other ranks that it runs the step.
+
+    Otherwise another run may have created the result meanwhile.
     """
     launch = os.environ.get("LLMWORKS_LAUNCHED") or os.environ.get("TORCHELASTIC_RUN_ID", "")
     return scratch / f"begun-{launch}-{os.environ.get('MASTER_PORT', '')}"
@@ -196,9 +198,9 @@ def _follow(
     seed: int,
     open_engine: OpenEngine,
 ) -> Outcome:
-    """Help the first process, in a stage that is spread over several; wait for it in others.
+    """Run as a rank above 0: take part in a distributed stage, wait for rank 0 in others.
 
-    Writes nothing that stays.
+    Leaves no files behind.
     """
     began = time.monotonic()
     begun = _begun(workspace.scratch_place(key))
@@ -220,8 +222,9 @@ def _follow(
 
 
 def disk_full(error: Exception, path: Path) -> bool:
-    """Whether a step failed for want of space; safetensors and pyarrow raise errors of their own for it, numpy one
-    without a number.
+    """Return whether a step failed for lack of disk space.
+
+    safetensors and pyarrow raise their own errors for it, numpy one without an errno.
     """
     number = getattr(error, "errno", 0)
     return (
@@ -243,7 +246,7 @@ def _call(
     progress: Progress,
     pool: Pool,
 ) -> Manifest:
-    """Call the stage function and describe what it made."""
+    """Call the stage function and return the manifest of its result."""
     use_threads(threads())
     started = datetime.now(UTC)
     report = ReportBuilder()
@@ -253,14 +256,14 @@ def _call(
     complete(draft, made, inputs, stage.name)
     declared = stage.output_of(config).kind
     if type(made).kind != declared:
-        raise ArtifactError(f"stage {stage.name} is declared to make a {declared}, it made a {type(made).kind}")
+        raise ArtifactError(f"stage {stage.name} is declared to return a {declared}, it returned a {type(made).kind}")
     if report.blocks or report.data:
         report.write(draft if made.kind == "report" else draft / "report")
     files = digest_files(draft, context.digests)
     finished = datetime.now(UTC)
     wall = max(
         (finished - started).total_seconds(), float(made.metrics.get("seconds", 0))
-    )  # a training that went on counts its steps before, too
+    )  # a resumed training includes the time before
     resources = {"wall_seconds": round(wall, 2), "peak_memory_bytes": memory.peak}
     return Manifest(
         kind=made.kind,
@@ -288,7 +291,7 @@ def _call(
 def derive_again(
     stage: ResolvedStage, artifact: Artifact, inputs: Inputs, draft: Path, scratch: Path, open_engine: OpenEngine
 ) -> dict[str, FileEntry]:
-    """Make an artifact's files again in `draft`, with the recorded config, seed and threads; returns their digests."""
+    """Recreate an artifact's files in `draft` with the recorded config, seed and threads; return their digests."""
     recorded = artifact.manifest
     assert recorded is not None
     use_threads(recorded.threads)
@@ -304,7 +307,7 @@ def derive_again(
 
 
 def use_threads(count: int) -> None:
-    """Set torch's threads, when torch is there already or will be imported later."""
+    """Set torch's number of threads, whether or not torch is imported already."""
     os.environ["OMP_NUM_THREADS"] = str(count)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(count)
@@ -312,7 +315,7 @@ def use_threads(count: int) -> None:
 
 @functools.cache
 def versions() -> Mapping[str, str]:
-    """Versions of the libraries that decide results, of those that are installed."""
+    """Return the versions of the installed libraries that affect results."""
     found: dict[str, str] = {"python": platform.python_version()}
     for name in LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -321,7 +324,7 @@ def versions() -> Mapping[str, str]:
 
 
 def machine() -> dict[str, str]:
-    """System, architecture and processor."""
+    """Return system, architecture and processor."""
     processor = platform.processor()
     with contextlib.suppress(OSError):
         line = next(
@@ -332,5 +335,5 @@ def machine() -> dict[str, str]:
 
 
 def missing_inputs(stage: ResolvedStage, given: Mapping[str, Any]) -> list[str]:
-    """Names of required inputs that are not given."""
+    """Return the names of required inputs that are missing."""
     return [name for name, wanted in stage.inputs.items() if wanted.required and name not in given]

@@ -1,4 +1,4 @@
-"""Read a recipe and check it wholly before anything runs: one line per mistake, with file and line, all at once."""
+"""Read a recipe and validate it completely before anything runs: one line per error, with file and line number."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TOP_KEYS = ("name", "about", "seed", "steps", "next")
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe; `overrides` are `step.field=value`, or `step.use=REF`.
+    """Read and validate a recipe; `overrides` are `step.field=value`, or `step.use=REF`.
 
     RecipeError with every problem found.
     """
@@ -49,17 +49,17 @@ class _Checker:
         self.lines: dict[Position, int] = {}
 
     def problem(self, at: Position, text: str) -> None:
-        """Note a problem at a position, or at the nearest position above it that has a line."""
+        """Record a problem at a position, or at the nearest enclosing position that has a line."""
         while at and at not in self.lines:
             at = at[:-1]
         self.problems.append((self.lines.get(at, 1), text))
 
     def fail(self) -> RecipeError:
-        """All problems as one error, in the order of their lines."""
+        """Return all problems as one error, in line order."""
         return RecipeError([f"{self.path}:{line}: {text}" for line, text in sorted(self.problems)])
 
     def check(self, overrides: Sequence[str]) -> Recipe:
-        """The whole check."""
+        """Run all checks and return the recipe."""
         data = self.read()
         self.unknown_keys((), data, TOP_KEYS)
         raw = data.get("steps")
@@ -75,7 +75,7 @@ class _Checker:
             self.problem(
                 ("steps",),
                 (
-                    f"this is a configuration of {foreign}; `llmworks import {self.path}` makes a recipe of it"
+                    f"this is a configuration for {foreign}; convert it with `llmworks import {self.path}`"
                     if foreign
                     else "steps: must be a mapping of step names to steps"
                 ),
@@ -91,13 +91,13 @@ class _Checker:
         order = self.order(steps)
         seed = data.get("seed", 0)
         if not isinstance(seed, int) or isinstance(seed, bool):
-            self.problem(("seed",), f"seed: {seed!r} is not a whole number")
+            self.problem(("seed",), f"seed: {seed!r} is not an integer")
         following = data.get("next") or []
         if not isinstance(following, list) or not all(isinstance(line, str) for line in following):
             self.problem(("next",), "next: must be a list of commands")
         name = data.get("name", self.path.stem)
         if not isinstance(name, str) or name in RESERVED or "/" in name or not name or name.startswith("."):
-            self.problem(("name",), f"name: {name!r} cannot name a folder of the workspace")
+            self.problem(("name",), f"name: {name!r} is not a valid name for a workspace folder")
         if self.problems:
             raise self.fail()
         return Recipe(
@@ -105,7 +105,7 @@ class _Checker:
         )
 
     def read(self) -> dict[str, Any]:
-        """The YAML file as plain values, with the line of every key and item noted."""
+        """Read the YAML file as plain values, recording the line of every key and item."""
         try:
             text = self.path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -115,7 +115,7 @@ class _Checker:
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
             if node is None:
-                raise RecipeError([f"{self.path}:1: is empty"])
+                raise RecipeError([f"{self.path}:1: the file is empty"])
             value = self.value(node, ())
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -123,21 +123,21 @@ class _Checker:
         except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
             raise RecipeError([f"{self.path}:1: cannot be read as a recipe ({str(error).splitlines()[0]})"]) from None
         if not isinstance(value, dict):
-            raise RecipeError([f"{self.path}:1: a recipe is a mapping with `steps`"])
+            raise RecipeError([f"{self.path}:1: a recipe must be a mapping with `steps`"])
         return value
 
     def value(self, node: yaml.Node, at: Position) -> Any:
-        """A YAML node as a plain value."""
+        """Convert a YAML node to a plain value."""
         self.lines.setdefault(at, node.start_mark.line + 1)
         if isinstance(node, yaml.MappingNode):
             out: dict[Any, Any] = {}
             for key_node, value_node in node.value:
                 key = self.value(key_node, (*at, "?"))
                 if not isinstance(key, str):
-                    raise ValueError(f"line {key_node.start_mark.line + 1}: a key must be a word, not {key!r}")
+                    raise ValueError(f"line {key_node.start_mark.line + 1}: a key must be a string, not {key!r}")
                 self.lines[(*at, key)] = key_node.start_mark.line + 1
                 if key in out:
-                    self.problem((*at, key), f"{key}: stands here twice")
+                    self.problem((*at, key), f"{key}: duplicate key")
                 out[key] = self.value(value_node, (*at, key))
             return out
         if isinstance(node, yaml.SequenceNode):
@@ -149,7 +149,7 @@ class _Checker:
             constructor.dispose()
 
     def apply(self, raw: dict[Any, Any], overrides: Sequence[str]) -> None:
-        """Put `step.field=value`, or `step.use=REF`, into the raw steps."""
+        """Apply `step.field=value` or `step.use=REF` to the raw steps."""
         for override in overrides:
             target, equals, text = override.partition("=")
             names = target.split(".")
@@ -166,9 +166,9 @@ class _Checker:
             if not isinstance(body, dict) or "stage" not in body:
                 self.problem(
                     (),
-                    f"--set {override}: {names[0]} is no stage, so it has no config to set"
+                    f"--set {override}: {names[0]} is not a stage step and has no config"
                     + (
-                        "; what it uses is set by " + names[0] + ".use"
+                        "; set its reference with " + names[0] + ".use"
                         if isinstance(body, dict) and "use" in body
                         else ""
                     ),
@@ -187,17 +187,17 @@ class _Checker:
         known: Sequence[str],
         better: Callable[[str, Sequence[str]], str] | None = None,
     ) -> None:
-        """Note a problem for every key that is not known. better: (name, known) -> the known name that it means."""
+        """Record a problem for every unknown key."""
         for key in value:
             if key not in known:
                 problem = unknown("key", key, known, better(str(key), known) if better else "")
                 self.problem((*at, key), f"{'.'.join(map(str, at))}: {problem}" if at else problem)
 
     def step(self, name: str, body: Any) -> Step | None:
-        """One step, or None after noting what is wrong with it."""
+        """Return one step, or None after recording its problems."""
         at: Position = ("steps", name)
         if "/" in name or name.startswith("."):
-            self.problem(at, f"{name}: a step's name cannot hold a slash or start with a dot")
+            self.problem(at, f"{name}: a step's name cannot contain a slash or start with a dot")
         if not isinstance(body, dict):
             self.problem(at, f"{name}: must be a mapping with `use`, `stage` or `gate`")
             return None
@@ -212,13 +212,13 @@ class _Checker:
         return {"use": self.use, "stage": self.stage, "gate": self.gate}[kinds[0]](name, at, body)
 
     def use(self, name: str, at: Position, body: Mapping[str, Any]) -> Step | None:
-        """A `use:` step."""
+        """Return a `use:` step."""
         ref = body["use"]
         if not isinstance(ref, str) or not ref.startswith(SCHEMES):
             self.problem(
                 (*at, "use"),
-                f"{name}.use: {ref!r} is no reference; write asset:NAME, hf:ORG/NAME, path:DIR, gguf:FILE,"
-                " url:URL#sha256=HEX or http://HOST/v1#MODEL",
+                f"{name}.use: {ref!r} is not a valid reference; write asset:NAME, hf:ORG/NAME, path:DIR,"
+                " gguf:FILE, url:URL#sha256=HEX or http://HOST/v1#MODEL",
             )
             return None
         if ref.startswith("asset:"):
@@ -233,7 +233,7 @@ class _Checker:
         return UseStep(name, ref)
 
     def stage(self, name: str, at: Position, body: Mapping[str, Any]) -> Step | None:
-        """A `stage:` step: the stage exists, its config is valid, its inputs are named as the function has them."""
+        """Return a `stage:` step: checks that the stage exists, its config is valid and its inputs are known."""
         if not isinstance(body["stage"], str) or body["stage"] not in table():
             known = list(table())
             better = find_stage(str(body["stage"]), known)
@@ -262,7 +262,7 @@ class _Checker:
         }
         wrong = next((k for k, names in given.items() if not all(isinstance(n, str) for n in names)), None)
         if wrong is not None:
-            self.problem((*at, "inputs", wrong), f"{name}.inputs.{wrong}: must hold names of steps only")
+            self.problem((*at, "inputs", wrong), f"{name}.inputs.{wrong}: must contain step names only")
             return None
         if config is None or not isinstance(expect, Expect):
             return None
@@ -281,10 +281,10 @@ class _Checker:
             return None
 
     def gate(self, name: str, at: Position, body: Mapping[str, Any]) -> Step | None:
-        """A `gate:` step."""
+        """Return a `gate:` step."""
         bounds = {key: body[key] for key in BOUNDS if key in body}
         if not isinstance(body.get("metric"), str):
-            self.problem((*at, "metric"), f"{name}.metric: names a metric of the step {body['gate']!r}")
+            self.problem((*at, "metric"), f"{name}.metric: must name a metric of the step {body['gate']!r}")
             return None
         if not bounds or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in bounds.values()):
             self.problem(at, f"{name}: needs a number for at least one of {', '.join(BOUNDS)}")
@@ -298,7 +298,7 @@ class _Checker:
         )
 
     def check_links(self, steps: Mapping[str, Step], names: set[str]) -> None:
-        """Every named step exists and is of a kind that the input accepts."""
+        """Check that every referenced step exists and has a kind that the input accepts."""
         for step in steps.values():
             if isinstance(step, GateStep) and step.of not in names:
                 self.problem(
@@ -307,7 +307,7 @@ class _Checker:
             if isinstance(step, GateStep) and isinstance(steps.get(step.of), GateStep):
                 self.problem(
                     ("steps", step.name, "gate"),
-                    f"{step.name}.gate: {step.of!r} is a gate itself; name the step whose metric is meant",
+                    f"{step.name}.gate: {step.of!r} is itself a gate; name the step that has the metric",
                 )
             if not isinstance(step, StageStep):
                 continue
@@ -324,21 +324,19 @@ class _Checker:
                     if kind is not None and kind not in accepted:
                         self.problem(
                             ("steps", step.name, "inputs", role),
-                            f"{step.name}.inputs.{role}: {given!r} is a {kind}, wanted is {' or '.join(accepted)}",
+                            f"{step.name}.inputs.{role}: {given!r} is a {kind}, expected {' or '.join(accepted)}",
                         )
 
     def order(self, steps: Mapping[str, Step]) -> list[str]:
-        """Names so that every step comes after what it needs, in the file's order where that is free. Notes a cycle."""
+        """Return step names in topological order, the file's order where possible. Records a cycle."""
         done: list[str] = []
         left = list(steps)
         while left:
             ready = next((n for n in left if all(d in done or d not in steps for d in _needs(steps[n]))), None)
             if ready is None:
                 while ends := [n for n in left if not any(n in _needs(steps[other]) for other in left)]:
-                    left = [n for n in left if n not in ends]  # waits for the circle, is no part of it
-                self.problem(
-                    ("steps", left[0]), f"{left[0]}: these steps need one another in a circle: {', '.join(left)}"
-                )
+                    left = [n for n in left if n not in ends]  # depends on the cycle, is not part of it
+                self.problem(("steps", left[0]), f"{left[0]}: circular dependency between steps: {', '.join(left)}")
                 break
             left.remove(ready)
             done.append(ready)
@@ -352,7 +350,7 @@ def _needs(step: Step) -> list[str]:
 
 
 def _kind(step: Step | None) -> str | None:
-    """The kind a step makes, where that is known before running."""
+    """Return the kind a step makes, where it is known before running."""
     if isinstance(step, StageStep):
         return step.stage.output_of(step.config).kind
     if isinstance(step, UseStep):

@@ -1,9 +1,7 @@
-"""Recipes: YAML to typed steps, checked wholly before anything runs.
+"""Recipes: typed steps read from YAML.
 
-Every mistake is one line with file and line number.
-
-A step is `use:` (something from outside), `stage:` (a function of the stage table) or `gate:` (a check that stops the
-run). Knows the stage table; runs nothing and resolves no reference.
+A step is `use:` (an external artifact), `stage:` (a function of the stage table) or `gate:` (a check that stops the
+run). Runs nothing and resolves no references.
 """
 
 from __future__ import annotations
@@ -23,16 +21,16 @@ InputNames = str | list[str] | dict[str, str]
 
 
 class Expect(Config):
-    """What a step takes, measured by the recipe's author; shown by `plan` until this workspace knows better."""
+    """Expected cost of a step, measured by the recipe's author; shown by `plan` until measured in this workspace."""
 
-    seconds: float = Field(0, ge=0, description="wall time on the recipe's machine")
+    seconds: float = Field(0, ge=0, description="wall time on the author's machine")
     memory_mb: float = Field(0, ge=0, description="peak memory")
     disk_mb: float = Field(0, ge=0, description="size of the result")
 
 
 @dataclass(frozen=True)
 class UseStep:
-    """Something from outside."""
+    """A step that uses an external artifact."""
 
     name: str
     ref: str
@@ -40,7 +38,7 @@ class UseStep:
 
 @dataclass(frozen=True)
 class StageStep:
-    """A stage with its config and the names of the steps it takes."""
+    """A stage with its config and the names of the steps that are its inputs."""
 
     name: str
     stage: ResolvedStage
@@ -65,7 +63,7 @@ Step = UseStep | StageStep | GateStep
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe; steps in an order in which they can run, the file's order where it is free."""
+    """A validated recipe; steps in an executable order, the file's order where possible."""
 
     name: str
     path: Path
@@ -79,7 +77,7 @@ BOUNDS = ("above", "below", "at_least", "at_most")
 
 
 def referenced(inputs: Mapping[str, InputNames]) -> list[str]:
-    """All step names in a mapping of inputs."""
+    """Return all step names in a mapping of inputs."""
     return [
         name
         for value in inputs.values()
@@ -88,7 +86,7 @@ def referenced(inputs: Mapping[str, InputNames]) -> list[str]:
 
 
 def check_gate(gate: GateStep, artifact: Artifact) -> tuple[bool, str]:
-    """(whether the gate holds, one line that says so with the figures). UserError when there is no such metric."""
+    """Return (whether the gate passes, one line with the values). UserError when there is no such metric."""
     value = artifact.metrics.get(gate.metric)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         numbers = [k for k, v in artifact.metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
@@ -101,4 +99,4 @@ def check_gate(gate: GateStep, artifact: Artifact) -> tuple[bool, str]:
     }
     words = " and ".join(f"{key.replace('_', ' ')} {bound:g}" for key, bound in gate.bounds.items())
     holds = all(tests[key](bound) for key, bound in gate.bounds.items())
-    return holds, f"{gate.of}.{gate.metric} is {value:.4g}, wanted {words}"
+    return holds, f"{gate.of}.{gate.metric} is {value:.4g}, required {words}"

@@ -1,4 +1,4 @@
-"""A JSON schema of recipes, made from the stage table and the configs, so that editors complete and check them."""
+"""A JSON schema of recipes, built from the stage table and the configs, for completion and validation in editors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llmworks.runtime.stages import table
 
 
 def recipe_schema() -> dict[str, Any]:
-    """A JSON schema of recipes, so that editors complete and check them."""
+    """Return the JSON schema of recipes."""
     names = {"type": "string", "description": "name of another step"}
     variants = _other_steps(names)
     definitions: dict[str, Any] = {}
@@ -62,7 +62,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _other_steps(names: dict[str, str]) -> list[dict[str, Any]]:
-    """Schemas of steps that are no stage: what is used from outside, and gates."""
+    """Return the schemas of steps that are not stages: `use` steps and gates."""
     variants: list[dict[str, Any]] = [
         {
             "type": "object",

@@ -1,7 +1,7 @@
-"""References to what comes from outside: a path, `asset:`, `hf:ORG/NAME`, `gguf:FILE`, `url:URL#sha256=`,
+"""References to external artifacts: a path, `asset:`, `hf:ORG/NAME`, `gguf:FILE`, `url:URL#sha256=`,
 `http://HOST/v1#MODEL`.
 
-Resolves them to artifacts (digested once, cached), and opens an engine over any model or adapter.
+Resolves them to artifacts (hashed once, cached), and opens an engine over any model.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from llmworks.generate.remote.endpoint import identity, parse_remote
 
 Convert = Callable[[Artifact, str], Artifact]
 
-REMEMBERED = 10_000  # digests of foreign files: 1 MB of JSON, read for every reference
+REMEMBERED = 10_000  # cached digests of external files: 1 MB of JSON, read for every reference
 
 
 def resolve(
     ref: str, *, name: str = "", workspace: Workspace | None = None, convert: Convert | None = None
 ) -> Artifact:
-    """The artifact behind a reference.
+    """Return the artifact behind a reference.
 
-    `convert`: makes a directory (`model`) of an asset that is kept as a GGUF file; without it the file is given.
+    `convert`: converts an asset stored as a GGUF file to a directory (`model`); without it the file is returned.
 
-    Errors: UserError or ArtifactError in one line when there is none.
+    Errors: UserError or ArtifactError when there is none.
     """
     if not ref.strip():
-        raise UserError("an empty reference; give a path, a name in the workspace, asset:NAME or hf:ORG/NAME")
+        raise UserError("empty reference; use a path, a name in the workspace, asset:NAME or hf:ORG/NAME")
     scheme, _, rest = ref.partition(":")
     if scheme == "asset":
         artifact = asset_files(rest, name or rest)
@@ -74,19 +74,19 @@ def resolve(
 
 
 def _near(ref: str, workspace: Workspace | None) -> str:
-    """What a reference that leads nowhere may have meant: an asset, or a name in the workspace."""
+    """Suggest what an unresolvable reference may have meant: an asset, or a name in the workspace."""
     name = ref.rpartition("/")[2].lower()
     if name in CATALOGUE:
-        return f"; did you mean asset:{name}" + (f", or hf:{ref}, a model of the Hub?" if "/" in ref else "?")
-    hub = f"; a model of the Hub is hf:{ref}" if re.fullmatch(r"[\w-]+/[\w.-]+", ref) else ""
+        return f"; did you mean asset:{name}" + (f", or hf:{ref} on the Hugging Face Hub?" if "/" in ref else "?")
+    hub = f"; for a model on the Hugging Face Hub use hf:{ref}" if re.fullmatch(r"[\w-]+/[\w.-]+", ref) else ""
     if workspace is None:
         return hub
     near = difflib.get_close_matches(ref, list(workspace.names()), n=1)
-    return f", here or in {workspace.root}" + (f"; did you mean {near[0]!r}?" if near else hub)
+    return f", neither here nor in {workspace.root}" + (f"; did you mean {near[0]!r}?" if near else hub)
 
 
 def is_here(ref: str) -> bool:
-    """Whether a reference can be resolved without fetching anything."""
+    """Return whether a reference can be resolved without a download."""
     scheme, _, rest = ref.partition(":")
     if scheme == "asset":
         return assets.is_cached(assets.get(rest))
@@ -96,19 +96,20 @@ def is_here(ref: str) -> bool:
 
 
 def unconverted(ref: str) -> Artifact | None:
-    """The files of an asset that is converted before it is used; None for every other reference."""
+    """Return the files of an asset that is converted before use; None for every other reference."""
     scheme, _, rest = ref.partition(":")
     return asset_files(rest, rest) if scheme == "asset" and assets.get(rest).convert else None
 
 
 def conversions() -> Workspace:
-    """The workspace in the cache that holds what assets and rows from outside were converted to."""
+    """Return the workspace in the cache that holds converted assets and external rows."""
     return Workspace(cache_directory() / "converted")
 
 
 def _hub(repository: str) -> Path:
-    """A Hub repository at the commit that its name, or NAME@REVISION, resolves to, in huggingface_hub's own cache; of
-    `datasets/ORG/NAME/FOLDER` that folder.
+    """Return the snapshot of a Hub repository NAME or NAME@REVISION in huggingface_hub's cache.
+
+    For `datasets/ORG/NAME/FOLDER`, return that folder.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -132,11 +133,11 @@ def _hub(repository: str) -> Path:
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(f"hf:{repository}: cannot be fetched ({str(error).strip().splitlines()[0][:160]})") from None
+        raise UserError(f"hf:{repository}: download failed ({str(error).strip().splitlines()[0][:160]})") from None
 
 
 def _remote(ref: str, name: str) -> Model:
-    """A model behind a server: declared, since nobody can digest it."""
+    """Return a model behind a server: derivation declared, since it cannot be hashed."""
     url, model, options = parse_remote(ref)
     manifest = _foreign_manifest(
         "model", {}, {"format": "http"}, digest=hashlib.sha256(identity(url, model, options).encode()).hexdigest()
@@ -145,7 +146,7 @@ def _remote(ref: str, name: str) -> Model:
 
 
 def kind_of(path: Path) -> str:
-    """What a foreign file or directory is, by what it holds; what is nothing else is raw data.
+    """Return the kind of an external file or directory by its contents; the default is raw data.
 
     UserError for an empty directory.
     """
@@ -153,7 +154,7 @@ def kind_of(path: Path) -> str:
         return "model" if path.suffix == ".gguf" else "dataset"
     names = {p.name for p in path.iterdir()}
     if not names:
-        raise UserError(f"{path}: is empty")
+        raise UserError(f"{path}: empty directory")
     if "adapter_config.json" in names:
         return "adapter"
     if names & {"config.json", "model.safetensors"} or any(name.endswith(".gguf") for name in names):
@@ -184,7 +185,7 @@ def _foreign_manifest(kind: str, files: dict[str, FileEntry], about: dict[str, A
 
 
 def digest_cached(path: Path) -> dict[str, FileEntry]:
-    """Digests of foreign files, remembered by (device, inode, size, modification time)."""
+    """Return digests of external files, cached by (device, inode, size, modification time)."""
     store = cache_directory() / "digests.json"
     try:
         known: dict[str, str] = json.loads(store.read_text())
@@ -204,7 +205,7 @@ def digest_cached(path: Path) -> dict[str, FileEntry]:
 
 
 def _remember(store: Path, known: dict[str, str]) -> None:
-    """Keep the newest digests; where there is no room, or nothing may be written, they are computed again."""
+    """Store the newest digests; without space or write permission they are computed again next time."""
     with contextlib.suppress(OSError):
         store.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=store.parent, prefix=".digests-", delete=False) as stream:
@@ -218,7 +219,7 @@ def _remember(store: Path, known: dict[str, str]) -> None:
 
 
 def find_digest(digest: str, workspace: Workspace | None) -> Artifact | None:
-    """An artifact by digest: in the workspace, behind its names, or among converted assets."""
+    """Return an artifact by digest: in the workspace, behind its names, or among converted assets."""
     for place in (workspace, conversions()):
         found = place.find_digest(digest) if place is not None else None
         if found is not None:
@@ -227,7 +228,7 @@ def find_digest(digest: str, workspace: Workspace | None) -> Artifact | None:
 
 
 def base_reference(adapter: Adapter) -> str:
-    """How an adapter names the model that it was trained on: in its manifest, else in peft's own file; empty if not."""
+    """Return the reference of an adapter's base model, from its manifest or peft's config; empty if none."""
     base = str(adapter.about.get("base", ""))
     if adapter.manifest is not None:
         ref = next((p.ref for p in adapter.manifest.parents if p.digest == base and p.ref), "")
@@ -240,7 +241,7 @@ def base_reference(adapter: Adapter) -> str:
 
 
 def open_model(model: Model) -> Engine:
-    """An engine over a Hugging Face directory, a GGUF file or a server."""
+    """Open an engine over a Hugging Face directory, a GGUF file or a server."""
     if model.format == "http":
         from llmworks.generate.engines.remote import RemoteEngine
 
@@ -255,7 +256,7 @@ def open_model(model: Model) -> Engine:
 
 
 def asset_files(asset_name: str, name: str) -> Artifact:
-    """The files of a cached asset as they were fetched, before any conversion."""
+    """Return the files of a cached asset as downloaded, before any conversion."""
     asset = assets.get(asset_name)
     return _foreign(
         assets.fetch(asset_name),

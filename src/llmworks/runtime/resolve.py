@@ -1,4 +1,4 @@
-"""Resolve a row of the stage table: its function, its config class, the inputs it takes and what it makes."""
+"""Resolve a row of the stage table: its function, config class, inputs and output."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING, Any
 from llmworks.core.errors import UserError
 from llmworks.runtime.stages import Stage, table
 
-if TYPE_CHECKING:  # listing stages, as help does, must not cost the import of pydantic
+if TYPE_CHECKING:  # listing stages for help must not import pydantic
     from llmworks.core.artifact import Artifact, Config
 
 
 @dataclass(frozen=True)
 class Input:
-    """One input of a stage: the kinds it accepts, whether it takes one, a list or a mapping, and whether it may be left
-    out.
-    """
+    """One input of a stage: accepted kinds, shape (one, list or mapping), and whether it is required."""
 
     name: str
     kinds: tuple[type[Artifact], ...]
@@ -31,7 +29,7 @@ class Input:
     required: bool
 
     def describe(self) -> str:
-        """For help: `model or adapter`, `list of report`."""
+        """Return the description for help: `model or adapter`, `list of report`."""
         kinds = " or ".join(k.kind for k in self.kinds)
         text = kinds if self.shape == "one" else f"{self.shape} of {kinds}"
         return text if self.required else f"{text}, optional"
@@ -49,13 +47,13 @@ class ResolvedStage:
     output: type[Artifact]
 
     def output_of(self, config: Config | None) -> type[Artifact]:
-        """The kind that is made with a configuration, where that decides it (`makes`)."""
+        """Return the output kind for a config, where the config determines it (`makes`)."""
         made: type[Artifact] = getattr(config, "makes", self.output)
         return made
 
     @staticmethod
     def attribute(path: str) -> Any:
-        """What a row names as `module:attribute`; None where it names nothing."""
+        """Return the object named `module:attribute`; None for an empty path."""
         module, _, attribute = path.partition(":")
         return getattr(importlib.import_module(module), attribute) if path else None
 
@@ -88,14 +86,14 @@ def resolve(name: str) -> ResolvedStage:
         inputs[parameter.name] = _input(
             parameter.name, hints[parameter.name], parameter.default is inspect.Parameter.empty
         )
-    made = typing.get_args(hints["return"])  # of several kinds the first is what the default configuration makes
+    made = typing.get_args(hints["return"])  # of several kinds, the first is that of the default config
     return ResolvedStage(name, stage, function, hints["config"], inputs, made[0] if made else hints["return"])
 
 
 def _input(name: str, hint: Any, required: bool) -> Input:
     shape = "one"
     some = [part for part in typing.get_args(hint) if part is not type(None)]
-    if typing.get_origin(hint) in (types.UnionType, typing.Union) and len(some) == 1:  # one that may be left out
+    if typing.get_origin(hint) in (types.UnionType, typing.Union) and len(some) == 1:  # optional
         hint = some[0]
     if typing.get_origin(hint) in (list, dict):
         shape = typing.get_origin(hint).__name__
@@ -106,5 +104,5 @@ def _input(name: str, hint: Any, required: bool) -> Input:
 
 
 def conversion(to: str) -> ResolvedStage:
-    """The stage that makes such artifacts of what comes from outside (`converts` in its row)."""
+    """Return the stage that converts external artifacts to this kind (`converts` in its row)."""
     return resolve(next(name for name, stage in table().items() if stage.converts == to))

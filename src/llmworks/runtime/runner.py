@@ -1,6 +1,6 @@
-"""Run a recipe in a workspace: skip what is there, make what is not, stop at a gate that does not hold; and say why.
+"""Run a recipe in a workspace: skip existing results, make missing ones, stop at a failed gate, and explain why.
 
-Planning and running share one judgement of every step, so that `plan` tells what `run` will do.
+`plan` and `run` share the same check of every step, so that `plan` shows what `run` will do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ State = Literal["up to date", "to run", "waits", "from outside", "gate holds", "
 
 @dataclass(frozen=True)
 class Judgement:
-    """What is to be done with a step, and why."""
+    """The state of a step, and why."""
 
     name: str
     state: State
@@ -39,7 +39,7 @@ class Judgement:
 
 @dataclass
 class Run:
-    """One recipe in one workspace. `say` gets lines for people."""
+    """One recipe in one workspace. `say` receives status lines."""
 
     recipe: Recipe
     workspace: Workspace
@@ -51,7 +51,7 @@ class Run:
 
     @property
     def session(self) -> Session:
-        """What makes its artifacts."""
+        """Session that makes the recipe's artifacts."""
         return Session(
             self.workspace,
             seed=self.recipe.seed,
@@ -62,7 +62,7 @@ class Run:
         )
 
     def bound(self, name: str) -> Artifact | None:
-        """What the step's name points to now."""
+        """Return the artifact that the step's name currently points to."""
         link = self.workspace.root / self.recipe.name / name
         try:
             return load(link.resolve(), name=name) if link.is_symlink() else None
@@ -70,7 +70,7 @@ class Run:
             return None
 
     def inputs(self, step: StageStep) -> Inputs | None:
-        """The step's artifacts by role, or None while one of them is not made yet."""
+        """Return the step's artifacts by role, or None while one of them is missing."""
         if any(name not in self.found for name in referenced(step.inputs)):
             return None
         out: dict[str, Any] = {}
@@ -85,13 +85,13 @@ class Run:
             accepted = step.stage.inputs[role.partition("[")[0]].kinds
             if not isinstance(artifact, accepted):
                 raise UserError(
-                    f"{self.recipe.path}: {step.name}.inputs.{role}: {artifact.name!r} is a {artifact.kind}, wanted is"
-                    f" {' or '.join(k.kind for k in accepted)}"
+                    f"{self.recipe.path}: {step.name}.inputs.{role}: {artifact.name!r} is a {artifact.kind},"
+                    f" expected {' or '.join(k.kind for k in accepted)}"
                 )
         return out
 
     def judge(self, name: str) -> Judgement:
-        """What `run` would do with a step, given what is found so far. Fetches nothing."""
+        """Return what `run` would do with a step, given the artifacts found so far. Downloads nothing."""
         step = self.recipe.steps[name]
         if isinstance(step, UseStep):
             return self._judge_use(step)
@@ -114,7 +114,7 @@ class Run:
                 name,
                 "up to date",
                 "same stage, config and parents"
-                + ("; its code has changed since, without a new revision" if changed else ""),
+                + ("; its code has changed since then, without a new revision" if changed else ""),
                 artifact,
             )
         return Judgement(name, "to run", self._why(step, inputs, key), expect=expect, expect_from=source)
@@ -125,22 +125,22 @@ class Run:
             return Judgement(
                 step.name,
                 "to run",
-                f"{step.ref} is not in the cache, {asset.bytes / 1e6:.0f} MB to fetch",
+                f"{step.ref} is not in the cache, {asset.bytes / 1e6:.0f} MB to download",
                 expect=Expect(disk_mb=asset.bytes / 1e6),
                 expect_from="catalogue",
             )
         if not self.session.is_here(step.ref):
-            return Judgement(step.name, "to run", f"{step.ref} has to be fetched or converted")
+            return Judgement(step.name, "to run", f"{step.ref} must be downloaded or converted")
         return Judgement(step.name, "from outside", step.ref)
 
     def _why(self, step: StageStep, inputs: Inputs, key: str) -> str:
-        """Why a step has to run: what differs from what its name points to now."""
+        """Return why a step must run: what differs from its current artifact."""
         scratch = self.workspace.root / "scratch" / key[:12]
         if scratch.is_dir():
-            return "was interrupted" + ("; goes on from what it kept" if any(scratch.iterdir()) else "")
+            return "was interrupted" + ("; resumes from its checkpoint" if any(scratch.iterdir()) else "")
         last = self.bound(step.name)
         if last is None or last.manifest is None:
-            return "was never made here"
+            return "was never run here"
         m = last.manifest
         reasons: list[str] = []
         if (m.stage, m.revision) != (step.stage.name, step.stage.stage.revision):
@@ -162,7 +162,7 @@ class Run:
         return "; ".join(reasons) or "its artifact is no longer in the store"
 
     def _expect(self, step: StageStep) -> tuple[Expect, str]:
-        """What a step takes: measured here the last time, else the recipe's own figure."""
+        """Return a step's cost: last measured here, else the recipe's estimate."""
         last = self.bound(step.name)
         if last is not None and last.manifest is not None and last.manifest.stage == step.stage.name:
             m = last.metrics
@@ -174,10 +174,10 @@ class Run:
                 ),
                 "measured here",
             )
-        return step.expect, "the recipe's figure" if step.expect != Expect() else ""
+        return step.expect, "recipe estimate" if step.expect != Expect() else ""
 
     def plan(self) -> list[Judgement]:
-        """Judge every step without running any; what is up to date lets later steps be judged."""
+        """Check every step without running any; existing results allow later steps to be checked."""
         out: list[Judgement] = []
         for name, step in self.recipe.steps.items():
             judgement = self.judge(name)
@@ -197,7 +197,7 @@ class Run:
         return artifact
 
     def run(self, explain: bool = False) -> list[Judgement]:
-        """Run every step in order. GateFailed when a gate does not hold; what was made before stays."""
+        """Run every step in order. GateFailed when a gate fails; results made before are kept."""
         with self.workspace.in_use():
             return self._run(explain)
 
@@ -221,8 +221,8 @@ class Run:
                 done.append(judgement)
                 if judgement.state != "gate holds":
                     raise GateFailed(
-                        f"gate {name}: {judgement.why}{f' ({step.because})' if step.because else ''}; the run stops"
-                        " here, what was made is kept"
+                        f"gate {name}: {judgement.why}{f' ({step.because})' if step.because else ''}; the run"
+                        " stops here, finished results are kept"
                     )
             else:
                 done.append(self._run_stage(step, judgement, label, explain))
@@ -253,7 +253,7 @@ class Run:
             self.workspace.bind(self.recipe.name, name, artifact)
 
     def report_path(self) -> Path | None:
-        """The page of the last report that the recipe makes."""
+        """Return the HTML page of the recipe's last report."""
         reports = [a for a in self.found.values() if a.kind == "report"]
         return self.workspace.root / self.recipe.name / reports[-1].name / "report.html" if reports else None
 
@@ -266,18 +266,18 @@ def run(
     quiet: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Artifact]:
-    """Run a recipe; what is up to date is not made again, what was interrupted goes on from its checkpoint.
+    """Run a recipe; existing results are reused, interrupted steps resume from their checkpoints.
 
     Args:
         recipe: its YAML file.
-        workspace: where artifacts are kept; default: `$LLMWORKS_WORKSPACE`, else `./workspace`.
-        overrides: `step.field=value`, as `--set` takes them.
+        workspace: where artifacts are stored; default: `$LLMWORKS_WORKSPACE`, else `./workspace`.
+        overrides: `step.field=value`, as for `--set`.
         quiet: show no progress.
-        say: gets a line for each step.
+        say: receives one line per step.
 
-    Returns: what each step made, by its name.
+    Returns: the artifact of each step, by step name.
 
-    Errors: RecipeError before anything runs; GateFailed where a gate does not hold; those of the stages.
+    Errors: RecipeError before anything runs; GateFailed when a gate fails; errors of the stages.
     """
     job = Run(load_recipe(Path(recipe), overrides), Session(workspace).workspace, say=say, quiet=quiet)
     job.run()
@@ -285,7 +285,7 @@ def run(
 
 
 def facts(metrics: Mapping[str, Any]) -> str:
-    """The figures of a step that fit on a line."""
+    """Format a step's main metrics on one line."""
     shown = (
         "rows",
         "documents",

@@ -1,6 +1,6 @@
-"""Make artifacts: a workspace, and with what its stages run. The one caller of `execute`.
+"""Make artifacts in a workspace. The only caller of `execute`.
 
-The command line, recipes and workflows do `Session(...).make("train.sft", model=..., data=...)`. Knows no stage.
+The command line, recipes and workflows call `Session(...).make("train.sft", model=..., data=...)`.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ Input = Artifact | str | Path | Sequence[Artifact | str | Path] | Mapping[str, A
 
 
 class Session:
-    """A workspace to make artifacts in, with the seed, the workers and the trackers of its stages.
+    """A workspace to make artifacts in, with the seed, worker pool and trackers of its stages.
 
     Args:
         workspace: a `Workspace` or its directory; default: `$LLMWORKS_WORKSPACE`, else `./workspace`.
-        seed: of every stage that draws.
+        seed: random seed of every stage.
         quiet: show no progress.
-        pool: processes for stages that work in parts; changes no result.
-        track: tools that metrics are sent to as well (tensorboard, wandb, mlflow, trackio).
-        say: gets lines for people, as that another run made a step meanwhile.
+        pool: processes for stages that work in parts; does not change results.
+        track: experiment trackers that also receive metrics (tensorboard, wandb, mlflow, trackio).
+        say: receives status lines, for example that another run created a result meanwhile.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Session:
         self.workspace = (
             workspace if isinstance(workspace, Workspace) else Workspace(Path(workspace or default_workspace()))
         )
-        self._names = self.workspace  # where references are looked up; `at` leaves it
+        self._names = self.workspace  # where references are resolved; not changed by `at`
         self.seed = seed
         self.quiet = quiet
         self.pool = pool or Pool()
@@ -70,7 +70,7 @@ class Session:
         out: Path | str | None = None,
         **inputs: Input,
     ) -> A:
-        """Make the artifact of a stage, or find it in the workspace.
+        """Make the artifact of a stage, or reuse one in the workspace.
 
         Args:
             stage: its name, as `train.sft`; `llmworks stages` lists them.
@@ -79,7 +79,7 @@ class Session:
             out: a name for the result: a link to it.
             inputs: artifacts, or references that `load` resolves, by the names of the stage's inputs.
 
-        Errors: UserError for an unknown stage, field or input, or an input of the wrong kind; those of the stage.
+        Errors: UserError for an unknown stage, field or input, or an input of the wrong kind; errors of the stage.
         """
         resolved = resolve(stage)
         if out is not None:
@@ -94,7 +94,7 @@ class Session:
         return made
 
     def run_stage(self, stage: ResolvedStage, config: Config, inputs: Inputs) -> Outcome:
-        """Run one stage: reuse what is there, else make it. Inputs that are left out come from what the stage names."""
+        """Run one stage, or reuse its result. Missing inputs are filled with the stage's defaults."""
         given = self.with_defaults(stage, config, inputs)
         require_inputs(stage, given)
         return execute(
@@ -111,13 +111,13 @@ class Session:
         )
 
     def with_defaults(self, stage: ResolvedStage, config: Config, inputs: Inputs) -> Inputs:
-        """Inputs with those that a stage takes by itself where none are given, as the rows that a task names."""
+        """Add a stage's default inputs where none are given, for example the rows that a task names."""
         fill = stage.attribute(stage.stage.inputs)
         found: Inputs = inputs if fill is None else fill(config, dict(inputs), self.load)
         return found
 
     def inputs(self, stage: ResolvedStage, given: Mapping[str, Input]) -> dict[str, Any]:
-        """The artifacts behind inputs. UserError for a name that the stage has not, and for a wrong kind or shape."""
+        """Resolve inputs to artifacts. UserError for an unknown input, and for a wrong kind or shape."""
         found: dict[str, Any] = {}
         for name, value in given.items():
             wanted = stage.inputs.get(name)
@@ -131,7 +131,7 @@ class Session:
                 "dict" if isinstance(value, Mapping) else "one" if isinstance(value, (Artifact, str, Path)) else "list"
             )
             if shape != wanted.shape:
-                raise UserError(f"{stage.name}: {name} takes {wanted.describe()}, a {shape} is given")
+                raise UserError(f"{stage.name}: {name} takes {wanted.describe()}, got a {shape}")
             if isinstance(value, Mapping):
                 found[name] = {key: self.load(item, name=key) for key, item in value.items()}
             elif isinstance(value, (Artifact, str, Path)):
@@ -144,15 +144,16 @@ class Session:
         return found
 
     def load(self, ref: Artifact | str | Path, *, name: str = "", schema: str = "", format: str = "") -> Artifact:
-        """The artifact behind a reference: a path, a name in the workspace, `asset:NAME`, `hf:ORG/NAME`, `gguf:FILE`,
-        `http://HOST/v1#MODEL`.
+        """Return the artifact behind a reference.
+
+        A path, a name in the workspace, `asset:NAME`, `hf:ORG/NAME`, `gguf:FILE` or `http://HOST/v1#MODEL`.
 
         Args:
-            ref: the reference; an artifact is given back as it is.
-            name: what it is called here; default: by the reference.
-            schema: what it is converted to (`chat`: conversations); `format`: how its rows are read then.
+            ref: the reference; an artifact is returned as it is.
+            name: display name; default: from the reference.
+            schema: schema to convert to (`chat`: conversations); `format`: how its rows are read then.
 
-        Errors: UserError or ArtifactError, in one line, where there is none.
+        Errors: UserError or ArtifactError when there is none.
         """
         if isinstance(ref, Artifact):
             found = ref
@@ -161,7 +162,7 @@ class Session:
         return self.converted(found, schema, {"format": format} if format else {}) if schema else found
 
     def converted(self, artifact: Artifact, to: str, config: Mapping[str, Any] | None = None) -> Artifact:
-        """An artifact from outside as something that stages take, made once, in the cache's own workspace."""
+        """Convert an external artifact to a form that stages accept, once, in the cache's workspace."""
         stage = conversion(to)
         outcome = execute(
             stage,
@@ -175,7 +176,7 @@ class Session:
         return artifacts.load(outcome.artifact.path, name=artifact.name, ref=artifact.ref)
 
     def is_here(self, ref: str) -> bool:
-        """Whether a reference can be resolved without fetching or converting anything."""
+        """Return whether a reference can be resolved without a download or conversion."""
         if not references.is_here(ref):
             return False
         source = references.unconverted(ref)
@@ -186,9 +187,9 @@ class Session:
         return references.conversions().find(key) is not None
 
     def open_engine(self, model: Artifact | str | Path) -> Engine:
-        """An engine that answers: over a Hugging Face directory, a GGUF file, a server, or an adapter with its base.
+        """Open an engine over a Hugging Face directory, a GGUF file, a server, or an adapter with its base.
 
-        Close it when it is done: it holds a model in memory, or a connection.
+        Close it after use: it holds a model in memory, or a connection.
         """
         found = self.load(model)
         if isinstance(found, Adapter):
@@ -200,7 +201,7 @@ class Session:
         return references.open_model(found)
 
     def base_of(self, adapter: Adapter) -> Model:
-        """The model that an adapter was trained on, found by digest, else by the reference that was recorded."""
+        """Return an adapter's base model, found by digest, else by the recorded reference."""
         base = str(adapter.about.get("base", ""))
         found = references.find_digest(base, self.workspace) if base else None
         if found is None:
@@ -208,20 +209,20 @@ class Session:
             found = self.load(ref) if ref else None
         if not isinstance(found, Model) or (base and found.digest != base):
             raise ArtifactError(
-                f"{adapter.path}: the model {base[:12] or '(not named)'} that this adapter belongs to is not here;"
-                " merge it first, or run in its workspace"
+                f"{adapter.path}: the adapter's base model {base[:12] or '(not recorded)'} was not found; merge"
+                " the adapter first, or run in its workspace"
             )
         return found
 
     def at(self, root: Path) -> Session:
-        """The same session, whose results go to another workspace; references mean what they mean here."""
+        """Return a copy of the session that writes to another workspace; references are resolved as before."""
         other = copy.copy(self)
         other.workspace = Workspace(root)
         return other
 
 
 def validate(stage: ResolvedStage, config: Mapping[str, Any] | Config | None) -> Config:
-    """The configuration of a stage. UserError that names each wrong field."""
+    """Return the validated config of a stage. UserError that names each wrong field."""
     if isinstance(config, stage.config):
         return config
     if config is not None and not isinstance(config, Mapping):
@@ -235,32 +236,31 @@ def validate(stage: ResolvedStage, config: Mapping[str, Any] | Config | None) ->
 
 
 def require_inputs(stage: ResolvedStage, given: Inputs) -> None:
-    """UserError for an input that is needed and not given."""
+    """Raise UserError for a missing required input."""
     missing = missing_inputs(stage, given)
     if missing:
         raise UserError(f"--{missing[0]} ({stage.inputs[missing[0]].describe()}) is missing")
 
 
 def require_kind(stage: ResolvedStage, name: str, item: Artifact) -> None:
-    """UserError for an input of another kind than the stage takes."""
+    """Raise UserError for an input of the wrong kind."""
     wanted = stage.inputs[name]
     if isinstance(item, wanted.kinds):
         return
     hint = (
-        "; give the model that it was trained on here and it as --adapter, or fold it into that model (llmworks merge"
-        " adapter)"
+        "; pass its base model here and the adapter as --adapter, or fold it into that model (llmworks merge adapter)"
         if item.kind == "adapter" and "adapter" in stage.inputs
         else ""
     )
     article = "an" if item.kind[0] in "aei" else "a"
-    raise UserError(f"--{name}: {item.name} is {article} {item.kind}, wanted is {wanted.describe()}{hint}")
+    raise UserError(f"--{name}: {item.name} is {article} {item.kind}, expected {wanted.describe()}{hint}")
 
 
 def load(ref: str | Path, *, name: str = "", workspace: Workspace | Path | str | None = None) -> Artifact:
-    """The artifact behind a reference, see `Session.load`."""
+    """Return the artifact behind a reference, see `Session.load`."""
     return Session(workspace).load(ref, name=name)
 
 
 def open_engine(model: Artifact | str | Path, workspace: Workspace | Path | str | None = None) -> Engine:
-    """An engine over a model, see `Session.open_engine`."""
+    """Open an engine over a model, see `Session.open_engine`."""
     return Session(workspace).open_engine(model)

@@ -1,4 +1,4 @@
-"""The only stage table. `resolve.py` finds an entry's function, its config class, its inputs and what it makes.
+"""The stage table. `resolve.py` finds an entry's function, config class, inputs and output.
 
 Entries are strings, so that listing stages imports nothing. Third parties add stages by the entry point group
 `llmworks.stages`.
@@ -10,370 +10,367 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # listing stages, as help does, must not cost the import of pydantic
+if TYPE_CHECKING:  # listing stages for help must not import pydantic
     from llmworks.core.artifact import Derivation
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the table: where the function is, the revision of its behaviour, whether its bytes can be derived
-    again.
-    """
+    """One row of the table: the function, the revision of its behavior, and whether its bytes are reproducible."""
 
     target: str
     revision: int
     derivation: Derivation
     summary: str
-    inputs: str = ""  # function that adds the inputs that are not given: (config, given, load) -> inputs
-    estimate: str = ""  # function that says what a training takes before it runs: (recipe, found, step) -> estimate
-    converts: str = ""  # what it makes of things from outside, where they are named in its place
-    internal: bool = False  # made by a workflow that gives it results; left out of help and docs
+    inputs: str = ""  # function that adds default inputs: (config, given, load) -> inputs
+    estimate: str = ""  # function that estimates a training before it runs: (recipe, found, step) -> estimate
+    converts: str = ""  # kind or schema it converts external artifacts to, when one is used as an input
+    internal: bool = False  # called by a workflow only; omitted from help and docs
+
+    # reproducible anywhere; on the same platform and versions; or not at all: training, remote engines
 
 
-# the same bytes anywhere; on the same platform and versions; or not comparable: trainings, remote engines
 EXACT: Derivation = "exact"
 PLATFORM: Derivation = "exact-on-this-platform"
 DECLARED: Derivation = "declared"
 
 STAGES: dict[str, Stage] = {
-    "data.read": Stage("llmworks.data.read:read", 1, EXACT, "raw files of many formats to documents"),
-    "data.query": Stage("llmworks.data.query:query", 1, DECLARED, "the rows of a SQL query to documents"),
-    "data.clean": Stage("llmworks.data.clean:clean", 2, EXACT, "mend documents, drop bad text by the published rules"),
+    "data.read": Stage("llmworks.data.read:read", 2, EXACT, "Read raw files of many formats as documents"),
+    "data.query": Stage("llmworks.data.query:query", 2, DECLARED, "Read the rows of a SQL query as documents"),
+    "data.clean": Stage(
+        "llmworks.data.clean:clean",
+        2,
+        EXACT,
+        "Clean and filter documents by published heuristics (Gopher, C4, FineWeb)",
+    ),
     "data.classify": Stage(
-        "llmworks.data.classify:classify", 2, PLATFORM, "learn what good text is, score, keep the better part"
+        "llmworks.data.classify:classify", 2, PLATFORM, "Train a quality classifier, score documents and keep the best"
     ),
-    "data.dedup": Stage("llmworks.data.dedup:dedup", 2, EXACT, "keep one of each cluster of exact or near duplicates"),
-    "data.semdedup": Stage("llmworks.data.semdedup:semdedup", 1, PLATFORM, "keep one of each cluster of like meaning"),
+    "data.dedup": Stage("llmworks.data.dedup:dedup", 2, EXACT, "Remove exact and near duplicates (MinHash)"),
+    "data.semdedup": Stage("llmworks.data.semdedup:semdedup", 2, PLATFORM, "Remove semantic duplicates (SemDeDup)"),
     "data.decontaminate": Stage(
-        "llmworks.data.decontaminate:decontaminate", 2, EXACT, "find training documents that hold test rows"
+        "llmworks.data.decontaminate:decontaminate", 2, EXACT, "Find training documents that contain test rows"
     ),
-    "data.redact": Stage("llmworks.data.redact:redact", 2, EXACT, "replace, tag or drop personal data and secrets"),
+    "data.redact": Stage("llmworks.data.redact:redact", 2, EXACT, "Replace, tag or drop personal data and secrets"),
     "data.chat": Stage(
         "llmworks.data.chat:chat",
         6,
         EXACT,
-        "raw rows of any usual shape to conversations or preference pairs",
+        "Convert raw rows of common formats to conversations or preference pairs",
         converts="chat",
     ),
     "data.doctor": Stage(
-        "llmworks.data.doctor:doctor", 4, EXACT, "would this model learn from these conversations what is meant?"
+        "llmworks.data.doctor:doctor", 4, EXACT, "Check a data set and chat template for training faults"
     ),
     "data.show": Stage(
-        "llmworks.data.show:show",
-        3,
-        EXACT,
-        "look at conversations, pairs or packed tokens: statistics, and a page of chats",
+        "llmworks.data.show:show", 3, EXACT, "Show conversations, pairs or packed tokens: statistics and samples"
     ),
     "data.export": Stage(
-        "llmworks.data.export:export", 4, EXACT, "conversations or preference pairs back to JSONL, in any shape"
+        "llmworks.data.export:export", 4, EXACT, "Export conversations or preference pairs to JSONL in common formats"
     ),
     "data.pack": Stage(
-        "llmworks.data.pack:pack",
-        3,
-        EXACT,
-        "conversations or documents as full rows of tokens, in shards that training maps",
+        "llmworks.data.pack:pack", 3, EXACT, "Tokenize and pack conversations or documents into memory-mapped shards"
     ),
     "data.map": Stage(
-        "llmworks.data.map:map", 2, PLATFORM, "documents as points in clusters: an interactive page and a picture"
+        "llmworks.data.map:map", 2, PLATFORM, "Map documents as clustered points: an interactive page and a picture"
     ),
-    "data.mix": Stage("llmworks.data.mix:mix", 2, EXACT, "several sets as one, by weights, shuffled"),
-    "data.split": Stage("llmworks.data.split:split", 4, EXACT, "one side of a seeded split, groups kept together"),
-    "data.overlap": Stage("llmworks.data.overlap:overlap", 1, EXACT, "count what two data sets share"),
+    "data.mix": Stage("llmworks.data.mix:mix", 2, EXACT, "Mix several data sets by weights, shuffled"),
+    "data.split": Stage(
+        "llmworks.data.split:split", 4, EXACT, "Take one part of a seeded split, keeping groups together"
+    ),
+    "data.overlap": Stage("llmworks.data.overlap:overlap", 2, EXACT, "Measure the overlap of two data sets"),
     "tokenize.train": Stage(
-        "llmworks.tokenize.train:train", 2, PLATFORM, "a tokenizer of documents: BPE, Unigram or WordPiece"
+        "llmworks.tokenize.train:train", 2, PLATFORM, "Train a tokenizer on documents: BPE, Unigram or WordPiece"
     ),
-    "tokenize.compare": Stage(
-        "llmworks.tokenize.compare:compare", 2, EXACT, "several tokenizers on the same texts, in figures and in colour"
-    ),
-    "model.new": Stage("llmworks.model.new:new", 3, PLATFORM, "an untrained decoder of any shape"),
+    "tokenize.compare": Stage("llmworks.tokenize.compare:compare", 2, EXACT, "Compare tokenizers on the same texts"),
+    "model.new": Stage("llmworks.model.new:new", 3, PLATFORM, "Create an untrained decoder of any shape"),
     "model.recurrent": Stage(
-        "llmworks.model.recurrent:recurrent", 3, PLATFORM, "an untrained RNN, LSTM, GRU or window model"
+        "llmworks.model.recurrent:recurrent", 3, PLATFORM, "Create an untrained RNN, LSTM, GRU or fixed-window model"
     ),
     "model.show": Stage(
-        "llmworks.model.show:show", 2, EXACT, "look inside a model, or two side by side: layers, work, cache, a drawing"
+        "llmworks.model.show:show",
+        2,
+        EXACT,
+        "Show a model's architecture, or compare two: layers, operations, KV cache, a drawing",
     ),
     "model.embedding": Stage(
         "llmworks.model.embedding:embedding",
         2,
         DECLARED,
-        "word vectors of documents: Word2Vec, FastText or GloVe, scored",
+        "Train and score word embeddings on documents: Word2Vec, FastText or GloVe",
     ),
     "model.from_gguf": Stage(
-        "llmworks.model.from_gguf:from_gguf", 2, EXACT, "a GGUF file to a Hugging Face directory", converts="model"
+        "llmworks.model.from_gguf:from_gguf",
+        3,
+        EXACT,
+        "Convert a GGUF file to a Hugging Face directory",
+        converts="model",
     ),
     "train.compare": Stage(
-        "llmworks.train.compare:compare", 2, EXACT, "trainings side by side: at equal tokens, at equal time"
+        "llmworks.train.compare:compare", 2, EXACT, "Compare training runs at equal tokens and at equal time"
     ),
     "train.ngram": Stage(
-        "llmworks.train.ngram:ngram", 3, PLATFORM, "count an n-gram model of packed tokens (Kneser-Ney)"
+        "llmworks.train.ngram:ngram", 3, PLATFORM, "Train an n-gram model on packed tokens (Kneser-Ney)"
     ),
     "train.pretrain": Stage(
         "llmworks.train.pretrain:pretrain",
         3,
         DECLARED,
-        "train a model on packed tokens",
+        "Pretrain a model on packed tokens",
         estimate="llmworks.workflows.estimate:pretraining_of",
     ),
     "train.scaling": Stage(
-        "llmworks.train.scaling:scaling",
-        2,
-        DECLARED,
-        "many small trainings, the law that they follow, and a larger one predicted",
+        "llmworks.train.scaling:scaling", 2, DECLARED, "Fit a scaling law to many small runs and predict a larger one"
     ),
     "train.sft": Stage(
         "llmworks.train.sft:sft",
         4,
         DECLARED,
-        "supervised fine-tuning of an adapter or of all weights, loss on answers",
+        "Run supervised fine-tuning (SFT) of an adapter or all weights",
         estimate="llmworks.workflows.estimate:finetuning_of",
     ),
     "train.prune": Stage(
         "llmworks.train.prune:prune",
         3,
         PLATFORM,
-        "a model without the blocks that change their input least, to be taught",
+        "Prune the blocks that change their input least; retrain the model afterwards",
     ),
     "train.distill": Stage(
         "llmworks.train.distill:distill",
         2,
         DECLARED,
-        "a student learns a teacher's chances of tokens, or its answers",
+        "Distill a teacher into a student, by token probabilities or completions",
         estimate="llmworks.workflows.estimate:finetuning_of",
     ),
     "train.lr_finder": Stage(
         "llmworks.train.lr_finder:lr_finder",
         3,
         DECLARED,
-        "a learning rate for a fine-tuning, by a short run at rising rates",
+        "Find a learning rate for fine-tuning by a short run with a rising rate",
     ),
-    "merge": Stage("llmworks.merge.merge:merge", 5, PLATFORM, "several models as one, by mergekit's YAML"),
+    "merge": Stage("llmworks.merge.merge:merge", 5, PLATFORM, "Merge several models by mergekit's YAML"),
     "merge.experts": Stage(
-        "llmworks.merge.experts:experts", 3, PLATFORM, "dense models as experts of one (frankenMoE, upcycling)"
+        "llmworks.merge.experts:experts", 3, PLATFORM, "Combine dense models into a mixture of experts (upcycling)"
     ),
     "merge.find_parents": Stage(
-        "llmworks.merge.find_parents:find_parents", 2, PLATFORM, "which models a model was made of, told by its weights"
+        "llmworks.merge.find_parents:find_parents", 2, PLATFORM, "Find a model's parents from its weights"
     ),
-    "merge.transplant": Stage("llmworks.merge.transplant:transplant", 3, PLATFORM, "a model with another tokenizer"),
+    "merge.transplant": Stage(
+        "llmworks.merge.transplant:transplant", 3, PLATFORM, "Transplant another tokenizer into a model"
+    ),
     "merge.combine_adapters": Stage(
-        "llmworks.merge.combine_adapters:combine_adapters", 5, PLATFORM, "several LoRA adapters as one"
+        "llmworks.merge.combine_adapters:combine_adapters", 5, PLATFORM, "Combine several LoRA adapters into one"
     ),
     "merge.extract": Stage(
-        "llmworks.merge.extract:extract", 4, PLATFORM, "a LoRA adapter of what a model differs by from its base"
+        "llmworks.merge.extract:extract", 4, PLATFORM, "Extract a LoRA adapter from a model's difference to its base"
     ),
-    "merge.adapter": Stage("llmworks.merge.adapter:adapter", 3, PLATFORM, "fold an adapter into its model"),
+    "merge.adapter": Stage("llmworks.merge.adapter:adapter", 3, PLATFORM, "Fold an adapter into its model"),
     "quantize.rotate": Stage(
-        "llmworks.quantize.rotate:rotate",
-        3,
-        PLATFORM,
-        "the same model, its states turned so that no column is large; to be quantized next",
+        "llmworks.quantize.rotate:rotate", 3, PLATFORM, "Rotate hidden states to spread outliers before quantization"
     ),
     "quantize.rtn": Stage(
-        "llmworks.quantize.rtn:rtn", 2, PLATFORM, "weights as whole numbers, each the nearest (absmax, zero point)"
+        "llmworks.quantize.rtn:rtn", 2, PLATFORM, "Quantize weights by round-to-nearest (absmax, zero point)"
     ),
     "quantize.gptq": Stage(
-        "llmworks.quantize.gptq:gptq",
-        6,
-        PLATFORM,
-        "whole numbers, each column making up for the errors of those before it",
+        "llmworks.quantize.gptq:gptq", 6, PLATFORM, "Quantize weights column by column with error compensation (GPTQ)"
     ),
     "quantize.awq": Stage(
-        "llmworks.quantize.awq:awq", 5, PLATFORM, "whole numbers, columns that read large inputs made larger before"
+        "llmworks.quantize.awq:awq", 5, PLATFORM, "Quantize weights after activation-aware scaling (AWQ)"
     ),
     "quantize.mixed": Stage(
         "llmworks.quantize.mixed:mixed",
         5,
         PLATFORM,
-        "whole numbers of more bits where a model bears least to lose them, within a budget",
+        "Quantize with mixed precision: more bits for sensitive weights, within a budget",
     ),
     "quantize.smoothquant": Stage(
         "llmworks.quantize.smoothquant:smoothquant",
         4,
         PLATFORM,
-        "weights and inputs in 8 bits, what is large in inputs moved into weights",
+        "Quantize weights and activations to 8 bits, moving outliers into the weights (SmoothQuant)",
     ),
     "quantize.int8": Stage(
-        "llmworks.quantize.int8:int8", 4, PLATFORM, "weights and inputs in 8 bits, but for large inputs (LLM.int8())"
+        "llmworks.quantize.int8:int8",
+        4,
+        PLATFORM,
+        "Quantize weights and activations to 8 bits but outliers (LLM.int8())",
     ),
     "quantize.hqq": Stage(
         "llmworks.quantize.hqq:hqq",
         5,
         PLATFORM,
-        "whole numbers with real zero points that leave few weights far off (HQQ)",
+        "Quantize weights with real-valued zero points by half-quadratic optimization (HQQ)",
     ),
     "quantize.nf4": Stage(
-        "llmworks.quantize.nf4:nf4",
-        4,
-        PLATFORM,
-        "4 bits of bitsandbytes: quantiles of a normal distribution, or floats",
+        "llmworks.quantize.nf4:nf4", 4, PLATFORM, "Quantize weights to 4 bits as bitsandbytes does: NF4 or FP4"
     ),
     "quantize.zeroquant": Stage(
         "llmworks.quantize.zeroquant:zeroquant",
         4,
         PLATFORM,
-        "weights in groups, inputs by token, each block taught to answer as before",
+        "Quantize weights per group and activations per token, with block-wise distillation (ZeroQuant)",
     ),
     "quantize.exl2": Stage(
-        "llmworks.quantize.exl2:exl2", 2, DECLARED, "handed over to exllamav2 or exllamav3, on a GPU"
+        "llmworks.quantize.exl2:exl2", 2, DECLARED, "Quantize with exllamav2 or exllamav3, on a GPU"
     ),
     "quantize.imatrix": Stage(
         "llmworks.quantize.imatrix:imatrix",
         2,
         PLATFORM,
-        "what matrices read and what formats would cost them: llama.cpp's importance matrix, and more",
+        "Compute llama.cpp's importance matrix and each matrix's sensitivity to formats",
     ),
-    "quantize.gguf": Stage("llmworks.quantize.gguf:gguf", 5, PLATFORM, "a Hugging Face directory to one GGUF file"),
+    "quantize.gguf": Stage(
+        "llmworks.quantize.gguf:gguf", 5, PLATFORM, "Convert a Hugging Face directory to one GGUF file"
+    ),
     "quantize.adapter": Stage(
-        "llmworks.quantize.adapter:adapter", 1, PLATFORM, "a LoRA adapter as a GGUF file that llama.cpp puts on a model"
+        "llmworks.quantize.adapter:adapter", 2, PLATFORM, "Convert a LoRA adapter to a GGUF file for llama.cpp"
     ),
-    "align.dpo": Stage(
-        "llmworks.align.dpo:dpo", 2, DECLARED, "the better of two answers becomes more probable (DPO and its family)"
-    ),
+    "align.dpo": Stage("llmworks.align.dpo:dpo", 2, DECLARED, "Train on preference pairs (DPO and its variants)"),
     "align.cpo": Stage(
-        "llmworks.align.cpo:cpo", 2, DECLARED, "the same without a reference, better answers learned beside it"
+        "llmworks.align.cpo:cpo", 2, DECLARED, "Train on preference pairs with an NLL term, reference-free (CPO)"
     ),
     "align.simpo": Stage(
         "llmworks.align.simpo:simpo",
         2,
         DECLARED,
-        "the same by mean log-probabilities and a margin, without a reference",
+        "Train on preference pairs by mean log-probability and a margin, without a reference model (SimPO)",
     ),
     "align.orpo": Stage(
-        "llmworks.align.orpo:orpo", 2, DECLARED, "fine-tuning and preferences in one, by odds, without a reference"
+        "llmworks.align.orpo:orpo",
+        2,
+        DECLARED,
+        "Combine fine-tuning and preference training by odds ratio, without a reference model (ORPO)",
     ),
-    "align.kto": Stage("llmworks.align.kto:kto", 2, DECLARED, "single answers, each good or bad, in place of pairs"),
-    "align.reward": Stage("llmworks.align.reward:reward", 2, DECLARED, "a model that scores answers, learned of pairs"),
+    "align.kto": Stage("llmworks.align.kto:kto", 2, DECLARED, "Train on single completions labeled good or bad (KTO)"),
+    "align.reward": Stage("llmworks.align.reward:reward", 2, DECLARED, "Train a reward model on preference pairs"),
     "align.process": Stage(
-        "llmworks.align.process:process", 2, DECLARED, "a model that scores steps of answers, learned of labelled steps"
+        "llmworks.align.process:process", 2, DECLARED, "Train a process reward model on labeled steps"
     ),
     "align.grpo": Stage(
         "llmworks.align.grpo:grpo",
         3,
         DECLARED,
-        "the policy's own answers, each beside the others to its prompt (GRPO and its kin)",
+        "Train with group-relative advantages of the policy's completions (GRPO and its variants)",
     ),
     "align.rloo": Stage(
-        "llmworks.align.rloo:rloo", 3, DECLARED, "the same by whole answers, each less the mean of the others (RLOO)"
+        "llmworks.align.rloo:rloo", 3, DECLARED, "Train with a leave-one-out baseline on whole completions (RLOO)"
     ),
-    "align.ppo": Stage(
-        "llmworks.align.ppo:ppo", 3, DECLARED, "the same with a model of what each token is worth (PPO)"
-    ),
+    "align.ppo": Stage("llmworks.align.ppo:ppo", 3, DECLARED, "Train with a value model and GAE (PPO)"),
     "align.online_dpo": Stage(
-        "llmworks.align.online_dpo:online_dpo", 3, DECLARED, "DPO on pairs that the policy has just written"
+        "llmworks.align.online_dpo:online_dpo", 3, DECLARED, "Train by DPO on pairs sampled from the policy"
     ),
     "evaluate": Stage(
         "llmworks.evaluate.evaluate:evaluate",
         3,
         DECLARED,
-        "a task on a model, sample by sample",
+        "Evaluate a model on a task, sample by sample",
         inputs="llmworks.evaluate.protocol.inputs:task_inputs",
     ),
     "evaluate.arena": Stage(
-        "llmworks.evaluate.arena:arena", 2, EXACT, "ratings of models by votes of people and judges, with intervals"
+        "llmworks.evaluate.arena:arena", 2, EXACT, "Rate models by votes of people and judges (Bradley-Terry, Elo)"
     ),
     "evaluate.leaderboard": Stage(
-        "llmworks.evaluate.leaderboard:leaderboard",
-        3,
-        EXACT,
-        "evaluations side by side: a leaderboard, a model card's section",
+        "llmworks.evaluate.leaderboard:leaderboard", 3, EXACT, "Build a leaderboard and model card from evaluations"
     ),
     "evaluate.contamination": Stage(
         "llmworks.evaluate.contamination:contamination",
         2,
         EXACT,
-        "the score of samples that a model may have seen in training, and of the others",
+        "Compare scores on samples possibly seen in training and on clean ones",
     ),
     "evaluate.error_analysis": Stage(
         "llmworks.evaluate.error_analysis:error_analysis",
         2,
         PLATFORM,
-        "where a model fails: by topic, length, group and kind of error",
+        "Analyze a model's errors by topic, length, group and error type",
     ),
     "evaluate.to_training": Stage(
         "llmworks.evaluate.to_training:to_training",
         2,
         EXACT,
-        "failed rows as conversations to train on, apart from those it is tested on",
+        "Turn failed rows into training conversations, separate from test rows",
         inputs="llmworks.evaluate.protocol.inputs:practice_inputs",
     ),
     "evaluate.select": Stage(
-        "llmworks.evaluate.select:select",
-        3,
-        EXACT,
-        "of several models the best by its evaluations, and which skills it keeps",
+        "llmworks.evaluate.select:select", 3, EXACT, "Select the best of several models by its evaluations"
     ),
     "evaluate.judge": Stage(
-        "llmworks.evaluate.judge:judge",
-        2,
-        DECLARED,
-        "models judge answers: grades, or the better of two, alone or as a jury",
+        "llmworks.evaluate.judge:judge", 2, DECLARED, "Judge answers by models: grades or pairwise, alone or as a jury"
     ),
     "evaluate.compare": Stage(
-        "llmworks.evaluate.compare:compare", 4, EXACT, "paired test of two evaluations, and why samples differ"
+        "llmworks.evaluate.compare:compare", 4, EXACT, "Compare two evaluations by a paired test, sample by sample"
     ),
     "synthesize.verifiable": Stage(
-        "llmworks.synthesize.verifiable:verifiable",
-        2,
-        EXACT,
-        "instructions that can be verified, with answers made by rule",
+        "llmworks.synthesize.verifiable:verifiable", 2, EXACT, "Generate verifiable instructions, answered by rule"
     ),
     "synthesize.instruct": Stage(
-        "llmworks.synthesize.instruct:instruct", 2, DECLARED, "new tasks from seed tasks, answered (Self-Instruct)"
+        "llmworks.synthesize.instruct:instruct",
+        2,
+        DECLARED,
+        "Generate tasks and answers from seed tasks (Self-Instruct)",
     ),
     "synthesize.evolve": Stage(
-        "llmworks.synthesize.evolve:evolve",
-        3,
-        DECLARED,
-        "instructions made harder or other, step by step (Evol-Instruct)",
+        "llmworks.synthesize.evolve:evolve", 3, DECLARED, "Evolve instructions in depth and breadth (Evol-Instruct)"
     ),
     "synthesize.personas": Stage(
-        "llmworks.synthesize.personas:personas", 2, DECLARED, "people who would read a text, and what they ask"
+        "llmworks.synthesize.personas:personas", 2, DECLARED, "Derive personas from texts, and tasks that they ask"
     ),
     "synthesize.grounded": Stage(
-        "llmworks.synthesize.grounded:grounded", 2, DECLARED, "questions and answers that stand in documents"
+        "llmworks.synthesize.grounded:grounded", 2, DECLARED, "Generate questions with answers grounded in documents"
     ),
     "synthesize.reason": Stage(
-        "llmworks.synthesize.reason:reason", 2, DECLARED, "answers with reasoning that ends at the known answer"
+        "llmworks.synthesize.reason:reason", 2, DECLARED, "Generate reasoning that ends at the known answer"
     ),
     "synthesize.sample": Stage(
-        "llmworks.synthesize.sample:sample", 2, DECLARED, "several answers to a question, those that a verifier accepts"
+        "llmworks.synthesize.sample:sample",
+        2,
+        DECLARED,
+        "Sample several answers per question, keep those a verifier accepts (rejection sampling)",
     ),
     "synthesize.branch": Stage(
-        "llmworks.synthesize.branch:branch", 2, DECLARED, "a question divided, solved in parts, merged"
+        "llmworks.synthesize.branch:branch", 2, DECLARED, "Divide a question, solve the parts, merge the answers"
     ),
     "synthesize.pairs": Stage(
-        "llmworks.synthesize.pairs:pairs", 2, DECLARED, "preference pairs by verifier, judge or ratings"
+        "llmworks.synthesize.pairs:pairs", 2, DECLARED, "Build preference pairs by verifier, judge or ratings"
     ),
     "tune.benchmark": Stage(
-        "llmworks.tune.benchmark:benchmark", 4, DECLARED, "what it takes to run a model here: memory, speeds, answers"
+        "llmworks.tune.benchmark:benchmark", 4, DECLARED, "Benchmark a model on this machine: memory and speed"
     ),
     "tune.tradeoff": Stage(
         "llmworks.tune.tradeoff:tradeoff",
         3,
         EXACT,
-        "the page of a model's quantizations: sizes, damage, speeds, skills",
+        "Report a model's quantizations: size, quality loss, speed, skills",
         internal=True,
     ),
     "tune.evolution": Stage(
-        "llmworks.tune.evolution:evolution", 2, DECLARED, "the page of a search for a merge's numbers", internal=True
+        "llmworks.tune.evolution:evolution",
+        2,
+        DECLARED,
+        "Report an evolutionary search for merge parameters",
+        internal=True,
     ),
     "tune.trials": Stage(
         "llmworks.tune.trials:trials",
         2,
         DECLARED,
-        "the page of a sweep: what was tried, what came of it",
+        "Report a hyperparameter sweep: trials and results",
         internal=True,
     ),
     "lineage.report": Stage(
-        "llmworks.lineage.report:report", 2, DECLARED, "one page: family tree, curves, scores, samples, sizes"
+        "llmworks.lineage.report:report",
+        2,
+        DECLARED,
+        "Write a lineage page: family tree, curves, scores, samples, sizes",
     ),
 }
 
 
 @functools.cache
 def table() -> dict[str, Stage]:
-    """The built-in stages and those of installed packages.
+    """Return the built-in stages and those of installed packages.
 
-    An entry point names a `Stage` object; built-in names win.
+    An entry point names a `Stage` object; built-in names take precedence.
     """
     from importlib.metadata import entry_points
 

@@ -1,8 +1,8 @@
-"""Run code that nobody has read: no network, no file of the host, limited time, memory, processes and output.
+"""Run untrusted code without network or host files, with limits on time, memory, processes and output.
 
-`run` takes any command, `run_python` a program and its files. Isolation is bubblewrap's (Linux namespaces), a list of
-refused system calls, and limits that a watcher enforces over all processes together. Without bubblewrap nothing is run:
-MissingDependency says what to install.
+`run` takes any command, `run_python` a program and its files. Isolation combines bubblewrap (Linux namespaces), a
+seccomp filter of denied system calls, and limits that a watcher enforces over all processes together. Without
+bubblewrap nothing is run: MissingDependency says what to install.
 """
 
 from __future__ import annotations

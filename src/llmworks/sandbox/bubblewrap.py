@@ -1,8 +1,8 @@
-"""Run a command under bubblewrap: what it sees of the host, what it may use up, and how it ended.
+"""Run a command under bubblewrap with limited resources and a limited view of the host.
 
-It sees the system's programs and libraries, read-only; `/box`, its own directory in memory; and nothing else: no
-network, no home, no environment, no other process. Time, memory and processes are counted over everything it starts, by
-a watcher outside.
+The command sees only the system's programs and libraries, read-only, and `/box`, its own in-memory directory: no
+network, home, environment or other processes. A watcher outside counts time, memory and processes of everything it
+starts.
 """
 
 from __future__ import annotations
@@ -25,26 +25,24 @@ from llmworks.sandbox.seccomp import filter_program
 
 WORK = "/box"
 MB = 1 << 20
-POLL = 0.02  # seconds between two looks at what is used
+POLL = 0.02  # seconds between resource checks
 INSTALL = "install it with: apt-get install bubblewrap"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the code and all that it starts may use up together."""
+    """Resource limits of the code and all processes it starts together."""
 
-    seconds: float = 10.0  # of the clock
-    memory_mb: int = 512  # resident; also of address space, per process
-    processes: int = 32  # threads of one process count once
-    disk_mb: int = 64  # files in /box, in /tmp and in /dev/shm, each
-    output_bytes: int = 1 << 20  # of standard output, and of standard error
+    seconds: float = 10.0  # wall-clock time
+    memory_mb: int = 512  # resident memory in total; also the address space of each process
+    processes: int = 32  # threads of a process are not counted
+    disk_mb: int = 64  # size of /box, /tmp and /dev/shm, each
+    output_bytes: int = 1 << 20  # of stdout and stderr, each
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How it ended: by itself (`exit`, with its exit code, 128 + signal for a signal), or because a limit was
-    reached.
-    """
+    """Result of a run: it exited (`exit`, with its exit code, 128 + signal for a signal), or reached a limit."""
 
     ended: Literal["exit", "time", "memory", "processes", "output"]
     code: int
@@ -54,15 +52,15 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
-        """Whether it ended by itself with exit code 0."""
+        """Whether it exited with code 0."""
         return self.ended == "exit" and self.code == 0
 
 
 @functools.cache
 def require() -> str:
-    """The path of bubblewrap.
+    """Return the path of bubblewrap.
 
-    MissingDependency, in one line, when it is not there or the kernel does not let it work.
+    MissingDependency, in one line, when it is not installed or the kernel does not allow it.
     """
     found = shutil.which("bwrap")
     if not found:
@@ -86,11 +84,11 @@ def run(
     limits: Limits | None = None,
     show: Sequence[Path] = (),
 ) -> Outcome:
-    """Run a command in `/box`, which holds `files` (relative path: content).
+    """Run a command in `/box`, which contains `files` (relative path: content).
 
-    `show` names what else of the host it may read.
+    `show` lists further host paths that it may read.
 
-    Errors: MissingDependency without bubblewrap, UserError for a file name that leaves `/box`.
+    Errors: MissingDependency without bubblewrap, UserError for a file path outside `/box`.
     """
     limits = limits or Limits()
     bwrap = require()
@@ -124,7 +122,7 @@ def run(
 def _inside(name: str) -> str:
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise UserError(f"{name!r}: a file of the sandbox must have a relative path")
+        raise UserError(f"{name!r}: a sandbox file must have a relative path without '..'")
     return f"{WORK}/{path}"
 
 
@@ -144,7 +142,7 @@ def _namespaces() -> list[str]:
 
 
 def _host(show: Sequence[Path]) -> list[str]:
-    """The system's programs and libraries, read-only, with the links that lead to them."""
+    """Return arguments that mount the system's programs and libraries read-only, with the symlinks to them."""
     words = ["--ro-bind", "/usr", "/usr"]
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
         path = Path("/") / name
@@ -167,13 +165,13 @@ def _host(show: Sequence[Path]) -> list[str]:
 
 
 def _room(limits: Limits) -> list[str]:
-    """What can be written: three directories in memory, each of a fixed size; all else is closed."""
+    """Return arguments for the writable file systems: three tmpfs of fixed size; everything else is read-only."""
     size = str(limits.disk_mb * MB)
     words = ["--proc", "/proc", "--dev", "/dev"]
     for place in ("/dev/shm", "/tmp", WORK):
         words += ["--size", size, "--tmpfs", place]
     words += ["--remount-ro", "/dev", "--remount-ro", "/"]
-    words += ["--remount-ro", "/proc"]  # root outside is the owner of /proc/sys inside, whatever it is called there
+    words += ["--remount-ro", "/proc"]  # host root owns /proc/sys inside, whatever its user id is there
     for name, value in (
         ("PATH", "/usr/local/bin:/usr/bin:/bin"),
         ("HOME", WORK),
@@ -186,7 +184,7 @@ def _room(limits: Limits) -> list[str]:
 
 
 def _rlimits(limits: Limits) -> list[str]:
-    """Limits of each process, set inside, so that processes are counted in the sandbox's own namespace."""
+    """Return the prlimit command; it runs inside, so processes are counted in the sandbox's namespace."""
     seconds = max(1, int(limits.seconds + 1))
     return [
         "/usr/bin/prlimit",
@@ -214,7 +212,7 @@ def _memory_file(content: bytes) -> Iterator[int]:
 
 
 class _Reader(threading.Thread):
-    """Keeps what a stream says, up to a limit; says when there is more."""
+    """A thread that reads a stream up to a limit; `full` is set when the limit is reached."""
 
     def __init__(self, stream: IO[bytes], limit: int) -> None:
         super().__init__(daemon=True)
@@ -224,7 +222,7 @@ class _Reader(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Read until the end, or until there is too much."""
+        """Read until the end or the limit."""
         while piece := os.read(self.stream.fileno(), 1 << 16):
             self.kept += piece[: self.limit - len(self.kept)]
             if len(self.kept) >= self.limit:
@@ -232,7 +230,7 @@ class _Reader(threading.Thread):
                 return
 
     def text(self) -> str:
-        """What was kept."""
+        """Decode the output that was read."""
         return self.kept.decode("utf-8", "replace")
 
 
@@ -245,7 +243,7 @@ def _feed(stream: IO[bytes] | None, content: bytes) -> None:
 
 
 def _watched(process: subprocess.Popen[bytes], stdin: bytes, limits: Limits, began: float) -> Outcome:
-    """Wait for the end, and make one when a limit is reached."""
+    """Wait for the process to exit, and kill it when a limit is reached."""
     readers = [_Reader(stream, limits.output_bytes) for stream in (process.stdout, process.stderr) if stream]
     threading.Thread(target=_feed, args=(process.stdin, stdin), daemon=True).start()
     ended: Literal["exit", "time", "memory", "processes", "output"] = "exit"
@@ -267,7 +265,7 @@ def _watched(process: subprocess.Popen[bytes], stdin: bytes, limits: Limits, beg
             if ended != "exit":
                 break
     finally:
-        process.kill()  # its first child has asked to die with it, and takes the whole process namespace along
+        process.kill()  # bubblewrap's child dies with it (--die-with-parent), and the whole PID namespace with that
         process.wait()
     for reader in readers:
         reader.join(5)
@@ -278,9 +276,7 @@ def _watched(process: subprocess.Popen[bytes], stdin: bytes, limits: Limits, beg
 
 
 def _used(parent: int) -> tuple[int, int]:
-    """(processes, resident bytes) of all that a process started, directly or not; the sandbox's own three processes are
-    not counted.
-    """
+    """Return (processes, resident bytes) of all descendants of a process, without the sandbox's own three processes."""
     parents: dict[int, int] = {}
     resident: dict[int, int] = {}
     for place in Path("/proc").glob("[0-9]*"):

@@ -1,4 +1,4 @@
-"""Run a Python program in the sandbox, with the interpreter that llmworks runs on."""
+"""Run a Python program in the sandbox, with llmworks' own interpreter."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MAIN = "main.py"
 def run_python(
     code: str, *, files: Mapping[str, str | bytes] | None = None, stdin: str = "", limits: Limits | None = None
 ) -> Outcome:
-    """Run `code` as a program beside `files`.
+    """Run `code` as a program in a directory with `files`.
 
-    It has the standard library and what is installed for the base interpreter.
+    It can import the standard library and packages of the base interpreter.
     """
     interpreter = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     return run(

@@ -1,8 +1,7 @@
-"""The system calls that sandboxed code may not make, as a filter program for the kernel (seccomp, classic BPF).
+"""Seccomp filter (classic BPF) of the system calls that sandboxed code may not make.
 
-A denied call fails with EPERM. What is denied: mounting, other namespaces, other processes' memory, keys, modules,
-clocks, and the interfaces in which most kernel holes were found (io_uring, bpf, userfaultfd, perf). Numbers are those
-of Linux's
+A denied call fails with EPERM. Denied are mounting, other namespaces, other processes' memory, keys, modules, clocks,
+and the interfaces with the most kernel vulnerabilities (io_uring, bpf, userfaultfd, perf). Numbers are from Linux's
 `unistd` tables.
 """
 
@@ -55,14 +54,14 @@ DENIED: dict[str, tuple[int, int]] = {
     "mount_setattr": (442, 442),
     "memfd_secret": (447, 447),
 }
-ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_*
-X32 = 0x40000000  # calls of the x32 interface, which has numbers of its own
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column in DENIED, AUDIT_ARCH_*
+X32 = 0x40000000  # bit of x32 ABI calls, which have their own numbers
 LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
 ALLOW, DENY, KILL = 0x7FFF0000, 0x00050001, 0x80000000  # 1 is EPERM
 
 
 def filter_program(machine: str) -> bytes:
-    """The filter for a machine (`platform.machine()`); empty where its numbers are not known."""
+    """Build the filter for a machine (`platform.machine()`); empty for unsupported architectures."""
     if machine not in ARCHITECTURES:
         return b""
     column, architecture = ARCHITECTURES[machine]

@@ -1,7 +1,7 @@
-"""Score functions by name: (prompt, completion, row) -> Score. Shared by evaluation, rewards and synthesis.
+"""Score functions by name: (prompt, completion, row) -> Score. Shared by evaluation, reward functions and synthesis.
 
-What is accepted stands in the row's `answer`: {NAME: ARGUMENTS} for a function call, a key, or an object whose first
-field says the kind.
+The expected result is in the row's `answer`: {NAME: ARGUMENTS} for a function call, a key, or an object whose first
+field names the kind.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ FIELDS = {
     "schema": schema,
     "regex": regex,
     "key": key,
-}  # of `answer`, and who reads it
+}  # field of `answer` -> its score function
 
 
 def verified(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """By whatever verifier the row's `answer` is for. DataError for a row without one."""
+    """Score with the function that matches the row's `answer`.
+
+    Errors: DataError for a row without one.
+    """
     answer = row.get("answer")
     if isinstance(answer, Mapping):
         verifier = next(
@@ -39,10 +42,7 @@ def verified(prompt: Sequence[Message], completion: str, row: Mapping[str, Any])
     else:
         verifier = key if answer is not None else None
     if verifier is None:
-        raise DataError(
-            f"row {row.get('id')!r}: has no `answer` that an answer could be checked against ({', '.join(FIELDS)}, or a"
-            " function call)"
-        )
+        raise DataError(f"row {row.get('id')!r}: has no verifiable `answer` ({', '.join(FIELDS)}, or a function call)")
     return verifier(prompt, completion, row)
 
 
@@ -62,7 +62,10 @@ SCORES: dict[str, ScoreFunction] = {
 
 
 def score_function(name: str) -> ScoreFunction:
-    """The score function of that name; UserError when there is none."""
+    """Return the score function of a name.
+
+    Errors: UserError for an unknown name.
+    """
     if name not in SCORES:
         raise UserError(f"unknown score function {name!r}; known: {', '.join(sorted(SCORES))}")
     return SCORES[name]

@@ -1,4 +1,4 @@
-"""Score a Python program by unit tests, in the sandbox."""
+"""Score a Python program with unit tests, in the sandbox."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ LIMITS = Limits(seconds=10, memory_mb=512)
 
 
 def code(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """1 when the answer's last block of Python passes `answer.tests`, which run behind it.
+    """Return 1 when the completion's last Python block passes `answer.tests`, which are appended to it.
 
-    `answer.setup` stands in front of both.
+    `answer.setup` is prepended. A program that exits before the tests finish has not passed.
 
-    A program that ends before the tests are through has not passed. Errors: DataError for a row without tests;
-    MissingDependency without bubblewrap.
+    Errors: DataError for a row without tests; MissingDependency without bubblewrap.
     """
     answer = row.get("answer")
     tests = answer.get("tests") if isinstance(answer, Mapping) else None
@@ -31,7 +30,7 @@ def code(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> 
         try:
             ast.parse(str(answer.get(name) or ""))
         except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-            raise DataError(f"row {row.get('id')!r}: answer.{name} is no Python ({error})") from None
+            raise DataError(f"row {row.get('id')!r}: answer.{name} is not valid Python ({error})") from None
     program = "\n".join((str(answer.get("setup") or ""), code_block(completion, "python", "py", "python3"), tests))
     through = hashlib.sha256(program.encode("utf-8", "replace")).hexdigest()
     outcome = run_python(f"{program}\nprint('\\n{through}')\n", limits=LIMITS)
@@ -44,4 +43,4 @@ def _why(outcome: Outcome) -> str:
     if outcome.ended != "exit":
         return f"reached the limit of {outcome.ended}"
     last = next((line for line in reversed(outcome.stderr.splitlines()) if line.strip()), "")
-    return last[:160] or ("ended before the tests were through" if outcome.code == 0 else f"exit code {outcome.code}")
+    return last[:160] or ("exited before the tests finished" if outcome.code == 0 else f"exit code {outcome.code}")

@@ -1,4 +1,4 @@
-"""Find in an answer what is to be checked: the final answer, a block of code, a JSON value. Pure functions."""
+"""Extract from a completion what is scored: the final answer, a code block, a JSON value. Pure functions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def final_answer(text: str) -> str:
-    r"""What follows the last `Answer:`, `the answer is`, `####`, or stands in the last `\boxed{}`; else the last line
-    with words.
+    r"""Return what follows the last `Answer:`, `the answer is` or `####`, or is in the last `\boxed{}`.
+
+    Without any of these, the last non-empty line.
     """
     found = list(FINAL.finditer(text))
     if found:
@@ -27,16 +28,19 @@ def final_answer(text: str) -> str:
 
 
 def code_block(text: str, *languages: str) -> str:
-    """The last fenced block of one of these languages or of none named; the whole text when there is no fence."""
+    """Return the last fenced block in one of these languages or without a language; else the last block.
+
+    The whole text where there is no fence.
+    """
     blocks = FENCE.findall(text)
     fitting = [body for language, body in blocks if language.lower() in ("", *languages)]
     return str(fitting[-1] if fitting else blocks[-1][1] if blocks else text)
 
 
 def json_value(text: str) -> Any:
-    """The JSON of an answer: all of it, its last fenced block, or the first object or array in it.
+    """Return the JSON value of a completion: all of it, its last fenced block, or the first object or array in it.
 
-    ValueError when there is none.
+    Errors: ValueError when there is none.
     """
     candidates = [text.strip()]
     if FENCE.search(text):
@@ -49,4 +53,4 @@ def json_value(text: str) -> Any:
             )
         except ValueError:
             continue
-    raise ValueError("no JSON in the answer")
+    raise ValueError("no JSON in the completion")

@@ -1,9 +1,9 @@
-"""Score a function call against accepted values: the rules of the Berkeley function calling leaderboard (BFCL v4, AST
-check, Python).
+"""Score a function call against accepted values with the rules of the Berkeley Function Calling Leaderboard (BFCL v4).
 
-One call, the right name, all required arguments, none unknown; every value of the declared type and among the accepted
-ones. Text is compared without case, spaces and the punctuation `, . / - _ * ^`. An integer is accepted for a number,
-never the reverse. Its decisions agree with BFCL's own checker on the recorded cases in the tests.
+AST check for Python: one call, the right name, all required arguments, none unknown; every value of the declared type
+and among the accepted ones. Strings are compared without case, spaces and the punctuation `, . / - _ * ^`. An integer
+is accepted for a number, but not the reverse. The verdicts agree with BFCL's own checker on the recorded cases in the
+tests.
 """
 
 from __future__ import annotations
@@ -28,37 +28,38 @@ OMITTED = ""
 
 
 def function_call(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """1 when the completion is exactly one accepted call.
+    """Return 1 when the completion is exactly one accepted call.
 
     `row` has `tools` (JSON schema) and `answer` ({name: {argument: accepted values}}).
     """
     ((name, accepted),) = accepted_call(row).items()
     _, calls = parse_calls(completion)
     if len(calls) != 1:
-        return Score(0.0, f"{len(calls)} calls, wanted one")
+        return Score(0.0, f"{len(calls)} calls, expected one")
     call = calls[0]
     if call.name != name:
-        return Score(0.0, f"called {call.name!r}, wanted {name!r}")
+        return Score(0.0, f"called {call.name!r}, expected {name!r}")
     function = next(f for f in (tool.get("function", tool) for tool in row["tools"]) if f["name"] == name)
     problem = check_arguments(call.arguments, accepted, function["parameters"])
     return Score(0.0, problem) if problem else Score(1.0)
 
 
 def valid_call(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """1 when the completion is one call of one of the row's `tools` whose arguments fit its JSON schema, right or not:
-    JSON that a program could run.
+    """Return 1 when the completion is one call of a tool of the row whose arguments match its JSON schema.
+
+    The values need not be correct.
     """
     import jsonschema_rs
 
     _, calls = parse_calls(completion)
     if len(calls) != 1:
-        return Score(0.0, f"{len(calls)} calls that can be read, wanted one")
+        return Score(0.0, f"{len(calls)} parseable calls, expected one")
     call = calls[0]
     function = next(
         (f for f in (tool.get("function", tool) for tool in row.get("tools") or []) if f["name"] == call.name), None
     )
     if function is None:
-        return Score(0.0, f"called {call.name!r}, which is no tool of the row")
+        return Score(0.0, f"called {call.name!r}, which is not a tool of the row")
     parameters = function.get("parameters") or {}
     unknown = sorted(set(call.arguments) - set(parameters.get("properties", {})))
     if unknown:
@@ -67,7 +68,7 @@ def valid_call(prompt: Sequence[Message], completion: str, row: Mapping[str, Any
         problem = next(jsonschema_rs.validator_for(dict(parameters), offline=True).iter_errors(call.arguments), None)
     except jsonschema_rs.ValidationError as error:
         raise DataError(
-            f"row {row.get('id')!r}: the parameters of {call.name!r} are no JSON schema ({error.message})"
+            f"row {row.get('id')!r}: the parameters of {call.name!r} are not a valid JSON schema ({error.message})"
         ) from None
     return (
         Score(0.0, f"{'.'.join(map(str, problem.instance_path)) or 'arguments'}: {problem.message}"[:200])
@@ -77,7 +78,10 @@ def valid_call(prompt: Sequence[Message], completion: str, row: Mapping[str, Any
 
 
 def accepted_call(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row's accepted call. DataError when its `answer` is not one call of one of its `tools`."""
+    """Return the row's accepted call.
+
+    Errors: DataError when its `answer` is not one call of one of its `tools`.
+    """
     answer, tools = row.get("answer"), row.get("tools") or []
     if (
         not isinstance(answer, Mapping)
@@ -94,7 +98,7 @@ def accepted_call(row: Mapping[str, Any]) -> Mapping[str, Any]:
 def check_arguments(
     given: Mapping[str, Any], accepted: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any]
 ) -> str:
-    """What is wrong with the arguments, or an empty string."""
+    """Return what is wrong with the arguments, or an empty string."""
     properties = parameters.get("properties", {})
     for name in parameters.get("required", []):
         if name not in given:
@@ -112,13 +116,13 @@ def check_arguments(
 
 
 def check_value(value: Any, accepted: Sequence[Any], spec: Mapping[str, Any]) -> str:
-    """What is wrong with one value, or an empty string."""
+    """Return what is wrong with one value, or an empty string."""
     declared = spec.get("type", "string")
     kind: type = _PYTHON_TYPE.get(declared, str) if isinstance(declared, str) else type(value)
     if kind is float and type(value) is int:
         value = float(value)
     example = next((v for v in accepted if v != OMITTED), None)
-    # An accepted value of another type than declared stands for a variable: then its type counts.
+    # An accepted value of another type than declared is a variable: then its own type applies.
     as_variable = example is not None and type(example) is not kind
     if type(value) is kind:
         if (
@@ -152,7 +156,7 @@ def check_value(value: Any, accepted: Sequence[Any], spec: Mapping[str, Any]) ->
 
 
 def _items_typed(value: Any, accepted: Sequence[Any], kind: type) -> bool:
-    """Whether every item has the declared type, or for some accepted list the type of its items."""
+    """Return whether every item has the declared type, or the item type of some accepted list."""
     for candidate in accepted:
         if not isinstance(candidate, list):
             return True
@@ -163,19 +167,22 @@ def _items_typed(value: Any, accepted: Sequence[Any], kind: type) -> bool:
 
 
 def _object_fits(value: Mapping[str, Any], accepted: Mapping[str, Sequence[Any]]) -> bool:
-    """An object: no unknown key, every value accepted, no required key left out."""
+    """Return whether an object has no unknown key, only accepted values, and all required keys."""
     if any(key not in accepted or not any(same(item, a) for a in accepted[key]) for key, item in value.items()):
         return False
     return all(key in value or OMITTED in values for key, values in accepted.items())
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal after normalising text, one level into lists."""
+    """Return whether two values are equal after normalization, one level into lists."""
     if isinstance(a, list) and isinstance(b, list):
         return [normal(v) for v in a] == [normal(v) for v in b]
     return bool(normal(a) == normal(b))
 
 
 def normal(value: Any) -> Any:
-    """Text without case, spaces and light punctuation, single quotes as double ones; anything else as it is."""
+    """Return a string without case, spaces and light punctuation, with single quotes as double ones.
+
+    Any other value is unchanged.
+    """
     return re.sub(r"[ ,./\-_*^]", "", value).lower().replace("'", '"') if isinstance(value, str) else value

@@ -1,8 +1,7 @@
-"""Scores that a model gives: a grade for one answer, or which of two is better.
+"""LLM as a judge: prompts for a grade of one answer or a comparison of two, and parsing of the verdict.
 
-The prompts, and how the verdict is read; asking is the caller's.
-
-Two answers are shown in both orders, since judges prefer the first (Zheng et al. 2023, section 3.3).
+Callers show two answers in both orders, since judges prefer the first (position bias, Zheng et al. 2023, section 3.3).
+Does not call a model.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ LOOSE = re.compile(
 
 
 def transcript(prompt: Sequence[Message]) -> str:
-    """A conversation as text."""
+    """Return a conversation as text."""
     return "\n\n".join(f"{m.role.capitalize()}: {m.content}" for m in prompt)
 
 
@@ -29,8 +28,9 @@ def _reference(reference: str) -> str:
 
 
 def grading(prompt: Sequence[Message], answer: str, criteria: str = "", reference: str = "") -> str:
-    """What asks a judge for a grade from 1 to 10; a reference answer helps where judges are weaker than the question
-    (Zheng et al. 2023, section 3.4).
+    """Return the prompt that asks a judge for a grade from 1 to 10.
+
+    A reference answer helps where the judge is weaker than the question (Zheng et al. 2023, section 3.4).
     """
     what = criteria or "whether it does what was asked, is right, complete and clear, and says nothing needless"
     return (
@@ -42,7 +42,7 @@ def grading(prompt: Sequence[Message], answer: str, criteria: str = "", referenc
 
 
 def comparing(prompt: Sequence[Message], first: str, second: str, criteria: str = "", reference: str = "") -> str:
-    """What asks a judge for the better of two answers."""
+    """Return the prompt that asks a judge for the better of two answers."""
     what = criteria or "which does better what was asked, is right, complete and clear"
     return (
         f"Compare two answers to this conversation: {what}. Their order and length do not"
@@ -53,7 +53,7 @@ def comparing(prompt: Sequence[Message], first: str, second: str, criteria: str 
 
 
 def read_grade(text: str) -> float | None:
-    """The grade in a judge's answer, from 0 to 1; None when there is none from 1 to 10."""
+    """Parse the grade of a judge, scaled to 0 to 1; None when there is none from 1 to 10."""
     found = [m[1] for m in VERDICT.finditer(text)] or [m[1] or m[2] for m in LOOSE.finditer(text)]
     try:
         grade = float(found[-1].rstrip(".")) if found else 0.0
@@ -63,6 +63,6 @@ def read_grade(text: str) -> float | None:
 
 
 def read_choice(text: str) -> str:
-    """ "A", "B" or "C" for a tie; empty when the judge did not say."""
+    """Parse the verdict of a judge: "A", "B", or "C" for a tie; empty when there is none."""
     found = [m[1].upper() for m in VERDICT.finditer(text)]
     return {"TIE": "C"}.get(found[-1], found[-1]) if found and found[-1] in ("A", "B", "C", "TIE") else ""

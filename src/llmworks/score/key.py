@@ -1,6 +1,6 @@
-"""Score an answer against its key: a number, a word, the letter of an option, or any of several.
+"""Score a completion against its key: a number, a word, the letter of an option, or any of several.
 
-Numbers are compared as numbers.
+Numbers are compared numerically.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ UNITS = " \t$€£%°"
 
 
 def key(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """1 when the final answer is the row's `answer` (or `answer.key`), or one of it where it is a list.
+    """Return 1 when the final answer equals the row's `answer` (or `answer.key`), or one of them where it is a list.
 
-    DataError for a row without one.
+    Errors: DataError for a row without one.
     """
     accepted = accepted_keys(row)
     said = final_answer(completion)
     if any(same(said, wanted) for wanted in accepted):
         return Score(1.0)
-    return Score(0.0, f"answered {said[:80]!r}, wanted {' or '.join(map(repr, accepted))[:120]}")
+    return Score(0.0, f"answered {said[:80]!r}, expected {' or '.join(map(repr, accepted))[:120]}")
 
 
 def accepted_keys(row: Mapping[str, Any]) -> list[str]:
-    """The keys of a row."""
+    """Return the keys of a row.
+
+    Errors: DataError for a row without one.
+    """
     answer = row.get("answer")
     answer = answer.get("key") if isinstance(answer, Mapping) else answer
     found = answer if isinstance(answer, list) else [answer]
@@ -40,13 +43,13 @@ def accepted_keys(row: Mapping[str, Any]) -> list[str]:
         not isinstance(a, (str, int, float)) or isinstance(a, bool) or not str(a).strip() for a in found
     ):
         raise DataError(
-            f'row {row.get("id")!r}: `answer` must be the key (text or a number), a list of them, or {{"key": ...}}'
+            f'row {row.get("id")!r}: `answer` must be the key (string or number), a list of keys, or {{"key": ...}}'
         )
     return [str(a) for a in found]
 
 
 def same(said: str, wanted: str) -> bool:
-    """Whether an answer is the key."""
+    """Return whether an answer equals the key."""
     if len(wanted.strip("()")) == 1 and wanted.strip("()").isalpha():
         option = OPTION.match(said)
         return option is not None and option[1].lower() == wanted.strip("()").lower()

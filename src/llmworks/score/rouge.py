@@ -1,7 +1,4 @@
-"""ROUGE (Lin 2004): how alike two texts are, by the n-grams or the longest subsequence of words that they share.
-
-Pure functions.
-"""
+"""ROUGE (Lin 2004): similarity of two texts by shared n-grams or longest common subsequence. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,12 +8,12 @@ from collections.abc import Sequence
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, without case and punctuation."""
+    """Return the lowercase words of a text, without punctuation."""
     return re.findall(r"\w+", text.lower())
 
 
 def longest_common(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence, a bit of an integer for each element of `a` (Hyyro 2004)."""
+    """Return the length of the longest common subsequence, bit-parallel (Hyyro 2004)."""
     where: dict[str, int] = {}
     for i, word in enumerate(a):
         where[word] = where.get(word, 0) | 1 << i
@@ -29,12 +26,12 @@ def longest_common(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def rouge_l(a: Sequence[str], b: Sequence[str]) -> float:
-    """F-measure of ROUGE-L of two sequences of words, from 0 to 1."""
+    """Return the ROUGE-L F-measure of two word sequences, from 0 to 1."""
     return 2 * longest_common(a, b) / (len(a) + len(b)) if a and b else 0.0
 
 
 def rouge_n(a: Sequence[str], b: Sequence[str], n: int) -> float:
-    """F-measure of ROUGE-N of two sequences of words, from 0 to 1."""
+    """Return the ROUGE-N F-measure of two word sequences, from 0 to 1."""
     one, other = (Counter(tuple(s[i : i + n]) for i in range(len(s) - n + 1)) for s in (a, b))
     total = one.total() + other.total()
     return 2 * (one & other).total() / total if total else 0.0

@@ -1,4 +1,4 @@
-"""Score the form of an answer: a regular expression that it must match, or a JSON schema that its JSON must fit."""
+"""Score the format of a completion: a regular expression that it must match, or a JSON schema."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from llmworks.core.errors import DataError
 from llmworks.core.types import Message, Score
 from llmworks.score.extract import json_value
 
-SECONDS = 2.0  # of one match: some patterns take longer than a lifetime on some texts
+SECONDS = 2.0  # timeout of one match: some patterns backtrack exponentially
 
 
 def regex(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """1 when `answer.regex` is found in the answer (`^` and `$` are its ends) in time.
+    """Return 1 when `answer.regex` is found in the completion (`^` and `$` are its ends) before the timeout.
 
-    DataError for a row without a pattern, or a broken one.
+    Errors: DataError for a row without a pattern, or with an invalid one.
     """
     answer = row.get("answer")
     pattern = answer.get("regex") if isinstance(answer, Mapping) else None
@@ -26,16 +26,16 @@ def regex(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) ->
     try:
         found = expressions.search(pattern, completion.strip(), timeout=SECONDS)
     except expressions.error as error:
-        raise DataError(f"row {row.get('id')!r}: answer.regex is no regular expression ({error})") from None
+        raise DataError(f"row {row.get('id')!r}: answer.regex is not a valid regular expression ({error})") from None
     except TimeoutError:
         return Score(0.0, f"takes longer than {SECONDS:g} s to match {pattern[:80]!r}")
     return Score(1.0) if found else Score(0.0, f"does not match {pattern[:80]!r}")
 
 
 def schema(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """1 when the answer's JSON fits `answer.schema`.
+    """Return 1 when the completion's JSON matches `answer.schema`.
 
-    DataError for a row without a schema, or a broken one, or one that is not whole by itself.
+    Errors: DataError for a row without a schema, or with one that is invalid or not self-contained.
     """
     import jsonschema_rs
 
@@ -46,7 +46,7 @@ def schema(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -
     try:
         validator = jsonschema_rs.validator_for(dict(wanted) if isinstance(wanted, Mapping) else wanted, offline=True)
     except jsonschema_rs.ValidationError as error:
-        raise DataError(f"row {row.get('id')!r}: answer.schema is no JSON schema ({error.message})") from None
+        raise DataError(f"row {row.get('id')!r}: answer.schema is not a valid JSON schema ({error.message})") from None
     try:
         value = json_value(completion)
     except ValueError as error:

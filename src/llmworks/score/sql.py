@@ -1,9 +1,8 @@
-"""Score a SQL query by what it gives: the same rows as the reference query on the same database, in SQLite in memory.
+"""Score a SQL query by its result: the same rows as the reference query on the same database, in in-memory SQLite.
 
-Queries can only read; time and the number of rows are bounded. Rows are compared as a bag, in their order where the
-reference orders them (the execution accuracy of Spider, Yu et al. 2018). Without any data every query gives the same,
-so rows need
-`answer.setup`.
+Queries are read-only, with a timeout and a row limit. Rows are compared as a multiset, in order where the reference
+has ORDER BY (execution accuracy of Spider, Yu et al. 2018). Without data all queries give the same result, so rows
+need `answer.setup`.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ SECONDS, ROWS, STEPS, BYTES = (
     20_000,
     10_000,
     1 << 20,
-)  # time and rows of a query, steps between two looks, bytes of a value
+)  # timeout and row limit of a query, steps between timeout checks, bytes of a value
 READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, 33}  # 33: SQLITE_RECURSIVE
 
 
 def sql(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """1 when the answer's query gives what `answer.sql` gives on `answer.setup`.
+    """Return 1 when the completion's query gives the result of `answer.sql` on `answer.setup`.
 
-    DataError for a row whose own query cannot be run.
+    Errors: DataError for a row whose own query fails.
     """
     answer = row.get("answer")
     if (
@@ -40,7 +39,7 @@ def sql(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> S
         or not isinstance(answer.get("setup"), str)
     ):
         raise DataError(
-            f'row {row.get("id")!r}: `answer` must be {{"sql": QUERY, "setup": SQL THAT MAKES THE DATABASE}}'
+            f'row {row.get("id")!r}: `answer` must be {{"sql": QUERY, "setup": SQL THAT CREATES THE DATABASE}}'
         )
     database = sqlite3.connect(":memory:")
     database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, BYTES)
@@ -49,7 +48,7 @@ def sql(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> S
         wanted = run(database, answer["sql"])
     except (sqlite3.Error, sqlite3.Warning) as error:
         database.close()
-        raise DataError(f"row {row.get('id')!r}: its own database or query fails ({error})") from None
+        raise DataError(f"row {row.get('id')!r}: its own setup or query fails ({error})") from None
     try:
         given = run(database, query_of(completion))
     except (sqlite3.Error, sqlite3.Warning, UnicodeEncodeError) as error:
@@ -58,20 +57,20 @@ def sql(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> S
         database.close()
     ordered = re.search(r"\border\s+by\b", answer["sql"], re.IGNORECASE) is not None
     equal = given == wanted if ordered else Counter(given) == Counter(wanted)
-    return Score(1.0) if equal else Score(0.0, f"other rows: {len(given)} given, {len(wanted)} wanted")
+    return Score(1.0) if equal else Score(0.0, f"different rows: {len(given)} returned, {len(wanted)} expected")
 
 
 def query_of(completion: str) -> str:
-    """The query in an answer."""
+    """Extract the query from a completion."""
     text = code_block(completion, "sql", "sqlite")
     found = re.search(r"\b(?:select|with)\b.*", text, re.IGNORECASE | re.DOTALL)
     return (found[0] if found else text).split(";")[0].strip()
 
 
 def run(database: sqlite3.Connection, query: str) -> list[tuple[Any, ...]]:
-    """The rows of a query that only reads.
+    """Return the rows of a read-only query.
 
-    sqlite3.Error for anything else, or when it takes too long or gives too much.
+    Errors: sqlite3.Error for any other statement, or on a timeout or too many rows.
     """
     deadline = time.monotonic() + SECONDS
     database.set_progress_handler(lambda: int(time.monotonic() > deadline), STEPS)

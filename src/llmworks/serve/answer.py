@@ -1,6 +1,4 @@
-"""Completions as OpenAI API objects: whole, as chunks of a stream, and with the tool calls that the answer's text
-holds.
-"""
+"""Completions as OpenAI API objects: whole, streamed in chunks, and with the tool calls in the completion's text."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ DONE = "data: [DONE]\n\n"
 
 
 def usage(completion: Completion) -> dict[str, int]:
-    """Token counts."""
+    """Return the token counts."""
     return {
         "prompt_tokens": completion.prompt_tokens,
         "completion_tokens": completion.completion_tokens,
@@ -25,12 +23,12 @@ def usage(completion: Completion) -> dict[str, int]:
 
 
 def finish_reason(completion: Completion) -> str:
-    """Why an answer ended, in the API's words."""
+    """Return the API's finish reason."""
     return "content_filter" if completion.finish == "filtered" else completion.finish
 
 
 def tool_calls(identity: str, text: str) -> tuple[str, list[dict[str, Any]]]:
-    """(text without calls, calls in the API's form) of an answer."""
+    """Return (text without tool calls, tool calls in the API's format)."""
     plain, calls = parse_calls(text)
     return plain, [
         {
@@ -43,7 +41,7 @@ def tool_calls(identity: str, text: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 def whole(identity: str, created: int, model: str, completion: Completion, with_tools: bool) -> dict[str, Any]:
-    """A `chat.completion` object."""
+    """Return a `chat.completion` object."""
     text, calls = tool_calls(identity, completion.text) if with_tools else (completion.text, [])
     message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
     if calls:
@@ -69,9 +67,9 @@ async def chunks(
     with_tools: bool,
     include_usage: bool,
 ) -> AsyncIterator[str]:
-    """Server-sent events of `chat.completion.chunk` objects.
+    """Yield server-sent events of `chat.completion.chunk` objects.
 
-    With tools, text from the beginning of a call on is held until it is parsed.
+    With tools, text from the start of a tool call on is buffered until it is parsed.
     """
 
     def event(delta: dict[str, Any], reason: str | None = None) -> str:
@@ -126,5 +124,5 @@ async def _with_first(first: Delta, rest: AsyncIterator[Delta]) -> AsyncIterator
 
 
 def without_calls(text: str) -> str:
-    """What an answer says outside its calls, white space kept."""
+    """Return the text outside tool calls, with its white space."""
     return parse_calls(text, strip=False)[0]

@@ -1,6 +1,6 @@
-"""The OpenAI chat completions request as this server reads it, and how it becomes a `Request`.
+"""The OpenAI chat completions request that this server accepts, and its conversion to a `Request`.
 
-Knows no HTTP framework.
+Does not depend on an HTTP framework.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from llmworks.core.errors import RequestError
 from llmworks.core.types import Request, Sampling, messages_from_json
 
-# Fields of the API that would change the answer, and their values that change nothing. Any other value is refused, not
+# API fields that would change the completion, with their neutral values. Any other value is refused, not
 # ignored.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
@@ -39,7 +39,7 @@ class StreamOptions(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """Body of POST /v1/chat/completions. Unknown fields are kept, so that those which matter can be refused by name."""
+    """Body of POST /v1/chat/completions. Unknown fields are kept, so that unsupported ones are refused by name."""
 
     model_config = ConfigDict(extra="allow")
     model: str
@@ -57,7 +57,7 @@ class ChatRequest(BaseModel):
     stop: str | list[str] | None = None
 
     def request(self, default_max_tokens: int) -> Request:
-        """The engine's request. RequestError for what cannot be answered as asked."""
+        """Return the engine's request. RequestError for unsupported fields."""
         for name, harmless in NEUTRAL.items():
             value = (self.model_extra or {}).get(name)
             if value not in harmless:
@@ -68,7 +68,7 @@ class ChatRequest(BaseModel):
             raise RequestError(f"messages: {error}") from None
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stop) > 4:
-            raise RequestError("stop: at most 4 strings")
+            raise RequestError("stop: at most 4 strings are allowed")
         sampling = Sampling(
             max_tokens=self.max_completion_tokens or self.max_tokens or default_max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,

@@ -1,7 +1,6 @@
 """An OpenAI-compatible HTTP server over one engine: /v1/models, /v1/chat/completions (whole or streamed), /health.
 
-Requests that cannot be answered as asked get the API's error body, never a silent change. Knows the Engine protocol, no
-model.
+Unsupported requests get the API's error body; nothing is changed silently. Uses only the Engine protocol.
 """
 
 from __future__ import annotations
@@ -36,27 +35,25 @@ PARALLEL = 4
 def error_body(
     message: str, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None
 ) -> dict[str, Any]:
-    """The API's error object."""
+    """Return the API's error object."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Turns:
-    """Works on requests in threads of its own: one for an engine that answers one at a time, several where it can do
-    more.
-    """
+    """Runs requests in its own threads: one thread, or several for an engine that computes requests in parallel."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.threads = ThreadPoolExecutor(PARALLEL if "parallel" in engine.can else 1, thread_name_prefix="engine")
-        self.stopping = threading.Event()  # once set, every answer under way ends at its next token with an error
+        self.stopping = threading.Event()  # once set, every running request ends at its next token with an error
 
     def close(self) -> None:
-        """Wait until no thread works with the engine any more."""
+        """Wait until no thread uses the engine."""
         self.stopping.set()
         self.threads.shutdown(wait=True)
 
     async def answer(self, request: EngineRequest, gone: Callable[[], Awaitable[bool]]) -> Completion | None:
-        """A whole answer; None, and no more work on it, once `gone` says that nobody waits for it."""
+        """Return a whole completion; None, after stopping, once `gone` reports that the client has disconnected."""
         deltas = self.stream(request)
         try:
             async for delta in deltas:
@@ -66,10 +63,10 @@ class Turns:
                     return None
         finally:
             await deltas.aclose()
-        raise EngineError("the engine ended without an answer")
+        raise EngineError("the engine ended without a completion")
 
     def stream(self, request: EngineRequest) -> AsyncGenerator[Delta, None]:
-        """A streamed answer. The work starts now; it stops when the iterator is closed."""
+        """Stream a completion. Work starts immediately and stops when the iterator is closed."""
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
         gone = threading.Event()
@@ -85,9 +82,9 @@ class Turns:
                         if delta.done is None:
                             raise EngineError("the server is stopping")
                         break
-            except Exception as error:  # reaches the reader below
+            except Exception as error:  # re-raised by the reader below
                 end = error
-            with contextlib.suppress(RuntimeError):  # the loop is closed when nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed when no client is left
                 loop.call_soon_threadsafe(pieces.put_nowait, end)
 
         async def read() -> AsyncGenerator[Delta, None]:
@@ -104,7 +101,7 @@ class Turns:
 
 
 async def until_error(lines: AsyncIterator[str]) -> AsyncIterator[str]:
-    """The stream's lines; an engine that fails after the first of them ends the stream with the API's error object."""
+    """Yield the stream's lines; an engine error after the first line becomes the API's error object."""
     try:
         async for line in lines:
             yield line
@@ -113,13 +110,13 @@ async def until_error(lines: AsyncIterator[str]) -> AsyncIterator[str]:
 
 
 def unknown_model(asked: str, name: str) -> JSONResponse:
-    """The API's answer to a request for a model that is not served."""
-    message = f"The model {asked!r} does not exist; this server has {name!r}"
+    """Return the API's response to a request for a model that is not served."""
+    message = f"The model {asked!r} does not exist; this server serves {name!r}"
     return JSONResponse(error_body(message, code="model_not_found", param="model"), 404)
 
 
 def build_app(engine: Engine, name: str) -> FastAPI:
-    """The application. `name` is the model's name in the API."""
+    """Build the application. `name` is the model's name in the API."""
     app = FastAPI(title="llmworks", docs_url=None, redoc_url=None, openapi_url=None)
     turns = app.state.turns = Turns(engine)
     started = int(time.time())
@@ -144,9 +141,9 @@ def build_app(engine: Engine, name: str) -> FastAPI:
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
-            return JSONResponse(error_body(f"{field or 'the body'}: {first['msg']}", param=field or None), 400)
+            return JSONResponse(error_body(f"{field or 'request body'}: {first['msg']}", param=field or None), 400)
         except ValueError as error:
-            return JSONResponse(error_body(f"the body is not JSON: {error}"), 400)
+            return JSONResponse(error_body(f"the request body is not JSON: {error}"), 400)
         if body.model != name:
             return unknown_model(body.model, name)
         request = body.request(DEFAULT_MAX_TOKENS)
@@ -155,7 +152,7 @@ def build_app(engine: Engine, name: str) -> FastAPI:
             answer = await turns.answer(request, http.is_disconnected)
             return whole(identity, created, name, answer, bool(request.tools)) if answer else Response(status_code=499)
         deltas = turns.stream(request)
-        opening = await deltas.__anext__()  # what cannot be answered is refused before the stream begins
+        opening = await deltas.__anext__()  # invalid requests are refused before the stream begins
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         lines = chunks(identity, created, name, opening, deltas, bool(request.tools), with_usage)
         return StreamingResponse(
@@ -178,32 +175,31 @@ def build_app(engine: Engine, name: str) -> FastAPI:
 
 
 def check_port(host: str, port: int) -> None:
-    """UserError in one line when the address cannot be listened on."""
+    """Raise UserError when the address cannot be bound."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
             raise UserError(
-                f"{host}:{port} cannot be listened on ({getattr(error, 'strerror', None) or error}); choose another"
-                " --port"
+                f"cannot listen on {host}:{port} ({getattr(error, 'strerror', None) or error}); choose another --port"
             ) from None
 
 
 def serve_forever(engine: Engine, name: str, host: str, port: int) -> None:
-    """Answer until interrupted."""
+    """Serve until interrupted."""
     import uvicorn
 
     address = f"http://{host}:{port}/v1"
     print(
         f"{name} at {address}\nTry:\n  curl {address}/chat/completions -H 'Content-Type: application/json' -d"
-        f" '{json.dumps({'model': name, 'messages': [{'role': 'user', 'content': 'Hi'}]})}'\nCtrl-C stops.",
+        f" '{json.dumps({'model': name, 'messages': [{'role': 'user', 'content': 'Hi'}]})}'\nPress Ctrl-C to stop.",
         flush=True,
     )
     app = build_app(engine, name)
 
     class Server(uvicorn.Server):
-        """Ends the answers under way as soon as it is told to stop."""
+        """A server that ends running requests as soon as it receives a stop signal."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             app.state.turns.stopping.set()

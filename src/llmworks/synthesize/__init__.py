@@ -1,3 +1,1 @@
-"""Data made by models: one recipe of generation per file, over any engine; every row knows the prompts and the model
-that made it.
-"""
+"""One generation method per file, over any engine. Every row records its prompts and generator model."""

@@ -1,8 +1,6 @@
-"""Ask a model and keep what came of it: rows with their origin, what was set aside and why, what it cost.
+"""Query a model and collect rows with their provenance, rejected samples with reasons, and token usage.
 
-Shared by all recipes.
-
-Answers stay in scratch as they come, so that a killed run asks nothing twice. Knows no recipe.
+Shared by all methods. Completions are saved in scratch as they arrive, so that an interrupted run repeats no request.
 """
 
 from __future__ import annotations
@@ -31,15 +29,17 @@ SHOWN = 12
 
 
 class Decoding(Config):
-    """How answers are drawn."""
+    """Sampling parameters."""
 
-    max_tokens: int = Field(512, gt=0, description="longest answer; one that is cut off there is set aside")
-    temperature: float = Field(0.7, ge=0, description="0: the likeliest token, always")
-    top_p: float = Field(0.95, gt=0, le=1, description="share of the likeliest tokens that is drawn from")
+    max_tokens: int = Field(512, gt=0, description="longest completion in tokens; truncated completions are rejected")
+    temperature: float = Field(0.7, ge=0, description="sampling temperature; 0: greedy decoding")
+    top_p: float = Field(
+        0.95, gt=0, le=1, description="nucleus sampling: cumulative probability of the tokens sampled from"
+    )
 
 
 class Answer(NamedTuple):
-    """A model's answer, or why there is none that could be used."""
+    """A model's completion, or the reason why it is not usable."""
 
     text: str
     problem: str
@@ -47,7 +47,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked; `turn` tells repetitions of one question apart."""
+    """A prompt; `turn` distinguishes repetitions of it."""
 
     messages: tuple[Message, ...]
     turn: int = 0
@@ -55,13 +55,13 @@ class Prompt:
 
 @dataclass
 class Maker:
-    """One run of a recipe over one model; without a model nothing can be asked."""
+    """One run of a method over one model; without a model no request can be made."""
 
     ctx: Context
     model: Model | Adapter | None
     decoding: Decoding
     stage: str
-    file: str = "answers.jsonl"  # in scratch
+    file: str = "answers.jsonl"  # in the scratch folder
     rows: list[Row] = field(default_factory=list)
     rejected: list[Json] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
@@ -88,9 +88,9 @@ class Maker:
     def ask(
         self, what: str, prompts: Sequence[Prompt | str], *, max_tokens: int = 0, temperature: float | None = None
     ) -> list[Answer]:
-        """The answers, in the order of the prompts; a text alone is a user's turn.
+        """Return the completions in the order of the prompts; a plain string is a user turn.
 
-        What the model refuses gives a problem, never an end.
+        A request that the model refuses gives a problem and does not stop the run.
         """
         ids: list[str] = []
         requests: dict[str, Request] = {}
@@ -112,7 +112,7 @@ class Maker:
         )
         if not heat:
             return plain
-        # of the prompt and the run's seed alone, so that the same run asks the same
+            # depends on the prompt and the run's seed only, so that a rerun sends the same requests
         seed = (int(request_id(plain, prompt.turn), 16) + self.ctx.seed) % (1 << 31)
         return Request(
             prompt.messages, sampling=Sampling(plain.sampling.max_tokens, heat, plain.sampling.top_p, seed=seed)
@@ -127,7 +127,7 @@ class Maker:
             "filtered": "filtered by the provider",
             "cancelled": "cancelled",
         }.get(answer.finish, "")
-        return Answer(text, problem or ("" if text else "empty answer"))
+        return Answer(text, problem or ("" if text else "empty completion"))
 
     def keep(
         self,
@@ -140,7 +140,7 @@ class Maker:
         answer: Any = None,
         **origin: Any,
     ) -> None:
-        """Keep a conversation that came of these prompts. `origin` is what else is known of how it was made."""
+        """Keep a conversation generated from these prompts. `origin`: further provenance."""
         self.rows.append(
             self.row(id, asked, group=group, tools=tools, answer=answer, messages=messages_to_json(messages), **origin)
         )
@@ -156,8 +156,9 @@ class Maker:
         source: Row | None = None,
         **parts: Any,
     ) -> Row:
-        """A row with `made_by` among its own fields: stage, model, prompts, and whatever of `parts` is no part of a
-        row; beside the fields of `source`.
+        """Return a row with its provenance in the field `made_by`: stage, model, prompts, and the rest of `parts`.
+
+        The extra fields of `source` are kept.
         """
         turns: Json = {name: parts.pop(name) for name in ("messages", "prompt", "chosen", "rejected") if name in parts}
         prompts = [
@@ -179,21 +180,24 @@ class Maker:
         }
 
     def drop(self, origin: str, reason: str, text: str = "") -> None:
-        """Set something aside. A reason's part in brackets is detail, and not counted apart."""
+        """Reject a sample. The part of the reason in brackets is a detail that is not counted separately."""
         self.rejected.append({"from": origin, "reason": reason, "text": text[:2000]})
         self.reasons[reason.partition(" (")[0]] += 1
 
     def finish(
         self, parents: Sequence[Dataset], *, lead: str = "", metrics: Mapping[str, Any] | None = None, note: str = ""
     ) -> Dataset:
-        """Write everything. DataError when nothing could be kept."""
+        """Write the dataset, the rejected samples and the report.
+
+        Errors: DataError when no row was kept.
+        """
         if not self.rows:
             why = ", ".join(f"{reason} {n:,}" for reason, n in self.reasons.most_common(4))
             first = next((r["reason"] for r in self.rejected if "(" in r["reason"]), "")
             raise DataError(
-                f"nothing that {self.by} answered could be kept"
-                f" ({why or 'no question'}{f'; the first: {first}' if first else ''}); the answers are in"
-                f" {self.ctx.scratch}, try another model, another --seed, or weaker conditions"
+                f"no completion by {self.by} could be kept"
+                f" ({why or 'no prompts'}{f'; the first: {first}' if first else ''}); the completions are in"
+                f" {self.ctx.scratch}, try another model, another --seed, or weaker filters"
             )
         if self.rejected:
             (self.ctx.out / REJECTED).write_text(
@@ -202,18 +206,18 @@ class Maker:
                 errors="backslashreplace",
             )
             self.ctx.progress.say(
-                f"{len(self.rejected):,} set aside in {REJECTED}: "
+                f"{len(self.rejected):,} rejected, see {REJECTED}: "
                 + ", ".join(f"{reason} {n:,}" for reason, n in self.reasons.most_common(4))
             )
         figures = {**self.account(), "rejected": len(self.rejected), **(metrics or {})}
         report = self.ctx.report
         report.title = f"{self.stage} by {self.by}"
-        report.lead = lead or f"{len(self.rows):,} rows kept, {len(self.rejected):,} set aside."
+        report.lead = lead or f"{len(self.rows):,} rows kept, {len(self.rejected):,} rejected."
         report.data = {"rows": len(self.rows), **figures, "reasons": dict(self.reasons)}
-        report.table("Figures", ("what", "value"), [("rows", len(self.rows)), *figures.items()])
+        report.table("Metrics", ("metric", "value"), [("rows", len(self.rows)), *figures.items()])
         if self.reasons:
             report.table(
-                "Set aside", ("reason", "times"), self.reasons.most_common(40), note=f"The texts are in {REJECTED}."
+                "Rejected", ("reason", "count"), self.reasons.most_common(40), note=f"The samples are in {REJECTED}."
             )
         report.samples("Rows", [_shown(row) for row in self.rows[:SHOWN]])
         return finish_rows(
@@ -228,11 +232,14 @@ class Maker:
         )
 
     def also(self, other: Maker) -> None:
-        """Count what another model of the same run took."""
+        """Add the usage of another model of the same run."""
         self._others.append(other.account())
 
     def account(self) -> Json:
-        """What all answers took, those of an interrupted run too; the cost where the reference names prices."""
+        """Return the token usage of all completions, including those of an interrupted run.
+
+        With the cost where the model reference has prices.
+        """
         records = [self._journal.known[id] for id in self._asked if id in self._journal.known]
         prompt_tokens, completion_tokens = (
             sum(r.prompt_tokens for r in records),
@@ -251,7 +258,7 @@ class Maker:
 
 
 def answered(row: Row, *turns: Message) -> list[Json]:
-    """A row's conversation up to its last answer, with these turns in the answer's place."""
+    """Return a row's messages with these turns in place of its final assistant turn."""
     before = list(row["messages"])
     while before and before[-1]["role"] == "assistant":
         before.pop()
@@ -259,7 +266,7 @@ def answered(row: Row, *turns: Message) -> list[Json]:
 
 
 def fields_of(row: Row | None) -> Json:
-    """The fields that a row has beside those of the schema; how it was made before is kept as `made_from`."""
+    """Return the extra fields of a row; its earlier provenance is kept as `made_from`."""
     fields = dict(((row or {}).get("extra") or {}).get("fields", {}))
     if "made_by" in fields:
         fields["made_from"] = fields.pop("made_by")
@@ -267,9 +274,9 @@ def fields_of(row: Row | None) -> Json:
 
 
 def questions(data: Dataset, limit: int | None = None) -> list[tuple[Row, tuple[Message, ...]]]:
-    """(row, its conversation up to the last answer) of a set of conversations, tools written into the text.
+    """Return (row, its messages before the final assistant turn) of conversations, with tools rendered as text.
 
-    DataError when no row asks anything.
+    Errors: DataError when no row has a prompt.
     """
     found = []
     for row in read_chat(data):
@@ -279,12 +286,12 @@ def questions(data: Dataset, limit: int | None = None) -> list[tuple[Row, tuple[
         if turns and turns[-1].role in ("user", "tool"):
             found.append((row, turns))
     if not found:
-        raise DataError(f"{data.name}: no row asks anything")
+        raise DataError(f"{data.name}: no row has a prompt")
     return found[:limit]
 
 
 def instruction_of(row: Row) -> str:
-    """The text of a row's first user turn."""
+    """Return the text of a row's first user turn."""
     return next((m.content for m in messages_from_json(row["messages"]) if m.role == "user"), "")
 
 

@@ -1,5 +1,6 @@
-"""Stage `synthesize.branch`: a question is divided into parts, each part answered alone, the answers made one
-(branch-solve-merge, Saha et al. 2023).
+"""Stage `synthesize.branch`: branch-solve-merge (Saha et al. 2023).
+
+Divides a task into parts, solves each separately, and merges the solutions into one answer.
 """
 
 from __future__ import annotations
@@ -15,21 +16,22 @@ from llmworks.synthesize.text.parse import numbered, refuses
 
 
 class BranchConfig(Config):
-    """How many parts."""
+    """Number of parts and sampling parameters."""
 
-    max_parts: int = Field(4, ge=2, le=12, description="most parts of a question")
-    limit: int | None = Field(None, gt=0, description="only the first rows")
-    decoding: Decoding = Field(Decoding(), description="how parts are drawn and solved")
+    max_parts: int = Field(4, ge=2, le=12, description="largest number of parts per task")
+    limit: int | None = Field(None, gt=0, description="use only the first rows")
+    decoding: Decoding = Field(Decoding(), description="sampling parameters for dividing and solving")
     merge_decoding: Decoding = Field(
-        Decoding(temperature=0.0, max_tokens=1024), description="how the answers are made one"
+        Decoding(temperature=0.0, max_tokens=1024), description="sampling parameters for merging"
     )
 
 
 def branch(config: BranchConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
-    """Answer the question of every conversation of one user turn in parts; `made_by.parts` keeps the parts and their
-    answers.
+    """Answer single-turn conversations by dividing, solving and merging.
 
-    Errors: DataError when no row asks anything, or nothing can be kept.
+    `made_by.parts` keeps the parts and their answers.
+
+    Errors: DataError when no row has a prompt, or no row is kept.
     """
     asked = [
         (row, turns[-1].content)
@@ -38,7 +40,8 @@ def branch(config: BranchConfig, model: Model | Adapter, data: Dataset, ctx: Con
     ]
     with Maker(ctx, model, config.decoding, "synthesize.branch") as maker:
         prompts = [
-            f"Task:\n{text}\n\nWhich parts must a good answer have? Name 2 to {config.max_parts} parts that can be worked"
+            f"Task:\n{text}\n\nWhich parts must a good answer have? Name 2 to {config.max_parts} parts that can be"
+            " worked"
             " on apart from one another and that cover the task together. Write a numbered list, one short line a"
             " part, and nothing else. Do not answer the task."
             for _, text in asked
@@ -78,7 +81,7 @@ def branch(config: BranchConfig, model: Model | Adapter, data: Dataset, ctx: Con
 
 
 def _solve(maker: Maker, divided: list[tuple[Row, str, str, list[str]]]) -> dict[str, list[str]]:
-    """The answers to all parts by row; a row one of whose parts fails is set aside."""
+    """Return the answers to all parts by row; a row with a failed part is rejected."""
     prompts = [
         f"Task:\n{text}\n\nThe task is worked on in parts:\n"
         + "\n".join(f"{i}. {p}" for i, p in enumerate(parts, 1))

@@ -1,8 +1,8 @@
-"""Stage `synthesize.evolve`: instructions made harder or other, step by step, and answered anew (Evol-Instruct, Xu et
-al. 2023).
+"""Stage `synthesize.evolve`: Evol-Instruct (Xu et al. 2023): make instructions harder or different, step by step.
 
-In depth: one more condition, a deeper question, the concrete for the general, more steps of thought, richer input. In
-breadth: another instruction of the same field. What fails is set aside and its parent stays for the next round.
+In-depth operators: constrain, deepen, concretize, reason, enrich. In-breadth operator: a new instruction in the same
+domain. Failed evolutions are rejected, and their parent stays for the next round. Each evolved instruction gets a new
+answer.
 """
 
 from __future__ import annotations
@@ -39,33 +39,38 @@ SAME = (
 
 
 class EvolveConfig(Config):
-    """Which steps, and how often."""
+    """Evolution operators, number of evolutions and filters."""
 
-    num_evolutions: int = Field(2, ge=1, le=8, description="steps from the first instruction")
+    num_evolutions: int = Field(2, ge=1, le=8, description="number of evolutions of each instruction")
     operators: tuple[Operator, ...] = Field(
         ("constrain", "deepen", "concretize", "reason", "breadth"),
         min_length=1,
-        description="one is drawn for each step",
+        description="evolution operators; one is sampled for each evolution",
     )
-    include_original: bool = Field(True, description="keep the rows of the input too, unchanged")
-    limit: int | None = Field(None, gt=0, description="only the first rows")
+    include_original: bool = Field(True, description="include the input rows unchanged")
+    limit: int | None = Field(None, gt=0, description="use only the first rows")
     max_added_words: int = Field(
-        25, ge=1, description="words that a step in depth may add; asked for, and twice as many are refused"
+        25,
+        ge=1,
+        description=(
+            "words that an in-depth evolution may add; requested in the prompt, and more than"
+            " twice as many are rejected"
+        ),
     )
     max_similarity: float = Field(
-        0.9, gt=0, le=1, description="ROUGE-L with an instruction that is there from which on a new one is refused"
+        0.9, gt=0, le=1, description="largest ROUGE-L with an existing instruction; more similar ones are rejected"
     )
     check_unchanged: bool = Field(
-        True, description="ask the model whether a step changed anything, and set aside what it calls the same"
+        True, description="ask the model whether an evolution changed the instruction, and reject unchanged ones"
     )
-    decoding: Decoding = Field(Decoding(), description="how instructions are drawn")
-    answer_decoding: Decoding = Field(Decoding(temperature=0.0), description="how they are answered")
+    decoding: Decoding = Field(Decoding(), description="sampling parameters of instructions")
+    answer_decoding: Decoding = Field(Decoding(temperature=0.0), description="sampling parameters of answers")
 
 
 def evolve(config: EvolveConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
-    """Evolve the first user turn of every conversation without tools; each step that succeeds becomes a row of its own.
+    """Evolve the first user turn of single-turn conversations without tools; each successful evolution is a row.
 
-    Errors: DataError when no row asks anything, or nothing can be kept.
+    Errors: DataError when no row has a prompt, or no row is kept.
     """
     draw = random.Random(ctx.seed)
     pool = Pool(config.max_similarity)
@@ -85,14 +90,14 @@ def evolve(config: EvolveConfig, model: Model | Adapter, data: Dataset, ctx: Con
             for (id, operator), prompt, answer in zip(steps, prompts, maker.ask(f"step {step}", prompts), strict=True):
                 instruction = labelled(answer.text, "new instruction") or bare(answer.text)
                 reason = problem_of(config, operator, current[id], instruction, answer) or (
-                    "" if pool.add(instruction) else "like another instruction"
+                    "" if pool.add(instruction) else "too similar to another instruction"
                 )
                 if reason:
                     maker.drop(f"{id}~{step}", reason, answer.text)
                 else:
                     found[id] = (operator, prompt, instruction)
             for id in _same(config, maker, current, {id: instruction for id, (_, _, instruction) in found.items()}):
-                maker.drop(f"{id}~{step}", "says the same as before", found.pop(id)[2])
+                maker.drop(f"{id}~{step}", "unchanged", found.pop(id)[2])
             asked = {
                 id: Prompt((*systems[id], Message("user", instruction))) for id, (_, _, instruction) in found.items()
             }
@@ -141,22 +146,20 @@ def _prompt(config: EvolveConfig, operator: Operator, instruction: str) -> str:
 
 
 def problem_of(config: EvolveConfig, operator: Operator, before: str, after: str, answer: Answer) -> str:
-    """Why a step failed, or an empty string."""
+    """Return why an evolution failed, or an empty string."""
     if answer.problem:
         return answer.problem
     if len(after.split()) < 3:
         return "no instruction"
     if TELLS.search(after):
-        return "speaks of the prompt"
+        return "mentions the prompt"
     if operator not in ("breadth", "enrich") and len(after.split()) > len(before.split()) + 2 * config.max_added_words:
-        return "grew too long"
+        return "too long"
     return "refuses to answer" if refuses(after) else ""
 
 
 def eliminated(answer: str) -> str:
-    """Why the answer to an evolved instruction says that the step failed (Xu et al. 2023, section 2.2), or an empty
-    string.
-    """
+    """Return why an answer shows that the evolution failed (Xu et al. 2023, section 2.2), or an empty string."""
     if refuses(answer):
         return "refuses to answer"
     return "" if re.search(r"\w\w", answer) else "answer without words"

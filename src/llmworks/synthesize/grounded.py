@@ -1,9 +1,8 @@
-"""Stage `synthesize.grounded`: questions that a passage answers, and answers that stand in it; what does not is set
-aside.
+"""Stage `synthesize.grounded`: questions and answers that are grounded in passages of documents.
 
-A passage is asked about, each question is answered from the passage alone, and an answer is kept when the words that it
-adds, and all its numbers and names, are in the passage. So a small model cannot put its own knowledge, or its errors,
-into the set.
+The model writes questions about a passage and answers each from the passage alone. An answer is kept when most content
+words that it adds, and all its numbers and code identifiers, are in the passage. So a small model cannot add its own
+knowledge or errors.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from llmworks.synthesize.asking import Answer, Decoding, Maker
 from llmworks.synthesize.text.diversity import Pool
 from llmworks.synthesize.text.parse import bare, numbered, refuses
 
-PARAGRAPH = re.compile(r"[^\n]*\S[^\n]*(?:\n[^\n]*\S[^\n]*)*")  # lines with something on them
+PARAGRAPH = re.compile(r"[^\n]*\S[^\n]*(?:\n[^\n]*\S[^\n]*)*")  # consecutive non-blank lines
 POINTS = re.compile(
     r"\b(?:this|the|these|above|following|given|provided|according"
     r" to)\s+(?:\w+\s+)?(?:passage|text|document|excerpt|section|paragraph|article|context|documentation|chapter"
@@ -36,7 +35,7 @@ UNKNOWN = re.compile(
     r" (?:say|mention|state|specify|provide|answer)|no information)\b",
     re.IGNORECASE,
 )
-# words that carry nothing of their own, which an answer may add
+# stop words, which an answer may add
 COMMON = frozenset(
     [
         "a",
@@ -124,11 +123,11 @@ COMMON = frozenset(
 )
 
 
-ON_TOPIC = 0.5  # share of a question's telling words that must stand in the passage
+ON_TOPIC = 0.5  # share of a question's content words that must be in the passage
 
 
 class Passage(NamedTuple):
-    """A part of a document, and where it begins there."""
+    """A passage of a document and its start offset."""
 
     document: str
     start: int
@@ -136,36 +135,37 @@ class Passage(NamedTuple):
 
 
 class GroundedConfig(Config):
-    """Passages, questions and what an answer needs."""
+    """Passages, questions and filters of answers."""
 
-    num_passages: int = Field(100, gt=0, description="passages asked about, drawn by the run's seed")
-    max_characters: int = Field(1500, ge=100, description="longest passage; cut between paragraphs")
-    min_characters: int = Field(300, ge=20, description="shortest passage")
-    questions_per_passage: int = Field(2, ge=1, le=10, description="questions of a passage")
+    num_passages: int = Field(100, gt=0, description="number of passages, sampled with the run's seed")
+    max_characters: int = Field(1500, ge=100, description="longest passage in characters; split between paragraphs")
+    min_characters: int = Field(300, ge=20, description="shortest passage in characters")
+    questions_per_passage: int = Field(2, ge=1, le=10, description="questions per passage")
     min_support: float = Field(
         0.8,
         ge=0,
         le=1,
         description=(
-            "share of the telling words that an answer adds to its question which must stand in the passage; numbers"
-            " and names of code must all"
+            "share of the content words added by an answer that must be in the passage; numbers and code"
+            " identifiers must all be"
         ),
     )
     max_similarity: float = Field(
-        0.8, gt=0, le=1, description="ROUGE-L from which on a question is refused as like one that is there"
+        0.8, gt=0, le=1, description="largest ROUGE-L with an existing question; more similar ones are rejected"
     )
     include_passage: bool = Field(
-        False, description="show the passage in the user's turn, to train reading rather than knowing"
+        False, description="include the passage in the user turn, to train reading comprehension instead of recall"
     )
-    decoding: Decoding = Field(Decoding(max_tokens=256), description="how questions are drawn")
-    answer_decoding: Decoding = Field(Decoding(temperature=0.0, max_tokens=200), description="how they are answered")
+    decoding: Decoding = Field(Decoding(max_tokens=256), description="sampling parameters of questions")
+    answer_decoding: Decoding = Field(
+        Decoding(temperature=0.0, max_tokens=200), description="sampling parameters of answers"
+    )
 
 
 def grounded(config: GroundedConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
-    """Make conversations of one question and one answer from a set of documents; `made_by.passage` says where each
-    answer stands.
+    """Generate single-turn conversations from documents; `made_by.passage` records the source of each answer.
 
-    Errors: DataError without a passage long enough, or when nothing can be kept.
+    Errors: DataError without a passage that is long enough, or when no row is kept.
     """
     every = [p for document in read_documents(data) for p in passages_of(document, config)]
     if not every:
@@ -189,7 +189,7 @@ def grounded(config: GroundedConfig, model: Model | Adapter, data: Dataset, ctx:
                 if (
                     reason := problem_of(question)
                     or off_topic(question, passage.text)
-                    or ("" if pool.add(question) else "like another question")
+                    or ("" if pool.add(question) else "too similar to another question")
                 ):
                     maker.drop(f"{id}?{number}", reason, question)
                 else:
@@ -221,14 +221,14 @@ def grounded(config: GroundedConfig, model: Model | Adapter, data: Dataset, ctx:
 
 
 def _reason_against(answer: Answer, missing: str, share: float, config: GroundedConfig) -> str:
-    """Why an answer is dropped; empty for one that is kept."""
+    """Return why an answer is rejected; empty for one that is kept."""
     reason = (
         answer.problem
         or unsupported(answer.text)
         or (
             f"not in the passage ({missing})"
             if missing
-            else f"not in the passage (telling words: {share:.0%})"
+            else f"not in the passage (content words: {share:.0%})"
             if share < config.min_support
             else ""
         )
@@ -237,7 +237,7 @@ def _reason_against(answer: Answer, missing: str, share: float, config: Grounded
 
 
 def passages_of(document: Document, config: GroundedConfig) -> list[Passage]:
-    """Whole paragraphs of a document, joined up to the longest passage."""
+    """Split a document into passages of whole paragraphs, up to the longest length."""
     found: list[Passage] = []
     start, text = 0, ""
     for match in PARAGRAPH.finditer(document.text):
@@ -267,7 +267,7 @@ def _answer_prompt(passage: Passage, question: str) -> str:
 
 
 def question_of(item: str) -> str:
-    """The question in an item of a list: its first line, up to the question mark, without a label."""
+    """Extract the question from a list item: its first line up to the question mark, without a label."""
     line = next((line for line in map(str.strip, item.splitlines()) if line), "")
     end = line.find("?")
     return bare(
@@ -281,32 +281,31 @@ def question_of(item: str) -> str:
 
 
 def problem_of(question: str) -> str:
-    """Why a question cannot be taken, or an empty string."""
+    """Return why a question is rejected, or an empty string."""
     if not question.endswith("?"):
         return "no question"
     if len(question.split()) < 4:
         return "too short"
-    return "points at the passage" if POINTS.search(question) else ""
+    return "refers to the passage" if POINTS.search(question) else ""
 
 
 def unsupported(answer: str) -> str:
-    """Why an answer is none, or an empty string."""
+    """Return why an answer is rejected, or an empty string."""
     return (
         "not stated"
         if UNKNOWN.search(answer)
         else "refuses to answer"
         if refuses(answer)
-        else "points at the passage"
+        else "refers to the passage"
         if POINTS.search(answer)
         else ""
     )
 
 
 def support_of(answer: str, passage: str, question: str) -> tuple[float, str]:
-    """(share of the telling words that an answer adds to its question which stand in the passage, a number or name that
-    does not, if there is one).
+    """Return (share of added content words that are in the passage, a number or identifier that is not, if any).
 
-    An answer that adds nothing has the share 0.
+    Added words are those not in the question; an answer that adds none has share 0.
     """
     there, known = {_stem(word) for word in words(passage)}, {_stem(word) for word in words(question)}
     added = [word for word in words(answer) if word not in COMMON and _stem(word) not in known]
@@ -315,29 +314,24 @@ def support_of(answer: str, passage: str, question: str) -> tuple[float, str]:
 
 
 def off_topic(question: str, passage: str) -> str:
-    """Why a question is not about a passage, or an empty string: a number or name that is not in it, or few of its
-    telling words.
+    """Return why a question is not about a passage, or an empty string.
+
+    A number or identifier that is not in the passage, or too few of its content words.
     """
     there = {_stem(word) for word in words(passage)}
     telling = [word for word in words(question) if word not in COMMON]
     exact = next((word for word in telling if _is_exact(word) and _stem(word) not in there), "")
     share = sum(_stem(word) in there for word in telling) / len(telling) if telling else 0.0
-    return (
-        f"asks about something else ({exact})"
-        if exact
-        else f"asks about something else (telling words: {share:.0%})"
-        if share < ON_TOPIC
-        else ""
-    )
+    return f"off-topic ({exact})" if exact else f"off-topic (content words: {share:.0%})" if share < ON_TOPIC else ""
 
 
 def _is_exact(word: str) -> bool:
-    """Numbers and names of code, which cannot be said in other words."""
+    """Return whether a word is a number or code identifier, which cannot be paraphrased."""
     return "_" in word or any(c.isdigit() for c in word)
 
 
 def _stem(word: str) -> str:
-    """A word without the usual endings, so that `returns` is `return`; identifiers stay as they are."""
+    """Strip common suffixes, so that `returns` becomes `return`; identifiers are unchanged."""
     for ending in ("ing", "ed", "es", "s"):
         if len(word) > len(ending) + 3 and word.endswith(ending) and "_" not in word:
             return word[: -len(ending)].rstrip("e")

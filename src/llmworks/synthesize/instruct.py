@@ -1,8 +1,7 @@
-"""Stage `synthesize.instruct`: new tasks from a few seed tasks, answered by the model itself (Self-Instruct, Wang et
-al. 2023).
+"""Stage `synthesize.instruct`: Self-Instruct (Wang et al. 2023): new tasks from a few seed tasks.
 
-Every round shows tasks drawn from the seeds and from what was made, asks for more, and takes those that are unlike all
-others and can be answered in text alone.
+Every round shows seed and generated tasks as few-shot examples, requests more, and keeps those that are dissimilar to
+all others and can be answered in text. The model then answers them.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from llmworks.synthesize.asking import Decoding, Maker, Prompt, instruction_of
 from llmworks.synthesize.text.diversity import Pool
 from llmworks.synthesize.text.parse import numbered, refuses
 
-# What a model that reads and writes text cannot do (the filter of Self-Instruct)
+# Tasks beyond text input and output (Self-Instruct's filter)
 OUT_OF_REACH = re.compile(
     r"\b(?:image|images|picture|photo|graph|graphs|plot|map|draw|video|audio|music"
     r" file|attached|attachment|file|files|go to|website|url|link)\b",
@@ -30,37 +29,36 @@ OUT_OF_REACH = re.compile(
 
 
 class InstructConfig(Config):
-    """How many tasks, and how they are asked for."""
+    """Number of tasks, few-shot examples and filters."""
 
-    num_rows: int = Field(100, gt=0, description="tasks to make")
-    max_rounds: int = Field(20, gt=0, description="stop after so many rounds, however many tasks there are")
-    requests_per_round: int = Field(16, gt=0, description="requests of a round")
-    num_examples: int = Field(8, ge=1, description="tasks shown as examples in a request")
+    num_rows: int = Field(100, gt=0, description="tasks to generate")
+    max_rounds: int = Field(20, gt=0, description="stop after this many rounds, even with fewer tasks")
+    requests_per_round: int = Field(16, gt=0, description="requests per round")
+    num_examples: int = Field(8, ge=1, description="few-shot example tasks per request")
     num_generated_examples: int = Field(
-        2, ge=0, description="of them at most so many that were made, the rest are seeds"
+        2, ge=0, description="largest number of generated tasks among the examples; the rest are seed tasks"
     )
-    tasks_per_request: int = Field(5, ge=1, description="new tasks asked for in a request")
+    tasks_per_request: int = Field(5, ge=1, description="new tasks requested per request")
     max_similarity: float = Field(
-        0.7, gt=0, le=1, description="ROUGE-L with a task that is there from which on a new one is refused"
+        0.7, gt=0, le=1, description="largest ROUGE-L with an existing task; more similar ones are rejected"
     )
-    min_words: int = Field(4, ge=1, description="shortest task")
-    max_words: int = Field(150, ge=1, description="longest task")
-    decoding: Decoding = Field(Decoding(temperature=0.9), description="how tasks are drawn")
-    answer_decoding: Decoding = Field(Decoding(temperature=0.0), description="how they are answered")
+    min_words: int = Field(4, ge=1, description="shortest task in words")
+    max_words: int = Field(150, ge=1, description="longest task in words")
+    decoding: Decoding = Field(Decoding(temperature=0.9), description="sampling parameters of tasks")
+    answer_decoding: Decoding = Field(Decoding(temperature=0.0), description="sampling parameters of answers")
 
 
 def instruct(config: InstructConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
-    """Make conversations of one question and one answer; `data` are conversations whose first user turns are the seed
-    tasks.
+    """Generate single-turn conversations from seed tasks, the first user turns of the conversations in `data`.
 
-    Errors: DataError without seed tasks, or when nothing can be kept.
+    Errors: DataError without seed tasks, or when no row is kept.
     """
     pool = Pool(config.max_similarity)
     seeds = [
         text for text in (" ".join(instruction_of(row).split()) for row in read_chat(data)) if text and pool.add(text)
     ]
     if not seeds:
-        raise DataError(f"{data.name}: has no user turn that could be a seed task")
+        raise DataError(f"{data.name}: has no user turn to use as a seed task")
     draw = random.Random(ctx.seed)
     made: list[tuple[str, str]] = []  # (task, prompt)
     with Maker(ctx, model, config.decoding, "synthesize.instruct") as maker:
@@ -72,17 +70,17 @@ def instruct(config: InstructConfig, model: Model | Adapter, data: Dataset, ctx:
             ]
             numbers = range(
                 turn * config.requests_per_round, (turn + 1) * config.requests_per_round
-            )  # two requests may show the same tasks
+            )  # two requests may have the same prompt
             asked = [
                 Prompt((Message("user", prompt),), number) for number, prompt in zip(numbers, prompts, strict=True)
             ]
             for prompt, answer in zip(prompts, maker.ask(f"round {turn + 1}", asked), strict=True):
                 tasks = [] if answer.problem and not answer.text else numbered(answer.text)
-                tasks = tasks[:-1] if answer.problem.startswith("cut off") else tasks  # the last one is not whole
+                tasks = tasks[:-1] if answer.problem.startswith("cut off") else tasks  # the last one is truncated
                 if not tasks:
                     maker.drop(f"round {turn + 1}", answer.problem or "no list of tasks", answer.text)
                 for task in tasks:
-                    reason = problem_of(config, task) or ("" if pool.add(task) else "like another task")
+                    reason = problem_of(config, task) or ("" if pool.add(task) else "too similar to another task")
                     if reason:
                         maker.drop(f"round {turn + 1}", reason, task)
                     elif len(made) < config.num_rows:
@@ -111,19 +109,20 @@ def _prompt(config: InstructConfig, seeds: list[str], made: list[str], draw: ran
     examples = "\n".join(f"{i}. {task}" for i, task in enumerate(shown, 1))
     return (
         f"Here are {len(shown)} tasks that people give to an assistant that reads and writes"
-        f" text:\n\n{examples}\n\nWrite {config.tasks_per_request} more tasks. They must differ from these and from one another in"
+        f" text:\n\n{examples}\n\nWrite {config.tasks_per_request} more tasks. They must differ from these and from"
+        " one another in"
         " subject, in verb and in form; each must hold all that is needed to do it, without pictures, files or links."
         " Write a numbered list with one task a line and nothing else."
     )
 
 
 def problem_of(config: InstructConfig, task: str) -> str:
-    """Why a task cannot be taken, or an empty string."""
+    """Return why a task is rejected, or an empty string."""
     count = len(task.split())
     if not config.min_words <= count <= config.max_words:
         return "too short" if count < config.min_words else "too long"
     if OUT_OF_REACH.search(task):
         return "needs more than text"
     if not task[0].isalnum() and task[0] not in "\"'“(¿¡":
-        return "begins with a sign"
+        return "starts with a symbol"
     return ""

@@ -1,8 +1,7 @@
-"""Stage `synthesize.pairs`: preference pairs of a model's own answers, told apart by a verifier or a judge, or of
-answers that people rated.
+"""Stage `synthesize.pairs`: preference pairs from a model's own completions, or from rated answers.
 
-Several answers to each question are scored; a good and a bad one make a pair. On-policy pairs, since the model that is
-aligned wrote both.
+Several completions per prompt are scored by a verifier or a judge; a good and a bad one make a pair. The pairs are
+on-policy when the model is the one to be aligned.
 """
 
 from __future__ import annotations
@@ -22,43 +21,42 @@ from llmworks.synthesize.asking import Answer, Decoding, Maker, Prompt, question
 
 
 class PairsConfig(Config):
-    """Where answers and scores come from, and which make a pair."""
+    """Source of completions and scores, and selection of pairs."""
 
     scorer: Literal["verifier", "judge", "ratings"] = Field(
         "verifier",
         description=(
-            "verifier: of the row's answer; judge: a model's grades, needs the input `judge`; ratings: of the row's own"
-            " answers"
+            "verifier: scores by the row's `answer`; judge: grades of a model, needs the input `judge`; ratings:"
+            " the row's own rated answers"
         ),
     )
     score_function: str = Field("verified", description="score function of the verifier")
-    num_generations: int = Field(4, ge=2, le=64, description="answers drawn of each question")
-    min_margin: float = Field(0.5, gt=0, le=1, description="least difference of the scores (0 to 1) of a pair")
+    num_generations: int = Field(4, ge=2, le=64, description="completions sampled per prompt")
+    min_margin: float = Field(0.5, gt=0, le=1, description="smallest score difference (0 to 1) of a pair")
     pairing: Literal["widest", "all"] = Field(
-        "widest", description="widest: the best and the worst answer of a question; all: every pair with the margin"
+        "widest", description="widest: the best and the worst completion of a prompt; all: every pair with the margin"
     )
     max_length_ratio: float = Field(
         0.0,
         ge=0,
-        description=(
-            "a chosen answer may be so many times as long as the rejected one; 0: no bound. Against rewards for length"
-        ),
+        description="largest length ratio of chosen to rejected, against length bias; 0: no limit",
     )
     ratings_field: str = Field(
         "ratings",
         description=(
-            "by ratings: the field that holds a list of {text, rating}, or answers in `answers` and their ratings in"
-            " this field"
+            "scorer ratings: the field with a list of {text, rating}, or with the ratings of the answers in `answers`"
         ),
     )
-    criteria: str = Field("", description="what the judge looks at, in words")
-    limit: int | None = Field(None, gt=0, description="only the first rows")
-    decoding: Decoding = Field(Decoding(temperature=1.0), description="how answers are drawn")
-    judge_decoding: Decoding = Field(Decoding(temperature=0.0, max_tokens=256), description="how the judge answers")
+    criteria: str = Field("", description="grading criteria for the judge, in words")
+    limit: int | None = Field(None, gt=0, description="use only the first rows")
+    decoding: Decoding = Field(Decoding(temperature=1.0), description="sampling parameters of completions")
+    judge_decoding: Decoding = Field(
+        Decoding(temperature=0.0, max_tokens=256), description="sampling parameters of the judge"
+    )
 
 
 class Scored(NamedTuple):
-    """An answer with its score from 0 to 1, why, and the prompt that drew it."""
+    """A completion with its score from 0 to 1, the reason, and its prompt."""
 
     text: str
     score: float
@@ -73,11 +71,12 @@ def pairs(
     model: Model | Adapter | None = None,
     judge: Model | Adapter | None = None,
 ) -> Dataset:
-    """Make preference pairs for the questions of a set of conversations (their turns before the last answer).
+    """Create preference pairs for the prompts of conversations (their turns before the last answer).
 
-    `model` answers (by ratings nobody does), `judge` grades.
-    Errors: UserError without the model or the judge that `by` needs; DataError for rows that cannot be verified or hold
-    no ratings, or when no question has answers far enough apart.
+    `model` samples completions (not with scorer ratings), `judge` grades them.
+
+    Errors: UserError without the model or judge that `scorer` needs; DataError for rows that cannot be verified or
+    have no ratings, or when no pair has the margin.
     """
     _check_inputs(config, judge, model)
     asked = questions(data, config.limit)
@@ -89,7 +88,7 @@ def pairs(
                 for row, turns in asked:
                     score_function(config.score_function)(
                         turns, "", row
-                    )  # a row that cannot be judged is refused before anything is asked
+                    )  # fail on a row that cannot be scored before any request
             drawn = _drawn(config, maker, asked)
             scored = _verified(config, asked, drawn) if judge is None else _judged(config, maker, judge, asked, drawn)
         for row, turns in asked:
@@ -97,9 +96,9 @@ def pairs(
             if not found:
                 best = max((s.score for s in scored[row["id"]]), default=None)
                 told = (
-                    "fewer than two different answers"
+                    "fewer than two different completions"
                     if len(scored[row["id"]]) < 2
-                    else f"no margin (the best scores {best:.2g})"
+                    else f"no margin (best score {best:.2g})"
                 )
                 maker.drop(row["id"], told, "\n\n".join(s.text for s in scored[row["id"]]))
             _keep_pairs(found, config, scored, row, maker, turns)
@@ -108,7 +107,7 @@ def pairs(
         return maker.finish(
             [data],
             lead=(
-                f"{len(maker.rows):,} pairs of {len(asked):,} questions; the chosen answer is the longer one in"
+                f"{len(maker.rows):,} pairs from {len(asked):,} prompts; the chosen completion is longer in"
                 f" {share:.0%}."
             ),
             metrics={"chosen_longer": round(share, 4)},
@@ -117,18 +116,21 @@ def pairs(
 
 
 def _check_inputs(config: PairsConfig, judge: Model | Adapter | None, model: Model | Adapter | None) -> None:
-    """UserError for inputs that do not go with `by`."""
+    """Check that the inputs match `scorer`.
+
+    Errors: UserError.
+    """
     if (config.scorer == "judge") != (judge is not None):
         raise UserError(
-            "by: judge needs the input `judge`"
+            "scorer judge needs the input `judge`"
             if judge is None
-            else f"the input `judge` is for by: judge, this is by: {config.scorer}"
+            else f"the input `judge` is for scorer judge; the scorer is {config.scorer}"
         )
     if (config.scorer == "ratings") == (model is not None):
         raise UserError(
-            f"by: {config.scorer} needs the input `model`"
+            f"scorer {config.scorer} needs the input `model`"
             if model is None
-            else "by: ratings pairs the answers that the rows have; leave the input `model` out"
+            else "scorer ratings pairs the rows' own answers; remove the input `model`"
         )
 
 
@@ -140,7 +142,7 @@ def _keep_pairs(
     maker: Maker,
     turns: tuple[Message, ...],
 ) -> None:
-    """Keep the pairs that were chosen of a question's answers."""
+    """Keep the selected pairs of a prompt."""
     for number, (good, bad) in enumerate(found, 1):
         origin: Json = {
             "by": config.scorer,
@@ -169,7 +171,7 @@ def _keep_pairs(
 def _drawn(
     config: PairsConfig, maker: Maker, asked: Sequence[tuple[Row, tuple[Message, ...]]]
 ) -> dict[str, list[tuple[Prompt, Answer]]]:
-    """The usable, different answers to each question."""
+    """Return the usable, distinct completions of each prompt."""
     prompts = [Prompt(turns, turn) for _, turns in asked for turn in range(config.num_generations)]
     answers = iter(zip(prompts, maker.ask("answers", prompts), strict=True))
     found: dict[str, list[tuple[Prompt, Answer]]] = {}
@@ -220,9 +222,9 @@ def _judged(
 
 
 def rated(row: Row, field: str) -> list[Scored]:
-    """A row's own answers with their ratings, brought to 0 to 1 by the least and the largest.
+    """Return a row's own answers with their ratings, min-max scaled to 0 to 1.
 
-    DataError when it has none.
+    Errors: DataError when it has none.
     """
     fields = row["extra"].get("fields", {})
     given = fields.get(field)
@@ -235,8 +237,8 @@ def rated(row: Row, field: str) -> list[Scored]:
     )
     if not good or not isinstance(given, list) or not given:
         raise DataError(
-            f'row {row["id"]!r}: `{field}` must be a list of {{"text": ..., "rating": number}}, or of as many numbers'
-            " as `answers` has texts"
+            f'row {row["id"]!r}: `{field}` must be a list of {{"text": ..., "rating": number}}, or one number for'
+            " each of `answers`"
         )
     least, most = min(g["rating"] for g in given), max(g["rating"] for g in given)
     return [
@@ -251,7 +253,7 @@ def rated(row: Row, field: str) -> list[Scored]:
 
 
 def choose(config: PairsConfig, scored: Sequence[Scored]) -> list[tuple[Scored, Scored]]:
-    """(chosen, rejected) of one question's answers; nothing when none are far enough apart, or all are too long."""
+    """Select (chosen, rejected) pairs of one prompt; empty when none has the margin, or all are too long."""
     found = [
         (good, bad)
         for good in scored
@@ -260,6 +262,6 @@ def choose(config: PairsConfig, scored: Sequence[Scored]) -> list[tuple[Scored, 
         and good.text != bad.text
         and (not config.max_length_ratio or len(good.text) <= config.max_length_ratio * max(1, len(bad.text)))
     ]
-    # of equally wide ones the pair whose sides are of like length
+    # ties: prefer pairs of similar length
     found.sort(key=lambda p: (p[1].score - p[0].score, abs(len(p[0].text) - len(p[1].text)), p[0].text, p[1].text))
     return found if config.pairing == "all" else found[:1]

@@ -1,6 +1,4 @@
-"""Stage `synthesize.personas`: people who would read a text, and what each of them would ask (Persona Hub, Ge et al.
-2024).
-"""
+"""Stage `synthesize.personas`: Persona Hub (Ge et al. 2024): personas inferred from documents, and their prompts."""
 
 from __future__ import annotations
 
@@ -27,34 +25,39 @@ WHO = {
 
 
 class PersonasConfig(Config):
-    """Who is made up, and what they ask."""
+    """Personas and the prompts they give."""
 
-    max_documents: int = Field(100, gt=0, description="documents whose readers are made up, the first of the input")
-    max_characters: int = Field(1500, gt=0, description="of a document, its beginning is shown")
+    max_documents: int = Field(
+        100, gt=0, description="number of documents to infer a persona from, the first of the input"
+    )
+    max_characters: int = Field(1500, gt=0, description="characters of a document that are shown, from its beginning")
     num_related: int = Field(
         0,
         ge=0,
         le=10,
-        description="for each person so many more of their surroundings (Persona Hub's persona-to-persona)",
+        description="related personas generated for each persona (Persona Hub's persona-to-persona)",
     )
     task_type: Literal["instruction", "reasoning", "knowledge"] = Field(
-        "instruction", description="what each person asks"
+        "instruction", description="type of the generated prompts"
     )
-    questions_per_persona: int = Field(1, ge=1, le=10, description="questions of each person")
+    questions_per_persona: int = Field(1, ge=1, le=10, description="questions per persona")
     max_similarity: float = Field(
-        0.7, gt=0, le=1, description="ROUGE-L from which on a person or a question is refused as like one that is there"
+        0.7,
+        gt=0,
+        le=1,
+        description="largest ROUGE-L with an existing persona or question; more similar ones are rejected",
     )
     persona_in_system: bool = Field(
-        False, description="put the person into a system turn, so that the answers are for them"
+        False, description="put the persona in a system turn, so that answers are addressed to it"
     )
-    decoding: Decoding = Field(Decoding(temperature=0.9), description="how people and questions are drawn")
-    answer_decoding: Decoding = Field(Decoding(temperature=0.0), description="how questions are answered")
+    decoding: Decoding = Field(Decoding(temperature=0.9), description="sampling parameters of personas and questions")
+    answer_decoding: Decoding = Field(Decoding(temperature=0.0), description="sampling parameters of answers")
 
 
 def personas(config: PersonasConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
-    """Make conversations of one question and one answer from a set of documents.
+    """Generate single-turn conversations from personas inferred from documents.
 
-    Errors: DataError without documents, or when nothing can be kept.
+    Errors: DataError without documents, or when no row is kept.
     """
     texts = [d for _, d in zip(range(config.max_documents), read_documents(data), strict=False) if d.text.strip()]
     if not texts:
@@ -68,16 +71,17 @@ def personas(config: PersonasConfig, model: Model | Adapter, data: Dataset, ctx:
             f" else.\n\nText:\n{d.text[: config.max_characters]}"
             for d in texts
         ]
-        for document, answer in zip(texts, maker.ask("people", prompts, max_tokens=120), strict=True):
+        for document, answer in zip(texts, maker.ask("personas", prompts, max_tokens=120), strict=True):
             _take(maker, known, people, document.id, answer.problem, bare(answer.text.split("\n\n")[0]))
         if config.num_related:
             first = list(people)
             prompts = [
-                f"{who}\n\nWho are {config.num_related} people that this person often deals with, of other walks of life?"
+                f"{who}\n\nWho are {config.num_related} people that this person often deals with, of other walks of"
+                " life?"
                 " Describe each in one sentence, as a numbered list and nothing else."
                 for _, who in first
             ]
-            for (id, _), answer in zip(first, maker.ask("surroundings", prompts), strict=True):
+            for (id, _), answer in zip(first, maker.ask("related personas", prompts), strict=True):
                 for number, who in enumerate(
                     numbered(answer.text)[: config.num_related] if not answer.problem else [], 1
                 ):
@@ -95,13 +99,13 @@ def personas(config: PersonasConfig, model: Model | Adapter, data: Dataset, ctx:
         ]
         found = _ask(people, prompts, maker, asked, config)
         _answer(found, maker, config)
-        return maker.finish([data], note=f"{len(people):,} people")
+        return maker.finish([data], note=f"{len(people):,} personas")
 
 
 def _ask(
     people: list[tuple[str, str]], prompts: list[str], maker: Maker, asked: Pool, config: PersonasConfig
 ) -> list[tuple[str, str, str, str]]:
-    """A question or more of each person; what is no question, or like another, is dropped."""
+    """Generate questions of each persona; invalid or too similar ones are rejected."""
     owners = [person for person in people for _ in range(config.questions_per_persona)]
     found: list[tuple[str, str, str, str]] = []  # (id, who, prompt, question)
     for number, ((id, who), prompt, answer) in enumerate(
@@ -111,7 +115,13 @@ def _ask(
         reason = answer.problem or (
             "refuses"
             if refuses(question)
-            else ("too short" if len(question.split()) < 4 else "" if asked.add(question) else "like another question")
+            else (
+                "too short"
+                if len(question.split()) < 4
+                else ""
+                if asked.add(question)
+                else "too similar to another question"
+            )
         )
         if reason:
             maker.drop(id, reason, question)
@@ -121,7 +131,7 @@ def _ask(
 
 
 def _answer(found: list[tuple[str, str, str, str]], maker: Maker, config: PersonasConfig) -> None:
-    """Answer each question, and keep what is an answer."""
+    """Answer each question and keep usable answers."""
     for (id, who, prompt, question), answer in zip(
         found,
         maker.ask(
@@ -147,7 +157,11 @@ def _answer(found: list[tuple[str, str, str, str]], maker: Maker, config: Person
 
 def _take(maker: Maker, known: Pool, people: list[tuple[str, str]], id: str, problem: str, who: str) -> None:
     reason = problem or (
-        "no person" if len(who.split()) < 5 or refuses(who) else "" if known.add(who) else "like another person"
+        "not a persona"
+        if len(who.split()) < 5 or refuses(who)
+        else ""
+        if known.add(who)
+        else "too similar to another persona"
     )
     if reason:
         maker.drop(id, reason, who)

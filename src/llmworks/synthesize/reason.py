@@ -1,8 +1,8 @@
-"""Stage `synthesize.reason`: answers with their reasoning, kept where it ends at the known answer (STaR, Zelikman et
-al. 2022).
+"""Stage `synthesize.reason`: STaR (Zelikman et al. 2022): chain-of-thought answers, kept where they reach the known
+answer.
 
-A question that is never answered right is asked once more with the answer as a hint; the reasoning then is kept as if
-there had been none.
+A question that is never answered correctly is retried once with the answer as a hint (rationalization); the hint is
+not kept in the row.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ TOLD = re.compile(
 
 
 class ReasonConfig(Config):
-    """How often each question is tried."""
+    """Number of attempts, hint and filter of reasoning."""
 
-    max_attempts: int = Field(2, ge=1, le=64, description="answers drawn of each question until one is right")
-    use_hint: bool = Field(True, description="after that once more with the answer as a hint")
-    min_words: int = Field(12, ge=0, description="shortest reasoning; shorter ones only name the answer")
-    limit: int | None = Field(None, gt=0, description="only the first rows")
-    decoding: Decoding = Field(Decoding(), description="how answers are drawn")
+    max_attempts: int = Field(2, ge=1, le=64, description="completions sampled per question until one is correct")
+    use_hint: bool = Field(True, description="retry once more with the correct answer as a hint (rationalization)")
+    min_words: int = Field(12, ge=0, description="shortest reasoning in words; shorter ones only state the answer")
+    limit: int | None = Field(None, gt=0, description="use only the first rows")
+    decoding: Decoding = Field(Decoding(), description="sampling parameters")
 
 
 def reason(config: ReasonConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
-    """Give conversations whose `answer` is a key an answer with reasoning.
+    """Generate answers with reasoning for conversations whose `answer` is a key.
 
-    The row's own question is kept, without the words that ask for reasoning.
+    The row keeps its own question, without the reasoning instruction.
 
-    Errors: DataError for rows without a key, or when nothing can be kept.
+    Errors: DataError for rows without a key, or when no row is kept.
     """
     todo = questions(data, config.limit)
     for row, _ in todo:
@@ -64,7 +64,7 @@ def reason(config: ReasonConfig, model: Model | Adapter, data: Dataset, ctx: Con
             for (row, turns), prompt, answer in zip(
                 todo,
                 prompts,
-                maker.ask("with the answer as a hint" if hinted else f"try {turn + 1}", prompts),
+                maker.ask("with hint" if hinted else f"attempt {turn + 1}", prompts),
                 strict=True,
             ):
                 why = answer.problem or problem_of(config, answer.text, hinted) or key(turns, answer.text, row).reason
@@ -87,20 +87,20 @@ def reason(config: ReasonConfig, model: Model | Adapter, data: Dataset, ctx: Con
             todo = left
         for row, _ in todo:
             why, _, text = last[row["id"]].partition("\n")
-            maker.drop(row["id"], "wrong in every try" if why.startswith("answered") else why, text)
+            maker.drop(row["id"], "wrong in every attempt" if why.startswith("answered") else why, text)
         if not maker.rows:
-            raise DataError(f"{data.name}: {model.name} never came to a known answer")
+            raise DataError(f"{data.name}: {model.name} never reached a known answer")
         hinted_rows = sum(row["extra"]["fields"]["made_by"]["hinted"] for row in maker.rows)
         return maker.finish([data], metrics={"hinted": hinted_rows}, note=f"{hinted_rows:,} with a hint")
 
 
 def _with(turns: tuple[Message, ...], words: str) -> tuple[Message, ...]:
-    """The conversation with words added to its last turn."""
+    """Append words to the last turn of a conversation."""
     return (*turns[:-1], Message("user", turns[-1].content + words))
 
 
 def problem_of(config: ReasonConfig, text: str, hinted: bool) -> str:
-    """Why a reasoning cannot be taken, or an empty string."""
+    """Return why a reasoning is rejected, or an empty string."""
     if len(text.split()) < config.min_words:
         return "no reasoning"
-    return "speaks of the hint" if hinted and TOLD.search(text) else ""
+    return "mentions the hint" if hinted and TOLD.search(text) else ""

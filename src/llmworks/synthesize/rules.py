@@ -1,10 +1,7 @@
-"""Instructions that an answer can be made for by rule: how each is said, what is drawn for it, and what it makes of a
-text.
+"""Verifiable instructions whose answer is built by rule: phrasings, sampled arguments, and the text transformation.
 
-Pure functions.
-
-The checks are IFEval's and IFBench's, by their names (`score/constraints`). An answer is made in the order of the
-stages: words, shape, front, back, around.
+Pure functions. The checks are IFEval's and IFBench's, by their instruction ids (`score/constraints`). Rules are
+applied in the order of the stages: words, shape, front, back, around.
 """
 
 from __future__ import annotations
@@ -40,10 +37,10 @@ NUMBERS = ("no", "one", "two", "three", "four", "five")
 
 @dataclass(frozen=True)
 class Rule:
-    """One kind.
+    """A kind of instruction.
 
-    `draw` gives the arguments of its check, and None where a text has no room for it; `make` turns what stands so far
-    into what follows it.
+    `draw` samples the arguments of its check, or returns None where they do not fit the text; `make` transforms the
+    answer so far.
     """
 
     name: str
@@ -54,7 +51,7 @@ class Rule:
 
 
 def words_of(text: str) -> list[str]:
-    """Words of a text, as they are written."""
+    """Split a text at white space."""
     return text.split()
 
 
@@ -66,7 +63,7 @@ def _capitals(made: str, text: str, given: Given) -> str:
 
 
 def _longest(text: str, count: int) -> list[str]:
-    """The longest words, where it is beyond doubt which they are: plain, no other as long."""
+    """Return the longest words where they are unambiguous: alphabetic, unique, and none other as long."""
     words = sorted(set(words_of(text)), key=len, reverse=True)
     sure = (
         len(words) > count
@@ -113,7 +110,7 @@ def _number(key: str, least: int, most: int, **rest: Any) -> Callable[[str, Rand
 
 
 def _capital_draw(text: str, random: Random) -> Given | None:
-    """Two to four words, all of them words, and not written so already."""
+    """Sample two to four leading words, all alphabetic and not yet in capitals."""
     plain = next(
         (number for number, word in enumerate(words_of(text)) if not word.isalpha() or word.isupper()),
         len(words_of(text)),
@@ -123,7 +120,7 @@ def _capital_draw(text: str, random: Random) -> Given | None:
 
 
 def _keyword(text: str, random: Random) -> Given | None:
-    """A word of the text and how often it is said after it. The check counts those of the text, too."""
+    """Sample a word of the text and how often to repeat it after it; the check counts occurrences in the text too."""
     words = [word for word in words_of(text) if word.isalpha() and len(word) > 3]
     if not words:
         return None
@@ -284,12 +281,12 @@ RULES = (
         lambda m, t, g: " ".join(words_of(t)[g["n_start"] : g["n_end"]]),
     ),
 )
-OURS = ("told", "times")  # arguments that no check knows
-ALONE_WITH = ("shape", "front")  # of these stages one rule at most
+OURS = ("told", "times")  # arguments that are not passed to checks
+ALONE_WITH = ("shape", "front")  # stages with at most one rule
 
 
 def number_word(given: Given) -> str:
-    """The number that a rule's arguments hold, as a word."""
+    """Return the number among a rule's arguments as a word."""
     found = given.get("times") or next(
         (value for value in given.values() if isinstance(value, int) and not isinstance(value, bool)), 0
     )
@@ -297,7 +294,7 @@ def number_word(given: Given) -> str:
 
 
 def said(rule: Rule, given: Given, random: Random) -> str:
-    """The instruction in words."""
+    """Return the instruction as a sentence."""
     word = number_word(given)
     one = word == "one"
     forms = {
@@ -310,7 +307,7 @@ def said(rule: Rule, given: Given, random: Random) -> str:
 
 
 def chosen(rules: tuple[Rule, ...], text: str, count: int, random: Random) -> list[tuple[Rule, Given]]:
-    """`count` rules that go together, in the order of their stages, or fewer where the text has no room for more."""
+    """Sample up to `count` compatible rules that fit the text, in the order of their stages."""
     order = list(rules)
     random.shuffle(order)
     found: list[tuple[Rule, Given]] = []
@@ -329,7 +326,7 @@ def chosen(rules: tuple[Rule, ...], text: str, count: int, random: Random) -> li
 
 
 def answer(text: str, rules: list[tuple[Rule, Given]]) -> str:
-    """What follows all rules."""
+    """Apply all rules to a text."""
     made = text
     for rule, given in rules:
         made = rule.make(made, text, given)

@@ -1,7 +1,7 @@
-"""Stage `synthesize.sample`: several answers to each question, those that a verifier accepts are kept (rejection
-sampling, as in Yuan et al. 2023).
+"""Stage `synthesize.sample`: rejection sampling (as in Yuan et al. 2023): keep sampled completions that a verifier
+accepts.
 
-The verifier is that of the row's `answer`: a key, a regular expression, a JSON schema, unit tests, a SQL query, a
+The verifier follows the row's `answer`: a key, a regular expression, a JSON schema, unit tests, a SQL query, a
 function call.
 """
 
@@ -20,31 +20,31 @@ from llmworks.tokenize.chat.templates import parse_calls
 
 
 class SampleConfig(Config):
-    """How many answers, by whom they are accepted, and which are kept."""
+    """Number of completions, acceptance and selection."""
 
-    num_generations: int = Field(4, ge=1, le=256, description="answers drawn of each question")
-    score_function: str = Field("verified", description="score function; verified: by the kind of the row's answer")
-    min_score: float = Field(1.0, gt=0, le=1, description="least score")
+    num_generations: int = Field(4, ge=1, le=256, description="completions sampled per prompt")
+    score_function: str = Field("verified", description="score function; verified: by the kind of the row's `answer`")
+    min_score: float = Field(1.0, gt=0, le=1, description="smallest accepted score")
     keep: Literal["first", "shortest", "all"] = Field(
-        "first", description="of the accepted answers to one question; all: those that differ"
+        "first", description="which accepted completions of a prompt are kept; all: the distinct ones"
     )
     stop_on_accept: bool = Field(
-        True, description="ask no more of a question once an answer is accepted (with keep: all, never)"
+        True, description="stop sampling a prompt once a completion is accepted (not with keep shortest or all)"
     )
-    limit: int | None = Field(None, gt=0, description="only the first rows")
-    decoding: Decoding = Field(Decoding(), description="how answers are drawn")
+    limit: int | None = Field(None, gt=0, description="use only the first rows")
+    decoding: Decoding = Field(Decoding(), description="sampling parameters")
 
 
 def sample(config: SampleConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
-    """Answer the question of every conversation (its turns before the last answer) and keep what is verified.
+    """Sample completions for conversations (their turns before the last answer) and keep the verified ones.
 
-    Errors: DataError for rows that cannot be verified, or when nothing is accepted; UserError for an unknown score
+    Errors: DataError for rows that cannot be verified, or when none is accepted; UserError for an unknown score
     function.
     """
     judge = score_function(config.score_function)
     asked = questions(data, config.limit)
     for row, turns in asked:
-        judge(turns, "", row)  # a row that cannot be judged is refused before anything is asked
+        judge(turns, "", row)  # fail on a row that cannot be scored before any request
     accepted: dict[str, list[tuple[Prompt, str, int]]] = {row["id"]: [] for row, _ in asked}
     why: dict[str, tuple[str, str]] = {}
     with Maker(ctx, model, config.decoding, "synthesize.sample") as maker:
@@ -60,7 +60,7 @@ def sample(config: SampleConfig, model: Model | Adapter, data: Dataset, ctx: Con
             ):
                 problem = answer.problem or _judged(judge(turns, answer.text, row), config.min_score)
                 if problem:
-                    why[row["id"]] = (answer.problem or f"no answer accepted ({problem})", answer.text)
+                    why[row["id"]] = (answer.problem or f"no completion accepted ({problem})", answer.text)
                 else:
                     accepted[row["id"]].append((prompt, answer.text, turn + 1))
         for row, _ in asked:
@@ -85,12 +85,12 @@ def sample(config: SampleConfig, model: Model | Adapter, data: Dataset, ctx: Con
         return maker.finish(
             [data],
             metrics={"questions": len(asked), "solved": solved},
-            note=f"{solved:,} of {len(asked):,} questions solved, by {config.score_function}",
+            note=f"{solved:,} of {len(asked):,} prompts solved, by {config.score_function}",
         )
 
 
 def _judged(score: Score, least: float) -> str:
-    """Why a score is too low, or an empty string."""
+    """Return why a score is too low, or an empty string."""
     return "" if score.value >= least else score.reason or f"score {score.value:.2g}"
 
 
@@ -102,6 +102,6 @@ def _chosen(config: SampleConfig, found: list[tuple[Prompt, str, int]]) -> list[
 
 
 def as_turn(text: str) -> Message:
-    """An answer as an assistant's turn; calls that are written in it become calls."""
+    """Return a completion as an assistant turn; function calls written in it are parsed."""
     said, calls = parse_calls(text)
     return Message("assistant", said, tuple(ToolCall(c.name, c.arguments) for c in calls))

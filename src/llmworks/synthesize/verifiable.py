@@ -1,10 +1,8 @@
-"""Stage `synthesize.verifiable`: instructions about given texts that can be verified, with an answer made by rule.
+"""Stage `synthesize.verifiable`: verifiable instructions about given texts, with answers built by rule.
 
-No model is asked.
-
-Each row says which of IFEval's and IFBench's checks its answer has to pass, so that any answer to it can be scored: by
-the task `instructions`, by rejection sampling, as a reward. Rows about one text are one group, so that a split keeps
-them together.
+Uses no model. Each row names the IFEval and IFBench checks that its answer must pass, so that any answer can be
+scored: by the task `instructions`, in rejection sampling, as a reward. Rows about one text are one group, so that a
+split keeps them together.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from llmworks.data.store.jsonl import Rejected
 from llmworks.data.store.rows import Row, flat_messages, read_chat, schema_of
 from llmworks.synthesize import rules
 
-ATTEMPTS = 8  # draws for a text whose instructions did not go together
+ATTEMPTS = 8  # attempts for a text whose sampled instructions conflict
 OPENINGS = (
     "Write this text again.",
     "Here is a text. Give it again, with a change.",
@@ -34,34 +32,34 @@ OPENINGS = (
 
 
 class VerifiableConfig(Config):
-    """How many rows, and how much each asks."""
+    """Number of rows and of instructions per row."""
 
-    num_rows: int = Field(0, ge=0, description="at most so many; 0: one of each text")
-    min_instructions: int = Field(1, ge=1, le=6, description="instructions of a row, at least")
-    max_instructions: int = Field(3, ge=1, le=6, description="instructions of a row, at most")
-    instruction_ids: list[str] = Field(
-        [], description="which instructions, by their names, as startend:quotation; empty: all"
-    )
-    word_range: tuple[int, int] = Field((6, 24), description="how many words a text has; others are set aside")
-    seed: int = Field(0, ge=0, description="seed of the draws")
+    num_rows: int = Field(0, ge=0, description="largest number of rows; 0: one for each text")
+    min_instructions: int = Field(1, ge=1, le=6, description="fewest instructions per row")
+    max_instructions: int = Field(3, ge=1, le=6, description="most instructions per row")
+    instruction_ids: list[str] = Field([], description="instruction ids to use, such as startend:quotation; empty: all")
+    word_range: tuple[int, int] = Field((6, 24), description="shortest and longest text in words; others are rejected")
+    seed: int = Field(0, ge=0, description="random seed")
 
     @model_validator(mode="after")
     def _fits(self) -> VerifiableConfig:
         if self.min_instructions > self.max_instructions:
-            raise ValueError(f"least ({self.min_instructions}) is more than most ({self.max_instructions})")
+            raise ValueError(
+                f"min_instructions ({self.min_instructions}) is larger than max_instructions ({self.max_instructions})"
+            )
         if self.word_range[0] < 1 or self.word_range[0] > self.word_range[1]:
-            raise ValueError("words are two numbers, the smaller first")
+            raise ValueError("word_range must be two positive numbers, the smaller first")
         known = [rule.name for rule in rules.RULES]
         unknown = next((name for name in self.instruction_ids if name not in known), None)
         if unknown is not None:
-            raise ValueError(f"kinds: {unknown!r} is none of {', '.join(known)}")
+            raise ValueError(f"instruction_ids: {unknown!r} is unknown; use one of {', '.join(known)}")
         return self
 
 
 def verifiable(config: VerifiableConfig, data: Dataset, ctx: Context) -> Dataset:
-    """Make a row of each text: of documents their first line, of conversations the last question.
+    """Create a row for each text: the first line of a document, or the last user turn of a conversation.
 
-    Errors: DataError where no text has the wanted length.
+    Errors: DataError where no text has a length within word_range.
     """
     chosen = tuple(rule for rule in rules.RULES if not config.instruction_ids or rule.name in config.instruction_ids)
     rejected, seen = Rejected(), set[str]()
@@ -76,7 +74,7 @@ def verifiable(config: VerifiableConfig, data: Dataset, ctx: Context) -> Dataset
             rejected.add(
                 data.name,
                 0,
-                "stood before" if text in seen else f"not of {config.word_range[0]} to {config.word_range[1]} words",
+                "duplicate" if text in seen else f"not {config.word_range[0]} to {config.word_range[1]} words long",
                 text,
             )
             continue
@@ -95,8 +93,9 @@ def verifiable(config: VerifiableConfig, data: Dataset, ctx: Context) -> Dataset
             rows.append(row)
     if not rows:
         raise DataError(
-            f"{data.name}: none of {len(texts)} texts is of {config.word_range[0]} to {config.word_range[1]} words and has room"
-            f" for {config.min_instructions} of the instructions{' of kinds' if config.instruction_ids else ''}"
+            f"{data.name}: none of {len(texts)} texts is {config.word_range[0]} to {config.word_range[1]} words long"
+            " and"
+            f" fits {config.min_instructions} instructions{' of instruction_ids' if config.instruction_ids else ''}"
         )
     rejected.write(ctx.out, ctx.progress.say)
     kinds = Counter(name for row in rows for name in row["answer"]["constraints"])
@@ -109,22 +108,22 @@ def verifiable(config: VerifiableConfig, data: Dataset, ctx: Context) -> Dataset
         rows,
         dropped=Counter(row["reason"] for row in rejected.rows),
         metrics={"instructions": sum(kinds.values())},
-        note="answers made by rule",
+        note="answers built by rule",
     )
 
 
 def _describe(
     ctx: Context, data: Dataset, rows: list[dict[str, Any]], kinds: Counter[Any], asked: Counter[int]
 ) -> None:
-    """Write the page: how often each instruction stands, and examples."""
+    """Write the report: instruction counts and examples."""
     ctx.report.title = f"Verifiable instructions about {data.name}"
     ctx.report.lead = (
-        f"{len(rows):,} rows, {sum(kinds.values()):,} instructions; every answer was made by rule and passes its"
+        f"{len(rows):,} rows, {sum(kinds.values()):,} instructions; every answer was built by rule and passes its"
         " checks."
     )
     ctx.report.data = {"rows": len(rows), "kinds": dict(kinds), "instructions": dict(asked)}
     ctx.report.table("Instructions", ("instruction", "rows"), kinds.most_common())
-    ctx.report.table("How many a row has", ("instructions", "rows"), sorted(asked.items()))
+    ctx.report.table("Instructions per row", ("instructions", "rows"), sorted(asked.items()))
     ctx.report.table(
         "Examples",
         ("question", "answer"),
@@ -133,8 +132,9 @@ def _describe(
 
 
 def _row(id: str, text: str, config: VerifiableConfig, kinds: tuple[rules.Rule, ...], random: Random) -> Row | None:
-    """A row about a text; None where too few instructions fit it, or those drawn do not go together, as a quotation
-    around a repeated text.
+    """Return a row about a text; None where too few instructions fit it, or the sampled ones conflict.
+
+    Example of a conflict: a quotation around a repeated text.
     """
     from llmworks.score.constraints import followed
 
@@ -162,7 +162,7 @@ def _row(id: str, text: str, config: VerifiableConfig, kinds: tuple[rules.Rule, 
 
 
 def _texts(data: Dataset) -> list[tuple[str, str]]:
-    """(id, text on one line)."""
+    """Return (id, text on one line)."""
     if schema_of(data) == "chat":
         found = []
         for row in read_chat(data):

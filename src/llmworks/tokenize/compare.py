@@ -1,5 +1,5 @@
-"""Stage `tokenize.compare`: several tokenizers on the same texts: how short they make them, by language, what they
-lose, and where they divide, in colour.
+"""Stage `tokenize.compare`: compare tokenizers on the same texts by compression, fertility, lossless round trip and
+token boundaries.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llmworks.tokenize.statistics import Usage, group_of, measure
 if TYPE_CHECKING:
     from llmworks.core.report import ReportBuilder
 
-SAMPLE, SHORT, SAMPLED = 400, 160, 6  # characters of a text that are drawn, in the terminal, and texts
+SAMPLE, SHORT, SAMPLED = 400, 160, 6  # characters shown of a text on the page and in the terminal, texts shown
 SAMPLES = {
     "English": "The quick brown fox can't jump over 12,345 lazy dogs; it's 3.14159 metres away.",
     "German": "Die Donaudampfschifffahrtsgesellschaft fährt übermorgen um 7:45 Uhr.",
@@ -31,18 +31,21 @@ SAMPLES = {
 
 
 class CompareConfig(Config):
-    """What the tokenizers are shown."""
+    """Texts to compare the tokenizers on."""
 
-    text: str = Field("", description="a text to divide; without it and without documents, a few of several languages")
-    max_characters: int = Field(2_000_000, gt=0, description="of the documents, at most so many")
+    text: str = Field(
+        "", description="text to tokenize; without it and without data, short samples of several languages"
+    )
+    max_characters: int = Field(2_000_000, gt=0, description="maximum number of characters taken from the documents")
 
 
 def compare(
     config: CompareConfig, tokenizers: dict[str, Tokenizer | Model | Adapter], ctx: Context, data: Dataset | None = None
 ) -> Report:
-    """Measure each tokenizer on the same texts. A text that is not given back as it was is counted as lost.
+    """Measure each tokenizer on the same texts; a text that decoding does not restore exactly is counted as lossy.
 
-    Errors: UserError without a tokenizer; ModelError for a model without one; DataError for data that are no documents.
+    Errors: UserError without a tokenizer; ModelError for a model without one; DataError for data that are not
+    documents.
     """
     if not tokenizers:
         raise UserError("compare needs at least one tokenizer; name each: --tokenizers NAME=REF")
@@ -55,21 +58,21 @@ def compare(
             bar.advance()
     best = max(
         usages, key=lambda name: (-usages[name].whole.lost, usages[name].whole.bytes_per_token)
-    )  # what loses text is short for nothing
+    )  # a lossy tokenizer is never the best
     rows, metrics = _rows_of(loaded, usages, best)
     report = ctx.report
     report.title = (
-        f"{len(loaded)} tokenizers on {data.name if data else 'a text' if config.text else 'six short texts'}"
+        f"{len(loaded)} tokenizers on {data.name if data else 'a text' if config.text else 'six sample texts'}"
     )
     losing = [name for name, usage in usages.items() if usage.whole.lost]
-    report.lead = f"{best} makes the fewest tokens: {usages[best].whole.bytes_per_token:.2f} bytes in each." + (
-        f" {' and '.join(losing)} {'does' if len(losing) == 1 else 'do'} not give every text back." if losing else ""
+    report.lead = f"{best} compresses best: {usages[best].whole.bytes_per_token:.2f} bytes per token." + (
+        f" {' and '.join(losing)} {'does' if len(losing) == 1 else 'do'} not round-trip every text." if losing else ""
     )
     _describe_figures(report, texts, usages, best, rows)
     groups = sorted(usages[best].groups, key=lambda g: -usages[best].groups[g].bytes)[:20]
     report.table(
         "Bytes per token",
-        ("texts of", *loaded),
+        ("group", *loaded),
         [(group, *(usages[name].groups[group].bytes_per_token for name in loaded)) for group in groups],
     )
     _draw_divisions(report, texts, groups, loaded)
@@ -79,7 +82,7 @@ def compare(
 def _rows_of(
     loaded: dict[str, Any], usages: dict[str, Usage], best: str
 ) -> tuple[list[tuple[str, int, int, float, float, float, int]], dict[str, float]]:
-    """A row of figures for each tokenizer, and metrics."""
+    """Return a table row for each tokenizer, and the metrics."""
     metrics: dict[str, float] = {}
     rows = []
     for name, tokenizer in loaded.items():
@@ -106,7 +109,7 @@ def _describe_figures(
     best: str,
     rows: list[tuple[str, int, int, float, float, float, int]],
 ) -> None:
-    """The table of figures."""
+    """Report the metrics of all tokenizers."""
     report.data = {
         "texts": len(texts),
         "bytes": usages[best].whole.bytes,
@@ -127,16 +130,16 @@ def _describe_figures(
         "tokens",
         "bytes per token",
         "tokens per word",
-        f"tokens, to {best}'s",
-        "texts not given back",
+        f"tokens relative to {best}",
+        "lossy texts",
     )
-    report.table("Figures", columns, rows)
+    report.table("Metrics", columns, rows)
 
 
 def _draw_divisions(
     report: ReportBuilder, texts: list[tuple[str, str]], groups: list[str], loaded: dict[str, Any]
 ) -> None:
-    """Draw where each tokenizer divides some of the texts, for the page and for a terminal."""
+    """Show the token boundaries of each tokenizer in some of the texts, for the page and the terminal."""
     lines = [report.lead]
     firsts = (
         texts
@@ -155,7 +158,7 @@ def _draw_divisions(
         plain = "\n\n".join(
             f"{name}: {len(ids)} tokens\n{view.striped_plain(loaded[name], ids)}" for name, ids in drawn.items()
         )
-        report.drawing(f"Where they divide: {group}", view.STRIPES + page, plain=plain)
+        report.drawing(f"Token boundaries: {group}", view.STRIPES + page, plain=plain)
         short = {
             name: tokenizer(text[:SHORT], add_special_tokens=False, split_special_tokens=True)["input_ids"]
             for name, tokenizer in loaded.items()
@@ -168,7 +171,7 @@ def _draw_divisions(
 
 
 def _texts(config: CompareConfig, data: Dataset | None) -> list[tuple[str, str]]:
-    """(group, text) of what is compared on."""
+    """Return the (group, text) pairs to compare on."""
     found = [("the text", config.text)] if config.text else []
     left = config.max_characters
     for document in read_documents(data) if data is not None else ():

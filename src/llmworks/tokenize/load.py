@@ -1,4 +1,4 @@
-"""Load a tokenizer with its template, and tell which ids end a turn. Knows no weights."""
+"""Load a tokenizer with its chat template, and find its stop ids. Does not load weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def quiet_transformers() -> None:
-    """Keep transformers from printing bars and advice over ours; errors still reach us as exceptions."""
+    """Silence the progress bars and warnings of transformers; errors are still raised."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers.utils import logging
 
@@ -24,7 +24,7 @@ def quiet_transformers() -> None:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory. ModelError when there is none or it is broken."""
+    """Load the tokenizer of a directory; ModelError when it is missing or broken."""
     from transformers import AutoTokenizer
 
     quiet_transformers()
@@ -40,31 +40,30 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def ids_of(tokenizer: Any) -> int:
-    """How many rows an embedding needs for a tokenizer's ids: one more than the largest, since some leave gaps."""
+    """Return the number of embedding rows a tokenizer needs: its largest id + 1, since ids may have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def one_template(path: Path, named: Mapping[str, str]) -> str:
-    """Several templates, which some models have by name, as one: `tool_use` with tools, else `default`, as transformers
-    chooses.
+    """Combine a model's named chat templates into one: `tool_use` with tools, else `default`, as transformers chooses.
 
-    ModelError without a default.
+    Errors: ModelError without a `default` template.
     """
     if "default" not in named:
-        raise ModelError(f"{path}: has chat templates by name ({', '.join(sorted(named))}), but none is called default")
+        raise ModelError(f"{path}: has named chat templates ({', '.join(sorted(named))}), but none is called default")
     default, with_tools = (named.get(name, named["default"]).removesuffix("\n") for name in ("default", "tool_use"))
     return default if with_tools == default else f"{{% if tools %}}{with_tools}{{% else %}}{default}{{% endif %}}"
 
 
 def stop_ids(path: Path, tokenizer: Any) -> list[int]:
-    """Ids that end a turn: those of generation_config.json and the tokenizer's own end token."""
+    """Return the stop ids: eos_token_id of generation_config.json and the tokenizer's own end token."""
     ids: set[int] = set()
     file = path / "generation_config.json"
     if file.exists():
         eos = read_json(file).get("eos_token_id")
         named = eos if isinstance(eos, list) else [eos] if eos is not None else []
         if not all(isinstance(one, int) for one in named):
-            raise ModelError(f"{file}: eos_token_id is {eos!r}, it must be a whole number, or a list of such")
+            raise ModelError(f"{file}: eos_token_id is {eos!r}; it must be an integer or a list of integers")
         ids.update(named)
     if tokenizer.eos_token_id is not None:
         ids.add(int(tokenizer.eos_token_id))
@@ -72,7 +71,7 @@ def stop_ids(path: Path, tokenizer: Any) -> list[int]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object beside a model. ModelError, in one line, when the file is missing or no object."""
+    """Read a JSON object of a model directory; ModelError when the file is missing or not a JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -85,6 +84,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    """An exception's kind and the first line of what it says."""
+    """Return an exception's type and the first line of its message."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -1,7 +1,6 @@
-"""What a tokenizer makes of texts: bytes per token, tokens per word, by group of texts; which tokens are long, and
-which are never used.
+"""Tokenizer statistics: bytes per token and fertility (tokens per word) by group of texts; longest and unused tokens.
 
-Knows no file.
+Does not access files.
 """
 
 from __future__ import annotations
@@ -15,31 +14,31 @@ from typing import Any
 from llmworks.core.report import ReportBuilder
 from llmworks.core.types import Document
 
-BATCH, LOOK, SHOWN = 256, 400, 40  # texts encoded at once, letters that tell a script, rows of a table
+BATCH, LOOK, SHOWN = 256, 400, 40  # batch size, characters read to detect the script, rows of a table
 
 
 @dataclass
 class Counts:
-    """What was counted in some texts. Words are what stands between white space."""
+    """Counts over some texts; words are separated by white space."""
 
     texts: int = 0
     bytes: int = 0
     words: int = 0
     tokens: int = 0
-    lost: int = 0  # texts that the tokenizer does not give back
+    lost: int = 0  # texts that decoding does not restore exactly
 
     @property
     def bytes_per_token(self) -> float:
-        """How much text a token holds; more is shorter."""
+        """Compression: bytes of text per token; higher is better."""
         return self.bytes / self.tokens if self.tokens else 0.0
 
     @property
     def fertility(self) -> float:
-        """Tokens of a word."""
+        """Fertility: tokens per word; lower is better."""
         return self.tokens / self.words if self.words else 0.0
 
     def add(self, text: str, tokens: int, lost: bool) -> None:
-        """Count a text."""
+        """Add one text to the counts."""
         self.texts += 1
         self.bytes += len(text.encode("utf-8", "replace"))
         self.words += len(text.split())
@@ -49,7 +48,7 @@ class Counts:
 
 @dataclass
 class Usage:
-    """What a tokenizer made of all texts, and of each group of them; how often each id was used."""
+    """Counts over all texts and over each group of texts, and how often each id was used."""
 
     whole: Counts = field(default_factory=Counts)
     groups: dict[str, Counts] = field(default_factory=dict)
@@ -57,7 +56,7 @@ class Usage:
 
 
 def measure(tokenizer: Any, texts: Iterable[tuple[str, str]]) -> Usage:
-    """Encode (group, text) pairs, control tokens as the text that they are, and count."""
+    """Encode (group, text) pairs and count tokens; special tokens in the text are encoded as plain text."""
     found = Usage()
     batch: list[tuple[str, str]] = []
 
@@ -83,12 +82,12 @@ def measure(tokenizer: Any, texts: Iterable[tuple[str, str]]) -> Usage:
 
 
 def group_of(document: Document) -> str:
-    """What a document is counted under: its language where it is known, else the script of its first letters."""
+    """Return the group of a document: its language if known, else the script of its first letters."""
     return str(document.metadata.get("language") or script_of(document.text))
 
 
 def script_of(text: str) -> str:
-    """The script of most letters in a text's beginning, by the first word of their Unicode names; "none" without
+    """Return the most frequent script at the beginning of a text (from Unicode character names); "none" without
     letters.
     """
     names = Counter(
@@ -98,7 +97,7 @@ def script_of(text: str) -> str:
 
 
 def report_usage(report: ReportBuilder, tokenizer: Any, usage: Usage) -> dict[str, float]:
-    """Add tables of a tokenizer's use to a report; returns the figures."""
+    """Add tables of the tokenizer statistics to a report; returns the metrics."""
     whole, absent = usage.whole, unused(tokenizer, usage.used)
     figures = {
         "bytes_per_token": round(whole.bytes_per_token, 4),
@@ -112,38 +111,38 @@ def report_usage(report: ReportBuilder, tokenizer: Any, usage: Usage) -> dict[st
         **figures,
         "groups": {name: round(c.bytes_per_token, 4) for name, c in usage.groups.items()},
     }
-    report.table("Figures", ("what", "value"), [*measured.items(), *figures.items()])
+    report.table("Metrics", ("metric", "value"), [*measured.items(), *figures.items()])
     groups = sorted(usage.groups.items(), key=lambda item: (-item[1].bytes, item[0]))
     report.table(
         "By language or script",
-        ("texts of", "texts", "bytes", "bytes per token", "tokens per word", "not given back"),
+        ("group", "texts", "bytes", "bytes per token", "tokens per word", "lossy texts"),
         [(name, c.texts, c.bytes, c.bytes_per_token, c.fertility, c.lost) for name, c in groups[:SHOWN]],
         note=(
-            "Bytes per token are comparable between tokenizers, less between scripts: a letter takes one byte in some"
-            " and three in others."
+            "Bytes per token are comparable between tokenizers, less so between scripts: a letter takes one byte in"
+            " some and three in others."
         ),
     )
     words, signs = longest(tokenizer, usage.used)
     report.table(
-        "Longest tokens", ("token", "times"), words, note=f"With letters or digits; {signs:,} tokens have none."
+        "Longest tokens", ("token", "count"), words, note=f"With letters or digits; {signs:,} tokens have none."
     )
     report.table(
-        "Tokens that these texts never use",
+        "Unused tokens",
         ("id", "token"),
         [(id, repr(token_text(tokenizer, id))) for id in absent[:SHOWN]],
-        note=f"{len(absent):,} in all.",
+        note=f"{len(absent):,} in total.",
     )
     return figures
 
 
 def unused(tokenizer: Any, used: Counter[int]) -> list[int]:
-    """Ids that no text used, without control tokens."""
+    """Return the ids that no text used, except special tokens."""
     control = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return [id for id in range(len(tokenizer)) if id not in used and id not in control]
 
 
 def longest(tokenizer: Any, used: Counter[int]) -> tuple[list[tuple[str, int]], int]:
-    """((text, times used) of the longest tokens that have a letter or a digit, how many tokens have none)."""
+    """Return ((text, count) of the longest tokens with a letter or digit, number of tokens without one)."""
     texts = [
         (token_text(tokenizer, id), used[id])
         for id in range(len(tokenizer))
@@ -156,5 +155,5 @@ def longest(tokenizer: Any, used: Counter[int]) -> tuple[list[tuple[str, int]], 
 
 
 def token_text(tokenizer: Any, id: int) -> str:
-    """A token as text; bytes that are no whole characters as U+FFFD."""
+    """Decode one token; incomplete UTF-8 bytes become U+FFFD."""
     return str(tokenizer.decode([id], skip_special_tokens=False, clean_up_tokenization_spaces=False))

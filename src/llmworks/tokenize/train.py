@@ -1,7 +1,6 @@
-"""Stage `tokenize.train`: a tokenizer of documents: byte-level BPE, Unigram or WordPiece, with its control tokens and
-chat template, and a report.
+"""Stage `tokenize.train`: train a byte-level BPE, Unigram or WordPiece tokenizer with special tokens and chat template.
 
-The library learns the vocabulary (`bpe/trainers.py`); `bpe/reference.py` is the same to read.
+The `tokenizers` library trains the vocabulary (`bpe/trainers.py`); `bpe/reference.py` is a readable reference of BPE.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from llmworks.tokenize.bpe.config import TrainConfig
 from llmworks.tokenize.chat.named import NAMED, named_template
 from llmworks.tokenize.statistics import group_of, measure, report_usage
 
-MEASURED = 5_000_000  # characters that the report looks at
+MEASURED = 5_000_000  # maximum number of characters measured for the report
 ROLES = {
     "bpe": {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"},
     "unigram": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
@@ -33,10 +32,9 @@ ROLES = {
 
 
 def train(config: TrainConfig, data: Dataset, ctx: Context, eval_data: Dataset | None = None) -> Tokenizer:
-    """Learn a tokenizer from documents; the report measures it on `held_out`, else on the beginning of the same
-    documents.
+    """Train a tokenizer on documents; the report measures it on `eval_data`, else on the first training documents.
 
-    Errors: UserError for a vocabulary that control tokens and bytes fill; DataError for too little text.
+    Errors: UserError when special tokens and bytes alone fill the vocabulary; DataError for too little text.
     """
     from llmworks.tokenize.bpe.trainers import as_transformers, learn
 
@@ -44,7 +42,7 @@ def train(config: TrainConfig, data: Dataset, ctx: Context, eval_data: Dataset |
     floor = len(control) + (0 if config.algorithm == "wordpiece" else 256)
     if config.vocab_size <= floor:
         raise UserError(
-            f"config.vocabulary is {config.vocab_size:,}, of which {floor:,} are control tokens and bytes; ask for more"
+            f"config.vocab_size is {config.vocab_size:,}, but special tokens and bytes alone take {floor:,}; raise it"
         )
     documents, characters = count_characters(data)
     share = min(1.0, config.max_characters / max(1, characters))
@@ -52,19 +50,18 @@ def train(config: TrainConfig, data: Dataset, ctx: Context, eval_data: Dataset |
         made = learn(config, control, lambda: _texts(data, share, bar))
     if made.get_vocab_size() < config.vocab_size:
         raise DataError(
-            f"{data.name}: {int(characters * share):,} characters give {made.get_vocab_size():,} tokens,"
-            f" config.vocabulary asks for {config.vocab_size:,}; give more text or ask for fewer"
+            f"{data.name}: {int(characters * share):,} characters give only {made.get_vocab_size():,} tokens,"
+            f" config.vocab_size is {config.vocab_size:,}; give more text or lower vocab_size"
         )
     tokenizer = as_transformers(
         made, roles, "" if config.chat_template == "none" else named_template(config.chat_template)
     )
     tokenizer.save_pretrained(ctx.out)
     usage = measure(tokenizer, _measured(eval_data or data))
-    where = f"{eval_data.name}, which it did not see" if eval_data else f"{data.name}, from which it was learned"
-    ctx.report.title = f"{config.vocab_size:,} tokens ({config.algorithm}) of {data.name}"
+    where = f"{eval_data.name} (held-out)" if eval_data else f"{data.name} (training data)"
+    ctx.report.title = f"{config.algorithm} tokenizer with {config.vocab_size:,} tokens, trained on {data.name}"
     ctx.report.lead = (
-        f"A token holds {usage.whole.bytes_per_token:.2f} bytes of {where}; a word takes {usage.whole.fertility:.2f}"
-        " tokens."
+        f"{usage.whole.bytes_per_token:.2f} bytes per token and {usage.whole.fertility:.2f} tokens per word on {where}."
     )
     figures = {"vocabulary": config.vocab_size, **report_usage(ctx.report, tokenizer, usage)}
     ctx.report.data |= {"characters": int(characters * share), "control": control}
@@ -73,7 +70,7 @@ def train(config: TrainConfig, data: Dataset, ctx: Context, eval_data: Dataset |
 
 
 def control_tokens(config: TrainConfig) -> tuple[dict[str, str], list[str]]:
-    """(control token of each role, all control tokens in the order of their ids)."""
+    """Return (special token of each role such as eos_token, all special tokens in the order of their ids)."""
     roles = dict(ROLES[config.algorithm])
     tokens = list(roles.values())
     if config.chat_template != "none":
@@ -87,7 +84,7 @@ def control_tokens(config: TrainConfig) -> tuple[dict[str, str], list[str]]:
 
 
 def _texts(data: Dataset, share: float, bar: Any) -> Iterator[str]:
-    """The texts to learn from, spread evenly over all."""
+    """Yield the training documents, an evenly spaced share of all."""
     bar.resume(0)
     for number, document in enumerate(read_documents(data)):
         bar.advance()

@@ -1,4 +1,4 @@
-"""Tokens to look at: each with its text, coloured by whether it is learned, for the terminal and for a page."""
+"""Display of tokens for terminals, pages and Markdown, colored by the loss mask or in alternating colors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 LEARNED, READ = "\x1b[42;30m", "\x1b[100;37m"
 SPECIAL_LEARNED, SPECIAL_READ = "\x1b[42;1;31m", "\x1b[100;1;33m"
 RESET = "\x1b[0m"
-ANSI_COLOURS = (44, 43, 46, 41, 45)  # tokens that take turns
+ANSI_COLOURS = (44, 43, 46, 41, 45)  # alternating token colors
 STYLE = (
     "<style>.tk{color:#1b1f24;font:13px/1.9 ui-monospace,monospace;white-space:pre-wrap;word-break:break-word}.tk"
     " span{border-radius:3px;padding:1px 0;border-right:1px solid #fff}.tk .l{background:#bbf7d0}.tk"
@@ -19,7 +19,7 @@ STYLE = (
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, bool]]:
-    """(text, whether it is a special token) of each token; bytes of one character stand with its last token."""
+    """Return (text, is special token) of each token; a character split over tokens goes to its last token."""
     special = set(tokenizer.all_special_ids) | {
         i for i, token in tokenizer.added_tokens_decoder.items() if token.special
     }
@@ -41,7 +41,7 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, bool]]:
 
 
 def as_ansi(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
-    """For the terminal: learned tokens on green, others on grey, special ones coloured."""
+    """Format tokens for the terminal: label tokens on green, masked ones on gray, special tokens in bold color."""
     text = ""
     for (piece, special), learned in zip(pieces(tokenizer, ids), mask, strict=True):
         if piece:
@@ -51,9 +51,7 @@ def as_ansi(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
 
 
 def without_colours(text: str) -> str:
-    """What was made for a terminal, for a file: learned stretches stand in «» instead, tokens in turning colours
-    between bars.
-    """
+    """Convert terminal output to plain text: label tokens in «», tokens in alternating colors separated by bars."""
     learned = rf"(?:{re.escape(LEARNED)}|{re.escape(SPECIAL_LEARNED)})"
     marked = re.sub(
         rf"(?:{learned}[^\x1b]*{re.escape(RESET)}\n?)+",
@@ -69,7 +67,7 @@ def without_colours(text: str) -> str:
 
 
 def as_plain(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
-    """For Markdown and logs: learned stretches stand in «»."""
+    """Format tokens for Markdown and logs: runs of label tokens are in «»."""
     text, before = "", 0
     for (piece, _), learned in zip(pieces(tokenizer, ids), mask, strict=True):
         text += ("«" if learned and not before else "»" if before and not learned else "") + piece
@@ -78,7 +76,7 @@ def as_plain(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
 
 
 def as_html(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
-    """For a page that has `STYLE`: a span for each token, its id as a tooltip."""
+    """Format tokens as HTML for a page with `STYLE`: a span per token, with its id as a tooltip."""
     spans = ""
     for token, (piece, special), learned in zip(ids, pieces(tokenizer, ids), mask, strict=True):
         shown = html.escape(piece).replace("\n", "⏎\n")
@@ -96,14 +94,14 @@ STRIPES = (
 
 
 def escaped(text: str) -> str:
-    """Text for a page."""
+    """Escape text for HTML."""
     return html.escape(text)
 
 
 def striped_html(tokenizer: Any, ids: Sequence[int]) -> str:
-    """For a page that has `STRIPES`: tokens in colours that take turns, their ids as tooltips.
+    """Format tokens as HTML for a page with `BOUNDARY_STYLE`: alternating colors, with ids as tooltips.
 
-    What bytes share a character stands as one.
+    A character split over several tokens is shown at its last token.
     """
     spans = ""
     for number, (token, (piece, _)) in enumerate(zip(ids, pieces(tokenizer, ids), strict=True)):
@@ -115,7 +113,7 @@ def striped_html(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def striped_ansi(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The same for the terminal, on one line."""
+    """Format tokens for the terminal in alternating colors, on one line."""
     shown = (
         (piece.replace("\n", "⏎") or "·", ANSI_COLOURS[i % len(ANSI_COLOURS)])
         for i, (piece, _) in enumerate(pieces(tokenizer, ids))
@@ -124,5 +122,5 @@ def striped_ansi(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def striped_plain(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The same for Markdown: tokens between bars."""
+    """Format tokens for Markdown, separated by bars."""
     return "|".join(piece or "·" for piece, _ in pieces(tokenizer, ids))

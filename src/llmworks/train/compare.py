@@ -1,7 +1,6 @@
-"""Stage `train.compare`: trainings side by side by what they left in their metrics: bits per byte at equal tokens and
-at equal time.
+"""Stage `train.compare`: compare finished trainings: bits per byte at equal tokens and at equal time.
 
-Reads models that `train.pretrain` and `train.ngram` made; runs none of them.
+Reads the saved metrics of models from `train.pretrain` and `train.ngram`; runs no model.
 """
 
 from __future__ import annotations
@@ -26,14 +25,16 @@ Points = Sequence[tuple[float, float]]
 
 
 class CompareConfig(Config):
-    """Which of them the others are held against."""
+    """The baseline of the comparison."""
 
-    baseline: str = Field("", description="the model that is held against the best of the others; default: the first")
+    baseline: str = Field(
+        "", description="name of the model that is compared with the best of the others; default: the first one"
+    )
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: bits per byte by tokens read, and by seconds of training; what is left at the end."""
+    """One training: bits per byte over tokens and over training seconds, and the final metrics."""
 
     by_tokens: Points
     by_seconds: Points
@@ -44,16 +45,16 @@ class Run:
 
 
 def compare(config: CompareConfig, models: dict[str, Model], ctx: Context) -> Report:
-    """A table and curves. Models must have been measured on the same held-out tokens.
+    """Compare trainings in a table and curves. They need the same held-out tokens.
 
-    Errors: UserError for less than two models, or a first one that is not among them; DataError for a model without
-    held-out figures, or measured on others.
+    Errors: UserError for fewer than two models, or an unknown baseline; DataError for a model without eval metrics, or
+    with another eval set.
     """
     if len(models) < 2:
-        raise UserError("compare needs two models or more; name each: --models NAME=REF")
+        raise UserError("compare needs at least two models; name each: --models NAME=REF")
     first = config.baseline or next(iter(models))
     if first not in models:
-        raise UserError(f"config.first is {first!r}; the models are {', '.join(models)}")
+        raise UserError(f"config.baseline is {first!r}; the models are {', '.join(models)}")
     runs = {name: read(name, model) for name, model in models.items()}
     seen = {
         name: tuple(p.digest for p in model.manifest.parents if p.role in ("eval_data", "held_out"))
@@ -64,7 +65,7 @@ def compare(config: CompareConfig, models: dict[str, Model], ctx: Context) -> Re
     other = next((name for name in models if seen[name] != seen[first]), None)
     if other is not None:
         raise DataError(
-            f"{other} and {first} were not measured on the same held-out tokens, so their figures cannot be compared"
+            f"{other} and {first} were not evaluated on the same held-out tokens, so their metrics cannot be compared"
         )
     trained = {name: run for name, run in runs.items() if len(run.by_tokens) > 1}
     tokens, seconds = (
@@ -73,9 +74,11 @@ def compare(config: CompareConfig, models: dict[str, Model], ctx: Context) -> Re
     )
     rows = _rows_of(runs, trained, tokens, seconds)
     report = ctx.report
-    report.title = f"{len(runs)} trainings side by side"
+    report.title = f"Comparison of {len(runs)} trainings"
     best = min(runs, key=lambda name: runs[name].bits_per_byte)
-    report.lead = f"At the end {best} is best: {runs[best].bits_per_byte:.4f} bits per byte." + crossing(first, trained)
+    report.lead = f"Best final result: {best} with {runs[best].bits_per_byte:.4f} bits per byte." + crossing(
+        first, trained
+    )
     _describe_figures(report, tokens, seconds, rows)
     _draw_curves(trained, runs, report)
     report.data = {
@@ -101,7 +104,7 @@ def compare(config: CompareConfig, models: dict[str, Model], ctx: Context) -> Re
 def _rows_of(
     runs: dict[str, Run], trained: dict[str, Run], tokens: Any | float, seconds: Any | float
 ) -> list[tuple[str, int | None, int, float | None, float | None, float | None, float, float]]:
-    """A row of figures for each run."""
+    """Return a table row for each run."""
     rows = []
     for name, run in runs.items():
         equal = (at(run.by_tokens, tokens), at(run.by_seconds, seconds)) if name in trained else (None, None)
@@ -125,9 +128,9 @@ def _describe_figures(
     seconds: Any | float,
     rows: list[tuple[str, int | None, int, float | None, float | None, float | None, float, float]],
 ) -> None:
-    """The table of figures."""
+    """Add the table of metrics."""
     report.table(
-        "Figures",
+        "Metrics",
         (
             "model",
             "parameters",
@@ -135,22 +138,22 @@ def _describe_figures(
             "seconds",
             f"bits per byte at {tokens:,.0f} tokens",
             f"at {seconds:,.0f} s",
-            "at the end, all held-out tokens",
+            "final, all held-out tokens",
             "perplexity",
         ),
         rows,
         note=(
-            "Curves, and the figures at equal tokens and time, are of the part of the held-out tokens that is looked at"
-            " on the way; between two looks the value is taken on a line."
+            "Curves and values at equal tokens and time are from evaluations during training on eval_samples rows;"
+            " values between evaluations are interpolated linearly."
         ),
     )
 
 
 def _draw_curves(trained: dict[str, Run], runs: dict[str, Run], report: ReportBuilder) -> None:
-    """Curves of bits per byte by tokens and by time."""
+    """Add curves of bits per byte over tokens and over time."""
     for heading, kind, x in (
-        ("Bits per byte by tokens", "by_tokens", "tokens"),
-        ("Bits per byte by time", "by_seconds", "seconds of training"),
+        ("Bits per byte over tokens", "by_tokens", "tokens"),
+        ("Bits per byte over time", "by_seconds", "seconds of training"),
     ):
         series = {name: getattr(run, kind) for name, run in trained.items()}
         if series:
@@ -166,8 +169,8 @@ def _draw_curves(trained: dict[str, Run], runs: dict[str, Run], report: ReportBu
                 x=x,
                 y="bits",
                 note=(
-                    "Flat lines, of models that are counted, are of all held-out tokens; the others of the part that is"
-                    " looked at on the way."
+                    "Flat lines (n-gram models) are on all held-out tokens; the other curves are on the"
+                    " eval_samples rows evaluated during training."
                     if flat
                     else ""
                 ),
@@ -175,9 +178,9 @@ def _draw_curves(trained: dict[str, Run], runs: dict[str, Run], report: ReportBu
 
 
 def read(name: str, model: Model) -> Run:
-    """What a training left. DataError without held-out figures."""
+    """Read the saved metrics of a training. DataError without eval metrics."""
     if "bits_per_byte" not in model.metrics:
-        raise DataError(f"{name}: has no held-out figures; train it with held-out tokens (--eval-data)")
+        raise DataError(f"{name}: has no eval metrics; train it with eval_data (--eval-data)")
     file = model.path / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     steps = [row for row in rows if "loss" in row]
@@ -195,7 +198,7 @@ def read(name: str, model: Model) -> Run:
 
 
 def at(points: Points, x: float) -> float | None:
-    """The value at x, on the line between two points; the first before all, none after the last."""
+    """Interpolate linearly at x: the first value before all points, None after the last."""
     if not points or x > points[-1][0]:
         return None
     i = bisect_left([p for p, _ in points], x)
@@ -206,7 +209,7 @@ def at(points: Points, x: float) -> float | None:
 
 
 def crossing(first: str, trained: dict[str, Run]) -> str:
-    """From which time on the first is better than every other that was trained."""
+    """Say from which time on the baseline is better than every other training."""
     others = {name: run for name, run in trained.items() if name != first}
     if first not in trained or not others:
         return ""
@@ -223,7 +226,7 @@ def crossing(first: str, trained: dict[str, Run]) -> str:
         )
         since = None if y > best else x if since is None else since
     if since is None:
-        return f" At equal time {first} is never the best of those that were trained."
-    return f" At equal time {first} is the best of those that were trained" + (
-        " from the first look on." if since == own[0][0] else f" from {since:,.0f} s on."
+        return f" At equal time {first} is never the best trained model."
+    return f" At equal time {first} is the best trained model" + (
+        " from the first evaluation on." if since == own[0][0] else f" from {since:,.0f} s on."
     )

@@ -1,7 +1,7 @@
-"""Stage `train.distill`: a student learns from a teacher: from its chances of every token where both have one
-vocabulary, else from what it writes.
+"""Stage `train.distill`: knowledge distillation from a teacher's logits or from its completions.
 
-Everything else is `train.sft`'s: what of the student is trained, batches, looks, reports.
+Logits need a shared vocabulary. Everything else is as in `train.sft`: trainable parameters, batches, evaluation,
+reports.
 """
 
 from __future__ import annotations
@@ -25,43 +25,48 @@ if TYPE_CHECKING:
 
 
 class DistillConfig(SftConfig):
-    """A fine-tuning whose answers, or whose chances of them, are a teacher's."""
+    """A fine-tuning on a teacher's logits or completions."""
 
     source: Literal["auto", "logits", "text"] = Field(
         "auto",
         description=(
-            "what is learned: the teacher's chances of every token of the data's answers (logits), or answers that it"
-            " writes (text); auto: logits where both have one vocabulary and the teacher is a directory"
+            "what to train on: the teacher's logits on the data's completions (logits), or completions that the"
+            " teacher generates (text); auto: logits if both share a vocabulary and the teacher is a Hugging Face"
+            " directory"
         ),
     )
     divergence: Literal["forward_kl", "reverse_kl", "js_divergence"] = Field(
         "forward_kl",
         description=(
-            "logits: KL(teacher || student), which covers all that the teacher may say; the reverse, which keeps to"
-            " what it says most; or the Jensen-Shannon divergence between them"
+            "logits: forward KL(teacher || student), mode-covering; reverse KL(student || teacher), mode-seeking;"
+            " between: generalized Jensen-Shannon divergence"
         ),
     )
     temperature: float = Field(
         1.0,
         gt=0,
         description=(
-            "logits: both are divided by it, so that small chances count for more above 1; the loss is multiplied by"
-            " its square"
+            "logits: distillation temperature that divides both logits; above 1 small probabilities count for"
+            " more; the loss is multiplied by its square"
         ),
     )
-    ce_weight: float = Field(0.0, ge=0, lt=1, description="logits: share of the data's own answers in the loss")
-    max_new_tokens: int = Field(512, gt=0, description="text: longest answer of the teacher")
-    generation_temperature: float = Field(0.0, ge=0, description="text: 0: the most probable answer")
+    ce_weight: float = Field(
+        0.0, ge=0, lt=1, description="logits: weight of the cross-entropy on the data's own completions in the loss"
+    )
+    max_new_tokens: int = Field(512, gt=0, description="text: maximum length of a teacher's completion in tokens")
+    generation_temperature: float = Field(
+        0.0, ge=0, description="text: sampling temperature of the teacher; 0 = greedy"
+    )
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         if self.source == "text" and (self.ce_weight or self.divergence != "forward_kl" or self.temperature != 1.0):
             raise ValueError(
-                "mix, direction and temperature are of logits; with source text the teacher's answers are learned as"
-                " they are"
+                "ce_weight, divergence and temperature apply to logits only; with source text the student is"
+                " trained on the teacher's completions as they are"
             )
         if self.method in ("prompt_tuning", "prefix_tuning"):
-            raise ValueError("a soft prompt is not distilled; take method lora or full")
+            raise ValueError("a soft prompt cannot be distilled; use method lora or full")
         return self
 
 
@@ -73,10 +78,9 @@ def distill(
     ctx: Context,
     eval_data: Dataset | None = None,
 ) -> Adapter | Model:
-    """Train the student on the rows of `data`: with the teacher's chances of their answers, or with answers that the
-    teacher writes to their questions.
+    """Train the student on the rows of `data`: on the teacher's logits, or on completions that the teacher generates.
 
-    Errors: as train.sft; UserError where logits are wanted of a teacher that cannot give them, or of another
+    Errors: as train.sft; UserError if logits are requested from a teacher that cannot provide them, or has another
     vocabulary.
     """
     from llmworks.train.distributed import world
@@ -89,21 +93,24 @@ def distill(
     ]
     if why and (config.source == "logits" or of_logits):
         raise UserError(
-            f"config.{'source is logits' if config.source == 'logits' else f'{of_logits[0]} is of logits'}, but {why};"
-            f" set source to text{'' if config.source == 'logits' else ' and leave it out'}, or give such a teacher"
+            f"config.{'source is logits' if config.source == 'logits' else f'{of_logits[0]} applies to logits'},"
+            f" but {why}; set source to text{'' if config.source == 'logits' else ' and leave it out'}, or use a"
+            " teacher with logits"
         )
     if config.source == "text" or why:
         if world.processes() > 1:
-            raise UserError("a teacher's answers are written by one process; start one")
+            raise UserError("source text: a teacher's completions are generated in one process; start only one")
         ctx.progress.say(
-            f"{teacher.name} writes the answers" + (f", since {why}" if why and config.source == "auto" else "")
+            f"{teacher.name} generates the completions" + (f", since {why}" if why and config.source == "auto" else "")
         )
         made = sft(config, student, written(config, teacher, data, ctx), ctx, eval_data)
-        ctx.report.lead = f"{teacher.name} wrote the answers{f', since {why}' if why else ''}. {ctx.report.lead}"
+        ctx.report.lead = (
+            f"{teacher.name} generated the completions{f', since {why}' if why else ''}. {ctx.report.lead}"
+        )
         return made
     with world.opened(config.spread) as here:
         if here.size > 1:
-            raise UserError("a training with a teacher's logits runs in one process; set source to text, or start one")
+            raise UserError("training on a teacher's logits runs in one process; set source to text, or start only one")
         made = tune(
             config,
             student,
@@ -113,17 +120,15 @@ def distill(
             here,
             lambda tuned, material: _loss(config, teacher, tuned, material, ctx),
         )
-        ctx.report.lead = (
-            f"{teacher.name} taught by its chances of every token: the loss is what they differ by. {ctx.report.lead}"
-        )
+        ctx.report.lead = f"Distilled from the logits of {teacher.name}: the loss is the divergence. {ctx.report.lead}"
         return made
 
 
 def cannot_give_logits(teacher: Model | Adapter, student: Model) -> str:
-    """Why a teacher cannot teach by its chances; empty where it can."""
+    """Return why a teacher cannot provide logits for the student; empty if it can."""
     if isinstance(teacher, Adapter) or teacher.format != "hf":
         adapter = isinstance(teacher, Adapter)
-        wrong = "an adapter, which is to be merged first" if adapter else "no Hugging Face directory"
+        wrong = "an adapter, which has to be merged first" if adapter else "not a Hugging Face directory"
         return f"{teacher.name} is {wrong}"
     from llmworks.tokenize.load import load_tokenizer
 
@@ -134,7 +139,7 @@ def cannot_give_logits(teacher: Model | Adapter, student: Model) -> str:
 
 
 def _loss(config: DistillConfig, teacher: Model | Adapter, tuned: Tuned, material: Material, ctx: Context) -> Any:
-    """The loss under the teacher, who reads the same batches."""
+    """Create the distillation loss; the teacher reads the same batches."""
     from llmworks.train.finetune.distillation_loss import DIRECTIONS, taught
     from llmworks.train.finetune.trainable import open_tuned
     from llmworks.train.loop.losses import whole_logits
@@ -142,20 +147,22 @@ def _loss(config: DistillConfig, teacher: Model | Adapter, tuned: Tuned, materia
     guide = open_tuned(teacher.path)
     if guide.free != tuned.free:
         raise ModelError(
-            f"{teacher.name} and the student are of architectures that read batches in two ways; set source to text"
+            f"{teacher.name} and the student need different batch formats (padded and padding-free); set source to text"
         )
     for model in (guide.network, tuned.network):
         if whole_logits(model):
             raise ModelError(
-                "a model whose logits are shaped after its head (soft caps, scales) teaches by its text only; set"
+                "logits that are transformed after the LM head (soft-capping, scaling) cannot be distilled; set"
                 " source to text"
             )
     if guide.network.config.vocab_size != tuned.network.config.vocab_size:
         raise ModelError(
-            f"the teacher has {guide.network.config.vocab_size:,} rows of logits, the student"
-            f" {tuned.network.config.vocab_size:,}; set source to text"
+            f"the teacher has {guide.network.config.vocab_size:,} logits, the"
+            f" student {tuned.network.config.vocab_size:,}; set source to text"
         )
-    ctx.progress.say(f"{teacher.name} teaches by its chances of {sum(e.labels for e in material.examples):,} tokens")
+    ctx.progress.say(
+        f"training on logits of {teacher.name} at {sum(e.labels for e in material.examples):,} label tokens"
+    )
     guide.network.to(next(tuned.network.parameters()).device)
     return taught(
         guide.network.requires_grad_(False).eval(),
@@ -166,10 +173,9 @@ def _loss(config: DistillConfig, teacher: Model | Adapter, tuned: Tuned, materia
 
 
 def written(config: DistillConfig, teacher: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
-    """The conversations of `data` with the teacher's answer at their end; those that it does not finish, or leaves
-    empty, are left out.
+    """Return the conversations of `data` with the teacher's completion at the end.
 
-    DataError when none is left.
+    Empty and unfinished completions are dropped. DataError when none is left.
     """
     rows = [
         row
@@ -177,7 +183,7 @@ def written(config: DistillConfig, teacher: Model | Adapter, data: Dataset, ctx:
         if "messages" in row and row["messages"][-1]["role"] == "assistant" and len(row["messages"]) > 1
     ]
     if not rows:
-        raise DataError(f"{data.name}: has no conversations that a teacher could answer")
+        raise DataError(f"{data.name}: has no conversations that end with an assistant turn")
     sampling = Sampling(
         max_tokens=config.max_new_tokens,
         temperature=config.generation_temperature,
@@ -186,7 +192,7 @@ def written(config: DistillConfig, teacher: Model | Adapter, data: Dataset, ctx:
     requests = {str(row["id"]): Request(flat_messages(row)[:-1], sampling=sampling) for row in rows}
     with (
         Journal(ctx.scratch / "answers.jsonl", lambda: ctx.open_engine(teacher)) as journal,
-        ctx.progress.bar("the teacher answers", len(requests), "answers") as bar,
+        ctx.progress.bar("teacher completions", len(requests), "answers") as bar,
     ):
         replies = journal.ask(requests, bar)
     made: list[Row] = []
@@ -205,12 +211,12 @@ def written(config: DistillConfig, teacher: Model | Adapter, data: Dataset, ctx:
                 if not reply.text.strip()
                 else f"is not finished within {config.max_new_tokens} tokens"
             )
-            lost.append((str(row["id"]), f"the teacher's answer {why}"))
-    ctx.progress.say(f"{len(made)} of {len(rows)} answers are whole and not empty")
+            lost.append((str(row["id"]), f"the teacher's completion {why}"))
+    ctx.progress.say(f"{len(made)} of {len(rows)} completions are finished and not empty")
     if not made:
         raise DataError(
-            f"{teacher.name} finished none of {len(rows)} answers within {config.max_new_tokens} tokens; set"
-            " max_new_tokens higher"
+            f"{teacher.name} finished none of {len(rows)} completions within {config.max_new_tokens} tokens; raise"
+            " max_new_tokens"
         )
     write_chat(ctx.scratch / "written", made)
     return Dataset(

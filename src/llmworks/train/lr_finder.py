@@ -1,6 +1,6 @@
-"""Stage `train.lr_finder`: which learning rate does this fine-tuning want?
+"""Stage `train.lr_finder`: find a learning rate for a fine-tuning with a learning rate range test.
 
-A short run whose rate rises from far too low to far too high (Smith 2015, arXiv:1506.01186, section 3.3).
+A short run with an exponentially rising learning rate (Smith 2015, arXiv:1506.01186, section 3.3).
 """
 
 from __future__ import annotations
@@ -21,37 +21,42 @@ if TYPE_CHECKING:
     from llmworks.train.finetune.method import Material
     from llmworks.train.finetune.trainable import Tuned
 
-SMOOTH, WORSE = 0.8, 2.0  # weight of earlier losses in the running mean; how many times the lowest loss ends the run
+SMOOTH, WORSE = 0.8, 2.0  # EMA decay of the smoothed loss; multiple of its minimum that ends the run
 
 
 class LrFinderConfig(Config):
-    """What is tried."""
+    """The fine-tuning and the range of learning rates."""
 
     training: SftConfig = Field(
         SftConfig(),
-        description="the fine-tuning whose learning rate is looked for; its own rate, schedule and length are not read",
+        description=(
+            "the fine-tuning to find a learning rate for; its own learning rate, schedule and length are ignored"
+        ),
         json_schema_extra={"fields_of": "train.sft"},
     )
-    min_lr: float = Field(1e-6, gt=0, description="the first learning rate")
-    max_lr: float = Field(1.0, gt=0, description="the last one, if the loss lets it come so far")
-    num_steps: int = Field(60, ge=20, description="steps between them")
+    min_lr: float = Field(1e-6, gt=0, description="lowest learning rate, of the first step")
+    max_lr: float = Field(
+        1.0, gt=0, description="highest learning rate, of the last step unless the loss diverges before"
+    )
+    num_steps: int = Field(60, ge=20, description="number of steps")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.min_lr * 10 > self.max_lr:
             raise ValueError(
-                f"lowest {self.min_lr:g} and highest {self.max_lr:g} are too near; there should be a factor of 10"
-                " between them at least"
+                f"min_lr {self.min_lr:g} and max_lr {self.max_lr:g} are too close; they must differ by a factor"
+                " of at least 10"
             )
         return self
 
 
 def lr_finder(config: LrFinderConfig, model: Model, data: Dataset, ctx: Context) -> Report:
-    """The loss over rising learning rates, and a rate to train with: a tenth of that with the lowest smoothed loss, but
-    no more than where it falls the fastest.
+    """Run the range test and suggest a learning rate.
 
-    Metrics: learning_rate, steepest, lowest. Errors: as train.sft; DataError for less data than two steps;
-    TrainingError where the first steps already diverge.
+    The suggestion is a tenth of the rate with the lowest smoothed loss, but not more than the rate where the smoothed
+    loss falls fastest. Metrics: learning_rate, steepest, lowest.
+
+    Errors: as train.sft; DataError for less data than two steps; TrainingError if the first steps already diverge.
     """
     import torch
 
@@ -64,8 +69,8 @@ def lr_finder(config: LrFinderConfig, model: Model, data: Dataset, ctx: Context)
     each = training.batch_size * training.gradient_accumulation_steps
     if len(material.examples) < 2 * each:
         raise DataError(
-            f"{data.name}: has {len(material.examples)} rows to learn, a step takes {each}; there should be two steps"
-            " at least"
+            f"{data.name}: has {len(material.examples)} rows to train on, a step needs {each}; at least two steps"
+            " are needed"
         )
     tuned = open_tuned(model.path)
     torch.manual_seed(ctx.seed)
@@ -98,7 +103,7 @@ def lr_finder(config: LrFinderConfig, model: Model, data: Dataset, ctx: Context)
         )
     except _Enough:
         pass
-    except TrainingError as error:  # a loss that is no number ends the search, too
+    except TrainingError as error:  # a non-finite loss ends the range test, too
         ctx.progress.say(str(error))
     return _describe(ctx, rising, model, data)
 
@@ -106,7 +111,7 @@ def lr_finder(config: LrFinderConfig, model: Model, data: Dataset, ctx: Context)
 def _steps_and_loss(
     material: Material, config: LrFinderConfig, each: int, training: SftConfig, ctx: Context, tuned: Tuned
 ) -> tuple[Any, Sequence[list[Callable[[], Any]]]]:
-    """Steps enough for the search, and the loss."""
+    """Create the loss and enough steps for the range test."""
     from llmworks.train.finetune.examples import Steps
     from llmworks.train.loop.losses import Noise, next_token_loss
     from llmworks.train.loop.packed import packed_loss
@@ -126,12 +131,12 @@ def _steps_and_loss(
 
 
 def _describe(ctx: Context, rising: list[float], model: Model, data: Dataset) -> Report:
-    """The page, and the rate that is proposed. TrainingError where the first steps already diverge."""
+    """Write the report and the suggested rate. TrainingError if the first steps already diverge."""
     losses = [row["loss"] for row in ctx.progress.read_metrics()]
     if len(losses) < 10:
         raise TrainingError(
-            f"the loss is broken after {len(losses)} steps, at a learning rate of {rising[len(losses)]:.1e}; set lowest"
-            " to less"
+            f"the loss diverged after {len(losses)} steps, at a learning rate of {rising[len(losses)]:.1e}; lower"
+            " min_lr"
         )
     best, steepest, at_lowest = chosen(rising, losses)
     metrics: dict[str, Any] = {
@@ -141,29 +146,29 @@ def _describe(ctx: Context, rising: list[float], model: Model, data: Dataset) ->
         "steps": len(losses),
     }
     page = ctx.report
-    page.title = f"Learning rates for {model.name} on {data.name}"
+    page.title = f"Learning rate range test of {model.name} on {data.name}"
     page.lead = (
-        f"Train with about {best:.1e}. The smoothed loss falls the fastest at {steepest:.1e} and is lowest at"
-        f" {at_lowest:.1e}; tried up to {rising[len(losses) - 1]:.1e}."
+        f"Suggested learning rate: {best:.1e}. The smoothed loss falls fastest at {steepest:.1e} and is lowest"
+        f" at {at_lowest:.1e}; tested up to {rising[len(losses) - 1]:.1e}."
     )
     logs = [math.log10(r) for r in rising]
     page.curves(
         "Loss",
         {"loss": list(zip(logs, losses, strict=False)), "smoothed": list(zip(logs, smoothed(losses), strict=False))},
-        x="learning rate, power of ten",
-        y="nats a learned token",
+        x="log10 of the learning rate",
+        y="nats per label token",
     )
-    page.table("Figures", ("what", "value"), list(metrics.items()))
+    page.table("Metrics", ("metric", "value"), list(metrics.items()))
     page.data = {"rates": rising[: len(losses)], "losses": losses, "metrics": metrics}
     return Report(ctx.out, metrics=metrics)
 
 
 class _Enough(Exception):
-    """The loss is so much worse that larger rates need not be tried."""
+    """Signal that the loss has diverged and larger rates need not be tried."""
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """A running mean that forgets, corrected for its beginning."""
+    """Compute the bias-corrected exponential moving average of the losses."""
     out, mean = [], 0.0
     for step, loss in enumerate(losses, 1):
         mean = SMOOTH * mean + (1 - SMOOTH) * loss
@@ -172,8 +177,9 @@ def smoothed(losses: Sequence[float]) -> list[float]:
 
 
 def chosen(rising: Sequence[float], losses: Sequence[float]) -> tuple[float, float, float]:
-    """(a rate to train with, where the smoothed loss falls the fastest over rates on a logarithmic axis, where it is
-    lowest).
+    """Return (suggested rate, rate of the steepest descent, rate of the lowest smoothed loss).
+
+    The descent is measured over the logarithm of the rate.
     """
     smooth = smoothed(losses)
     low = min(range(len(smooth)), key=smooth.__getitem__)

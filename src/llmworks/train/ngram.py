@@ -1,7 +1,6 @@
-"""Stage `train.ngram`: an n-gram model of packed tokens, counted, not trained: what a model that learns has to be
-better than.
+"""Stage `train.ngram`: count an n-gram language model of packed tokens, as a baseline for neural models.
 
-Interpolated Kneser-Ney (`model/ngram/kneser_ney.py`). It answers and is measured as every other model.
+Interpolated Kneser-Ney smoothing (`model/ngram/kneser_ney.py`). It generates and is evaluated like every other model.
 """
 
 from __future__ import annotations
@@ -25,21 +24,23 @@ if TYPE_CHECKING:
 
 
 class NgramConfig(Config):
-    """How far it looks back, and what is taken from counts."""
+    """Order and smoothing of the n-gram model."""
 
-    order: int = Field(5, ge=1, le=8, description="tokens of the longest n-gram: it looks back one less")
+    order: int = Field(5, ge=1, le=8, description="maximum n-gram length in tokens; the context is one less")
     discount: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="taken from every count; 0: three discounts for each order, estimated (modified Kneser-Ney)",
+        description=(
+            "absolute discount subtracted from each count; 0 = modified Kneser-Ney: three estimated discounts per order"
+        ),
     )
-    eval_samples: int = Field(0, ge=0, description="rows of held-out tokens that are measured; 0: all")
+    eval_samples: int = Field(0, ge=0, description="held-out rows to evaluate on; 0 = all")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if 0 < self.discount < 0.001:
-            raise ValueError(f"discount is {self.discount}; give 0, or 0.001 or more")
+            raise ValueError(f"discount is {self.discount}; set 0, or at least 0.001")
         return self
 
 
@@ -50,9 +51,9 @@ def ngram(
     ctx: Context,
     eval_data: Dataset | None = None,
 ) -> Model:
-    """Count the n-grams of all pieces of packed rows; each piece is a text of its own.
+    """Count the n-grams of all documents in packed rows, each document on its own.
 
-    Holds about 60 bytes for each token of the data in memory.
+    Needs about 60 bytes of memory per token of the data.
 
     Errors: DataError for data that are not packed tokens; ModelError for tokens of another tokenizer.
     """
@@ -79,7 +80,7 @@ def ngram(
     model = _save(orders, discounts, ctx, loaded)
     report = ctx.report
     report.title = f"{config.order}-grams of {data.name}"
-    report.lead = f"{sum(len(o.keys) for o in orders):,} n-grams of {len(tokens):,} tokens."
+    report.lead = f"{sum(len(o.keys) for o in orders):,} n-grams in {len(tokens):,} tokens."
     metrics: dict[str, float] = {"tokens": len(tokens), "ngrams": sum(len(o.keys) for o in orders)}
     metrics = _measure(eval_data, model, loaded, config, report, metrics)
     _describe(report, orders, discounts, fallen)
@@ -96,9 +97,9 @@ def ngram(
 def _concatenate(
     packed: Packed, data: Dataset, vocabulary: int, tokenizer: Model | Tokenizer | Adapter
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """All tokens, and where pieces begin.
+    """Return all tokens and the offsets where documents begin.
 
-    Errors: DataError where there are none; ModelError for tokens of another tokenizer.
+    Errors: DataError if there are none; ModelError for tokens of another tokenizer.
     """
     import numpy as np
 
@@ -107,8 +108,8 @@ def _concatenate(
         raise DataError(f"{data.name}: has no tokens")
     if int(tokens.max()) >= vocabulary:
         raise ModelError(
-            f"{data.name}: has token {int(tokens.max()):,}, {tokenizer.name} has {vocabulary:,}; give the tokenizer"
-            " that the data was packed with"
+            f"{data.name}: has token id {int(tokens.max()):,}, but {tokenizer.name} has a vocabulary"
+            f" of {vocabulary:,}; use the tokenizer that the data was packed with"
         )
     ends = np.cumsum([0, *(len(shard["tokens"]) for shard in packed.shards)])
     begins = np.concatenate([shard["pieces"][:-1] + end for shard, end in zip(packed.shards, ends, strict=False)])
@@ -118,7 +119,7 @@ def _concatenate(
 def _save(
     orders: list[Order], discounts: list[tuple[float, float, float]], ctx: Context, loaded: Any
 ) -> NgramForCausalLM:
-    """Save the model beside its tokenizer."""
+    """Save the model with its tokenizer."""
     from llmworks.model.ngram.ngram import NgramForCausalLM
     from llmworks.tokenize.load import quiet_transformers
 
@@ -143,20 +144,20 @@ def _measure(
     report: ReportBuilder,
     metrics: dict[str, float],
 ) -> dict[str, float]:
-    """Measure on held-out tokens."""
+    """Evaluate on held-out tokens."""
     from llmworks.train.loop.heldout import measure
 
     if held_out is not None:
         found = measure(model, Packed(held_out), loaded, rows=config.eval_samples)
         if not found.tokens:
-            raise DataError(f"{held_out.name}: has no token that is learned")
+            raise DataError(f"{held_out.name}: has no label tokens")
         metrics |= {
             "perplexity": round(found.perplexity, 4),
             "bits_per_byte": round(found.bits_per_byte, 5),
             "nats_per_token": round(found.per_token, 5),
         }
         report.lead += (
-            f" On {held_out.name} its perplexity is {found.perplexity:,.1f}: {found.bits_per_byte:.3f} bits per byte."
+            f" Eval set {held_out.name}: perplexity {found.perplexity:,.1f}, {found.bits_per_byte:.3f} bits per byte."
         )
     return metrics
 
@@ -164,10 +165,10 @@ def _measure(
 def _describe(
     report: ReportBuilder, orders: list[Order], discounts: list[tuple[float, float, float]], fallen: list[int]
 ) -> None:
-    """The tables of n-grams and discounts."""
+    """Add the tables of n-grams and discounts to the report."""
     report.table(
         "n-grams",
-        ("length", "different ones", "that stand once", "taken from 1", "from 2", "from more"),
+        ("order", "distinct", "singletons", "discount of count 1", "count 2", "count 3+"),
         [
             (n, len(o.keys), int((o.counts == 1).sum()), *d)
             for n, (o, d) in enumerate(zip(orders, discounts, strict=True), 1)
@@ -176,6 +177,6 @@ def _describe(
     if fallen:
         report.text(
             "Discounts",
-            f"The text is too small to estimate those of length {', '.join(map(str, fallen))}; 0.5, 1 and 1.5 were"
-            " taken.",
+            f"The data is too small to estimate the discounts of order {', '.join(map(str, fallen))}; 0.5, 1 and"
+            " 1.5 were used.",
         )

@@ -1,7 +1,7 @@
-"""Stage `train.pretrain`: train a model on packed tokens, from nothing or on from where it is: every token is learned.
+"""Stage `train.pretrain`: pretrain a model on packed tokens, from scratch or from its weights (continued pretraining).
 
-Ends with bits per byte on tokens that it did not see, curves, and what it writes before and after. What was killed goes
-on from its checkpoint.
+Every token is a label. Ends with bits per byte on held-out tokens, curves, and samples before and after. An interrupted
+run resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -28,45 +28,52 @@ if TYPE_CHECKING:
 
 
 class PretrainOptimizer(OptimizerConfig):
-    """The optimizer's fields, with what is usual from nothing."""
+    """Optimizer fields with defaults for training from scratch."""
 
     beta2: float = Field(
         0.95, ge=0, lt=1, description="decay of the second moment; lion: of the momentum, 0.99 is usual"
     )
     weight_decay: float = Field(
-        0.1, ge=0, description="decoupled weight decay of matrices; vectors, as gains and biases, have none"
+        0.1, ge=0, description="decoupled weight decay of matrices; vectors such as biases and norm weights have none"
     )
-    warmup_ratio: float = Field(
-        0.02, ge=0, lt=1, description="fraction of all steps over which the learning rate rises from zero"
-    )
+    warmup_ratio: float = Field(0.02, ge=0, lt=1, description="fraction of all steps with linear warm-up from zero")
 
 
 class PretrainConfig(Config):
-    """How long, in what steps, and what is looked at on the way."""
+    """Length of the training, batch size, optimizer, evaluation and checkpoints."""
 
-    num_train_epochs: float = Field(1.0, gt=0, le=100_000, description="passes over the data; may be a fraction")
-    num_train_tokens: int = Field(0, ge=0, description="tokens to read, in place of epochs; 0: by epochs")
-    batch_size: int = Field(8, gt=0, description="rows that are computed at once")
-    gradient_accumulation_steps: int = Field(
-        1, gt=0, description="parts of a step; its loss is the mean over all their labels, as in one large batch"
+    num_train_epochs: float = Field(1.0, gt=0, le=100_000, description="number of training epochs; may be a fraction")
+    num_train_tokens: int = Field(
+        0, ge=0, description="number of training tokens, instead of num_train_epochs; 0 = use num_train_epochs"
     )
-    optimizer: PretrainOptimizer = Field(PretrainOptimizer(), description="optimizer and learning rate")
+    batch_size: int = Field(8, gt=0, description="rows per micro-batch")
+    gradient_accumulation_steps: int = Field(
+        1,
+        gt=0,
+        description=(
+            "micro-batches per optimizer step; the loss is the mean over all their labels, as in one large batch"
+        ),
+    )
+    optimizer: PretrainOptimizer = Field(PretrainOptimizer(), description="optimizer and learning rate schedule")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description=(
-            "of products, under autocast; weights stay fp32. auto: bf16 on a GPU that has it, fp16 on an older one,"
-            " fp32 on a CPU, where the others are many times slower"
+            "mixed precision under autocast; weights stay fp32. auto: bf16 on a GPU that supports it, fp16 on an"
+            " older one, fp32 on a CPU, where the others are many times slower"
         ),
     )
     gradient_checkpointing: bool = Field(
-        False, description="keep no activations of blocks, compute them again backward: less memory, a third more time"
+        False,
+        description=(
+            "gradient checkpointing: recompute activations in the backward pass; less memory, about a third slower"
+        ),
     )
-    torch_compile: bool = Field(False, description="torch.compile: the first step takes a minute or more")
+    torch_compile: bool = Field(False, description="torch.compile; the first step takes a minute or more")
     parallel: Parallel = Field(
         Parallel(),
         description=(
-            "what processes share, where several are started (--nproc, torchrun); a step is the same whatever their"
-            " number"
+            "parallelism across processes when several are started (--nproc, torchrun); a step is the same for any"
+            " number of them"
         ),
     )
     ema_decay: float = Field(
@@ -74,41 +81,41 @@ class PretrainConfig(Config):
         ge=0,
         lt=1,
         description=(
-            "decay of a running mean of the weights, which is what is saved, less in the first steps, (1 + step) / (10"
-            " + step); 0: the last weights are"
+            "EMA decay; the averaged weights are saved. In the first steps the decay is (1 + step) / (10 + step),"
+            " if that is less. 0 = save the last weights"
         ),
     )
     loss_spike_threshold: float = Field(
         3.0,
         ge=0,
         description=(
-            "stop at a loss so many nats above the median of the last 50 steps, or before there are 20, thrice so many"
-            " above the first; 0: never"
+            "stop at a loss this many nats above the median of the last 50 steps; before there are 20 steps, three"
+            " times that above the first loss; 0 = never"
         ),
     )
-    eval_steps: int = Field(100, gt=0, description="steps between two looks at held-out tokens, with samples")
+    eval_steps: int = Field(100, gt=0, description="steps between evaluations on the eval set, with samples")
     eval_samples: int = Field(
-        64, gt=0, description="rows of held-out tokens at each look; at the end all of them are measured, too"
+        64, gt=0, description="held-out rows per evaluation during training; the final evaluation uses all of them"
     )
-    sample_prompts: list[str] = Field(["The", "In the", "def "], description="beginnings of the samples")
-    sample_max_tokens: int = Field(40, ge=0, description="tokens of a sample; 0: no samples")
-    save_steps: int = Field(100, gt=0, description="steps between two checkpoints")
-    save_total_limit: int = Field(2, gt=0, description="checkpoints that are kept")
+    sample_prompts: list[str] = Field(["The", "In the", "def "], description="prompts of the samples")
+    sample_max_tokens: int = Field(40, ge=0, description="max tokens of a sample; 0 = no samples")
+    save_steps: int = Field(100, gt=0, description="steps between checkpoints")
+    save_total_limit: int = Field(2, gt=0, description="number of checkpoints to keep")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.num_train_tokens and "num_train_epochs" in self.model_fields_set and self.num_train_epochs != 1.0:
-            raise ValueError("tokens and epochs are both given; give one of them")
+            raise ValueError("num_train_tokens and num_train_epochs are both set; set one of them")
         return self
 
 
 def pretrain(
     config: PretrainConfig, model: Model, data: Dataset, ctx: Context, eval_data: Dataset | None = None
 ) -> Model:
-    """Train all weights of the model on the rows of `data`, whose tokens must be its tokenizer's.
+    """Train all weights of the model on the rows of `data`, packed with the model's tokenizer.
 
-    Errors: DataError for data that are no packed tokens, of another tokenizer, or fewer than a step; ModelError for
-    rows that are longer than the model reads; TrainingError when the loss is no number or jumps.
+    Errors: DataError for data that are not packed tokens, use another tokenizer, or have fewer rows than a step;
+    ModelError for rows longer than the model's context; TrainingError when the loss is not finite or spikes.
     """
     from llmworks.train.distributed import world
 
@@ -119,14 +126,14 @@ def pretrain(
             if "allocate memory" not in str(error) and "out of memory" not in str(error):
                 raise
             raise TrainingError(
-                "there is too little memory for a step; make batch smaller and accumulation larger, or set recompute"
+                "out of memory; reduce batch_size and raise gradient_accumulation_steps, or set gradient_checkpointing"
             ) from error
 
 
 def _pretrain(
     config: PretrainConfig, model: Model, data: Dataset, ctx: Context, held_out: Dataset | None, world: World
 ) -> Model:
-    """`pretrain` in one of the processes; the first looks, draws and saves."""
+    """Run `pretrain` in one of the processes; the first one evaluates, samples and saves."""
 
     from llmworks.model.golden import record
     from llmworks.tokenize.chat.named import tokenizer_of
@@ -157,23 +164,14 @@ def _pretrain(
             return {}
         found = measure(whole, unseen, tokenizer, rows=config.eval_samples, batch=config.batch_size)
         ctx.progress.say(
-            f"step {step + 1}: held out {found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:,.1f}"
+            f"step {step + 1}: eval {found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:,.1f}"
         )
         return {"eval_loss": found.per_token, "bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity}
 
-    habits = Habits(
-        config.save_steps,
-        config.save_total_limit,
-        precision,
-        config.ema_decay,
-        config.loss_spike_threshold,
-        look,
-        config.eval_steps,
-    )
-    ctx.progress.say(
-        f"{parameters:,} parameters, {len(steps):,} steps of {config.batch_size * config.gradient_accumulation_steps} rows"
-        + (f", {world.size} processes" if world.size > 1 else "")
-    )
+    saves, averages = (config.save_steps, config.save_total_limit), (config.ema_decay, config.loss_spike_threshold)
+    habits = Habits(*saves, precision, *averages, look, config.eval_steps)
+    rows, more = config.batch_size * config.gradient_accumulation_steps, f", {world.size} processes"
+    ctx.progress.say(f"{parameters:,} parameters, {len(steps):,} steps of {rows} rows{more if world.size > 1 else ''}")
     metrics: dict[str, Any] = dict(
         train(placed, steps, packed_loss, config.optimizer, habits, scratch=ctx.scratch, progress=ctx.progress)
     )
@@ -191,14 +189,14 @@ def _pretrain(
 
 
 def _require_compiler(config: PretrainConfig, world: World) -> None:
-    """MissingDependency where `compile` needs a C++ compiler that is not here."""
+    """Raise MissingDependency if torch_compile needs a C++ compiler and there is none."""
     if (
         config.torch_compile
         and world.device.type == "cpu"
         and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
     ):
         raise MissingDependency(
-            "compile: there is no C++ compiler here; install one, such as g++, or leave compile out"
+            "torch_compile: no C++ compiler found; install one, such as g++, or leave torch_compile out"
         )
 
 
@@ -211,7 +209,7 @@ def _open(
     world: World,
     config: PretrainConfig,
 ) -> tuple[Any, Packed, Packed | None, int]:
-    """The model to train and the tokens to train on."""
+    """Open the model to train and the packed tokens; return (model, training rows, eval rows, row length)."""
     import torch
 
     from llmworks.data.store.packed_tokens import Packed
@@ -220,7 +218,7 @@ def _open(
     torch.manual_seed(ctx.seed)
     network = open_trainable(model.path)
     if not any(True for _ in network.parameters()):
-        raise ModelError(f"{model.name}: has no weights to train (an n-gram model is counted, by train.ngram)")
+        raise ModelError(f"{model.name}: has no trainable weights (an n-gram model is counted by train.ngram)")
     packed, unseen = Packed(data), Packed(held_out) if held_out is not None else None
     length = check(model, network, tokenizer, data, packed)
     if held_out is not None and unseen is not None:
@@ -228,7 +226,7 @@ def _open(
     network.to(world.device)
     if config.gradient_checkpointing:
         if not network.supports_gradient_checkpointing:
-            raise UserError("config.recompute: this architecture does not have it")
+            raise UserError("config.gradient_checkpointing: this architecture does not support it")
         network.activation_checkpointing_enable({"use_reentrant": False})
     return network, packed, unseen, length
 
@@ -236,15 +234,16 @@ def _open(
 def _steps(
     config: PretrainConfig, world: World, packed: Packed, data: Dataset, length: int, ctx: Context
 ) -> PackedSteps:
-    """The steps of packed rows, shared between processes."""
+    """Create the steps over the packed rows, divided among processes."""
     from llmworks.train.loop.packed import PackedSteps
 
     share = share_of(config.batch_size * config.gradient_accumulation_steps, world.count("data"), config.batch_size)
     own = config.batch_size * config.gradient_accumulation_steps // world.count("data")
     if config.parallel.pipeline_parallel_size > 1 and own % share:
         raise UserError(
-            f"a step has {own} rows in each process, which are no parts of {share}; with parallel.pipeline the parts"
-            " must be alike: make batch divide it"
+            f"a step has {own} rows per process, not divisible into micro-batches of {share}; with"
+            " parallel.pipeline_parallel_size all micro-batches must have one size: choose a batch_size that"
+            " divides the rows"
         )
     steps = PackedSteps(
         packed,
@@ -262,7 +261,7 @@ def _steps(
 def _place(
     config: PretrainConfig, world: World, network: Any, model: Model
 ) -> tuple[str, Pipelined | Placed, Any | None]:
-    """The model spread over processes, and the whole one that the first process looks at."""
+    """Place the model on the processes; return also the full copy that the first process evaluates."""
     from llmworks.model.io.load import open_trainable
     from llmworks.train.distributed.pipeline import Pipelined
     from llmworks.train.distributed.sharding import place, resolved
@@ -294,7 +293,7 @@ def _describe(
     begun: list[str],
     network: Any,
 ) -> dict[str, Any]:
-    """Measure the result, write the page, and say what is wrong with it."""
+    """Evaluate the trained model and write the report with its warnings."""
     from llmworks.train.loop.heldout import measure
     from llmworks.train.loop.report import draw, picture
     from llmworks.train.loop.samples import continued
@@ -326,35 +325,35 @@ def _describe(
 
 
 def parallel_whole(parallel: Parallel | DataParallel, processes: int) -> bool:
-    """Whether each process has all weights."""
+    """Return whether each process holds all weights."""
     return processes == 1 or (
         parallel.data_parallel == "ddp" and parallel.tensor_parallel_size == parallel.pipeline_parallel_size == 1
     )
 
 
 def check(model: Model, network: Any, tokenizer: Any, data: Dataset, packed: Any) -> int:
-    """Whether the rows may be read by the model; returns their length. Errors: DataError, ModelError."""
+    """Check that the model can read the rows; return their length. Errors: DataError, ModelError."""
     from llmworks.train.loop.packed import same_tokenizer
 
     same_tokenizer(data, tokenizer, model.name)
     largest = max(int(shard["tokens"].max()) for shard in packed.shards)
     if largest >= network.config.vocab_size:
         raise DataError(
-            f"{data.name}: has token {largest:,}, {model.name} has {network.config.vocab_size:,}; pack it with the"
-            " model's tokenizer"
+            f"{data.name}: has token id {largest:,}, but {model.name} has a vocabulary"
+            f" of {network.config.vocab_size:,}; pack it with the model's tokenizer"
         )
     length = max(int((shard["rows"][1:] - shard["rows"][:-1]).max()) for shard in packed.shards)
     reads = getattr(network.config, "max_position_embeddings", length)
     if length > reads:
         raise ModelError(
-            f"{data.name}: has rows of {length:,} tokens, {model.name} reads {reads:,}; pack shorter rows, or make a"
-            " model with more context"
+            f"{data.name}: has rows of {length:,} tokens, but the context length of {model.name} is {reads:,};"
+            " pack shorter rows, or create a model with a longer context"
         )
     return int(data.about.get("length") or length)
 
 
 def steps_of(config: PretrainConfig, packed: Any, data: Dataset, length: int) -> int:
-    """How many steps there are."""
+    """Return the number of steps."""
     each = config.batch_size * config.gradient_accumulation_steps
     if not config.num_train_tokens:
         return max(1, round(config.num_train_epochs * (len(packed) // each or 1)))
@@ -363,7 +362,7 @@ def steps_of(config: PretrainConfig, packed: Any, data: Dataset, length: int) ->
 
 
 def save(network: Any, tokenizer: Any, model: Model, out: Path) -> None:
-    """Write the model as what it was, its tokenizer beside it."""
+    """Save the model in its own format, with its tokenizer."""
     from llmworks.model.io.decoder_files import save_decoder
     from llmworks.model.nn.decoder import DecoderForCausalLM
     from llmworks.tokenize.load import read_json

@@ -1,8 +1,7 @@
-"""Stage `train.prune`: a model without some of its blocks, the beginning of a smaller one that learns from the whole
-(train.distill).
+"""Stage `train.prune`: prune layers of a model, as the start of a smaller student (train.distill).
 
-Those are left out that change their input least: one less the cosine between what goes into a block and what comes out,
-over tokens of `data` (block influence: Men et al. 2024, ShortGPT, arXiv:2403.03853, equation 1).
+Removes the layers with the least block influence: one minus the cosine similarity between a layer's input and output,
+averaged over tokens of `data` (Men et al. 2024, ShortGPT, arXiv:2403.03853, equation 1).
 """
 
 from __future__ import annotations
@@ -26,29 +25,31 @@ if TYPE_CHECKING:
 
 
 class PruneConfig(Config):
-    """Which blocks stay."""
+    """Which layers to keep."""
 
     num_hidden_layers: int = Field(
-        0, ge=0, description="how many blocks stay: those that change their input most, on `data`"
+        0, ge=0, description="number of layers to keep: those with the most block influence on `data`"
     )
-    drop_layers: list[int] = Field([], description="or the blocks that are left out, by number from 0")
-    num_calibration_samples: int = Field(64, gt=0, description="rows of `data` that are read")
-    max_length: int = Field(512, gt=1, description="of a row, at most")
+    drop_layers: list[int] = Field([], description="or the layers to remove, by index from 0")
+    num_calibration_samples: int = Field(
+        64, gt=0, description="calibration samples: rows of `data` to compute block influence on"
+    )
+    max_length: int = Field(512, gt=1, description="maximum sequence length of a calibration sample in tokens")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if bool(self.num_hidden_layers) == bool(self.drop_layers):
-            raise ValueError("give either layers, how many stay, or drop, which go")
+            raise ValueError("set either num_hidden_layers, the number to keep, or drop_layers, those to remove")
         if len(set(self.drop_layers)) < len(self.drop_layers) or any(number < 0 for number in self.drop_layers):
-            raise ValueError("drop: block numbers, each once, from 0")
+            raise ValueError("drop_layers: layer indices from 0, each at most once")
         return self
 
 
 def prune(config: PruneConfig, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
-    """Leave blocks out.
+    """Prune layers of a model.
 
-    Errors: ModelError for a model that is not one of our decoder's architectures, or whose blocks are of two kinds in
-    turn; UserError for blocks that it has not.
+    Errors: ModelError for an unsupported architecture, or one that alternates two kinds of layers; UserError for layers
+    that the model does not have.
     """
     from llmworks.model.golden import record
     from llmworks.model.io.decoder_files import load_decoder, save_decoder
@@ -57,21 +58,24 @@ def prune(config: PruneConfig, model: Model, ctx: Context, data: Dataset | None 
 
     if model.format != "hf":
         raise ModelError(
-            f"{model.name}: blocks are left out of a Hugging Face directory, this is {model.format}; convert it with"
+            f"{model.name}: pruning needs a Hugging Face directory, but this is {model.format}; convert it with"
             " the stage model.from_gguf"
         )
     whole = load_decoder(model.path)
     count = whole.shape.num_hidden_layers
     if whole.shape.sliding_window and whole.shape.global_attn_every_n_layers:
         raise ModelError(
-            f"{model.name}: its blocks look back near and far in turn; without some of them the turns would change"
+            f"{model.name}: its layers alternate sliding-window and full attention; removing layers would change"
+            " the pattern"
         )
     if (
         config.num_hidden_layers >= count
         or len(config.drop_layers) >= count
         or max(config.drop_layers, default=0) >= count
     ):
-        raise UserError(f"{model.name} has {count} blocks, from 0 to {count - 1}; fewer, but one at least, can stay")
+        raise UserError(
+            f"{model.name} has {count} layers, from 0 to {count - 1}; keep fewer than that, but at least one"
+        )
     tokenizer = load_tokenizer(model.path)
     found = _influence(data, config, model, whole, tokenizer)
     drop = sorted(
@@ -108,11 +112,11 @@ def _influence(
     whole: DecoderForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[float]:
-    """How much each block changes its input; empty where blocks are named. UserError where nothing says which."""
+    """Return the block influence of each layer; empty if the layers are named. UserError if nothing selects them."""
     if data is None:
         if config.num_hidden_layers:
             raise UserError(
-                "which blocks change their input least is seen on `data`; give it, or name them in config.drop"
+                "block influence is computed on `data`; provide it, or name the layers in config.drop_layers"
             )
         return []
     from llmworks.train.finetune.examples import make_example
@@ -139,26 +143,29 @@ def _describe(
     drop: list[int],
     found: list[float],
 ) -> int:
-    """Write the page."""
+    """Write the report."""
     before, after = (sum(p.numel() for p in m.parameters()) for m in (whole, small))
-    ctx.report.title = f"{model.name} with {len(stay)} of {count} blocks"
+    ctx.report.title = f"{model.name} with {len(stay)} of {count} layers"
     ctx.report.lead = (
-        f"{after:,} of {before:,} parameters. Left out: {', '.join(map(str, drop))}. What is left has to learn again,"
-        " as by train.distill."
+        f"{after:,} of {before:,} parameters. Removed layers: {', '.join(map(str, drop))}. Recover the quality by"
+        " training, e.g. train.distill."
     )
     ctx.report.data = {"drop": drop, "influence": [round(value, 5) for value in found]}
     if found:
         ctx.report.table(
-            "How much a block changes its input",
-            ("block", "influence", "stays"),
+            "Block influence",
+            ("layer", "influence", "kept"),
             [(number, round(value, 4), number in stay) for number, value in enumerate(found)],
-            note="One less the cosine between a token's state before and after the block, the mean over tokens.",
+            note=(
+                "One minus the cosine similarity of a token's hidden state before and after the layer,"
+                " averaged over tokens."
+            ),
         )
     return after
 
 
 def renumbered(state: Mapping[str, Any], stay: Sequence[int]) -> dict[str, Any]:
-    """The weights of the blocks that stay, under their new numbers, and of all else."""
+    """Return the weights with the kept layers renumbered and the others removed."""
     head = "decoder.blocks."
     found = {}
     for name, tensor in state.items():
@@ -171,7 +178,7 @@ def renumbered(state: Mapping[str, Any], stay: Sequence[int]) -> dict[str, Any]:
 
 
 def influence(network: Any, examples: list[Example]) -> list[float]:
-    """Of each block one less the cosine of a token's state [width] before and after it, the mean over all tokens."""
+    """Compute block influence: one minus the mean cosine similarity of hidden states before and after each layer."""
     import torch
     from torch.nn import functional as F
 

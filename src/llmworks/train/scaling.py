@@ -1,8 +1,7 @@
-"""Stage `train.scaling`: many small trainings, the law that they follow, and what it says of one that is larger: which
-is then run, too.
+"""Stage `train.scaling`: fit a scaling law to many small trainings, predict a larger one, and run it to check.
 
-Says by its report how many parameters and tokens are best for how much work, and how far off the prediction was.
-`scaling_law.py` is the mathematics.
+Reports the compute-optimal numbers of parameters and tokens, and the error of the prediction. The mathematics is in
+`scaling_law.py`.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ if TYPE_CHECKING:
 def scaling(
     config: ScalingConfig, tokenizer: Tokenizer | Model | Adapter, data: Dataset, eval_data: Dataset, ctx: Context
 ) -> Report:
-    """Train every size with every amount of work, fit L(N, D) and the parabolas, predict the target, run it, and
-    compare.
+    """Train every size with every compute budget, fit the scaling law, predict the target run, run it, and compare.
 
-    What was trained before a kill is not trained again. Errors: UserError where too few runs are left; DataError as
-    `train.pretrain`.
+    Fits L(N, D) and IsoFLOP parabolas. Finished runs are not repeated after an interruption.
+
+    Errors: UserError if too few runs remain; DataError as in `train.pretrain`.
     """
     from llmworks.data.store.packed_tokens import Packed
     from llmworks.tokenize.chat.named import tokenizer_of
@@ -47,22 +46,23 @@ def scaling(
     plans, left_out = grid(config, vocabulary, length, there, len(packed))
     target, why = planned(config, config.target, config.target_flops, vocabulary, length, there, len(packed))
     if target is None:
-        raise UserError(f"the target ({why}) cannot be run; change target_flops, passes or the data")
+        raise UserError(f"the target ({why}) cannot be run; change target_flops, max_epochs or the data")
     work = sum(p.work for p in plans)
     ctx.progress.say(
-        f"{len(plans)} runs of {work:.2g} operations, then the target of {target.work:.2g}"
-        + (f"; {len(left_out)} left out" if left_out else "")
+        f"{len(plans)} runs of {work:.2g} FLOPs in total, then the target of {target.work:.2g} FLOPs"
+        + (f"; {len(left_out)} skipped" if left_out else "")
     )
     runs = [
-        train_one(config, plan, packed, unseen, loaded, ctx, f"{i + 1} of {len(plans)}") for i, plan in enumerate(plans)
+        train_one(config, plan, packed, unseen, loaded, ctx, f"run {i + 1} of {len(plans)}")
+        for i, plan in enumerate(plans)
     ]
     law = laws.fit(runs, config.bootstrap_iters, ctx.seed)
     expected = law.interval(target.parameters, target.tokens)
     ctx.progress.say(
-        f"the target is expected at {expected.value:.4f} nats a token ({expected.low:.4f} to {expected.high:.4f})"
+        f"predicted loss of the target: {expected.value:.4f} nats per token ({expected.low:.4f} to {expected.high:.4f})"
     )
     reached = train_one(
-        config, replace(target, name=f"target-{target.name}"), packed, unseen, loaded, ctx, "the target"
+        config, replace(target, name=f"target-{target.name}"), packed, unseen, loaded, ctx, "target run"
     )
     tell(
         ctx,
@@ -80,7 +80,7 @@ def scaling(
 
 
 def _report_of(runs: list[Run], law: Law, expected: Interval, ctx: Context, reached: Run) -> Report:
-    """The report with its figures."""
+    """Return the report artifact with its metrics."""
     metrics = {
         "runs": len(runs),
         "alpha": law.alpha,
@@ -104,7 +104,7 @@ def _report_of(runs: list[Run], law: Law, expected: Interval, ctx: Context, reac
 def train_one(
     config: ScalingConfig, plan: Plan, packed: Any, unseen: Any, tokenizer: Any, ctx: Context, which: str
 ) -> Run:
-    """One run, or what is left of it from before."""
+    """Train one model, or return its result if it is already finished."""
     import torch
 
     from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
@@ -119,8 +119,8 @@ def train_one(
         return Run(**json.loads(done.read_text(encoding="utf-8")))
     folder.mkdir(exist_ok=True)
     ctx.progress.say(
-        f"{which}: width {plan.size.hidden_size}, {plan.size.num_hidden_layers} layers, {plan.parameters:,} parameters, {plan.tokens:,}"
-        " tokens"
+        f"{which}: hidden size {plan.size.hidden_size}, {plan.size.num_hidden_layers} layers, {plan.parameters:,}"
+        f" parameters, {plan.tokens:,} tokens"
     )
     torch.manual_seed(ctx.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

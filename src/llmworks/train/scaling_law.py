@@ -1,10 +1,8 @@
-"""Scaling laws: the loss of a training from its size and its tokens, fitted to small runs, with intervals.
+"""Scaling laws: fit the loss of a training as a function of parameters and tokens, with confidence intervals.
 
-Knows no model and no training.
-
-Hoffmann et al. 2022 (arXiv:2203.15556): the parametric form is approach 3 (section 3.3, eq. 10), the parabolas are
-approach 2 (section 3.2). Intervals are those of Besiroglu et al. 2024 (arXiv:2404.10102): runs are drawn again with
-replacement, and the fit is made anew.
+Hoffmann et al. 2022 (Chinchilla, arXiv:2203.15556): the parametric form is approach 3 (section 3.3, eq. 10), the
+IsoFLOP parabolas are approach 2 (section 3.2). Intervals as in Besiroglu et al. 2024 (arXiv:2404.10102): bootstrap over
+runs, with a new fit each time.
 """
 
 from __future__ import annotations
@@ -18,13 +16,13 @@ import numpy as np
 
 from llmworks.core.errors import DataError, MissingDependency
 
-HUBER = 1e-3  # of differences of logarithms, as in the paper
-OFTEN = 0.9  # share of draws that an interval holds
+HUBER = 1e-3  # Huber delta, on log loss, as in the paper
+OFTEN = 0.9  # confidence level
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: parameters, tokens, operations, and the loss that it reached in nats a token."""
+    """One training: parameters, tokens, compute in FLOPs, and final loss in nats per token."""
 
     parameters: float
     tokens: float
@@ -34,7 +32,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Interval:
-    """A value, and the middle nine tenths of what it is when runs are drawn again."""
+    """A value with its 90% bootstrap confidence interval."""
 
     value: float
     low: float
@@ -43,9 +41,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Law:
-    """L(N, D) = floor + a / N^alpha + b / D^beta.
+    """L(N, D) = irreducible_loss + a / N^alpha + b / D^beta.
 
-    `draws` [times, 5]: the same five of runs drawn again; `residuals`: log measured less log predicted.
+    `bootstrap` [iterations, 5]: the five coefficients of each bootstrap sample; `residuals`: log measured minus log
+    predicted loss.
     """
 
     floor: float
@@ -57,27 +56,30 @@ class Law:
     residuals: Any
 
     def at(self, parameters: float, tokens: float) -> float:
-        """The loss that is expected."""
+        """Predict the loss."""
         return float(self.floor + self.a / parameters**self.alpha + self.b / tokens**self.beta)
 
     def interval(self, parameters: float, tokens: float) -> Interval:
-        """The loss that one run is expected to reach: draws of the law, each with a residual of the fit."""
+        """Predict the loss of one run with its interval: bootstrap fits plus residuals of the fit."""
         rng = np.random.default_rng(1)
         floor, a, alpha, b, beta = self.draws.T
         means = floor + a / parameters**alpha + b / tokens**beta
         spread = self.residuals * np.sqrt(
             len(self.residuals) / max(1, len(self.residuals) - 5)
-        )  # five of them were fitted away
+        )  # five degrees of freedom are used by the fit
         found = means * np.exp(rng.choice(spread, (20, len(means))))
         return Interval(self.at(parameters, tokens), *_middle(found))
 
     def of(self, name: str) -> Interval:
-        """A coefficient with its interval."""
+        """Return a coefficient with its interval."""
         column = ("floor", "a", "alpha", "b", "beta").index(name)
         return Interval(getattr(self, name), *_middle(self.draws[:, column]))
 
     def best(self, work: float, each: float = 6.0) -> tuple[float, float]:
-        """Parameters and tokens of the least loss for so many operations, of `each` per parameter and token (eq. 4)."""
+        """Return compute-optimal (parameters, tokens) for a FLOP budget (eq. 4).
+
+        `flops_per_token`: FLOPs per parameter and token, usually 6.
+        """
         ratio = (self.alpha * self.a / (self.beta * self.b)) ** (1 / (self.alpha + self.beta))
         total = work / each
         parameters = ratio * total ** (self.beta / (self.alpha + self.beta))
@@ -86,8 +88,9 @@ class Law:
 
 @dataclass(frozen=True)
 class Valley:
-    """Runs of the same work: the parabola of their loss in log parameters, `curve` its coefficients, and where it is
-    least (None: not among the sizes that were run).
+    """IsoFLOP curve: runs of equal compute and the parabola of their loss over log parameters.
+
+    `coefficients`: those of the parabola; `parameters`: its minimum, None if outside the sizes that were run.
     """
 
     work: float
@@ -96,19 +99,19 @@ class Valley:
 
 
 def fit(runs: Sequence[Run], draws: int = 200, seed: int = 0) -> Law:
-    """The law of least Huber loss between logarithms, from many beginnings.
+    """Fit the law by least Huber loss on log loss, from many initializations.
 
-    Errors: DataError for less than six runs; MissingDependency without scipy.
+    Errors: DataError for fewer than six runs; MissingDependency without scipy.
     """
     if len(runs) < 6 or len({r.parameters for r in runs}) < 3 or len({r.tokens for r in runs}) < 3:
         raise DataError(
-            f"a law has five coefficients; {len(runs)} runs are too few, or of too few sizes, to fit it: give more"
-            " sizes or more flops"
+            f"a scaling law has five coefficients; {len(runs)} runs are too few, or have too few sizes, to fit it:"
+            " add sizes or flops"
         )
     if not all(np.isfinite(r.loss) and r.loss > 0 for r in runs):
-        raise DataError("the loss of a run is no number above zero")
+        raise DataError("the loss of a run is not a finite number above zero")
     size, tokens, loss = (np.log([getattr(r, name) for r in runs]) for name in ("parameters", "tokens", "loss"))
-    # beginnings: exponents of the paper's grid, each part as large as the loss or less
+    # initializations: exponents from the paper's grid, each term at most as large as the loss
     starts = [
         (np.log(floor), share + alpha * size.mean(), alpha, share + beta * tokens.mean(), beta)
         for alpha, beta, floor, share in itertools.product((0.2, 0.4, 0.8), (0.2, 0.4, 0.8), (0.5, 1.5), (-1.0, 0.5))
@@ -126,8 +129,9 @@ def fit(runs: Sequence[Run], draws: int = 200, seed: int = 0) -> Law:
 
 
 def valleys(runs: Sequence[Run], draws: int = 200, seed: int = 0) -> list[Valley]:
-    """The parabola of each amount of work that has four runs or more; runs are the same work when it differs by less
-    than a tenth.
+    """Fit the IsoFLOP parabola of each compute budget that has at least four model sizes.
+
+    Runs have the same budget when their compute differs by less than a tenth.
     """
     groups: list[list[Run]] = []
     for run in sorted(runs, key=lambda r: r.work):
@@ -140,7 +144,7 @@ def valleys(runs: Sequence[Run], draws: int = 200, seed: int = 0) -> list[Valley
         x, y = np.log([r.parameters for r in group]), np.array([r.loss for r in group])
         curve = np.polyfit(x, y, 2)
         residuals = (y - np.polyval(curve, x)) * np.sqrt(len(x) / max(1, len(x) - 3))
-        low, high = x.min() - 0.7, x.max() + 0.7  # up to twice and half of what was run
+        low, high = x.min() - 0.7, x.max() + 0.7  # from half to twice the sizes that were run
         place = _lowest(curve)
         inside = [
             p
@@ -158,13 +162,13 @@ def valleys(runs: Sequence[Run], draws: int = 200, seed: int = 0) -> list[Valley
 
 
 def power(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
-    """(factor, exponent) of y = factor x^exponent, by least squares of logarithms."""
+    """Fit y = factor x^exponent by least squares on logarithms; return (factor, exponent)."""
     exponent, log_factor = np.polyfit(np.log(xs), np.log(ys), 1)
     return float(np.exp(log_factor)), float(exponent)
 
 
 def _lowest(curve: Any) -> float | None:
-    """Where a parabola is least; None where it opens downward."""
+    """Return the minimum of a parabola; None if it opens downward."""
     return float(-curve[1] / (2 * curve[0])) if curve[0] > 0 else None
 
 
@@ -174,12 +178,12 @@ def _middle(values: Any) -> tuple[float, float]:
 
 
 def _plain(x: Any) -> tuple[float, float, float, float, float]:
-    """(log floor, log a, alpha, log b, beta) -> (floor, a, alpha, b, beta)."""
+    """Convert (log irreducible loss, log a, alpha, log b, beta) to plain coefficients."""
     return float(np.exp(x[0])), float(np.exp(x[1])), float(x[2]), float(np.exp(x[3])), float(x[4])
 
 
 def _log(x: Any, size: Any, tokens: Any) -> tuple[Any, Any]:
-    """Log L of each run, and how each of the five parts of `x` changes it, [5, runs]."""
+    """Return the log loss of each run and its gradient with respect to the five parameters [5, runs]."""
     parts = np.stack([np.full_like(size, x[0]), x[1] - x[2] * size, x[3] - x[4] * tokens])
     top = parts.max(0)
     weights = np.exp(parts - top)
@@ -189,12 +193,12 @@ def _log(x: Any, size: Any, tokens: Any) -> tuple[Any, Any]:
 
 
 def _least(start: Any, size: Any, tokens: Any, loss: Any) -> tuple[Any, float]:
-    """(coefficients, objective) of the nearest minimum."""
+    """Minimize the Huber loss from one initialization; return (coefficients, objective)."""
     try:
         from scipy.optimize import minimize
     except ImportError:
         raise MissingDependency(
-            "a scaling law is fitted with scipy; install it with: pip install 'llmworks[scaling]'"
+            "fitting a scaling law needs scipy; install it with: pip install 'llmworks[scaling]'"
         ) from None
 
     def objective(x: Any) -> tuple[float, Any]:

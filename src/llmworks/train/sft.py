@@ -1,7 +1,7 @@
-"""Stage `train.sft`: supervised fine-tuning on conversations, completions or texts: an adapter beside frozen weights,
-or all weights, or some.
+"""Stage `train.sft`: supervised fine-tuning on conversations, completions or documents.
 
-Only answers are learned.
+Trains an adapter on frozen weights, a soft prompt, or all or some of the weights. Only assistant turns and completions
+are trained on.
 """
 
 from __future__ import annotations
@@ -34,99 +34,110 @@ RATES = {
     "full": 5e-5,
     "prompt_tuning": 0.03,
     "prefix_tuning": 0.01,
-}  # where none is given: an adapter's would break all weights, and move a soft prompt too slowly
+}  # default learning rates: the one for adapters is too large for all weights and too small for a soft prompt
 
 
 class SoftConfig(Config):
     """A soft prompt."""
 
-    num_virtual_tokens: int = Field(16, gt=0, le=1024, description="vectors that stand before every text")
+    num_virtual_tokens: int = Field(
+        16, gt=0, le=1024, description="number of virtual tokens prepended to every sequence"
+    )
     prompt_tuning_init_text: str = Field(
-        "", description="prompt: what they begin as, cut or repeated to their number; empty: tokens that are drawn"
+        "",
+        description=(
+            "prompt: text that initializes the virtual tokens, cut or repeated to their number; empty = sampled tokens"
+        ),
     )
 
 
 class SftConfig(WriterConfig):
-    """What is trained, on how much, and what the tuned model's template can do."""
+    """What is trained, and on how much data."""
 
     rates: ClassVar[Mapping[str, float]] = RATES
 
     method: Literal["lora", "full", "prompt_tuning", "prefix_tuning"] = Field(
         "lora",
         description=(
-            "lora: an adapter, all else is frozen; full: the weights themselves, those that `freeze` leaves; prompt,"
-            " prefix: vectors before every text (peft), a few thousand numbers"
+            "lora: train an adapter on frozen weights; full: train the weights themselves, except those that"
+            " `freeze` matches; prompt, prefix: prompt tuning or prefix tuning (peft), a few thousand parameters"
         ),
     )  # type: ignore[assignment]
-    soft_prompt: SoftConfig = Field(SoftConfig(), description="the vectors of prompt and prefix")
+    soft_prompt: SoftConfig = Field(SoftConfig(), description="soft prompt settings of methods prompt and prefix")
     gradient_accumulation_steps: int = Field(
-        1, gt=0, description="parts per step; the step's loss is normalised over all their label tokens"
+        1, gt=0, description="micro-batches per optimizer step; the loss is normalized over all their label tokens"
     )
-    train_on: Literal["all", "last_assistant"] = Field("all", description="which answers of a conversation are learned")
+    train_on: Literal["all", "last_assistant"] = Field(
+        "all", description="which assistant turns of a conversation are trained on: all, or only the last"
+    )
     overlong: Literal["drop", "truncate", "error"] = Field(
         "drop",
         description=(
-            "rows longer than max_tokens: set aside and counted; cut at the end, so that a cut answer teaches no end;"
-            " or the training does not begin"
+            "rows longer than max_length: set-aside: drop and count them; cut: truncate them at the end, so that"
+            " they lack the end token; refuse: do not start training"
         ),
     )
     neftune_noise_alpha: float = Field(
-        0.0, ge=0, description="noise on embedded tokens while training, 5 is usual; 0: none (arXiv:2310.05914)"
+        0.0,
+        ge=0,
+        description="NEFTune: noise on input embeddings during training; 5 is usual; 0 = off (arXiv:2310.05914)",
     )
     optimizer: OptimizerConfig = Field(
         OptimizerConfig(),
         description=(
-            "learning rate schedule and optimizer; the learning rate, if not given, is 0.001, of method full"
-            f" {RATES['full']:g}, prompt_tuning {RATES['prompt_tuning']:g}, prefix_tuning {RATES['prefix_tuning']:g}"
+            "optimizer and learning rate schedule; the default learning rate is 0.001, for method"
+            f" full {RATES['full']:g}, prompt {RATES['prompt_tuning']:g}, prefix {RATES['prefix_tuning']:g}"
         ),
     )
     parallel: DataParallel = Field(
         DataParallel(),
         description=(
-            "what processes share, where several are started (--nproc, torchrun); a step is the same whatever their"
-            " number"
+            "parallelism across processes when several are started (--nproc, torchrun); a step is the same for any"
+            " number of them"
         ),
     )
-    eval_steps: int = Field(
-        0, ge=0, description="steps between two looks at how well held-out answers are predicted; 0: at the end only"
-    )
+    eval_steps: int = Field(0, ge=0, description="steps between evaluations on the eval set; 0 = only at the end")
     metric_for_best_model: Literal["", "eval_loss", "accuracy"] = Field(
         "",
         description=(
-            "which look's weights are saved: the one with the lowest loss (held_out), or with the most tokens foreseen"
-            " (accuracy); empty: the last step's"
+            "save the weights of the evaluation with the lowest eval loss (held_out) or the highest token accuracy"
+            " (accuracy); empty = the weights of the last step"
         ),
     )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.metric_for_best_model and self.parallel.data_parallel == "fsdp":
-            raise ValueError("best keeps whole weights; set parallel.data to replicate")
+            raise ValueError("metric_for_best_model needs full weights; set parallel.data_parallel to replicate")
         if self.lora.load_in_4bit and self.parallel.data_parallel == "fsdp":
-            raise ValueError("lora.base nf4 cannot be sharded; set parallel.data to replicate")
+            raise ValueError("lora.load_in_4bit nf4 cannot be sharded; set parallel.data_parallel to replicate")
         if self.method not in ("prompt_tuning", "prefix_tuning") and self.soft_prompt != SoftConfig():
-            raise ValueError(f"soft is for methods prompt and prefix, not for {self.method}")
+            raise ValueError(f"soft_prompt is for methods prompt and prefix, not for {self.method}")
         if self.method == "prefix_tuning" and self.soft_prompt.prompt_tuning_init_text:
-            raise ValueError("soft.text is what a prompt begins as; a prefix begins at random")
+            raise ValueError(
+                "soft_prompt.prompt_tuning_init_text is for method prompt; a prefix is initialized randomly"
+            )
         if self.method in ("prompt_tuning", "prefix_tuning") and (
             self.neftune_noise_alpha or self.gradient_checkpointing or self.parallel.data_parallel == "fsdp"
         ):
-            raise ValueError(f"method {self.method} has no neftune, no recompute, and is not sharded")
+            raise ValueError(
+                f"method {self.method} does not support neftune_noise_alpha, gradient_checkpointing, or sharding"
+            )
         return self
 
     @property
     def spread(self) -> DataParallel:
-        """How the training is spread over processes."""
+        """How training is parallelized over processes."""
         return self.parallel
 
 
 def sft(
     config: SftConfig, model: Model, data: Dataset, ctx: Context, eval_data: Dataset | None = None
 ) -> Adapter | Model:
-    """Train on the rows of `data`: conversations (data.chat), documents, or rows of `prompt` and `completion`.
+    """Fine-tune on the rows of `data`: conversations (data.chat), documents, or rows of `prompt` and `completion`.
 
     Errors: DataError when no row can be trained on; GoldenMismatch when the template changes and golden is "keep";
-    TrainingError when the loss stops being a number.
+    TrainingError when the loss is not finite.
     """
     from llmworks.train.distributed import world
 
@@ -140,9 +151,9 @@ def sft(
 
 
 def read(config: SftConfig, model: Model, data: Dataset, held_out: Dataset | None) -> Material:
-    """Rows as the model is given them.
+    """Tokenize the rows for training.
 
-    Errors: DataError, GoldenMismatch, and ModelError for a template that would damage them.
+    Errors: DataError, GoldenMismatch, and ModelError for a chat template that would corrupt them.
     """
     from llmworks.tokenize.load import load_tokenizer, stop_ids
     from llmworks.train.finetune.generation_check import answerable
@@ -161,7 +172,7 @@ def read(config: SftConfig, model: Model, data: Dataset, held_out: Dataset | Non
     set_aside = [
         *((str(id), str(why)) for id, why in data.about.get("lost", [])),
         *set_aside,
-    ]  # those that a teacher did not answer
+    ]  # rows without a teacher's completion
     unseen = (
         make_examples(tokenizer, training_rows(held_out)[: config.eval_samples], config, held_out.name, most)[0]
         if held_out is not None
@@ -180,7 +191,7 @@ def tune(
     world: World,
     loss_of: Callable[[Tuned, Material], Any] | None = None,
 ) -> Adapter | Model:
-    """`sft` in one of the processes. `loss_of`: makes the loss of a batch, where it is not that of next tokens."""
+    """Run `sft` in one of the processes. `create_loss`: makes the batch loss, if it is not the next-token loss."""
     from llmworks.train.finetune.examples import collate, joined
     from llmworks.train.finetune.generation_check import predicted, write_report
     from llmworks.train.loop.losses import Noise, next_token_loss
@@ -199,7 +210,7 @@ def tune(
             lambda network, unseen: predicted(
                 network, unseen, free=tuned.free, size=config.batch_size, device=world.device
             ),
-            lambda found: f"held-out answers {found['eval_loss']:.4f} nats a token, {found['accuracy']:.1%} foreseen",
+            lambda found: f"eval loss {found['eval_loss']:.4f} nats per token, token accuracy {found['accuracy']:.1%}",
         )
 
     return tuned_by(config, model, ctx, world, material, way, write_report)
@@ -208,9 +219,10 @@ def tune(
 def make_examples(
     tokenizer: Any, rows: Sequence[Row], config: SftConfig, name: str = "the data", most: int = 1 << 30
 ) -> tuple[list[Example], list[tuple[str, str]]]:
-    """(examples, (id, reason) of the rows set aside).
+    """Tokenize rows; return (examples, (id, reason) of the dropped rows).
 
-    `most`: tokens that the model reads. DataError when none is left, or for one that is too long where that is refused.
+    `max_context`: the model's context length. DataError when no row is left, or for one that is too long where that is
+    refused.
     """
     from llmworks.train.finetune.examples import make_example
 
@@ -225,27 +237,28 @@ def make_examples(
             cut=config.overlong == "truncate",
         )
         if isinstance(made, str):
-            if config.overlong == "error" and "longer than max_tokens" in made:
+            if config.overlong == "error" and "longer than max_length" in made:
                 raise DataError(
-                    f"{name}: row {row['id']!r}: {made}; set max_tokens higher, or longer to set-aside or cut"
+                    f"{name}: row {row['id']!r}: {made}; raise max_length, or set overlong to set-aside or cut"
                 )
             set_aside.append((str(row["id"]), made))
         else:
             examples.append(made)
     if not examples:
         raise DataError(
-            f"{name}: none of {len(rows)} rows can be learned; the first: {set_aside[0][1] if set_aside else 'no rows'}"
+            f"{name}: none of {len(rows)} rows can be trained on; the"
+            f" first: {set_aside[0][1] if set_aside else 'no rows'}"
         )
     return examples, set_aside
 
 
 def say(ctx: Context, config: SftConfig, material: Material) -> None:
-    """What is about to be learned."""
+    """Log the numbers of rows, tokens and label tokens."""
     examples, set_aside = material.examples, material.set_aside
     tokens, learned = sum(len(e.ids) for e in examples), sum(e.labels for e in examples)
     cut = sum(len(e.ids) == config.max_length for e in examples) if config.overlong == "truncate" else 0
     ctx.progress.say(
-        f"{len(examples)} rows, {tokens:,} tokens, {learned:,} of them learned"
-        + (f"; {len(set_aside)} set aside" if set_aside else "")
-        + (f"; up to {cut} cut" if cut else "")
+        f"{len(examples)} rows, {tokens:,} tokens, {learned:,} label tokens"
+        + (f"; {len(set_aside)} dropped" if set_aside else "")
+        + (f"; up to {cut} truncated" if cut else "")
     )

@@ -1,6 +1,6 @@
-"""Stage `tune.benchmark`: what it takes to run a model here: its memory, how fast it reads and writes, and what it says.
+"""Stage `tune.benchmark`: measure a model's inference on this machine: peak memory, prefill and decode speed, samples.
 
-Measured in a process of its own.
+Runs in a separate process.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ PROMPTS = (
 
 
 class BenchmarkConfig(Config):
-    """What it is asked."""
+    """Benchmark settings."""
 
-    prompts: list[str] = Field(list(PROMPTS), min_length=1, description="what it is asked; it answers greedily")
-    max_tokens: int = Field(48, gt=0, description="longest answer")
-    prompt_tokens: int = Field(256, gt=1, description="tokens of the text by which reading is measured")
-    repetitions: int = Field(3, gt=0, description="times that reading is measured; the fastest counts")
+    prompts: list[str] = Field(
+        list(PROMPTS), min_length=1, description="prompts for sample completions (greedy decoding)"
+    )
+    max_tokens: int = Field(48, gt=0, description="maximum new tokens of a completion")
+    prompt_tokens: int = Field(256, gt=1, description="prompt tokens of the prefill benchmark")
+    repetitions: int = Field(3, gt=0, description="repetitions of the prefill benchmark; the fastest counts")
 
 
 def benchmark(config: BenchmarkConfig, model: Model, ctx: Context) -> Report:
-    """Memory in bytes, speeds in tokens a second, answers. Speeds are of this machine and of whatever else it does.
+    """Measure peak memory in bytes, speeds in tokens per second, and completions. Speeds depend on this machine's load.
 
     Errors: ModelError when the model cannot be run.
     """
     if model.format == "http":
-        raise ModelError(f"{model.name}: runs elsewhere, so that nothing can be measured of it here")
+        raise ModelError(f"{model.name}: is a remote model and cannot be benchmarked here")
     asked = {
         "path": str(model.gguf_path if model.format == "gguf" else model.path),
         "format": model.format,
@@ -53,22 +55,24 @@ def benchmark(config: BenchmarkConfig, model: Model, ctx: Context) -> Report:
     if done.returncode:
         raise ModelError(
             f"{model.name}: cannot be run"
-            f" ({(done.stderr.strip().splitlines() or ['it ended with ' + str(done.returncode)])[-1][:200]})"
+            f" ({(done.stderr.strip().splitlines() or ['exit code ' + str(done.returncode)])[-1][:200]})"
         )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     metrics = {
         name: found[name] for name in ("peak_memory", "prefill_speed", "decode_speed") if found[name] is not None
     }
-    ctx.report.title = f"Running {model.name}"
+    ctx.report.title = f"Benchmark of {model.name}"
     writes = (
-        f"writes {found['decode_speed']:,.1f}"
+        f"decode {found['decode_speed']:,.1f} tokens/s"
         if found["decode_speed"] is not None
-        else "ends each answer at its first token"
+        else "decode not measured (each completion ended at its first token)"
     )
-    ctx.report.lead = f"{found['peak_memory'] / 1e6:,.0f} MB at most; of tokens it reads {found['prefill_speed']:,.0f} a second and {writes}."
+    ctx.report.lead = (
+        f"Peak memory {found['peak_memory'] / 1e6:,.0f} MB; prefill {found['prefill_speed']:,.0f} tokens/s, {writes}."
+    )
     ctx.report.data = {"metrics": metrics, "completions": dict(zip(config.prompts, found["completions"], strict=True))}
     ctx.report.samples(
-        "What it says",
+        "Sample completions",
         [{"prompt": prompt, "answer": answer} for prompt, answer in ctx.report.data["completions"].items()],
     )
     return Report(ctx.out, metrics=metrics, about={"model": model.digest})

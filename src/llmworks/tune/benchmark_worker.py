@@ -1,6 +1,6 @@
-"""The process in which a model is run to be measured: a request on standard input, figures on standard output.
+"""Worker process that runs a model for benchmarking: a JSON request on standard input, results on standard output.
 
-See `running.py`.
+See the stage `tune.benchmark`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from llmworks.core.memory import peak_memory
 
 
 def main() -> None:
-    """Open, read, write, say."""
+    """Read the request, run the benchmark and print the results."""
     asked = json.loads(sys.stdin.read())
-    with (
-        peak_memory() as memory
-    ):  # what the system counts of a process includes, up to its start, the one that started it
+    with peak_memory() as memory:  # the system's peak memory of a process includes its parent's up to the fork
         engine = opened(Path(asked["path"]), asked["format"])
         try:
             found = measured(engine, asked)
@@ -30,7 +28,7 @@ def main() -> None:
 
 
 def opened(path: Path, form: str) -> Any:
-    """The engine of a model's files."""
+    """Open the engine for a model's files."""
     if form == "gguf":
         from llmworks.generate.engines.llamacpp import LlamaCppEngine
 
@@ -44,7 +42,7 @@ def opened(path: Path, form: str) -> Any:
 
 
 def measured(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
-    """Speeds, answers."""
+    """Measure prefill and decode speed, and generate completions."""
     from llmworks.core.types import Message, Request, Sampling
 
     def request(prompt: str, tokens: int) -> Request:
@@ -62,7 +60,7 @@ def measured(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
         began = time.perf_counter()
         engine.generate(
             [Request(ids=(*ids[turn:], *ids[:turn]), sampling=Sampling(max_tokens=1))]
-        )  # another beginning, so that nothing of it is kept from before
+        )  # a rotated prompt, so that no prefix cache applies
         best = max(best, len(ids) / (time.perf_counter() - began)) if turn else 0.0
     tokens = seconds = 0.0
     answers = []
@@ -79,7 +77,7 @@ def measured(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
         "prefill_speed": round(best, 2),
         "decode_speed": round(tokens / seconds, 2) if tokens else None,
         "completions": answers,
-    }  # None of a model that ends each answer at its first token
+    }  # None where every completion ends at its first token
 
 
 if __name__ == "__main__":

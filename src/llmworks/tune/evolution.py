@@ -1,7 +1,7 @@
-"""Stage `tune.evolution`: the page of a search for a merge's numbers: its curve, the numbers that were chosen, and what
-parents and child score, on tasks that were searched by and on others.
+"""Stage `tune.evolution`: report a search over merge parameters: best-so-far curve, best values, and the scores of
+parents and child on searched and held-out tasks.
 
-Knows no optimizer.
+Does not run an optimizer.
 """
 
 from __future__ import annotations
@@ -18,45 +18,46 @@ if TYPE_CHECKING:
 
 
 class Attempted(Config):
-    """One attempt."""
+    """One evaluated candidate."""
 
-    generation: int = Field(description="its generation; 0: what the file had")
-    values: dict[str, float] = Field(description="the numbers that were set")
-    score: float = Field(description="the mean of the tasks it was searched by")
-    parts: dict[str, float] = Field({}, description="by task")
+    generation: int = Field(description="generation; 0: the initial values from the file")
+    values: dict[str, float] = Field(description="parameter values")
+    score: float = Field(description="mean score over the search tasks (fitness)")
+    parts: dict[str, float] = Field({}, description="scores by task")
 
 
 class EvolutionConfig(Config):
-    """What was tried."""
+    """Candidates and scores of a search."""
 
-    merge: str = Field(description="what was merged")
-    attempts: list[Attempted] = Field(min_length=1, description="all attempts, in their order")
-    search_tasks: list[str] = Field(description="tasks that were searched by")
+    merge: str = Field(description="name of the merge")
+    attempts: list[Attempted] = Field(min_length=1, description="all candidates, in order")
+    search_tasks: list[str] = Field(description="tasks that the search optimized")
     scores: dict[str, dict[str, list[float]]] = Field(
-        {}, description="by model, by task: the score, and the ends of its interval"
+        {}, description="by model and task: score, low and high of its interval"
     )
-    samples: dict[str, int] = Field({}, description="samples of each task")
+    samples: dict[str, int] = Field({}, description="number of samples by task")
 
 
 def evolution(
     config: EvolutionConfig, ctx: Context, models: list[Model] | None = None, reports: list[Report] | None = None
 ) -> Report:
-    """The curve, the best numbers, the scores.
+    """Report the curve, the best values and the scores.
 
     `models`: the best child, then its parents; `reports`: their evaluations.
     """
     best = max(config.attempts, key=lambda one: one.score)
     first = config.attempts[0]
     page = ctx.report
-    page.title = f"Evolution of {config.merge}"
+    page.title = f"Evolutionary merge of {config.merge}"
     page.lead = (
-        f"Of {len(config.attempts)} attempts the best scores {best.score:.4g} on {', '.join(config.search_tasks)}; the"
-        f" numbers that the file had, {first.score:.4g}."
+        f"The best of {len(config.attempts)} candidates scores {best.score:.4g} on {', '.join(config.search_tasks)};"
+        " the"
+        f" file's initial values score {first.score:.4g}."
     )
     page.text(
         "How to read it",
-        "The best was chosen among many on the same rows, and is too good by chance there. Tasks that were not searched"
-        " by say whether the child is better at anything else.",
+        "The best candidate was selected among many on the same rows, so its score there is biased upward (selection"
+        " bias). Held-out tasks show whether the child is better in general.",
     )
     so_far, curve = float("-inf"), []
     for number, one in enumerate(config.attempts):
@@ -66,14 +67,14 @@ def evolution(
         "Best so far",
         {
             "best so far": curve,
-            "each attempt": [(float(number + 1), one.score) for number, one in enumerate(config.attempts)],
+            "each candidate": [(float(number + 1), one.score) for number, one in enumerate(config.attempts)],
         },
-        x="attempt",
+        x="candidate",
         y="mean score",
     )
     page.table(
-        "Numbers",
-        ("parameter", "in the file", "best"),
+        "Parameters",
+        ("parameter", "initial", "best"),
         [(name, f"{first.values[name]:g}", f"{value:g}") for name, value in best.values.items()],
     )
     _describe_scores(config, page)
@@ -87,7 +88,7 @@ def evolution(
 
 
 def _describe_scores(config: EvolutionConfig, page: ReportBuilder) -> None:
-    """Scores of parents and child, task by task."""
+    """Add the scores of parents and child by task."""
     tasks = list(dict.fromkeys(task for found in config.scores.values() for task in found))
     for task in tasks:
         rows = [
@@ -96,7 +97,7 @@ def _describe_scores(config: EvolutionConfig, page: ReportBuilder) -> None:
             if task in found
         ]
         page.intervals(
-            f"{task}{'' if task in config.search_tasks else ', not searched by'}",
+            f"{task}{'' if task in config.search_tasks else ', held-out'}",
             rows,
             x=f"score, 95% interval, {config.samples.get(task, 0)} samples",
         )

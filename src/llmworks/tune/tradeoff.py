@@ -1,7 +1,7 @@
-"""Stage `tune.tradeoff`: the page of a model's quantizations: what each takes and what it costs, which are worth
-having, which skill falls.
+"""Stage `tune.tradeoff`: report a model's quantizations: size, speed and KL divergence, the Pareto front, and which
+skills degrade.
 
-Knows no method.
+Does not quantize.
 """
 
 from __future__ import annotations
@@ -20,73 +20,74 @@ if TYPE_CHECKING:
 
 
 class Skill(Config):
-    """One task's score."""
+    """A task's score."""
 
-    score: float = Field(description="the task's first metric")
-    low: float = Field(description="end of its 95% interval")
-    high: float = Field(description="end of its 95% interval")
+    score: float = Field(description="score: the task's first metric")
+    low: float = Field(description="lower end of its 95% interval")
+    high: float = Field(description="upper end of its 95% interval")
 
 
 class Variant(Config):
-    """One way to have the model, and what came of it."""
+    """One quantization method's result and measurements."""
 
-    name: str = Field(description="the way")
-    engine: str = Field("", description="what loads it: transformers, llama.cpp ...")
-    digest: str = Field("", description="of the model")
-    error: str = Field("", description="why there is none")
-    bytes: int = Field(0, description="of the weights' files")
-    bits: float = Field(0.0, description="bits of a weight of what was quantized, scales included")
-    kl: float | None = Field(None, description="divergence from the model as it was, nats a token")
-    top1_agreement: float | None = Field(None, description="share of tokens of the same best guess")
-    perplexity: float | None = Field(None, description="on the texts apart")
-    peak_memory: float | None = Field(None, description="bytes at most while it runs")
-    prefill_speed: float | None = Field(None, description="tokens a second")
-    decode_speed: float | None = Field(None, description="tokens a second")
+    name: str = Field(description="name of the quantization method")
+    engine: str = Field("", description="engine that loads it: transformers, llama.cpp ...")
+    digest: str = Field("", description="digest of the model")
+    error: str = Field("", description="error, where quantization failed")
+    bytes: int = Field(0, description="size of the weight files in bytes")
+    bits: float = Field(0.0, description="bits per quantized weight, including scales")
+    kl: float | None = Field(None, description="KL divergence from the original model, nats per token")
+    top1_agreement: float | None = Field(
+        None, description="top-1 agreement with the original: share of tokens with the same argmax"
+    )
+    perplexity: float | None = Field(None, description="perplexity on held-out sequences")
+    peak_memory: float | None = Field(None, description="peak memory in bytes during inference")
+    prefill_speed: float | None = Field(None, description="prefill tokens per second")
+    decode_speed: float | None = Field(None, description="decode tokens per second")
     skills: dict[str, Skill] = Field({}, description="scores by task")
-    completions: dict[str, str] = Field({}, description="what it says, by prompt")
+    completions: dict[str, str] = Field({}, description="completions by prompt")
 
 
 class TradeoffConfig(Config):
-    """What was made and measured."""
+    """Quantizations and their measurements."""
 
     model: str = Field(description="the model's name")
-    original: Variant = Field(description="the model as it was")
+    original: Variant = Field(description="the original model")
     variants: list[Variant] = Field(description="its quantizations")
-    budget: float | None = Field(None, description="bytes that the files may have")
+    budget: float | None = Field(None, description="maximum size of the files in bytes")
 
 
 def tradeoff(
     config: TradeoffConfig, ctx: Context, models: list[Model] | None = None, reports: list[Report] | None = None
 ) -> Report:
-    """Sizes against divergence, the ways that nothing smaller beats, a recommendation, skills, speeds, answers side by
-    side.
+    """Report sizes against KL divergence, the Pareto front, a recommendation, skills, speeds and completions.
 
-    `models`, `reports`: what it was measured on and by.
+    `models`, `reports`: what was measured, and by what.
 
-    Errors: DataError when nothing was quantized, or nothing is within the budget.
+    Errors: DataError when no quantization succeeded, or none is within the budget.
     """
     made = sorted((v for v in config.variants if v.kl is not None), key=lambda v: (v.bytes, v.kl))
     if not made:
         raise DataError(
-            f"no quantization of {config.model} came to a result; the first:"
+            f"no quantization of {config.model} succeeded; first error:"
             f" {next((v.error for v in config.variants if v.error), 'none was tried')}"
         )
     best = worth_having(made)
     chosen = recommended(best, config.budget)
     page, original = ctx.report, config.original
-    page.title = f"{config.model}: what it costs to be smaller"
+    page.title = f"{config.model}: quantization tradeoff"
     page.lead = (
-        f"{chosen.name}: {chosen.bytes / 1e6:,.1f} MB of {original.bytes / 1e6:,.1f}, {chosen.kl:.4f} nats a token away"
-        f" from the model as it was, its best guess the same for {chosen.top1_agreement or 0:.1%} of tokens."
+        f"{chosen.name}: {chosen.bytes / 1e6:,.1f} MB of {original.bytes / 1e6:,.1f}, KL divergence {chosen.kl:.4f}"
+        f" nats per token from the original, top-1 agreement {chosen.top1_agreement or 0:.1%}."
     )
-    page.text("Which to take", _advice(best, chosen, config.budget))
+    page.text("Recommendation", _advice(best, chosen, config.budget))
     _draw_sizes(made, page, best)
     _describe_all(original, made, page, best)
     _describe_skills(original, page, made)
     _describe_answers(original, page, made)
     failed = [v for v in config.variants if v.error]
     if failed:
-        page.table("What did not come to a result", ("way", "why"), [(v.name, v.error) for v in failed])
+        page.table("Failed quantizations", ("method", "error"), [(v.name, v.error) for v in failed])
     metrics: dict[str, Any] = {
         "variants": len(made),
         "failed": len(failed),
@@ -105,23 +106,23 @@ def tradeoff(
 
 
 def _draw_sizes(made: list[Variant], page: ReportBuilder, best: list[Variant]) -> None:
-    """Sizes against damage."""
+    """Add the scatter plot of size against KL divergence."""
     groups: dict[str, list[tuple[str, float, float]]] = {}
     for v in made:
         groups.setdefault(v.engine, []).append((v.name, v.bytes / 1e6, max(float(v.kl or 0.0), 1e-6)))
     page.scatter(
-        "Size and damage",
+        "Size and KL divergence",
         groups,
         [(v.bytes / 1e6, max(float(v.kl or 0.0), 1e-6)) for v in best],
-        x="megabytes of weights",
-        y="nats a token away",
+        x="weights (MB)",
+        y="KL divergence (nats per token)",
         log=True,
-        note="The line goes through those that nothing smaller beats.",
+        note="The line is the Pareto front.",
     )
 
 
 def _describe_all(original: Variant, made: list[Variant], page: ReportBuilder, best: list[Variant]) -> None:
-    """The table of all quantizations."""
+    """Add the table of all quantizations."""
     rows = [
         (
             v.name,
@@ -139,44 +140,44 @@ def _describe_all(original: Variant, made: list[Variant], page: ReportBuilder, b
         for v in (original, *made)
     ]
     page.table(
-        "All",
+        "All quantizations",
         (
-            "way",
-            "loads in",
+            "method",
+            "engine",
             "MB",
-            "bits a weight",
-            "nats a token",
-            "same best guess",
+            "bits per weight",
+            "KL (nats per token)",
+            "top-1 agreement",
             "perplexity",
-            "memory MB",
-            "reads tokens/s",
-            "writes tokens/s",
-            "worth having",
+            "peak memory MB",
+            "prefill tokens/s",
+            "decode tokens/s",
+            "Pareto front",
         ),
         rows,
-        "Divergence, agreement and perplexity are on the same texts apart. Bits are of what was quantized; GGUF files"
-        " quantize the embedding, too. Speeds are of one run on this machine.",
+        "KL divergence, top-1 agreement and perplexity are on the same held-out sequences. Bits are per quantized"
+        " weight; GGUF files also quantize the embedding. Speeds are from one run on this machine.",
     )
 
 
 def _describe_skills(original: Variant, page: ReportBuilder, made: list[Variant]) -> None:
-    """The table of skills, and what perplexity hides of them."""
+    """Add the table of skills, and the losses that perplexity does not show."""
     tasks = list(original.skills)
     if tasks:
         page.table(
             "Skills",
-            ("way", *tasks),
+            ("method", *tasks),
             [
                 (v.name, *(_skill(v.skills.get(task), original.skills[task]) for task in tasks))
                 for v in (original, *made)
             ],
-            "Scores with the half of their 95% intervals; what is beyond the original's interval is marked.",
+            "Scores ± half of their 95% intervals; scores outside the original's interval are marked.",
         )
-        page.text("What the perplexity hides", hidden(original, made))
+        page.text("Losses not visible in perplexity", hidden(original, made))
 
 
 def _describe_answers(original: Variant, page: ReportBuilder, made: list[Variant]) -> None:
-    """Answers side by side."""
+    """Add completions side by side."""
     prompts = list(original.completions)
     page_answers = [
         {
@@ -187,11 +188,11 @@ def _describe_answers(original: Variant, page: ReportBuilder, made: list[Variant
         for prompt in prompts
     ]
     if prompts:
-        page.samples("What they say", page_answers)
+        page.samples("Sample completions", page_answers)
 
 
 def worth_having(made: Sequence[Variant]) -> list[Variant]:
-    """Those, of growing size, that nothing of their size or less is as near to the model as (the Pareto front)."""
+    """Return the Pareto front of size and KL divergence, by increasing size."""
     best: list[Variant] = []
     for v in made:
         if not best or (v.kl or 0.0) < (best[-1].kl or 0.0):
@@ -200,16 +201,16 @@ def worth_having(made: Sequence[Variant]) -> list[Variant]:
 
 
 def recommended(best: Sequence[Variant], budget: float | None) -> Variant:
-    """The nearest within a budget of bytes; without one, the smallest whose best guess is the same for 95 % of tokens,
-    else the nearest of all.
+    """Recommend the lowest KL divergence within a budget of bytes; without one, the smallest with at least 95% top-1
+    agreement, else the lowest KL divergence.
 
-    DataError when nothing is small enough.
+    DataError when nothing is within the budget.
     """
     if budget is not None:
         within = [v for v in best if v.bytes <= budget]
         if not within:
             raise DataError(
-                f"nothing is within {budget / 1e6:,.1f} MB; the smallest is {best[0].name} of"
+                f"no quantization is within {budget / 1e6:,.1f} MB; the smallest is {best[0].name} with"
                 f" {best[0].bytes / 1e6:,.1f} MB"
             )
         return within[-1]
@@ -218,31 +219,31 @@ def recommended(best: Sequence[Variant], budget: float | None) -> Variant:
 
 def _advice(best: Sequence[Variant], chosen: Variant, budget: float | None) -> str:
     why = (
-        f"is the nearest to the model within {budget / 1e6:,.1f} MB"
+        f"has the lowest KL divergence within {budget / 1e6:,.1f} MB"
         if budget is not None
         else (
-            "is the smallest whose best guess is the same for 95 % of tokens"
+            "is the smallest with at least 95% top-1 agreement"
             if (chosen.top1_agreement or 0.0) >= 0.95
             else (
-                "is the nearest to the model of all that were tried; none has the same best guess for 95 % of tokens,"
-                " so try more bits (gguf-q6_k, gguf-q8_0, absmax-8)"
+                "has the lowest KL divergence; none reaches 95% top-1 agreement, so try more bits (gguf-q6_k,"
+                " gguf-q8_0, absmax-8)"
             )
         )
     )
     steps = ", ".join(f"{v.name} ({v.bytes / 1e6:,.1f} MB, {v.kl:.4f})" for v in best)
     return (
-        f"{chosen.name} {why}. Worth having at all, each the nearest of its size or less (megabytes, nats a token):"
-        f" {steps}."
+        f"{chosen.name} {why}. Pareto front, each with the lowest KL divergence of its size or less (MB, nats per"
+        f" token): {steps}."
     )
 
 
 def hidden(original: Variant, made: Sequence[Variant]) -> str:
-    """Which skills fall beyond their interval while the perplexity rises by less than 3 %; and of ways whose
-    perplexities are within 5 % of one another, the two that are farthest apart in a skill, beyond their intervals.
+    """Describe skills that fall significantly while perplexity rises by less than 3%, and, among methods whose
+    perplexities are within 5% of each other, the two that differ most in a skill.
     """
     found = [
-        f"{v.name} loses {task} ({original.skills[task].score:.3g} to {v.skills[task].score:.3g}) though its perplexity"
-        f" rises by {v.perplexity / original.perplexity - 1:.1%} only"
+        f"{v.name} loses {task} ({original.skills[task].score:.3g} to {v.skills[task].score:.3g}) although its"
+        f" perplexity rises by only {v.perplexity / original.perplexity - 1:.1%}"
         for v in made
         if v.perplexity and original.perplexity and v.perplexity < 1.03 * original.perplexity
         for task in original.skills
@@ -252,7 +253,7 @@ def hidden(original: Variant, made: Sequence[Variant]) -> str:
         "; ".join(found) + "."
         if found
         else (
-            "No skill fell beyond its interval in a way whose perplexity rises by less than 3 %: on so many samples"
+            "No method with a perplexity increase below 3% has a significantly lower skill; with these sample sizes"
             " none was found."
         )
     )
@@ -260,7 +261,7 @@ def hidden(original: Variant, made: Sequence[Variant]) -> str:
 
 
 def _apart(task: str, made: Sequence[Variant]) -> str:
-    """The two ways of like perplexities that are farthest apart in a skill; nothing where all intervals overlap."""
+    """Describe the two methods of similar perplexity that differ most in a skill; empty where all intervals overlap."""
     told = [(v, v.perplexity, v.skills[task]) for v in made if v.perplexity and task in v.skills]
     pairs = [
         (high.score - low.score, a, b)
@@ -272,8 +273,8 @@ def _apart(task: str, made: Sequence[Variant]) -> str:
         return ""
     _, a, b = max(pairs, key=lambda pair: pair[0])
     return (
-        f"{a.name} and {b.name} are alike by perplexity ({a.perplexity:.2f} and {b.perplexity:.2f}), and not in {task}:"
-        f" {a.skills[task].score:.3g} and {b.skills[task].score:.3g}."
+        f"{a.name} and {b.name} have similar perplexities ({a.perplexity:.2f} and {b.perplexity:.2f}), but not on"
+        f" {task}: {a.skills[task].score:.3g} and {b.skills[task].score:.3g}."
     )
 
 

@@ -1,6 +1,6 @@
-"""Stage `tune.trials`: the page of a sweep: what was tried, what came of it, which fields mattered.
+"""Stage `tune.trials`: report a hyperparameter sweep: trials, best values and parameter importance.
 
-Knows no recipe and no optimizer.
+Does not run recipes or an optimizer.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ if TYPE_CHECKING:
 
 
 class Tried(Config):
-    """One trial."""
+    """One trial of a sweep."""
 
-    number: int = Field(description="its number")
-    values: dict[str, Any] = Field(description="the fields that were set")
-    score: float | None = Field(None, description="its metric, if it came so far")
-    error: str = Field("", description="why it has none")
-    seconds: float = Field(0.0, description="how long it took")
+    number: int = Field(description="trial number")
+    values: dict[str, Any] = Field(description="the fields' values")
+    score: float | None = Field(None, description="its metric; none if the trial failed")
+    error: str = Field("", description="error, where the trial failed")
+    seconds: float = Field(0.0, description="duration in seconds")
 
 
 class TrialsConfig(Config):
-    """What was tried."""
+    """Trials of a sweep."""
 
     recipe: str = Field(description="the recipe's name")
-    metric: str = Field(description="STEP.METRIC that was to be best")
-    direction: Literal["maximize", "minimize"] = Field("maximize", description="whether more is better")
+    metric: str = Field(description="STEP.METRIC that was optimized")
+    direction: Literal["maximize", "minimize"] = Field("maximize", description="direction of the optimization")
     trials: list[Tried] = Field(description="all trials")
-    importance: dict[str, float] = Field({}, description="by field, its share in what scores differ by")
+    importance: dict[str, float] = Field({}, description="parameter importance: share of the score variance, by field")
 
 
 def trials(config: TrialsConfig, ctx: Context, results: list[Report | Model | Adapter] | None = None) -> Report:
-    """The best values, the best score over trials, each field against the score, and every trial.
+    """Report the best values, the best score over trials, each field against the score, and every trial.
 
-    `results`: what the trials' step made.
+    `results`: the best trial's results.
 
     Errors: DataError when no trial has a score.
     """
     scored = [t for t in config.trials if t.score is not None]
     if not scored:
-        why = next((t.error for t in config.trials if t.error), "none was tried")
-        raise DataError(f"no trial of {config.recipe} has a score; the first: {why}")
+        why = next((t.error for t in config.trials if t.error), "no trial was run")
+        raise DataError(f"no trial of {config.recipe} has a score; first error: {why}")
     sign = 1 if config.direction == "maximize" else -1
     best = max(scored, key=lambda t: sign * (t.score or 0.0))
     page = ctx.report
@@ -55,20 +55,20 @@ def trials(config: TrialsConfig, ctx: Context, results: list[Report | Model | Ad
     values = ", ".join(f"{field} {_told(value)}" for field, value in best.values.items())
     page.lead = f"Best of {len(scored)} trials: {config.metric} {best.score:.4g} with {values}."
     if failed := len(config.trials) - len(scored):
-        page.lead += f" {failed} came to no score."
+        page.lead += f" {failed} failed."
     page.text(
         "How to read it",
-        "The best score was chosen among many, on the same rows: it is too good by chance. Measure what is chosen on"
-        " rows that no trial has seen.",
+        "The best score was selected among many on the same rows, so it is biased upward (selection bias). Evaluate the"
+        " chosen values on rows that no trial used.",
     )
-    page.table("What to set", ("field", "value"), [(field, _told(value)) for field, value in best.values.items()])
+    page.table("Best values", ("field", "value"), [(field, _told(value)) for field, value in best.values.items()])
     _draw_best(scored, sign, page, config)
     if config.importance:
         page.table(
-            "Which fields mattered",
-            ("field", "share of what scores differ by"),
+            "Parameter importance",
+            ("field", "share of score variance"),
             sorted(config.importance.items(), key=lambda item: -item[1]),
-            "Of few trials this is a rough guess.",
+            "With few trials this is a rough estimate.",
         )
     _draw_fields(best, scored, page, config)
     _describe_trials(best, config, page, sign)
@@ -87,7 +87,7 @@ def trials(config: TrialsConfig, ctx: Context, results: list[Report | Model | Ad
 
 
 def _draw_best(scored: list[Tried], sign: int, page: ReportBuilder, config: TrialsConfig) -> None:
-    """The best score over trials."""
+    """Add the best-so-far curve."""
     so_far, curve = None, []
     for t in scored:
         so_far = t.score if so_far is None or sign * (t.score or 0) > sign * so_far else so_far
@@ -101,7 +101,7 @@ def _draw_best(scored: list[Tried], sign: int, page: ReportBuilder, config: Tria
 
 
 def _draw_fields(best: Tried, scored: list[Tried], page: ReportBuilder, config: TrialsConfig) -> None:
-    """Each field against the score."""
+    """Add a plot of each field against the score."""
     for field in best.values:
         numbers = sorted(
             (float(t.values[field]), float(t.score or 0.0))
@@ -113,7 +113,7 @@ def _draw_fields(best: Tried, scored: list[Tried], page: ReportBuilder, config: 
 
 
 def _describe_trials(best: Tried, config: TrialsConfig, page: ReportBuilder, sign: int) -> None:
-    """The table of all trials."""
+    """Add the table of all trials."""
     fields = list(best.values)
     rows = [
         (
@@ -125,7 +125,7 @@ def _describe_trials(best: Tried, config: TrialsConfig, page: ReportBuilder, sig
         )
         for t in sorted(config.trials, key=lambda t: -sign * t.score if t.score is not None else float("inf"))
     ]
-    page.table("All trials", ("trial", config.metric, *fields, "seconds", "why not"), rows)
+    page.table("All trials", ("trial", config.metric, *fields, "seconds", "error"), rows)
 
 
 def _told(value: Any) -> str:

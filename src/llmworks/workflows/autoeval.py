@@ -1,4 +1,4 @@
-"""A suite of tasks on models, task by task, and the leaderboard of all evaluations in the workspace."""
+"""Run a suite of tasks on models, then build the leaderboard of all evaluations in the workspace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmworks.workflows.family import family_with
 
 @dataclass(frozen=True)
 class Evaluations:
-    """What came of a suite: the leaderboard, the evaluations, and (model, task, why) of what could not be evaluated."""
+    """Result of a suite: the leaderboard, the evaluations, and (model, task, error) of what failed."""
 
     board: Report
     made: list[Report]
@@ -29,17 +29,17 @@ class Evaluations:
 def autoeval(
     models: Sequence[Model | Adapter], items: Sequence[Item], session: Session, say: Callable[[str], None]
 ) -> Evaluations:
-    """Evaluate every model on every task, and make the leaderboard. UserError where nothing could be evaluated."""
+    """Evaluate every model on every task and build the leaderboard. UserError where every evaluation failed."""
     missed: list[tuple[str, str, str]] = []
     made: list[Report] = []
     for model in models:
         for item in items:
             try:
                 made.append(_evaluate(model, item, session, say))
-            except LlmworksError as error:  # one model or task that fails must not take the others with it
+            except LlmworksError as error:  # a failing model or task must not stop the others
                 missed.append((model.name, item.task, str(error)))
     if not made:
-        raise UserError(f"nothing could be asked; {missed[0][1]}: {missed[0][2]}")
+        raise UserError(f"every evaluation failed; {missed[0][1]}: {missed[0][2]}")
     reports = {r.digest: r for r in [*_earlier(session.workspace), *made]}
     several = len({r.about.get("model") for r in reports.values()}) > 1
     seen = _contaminations(made, session, say)
@@ -63,7 +63,7 @@ def _evaluate(model: Model | Adapter, item: Item, session: Session, say: Callabl
 
 
 def _contaminations(made: Sequence[Report], session: Session, say: Callable[[str], None]) -> list[Report]:
-    """What the models of evaluations may have seen in training, as far as this workspace trained them."""
+    """Check the evaluations for contamination, as far as their models were trained in this workspace."""
     family = family_with(session.workspace)
     out: list[Report] = []
     for evaluation in made:
@@ -78,25 +78,25 @@ def _contaminations(made: Sequence[Report], session: Session, say: Callable[[str
         try:
             found = session.make("evaluate.contamination", kind=Report, evaluation=evaluation, trained=trained)
         except DataError as error:
-            say(f"  not compared with its training data: {evaluation.name}: {error}")
+            say(f"  contamination check failed: {evaluation.name}: {error}")
             continue
         say(
-            f"  {evaluation.about.get('task')}: {found.metrics['touched']} of {found.metrics['samples']} samples stand"
-            " in what the model was trained on"
+            f"  {evaluation.about.get('task')}: {found.metrics['touched']} of {found.metrics['samples']} samples occur"
+            " in the model's training data"
         )
         out.append(found)
     return out
 
 
 def _earlier(workspace: Workspace) -> list[Report]:
-    """All evaluations of the workspace that a leaderboard can read."""
+    """List all evaluations of the workspace that a leaderboard can read."""
     found: list[Report] = []
     for artifact in workspace.artifacts():
         if isinstance(artifact, Report) and artifact.manifest is not None and artifact.manifest.stage == "evaluate":
             try:
                 entry = entry_of(artifact)
-            except LlmworksError:  # of an older form
+            except LlmworksError:  # of an older format
                 continue
-            if entry.data["protocol"].get("side") != "dev":  # whose rows a model may be trained on
+            if entry.data["protocol"].get("side") != "dev":  # a model may be trained on its rows
                 found.append(artifact)
     return found

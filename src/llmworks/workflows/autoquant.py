@@ -1,5 +1,5 @@
-"""All wanted quantizations of a model in one run that goes on after a kill: each made, measured, run and asked, then
-one page.
+"""Quantize a model with all requested methods in one resumable run: quantize, measure, benchmark and evaluate each,
+then write one report.
 
 See `tune/tradeoff.py`.
 """
@@ -21,7 +21,7 @@ from llmworks.tokenize.load import read_json
 
 @dataclass(frozen=True)
 class Way:
-    """A quantization: its stage and what it is told; `before`: a stage that the model goes through first."""
+    """A quantization method: its stage and config; `before`: a quantize stage to run first."""
 
     stage: str
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -57,7 +57,7 @@ CALIBRATED = ("gptq", "awq", "smoothquant", "zeroquant", "mixed", "gguf")
 
 
 def ways_of(names: Sequence[str]) -> dict[str, Way]:
-    """Ways by their names, or by how names begin; all where none is named. UserError for a name that no way has."""
+    """Select methods by name or name prefix; all where none is given. UserError for an unknown name."""
     if not names:
         return dict(WAYS)
     chosen: dict[str, Way] = {}
@@ -70,7 +70,7 @@ def ways_of(names: Sequence[str]) -> dict[str, Way]:
                 iter(difflib.get_close_matches(name, WAYS, n=1)), ""
             )
             raise UserError(
-                f"no way to quantize is called {name!r}{f', did you mean {near!r}' if near else ''}; known:"
+                f"no quantization method is named {name!r}{f', did you mean {near!r}' if near else ''}; known:"
                 f" {', '.join(WAYS)}"
             )
         chosen |= found
@@ -79,7 +79,7 @@ def ways_of(names: Sequence[str]) -> dict[str, Way]:
 
 @dataclass
 class Frontier:
-    """One run: the model, what it is for, and how much is looked at."""
+    """One run: the model, calibration data, tasks, and sample counts."""
 
     model: Model
     data: Dataset
@@ -89,10 +89,10 @@ class Frontier:
     held: int = 16
     length: int = 512
     say: Callable[[str], None] = print
-    costs: bool = True  # whether a way gives formats by what they cost, which takes most of the time of looking
+    costs: bool = True  # whether bits are allocated, which needs quantize.imatrix's slow sensitivity analysis
 
     def quantized(self, way: Way) -> Model:
-        """The model in this way."""
+        """Quantize the model with a method."""
         make = self.session.make
         base = make(f"quantize.{way.before}", kind=Model, model=self.model) if way.before else self.model
         config = {
@@ -114,7 +114,7 @@ class Frontier:
     def measured(
         self, name: str, model: Model, form: str, figures: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[Report]]:
-        """(a variant's figures, the reports that they are of)."""
+        """Benchmark and evaluate a variant; return (its figures, their reports)."""
         ran = self.session.make("tune.benchmark", kind=Report, model=model)
         reports, skills = [ran], dict[str, dict[str, float]]()
         for item in self.items:
@@ -122,7 +122,7 @@ class Frontier:
                 config = {"task": item.task, "limit": item.limit}
                 asked = self.session.make("evaluate", kind=Report, config=config, model=model)
             except LlmworksError as error:
-                self.say(f"  not asked: {name} on {item.task}: {error}")
+                self.say(f"  evaluation failed: {name} on {item.task}: {error}")
                 continue
             skills |= skills_of(item.task, asked.read())
             reports.append(asked)
@@ -154,16 +154,16 @@ class Frontier:
 
 
 def frontier(job: Frontier, ways: Mapping[str, Way], budget: float | None = None) -> tuple[Report, Model | None]:
-    """(the page, the model that it recommends). A way that cannot be had is named on the page, with the reason.
+    """Quantize with all methods; return (the report, the recommended model). Failed methods are listed with the error.
 
-    Errors: ModelError for a model that is quantized already; DataError when no way could be had, or none is within the
+    Errors: ModelError for a model that is already quantized; DataError when every method failed, or none is within the
     budget.
     """
     if job.model.format != "hf" or read_json(job.model.path / "config.json").get("quantization_config"):
-        raise ModelError(f"{job.model.name}: is quantized already; give the model that it was made of")
+        raise ModelError(f"{job.model.name}: is already quantized; give the original model")
     job.costs = any(way.config.get("allocate_bits") for way in ways.values())
     job.say(
-        f"{len(ways)} ways; each is made, measured and asked, which takes minutes; what is there already is found again"
+        f"{len(ways)} methods; each is quantized, measured and evaluated, taking minutes; existing results are reused"
     )
     variants: list[dict[str, Any]] = []
     models: dict[str, Model] = {}
@@ -184,7 +184,7 @@ def frontier(job: Frontier, ways: Mapping[str, Way], budget: float | None = None
         models[model.digest] = model
         reports += seen
         job.say(
-            f"✓ {name}  {found['bytes'] / 1e6:,.1f} MB  {found.get('kl', float('nan')):.4f} nats a token "
+            f"✓ {name}  {found['bytes'] / 1e6:,.1f} MB  {found.get('kl', float('nan')):.4f} nats per token "
             f" {found['decode_speed'] if 'decode_speed' in found else float('nan'):,.1f} tokens/s"
             + "".join(f"  {task} {skill['score']:.3f}" for task, skill in found["skills"].items())
         )
@@ -204,8 +204,8 @@ def frontier(job: Frontier, ways: Mapping[str, Way], budget: float | None = None
 
 
 def skills_of(task: str, found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Scores by name of an evaluation's report: the task's own, and, where answers are written, what else they are
-    scored by.
+    """Extract scores by name from an evaluation report: the task's metric, and for generation tasks also
+    all other metrics.
     """
     names = [name for name in found["intervals"] if name == found["metric"] or found["kind"] == "generate"]
     return {
@@ -218,7 +218,7 @@ def skills_of(task: str, found: Mapping[str, Any]) -> dict[str, dict[str, float]
 
 
 def _bytes_a_weight(model: Model) -> float:
-    """Of the model's files, as they are stored."""
+    """Compute the mean bytes per weight of the model's safetensors files."""
     from llmworks.model.io.weights import read_header
 
     entries = [

@@ -1,5 +1,4 @@
-"""The trainings of a recipe: shape, rows and tokens of each, read from what was made, or from the steps that will make
-it.
+"""Describe the training runs of a recipe: shape, rows and tokens of each, from artifacts or the recipe's steps.
 
 Runs nothing.
 """
@@ -29,9 +28,9 @@ from llmworks.train.sft import SftConfig
 def estimate_of(
     recipe: Recipe, found: Mapping[str, Artifact], name: str, processes: int = 1
 ) -> Training | Tuning | None:
-    """The training that a step is, whatever it trains; None where it is none, or its model is not known yet.
+    """Return the checked training estimate of a step; None where it is not a training or its model is not known yet.
 
-    Errors: UserError for processes that cannot share it.
+    Errors: UserError for a number of processes that the training cannot be split over.
     """
     training = training_of(recipe, found, name, processes)
     if training is None:
@@ -47,7 +46,7 @@ def estimate_of(
 def training_of(
     recipe: Recipe, found: Mapping[str, Artifact], name: str, processes: int = 1
 ) -> Training | Tuning | None:
-    """The same, unchecked."""
+    """Return the unchecked training estimate of a step; None where there is none."""
     step = recipe.steps[name]
     if not isinstance(step, StageStep) or not step.stage.stage.estimate:
         return None
@@ -56,9 +55,9 @@ def training_of(
 
 
 def finetuning_of(recipe: Recipe, found: Mapping[str, Artifact], step: StageStep, processes: int) -> Tuning | None:
-    """The fine-tuning that a step is; None where its model is not there yet.
+    """Describe the fine-tuning of a step; None where its model does not exist yet.
 
-    Errors: DataError for data that are no conversations.
+    Errors: DataError for data without conversations.
     """
     assert isinstance(step.config, SftConfig)
     learner = "student" if isinstance(step.config, DistillConfig) else "model"
@@ -88,7 +87,7 @@ def finetuning_of(recipe: Recipe, found: Mapping[str, Artifact], step: StageStep
 
 
 def pretraining_of(recipe: Recipe, found: Mapping[str, Artifact], step: StageStep, processes: int) -> Training | None:
-    """The pre-training that a step is, with what is known of it; None where its model's shape is not known yet."""
+    """Describe the pretraining of a step, as far as known; None where its model's shape is not known yet."""
     assert isinstance(step.config, PretrainConfig)
     shape = shape_of_step(recipe, found, step.inputs["model"])
     if shape is None:
@@ -109,7 +108,7 @@ def pretraining_of(recipe: Recipe, found: Mapping[str, Artifact], step: StageSte
 
 
 def shape_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> Shape | RecurrentShape | None:
-    """The shape of the model that a step makes or is."""
+    """Return the model shape of a step or artifact; None where not known yet."""
     made = found.get(name)
     if isinstance(made, Model):
         from llmworks.model.show import shape_of_model
@@ -129,7 +128,7 @@ def shape_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> S
 
 
 def vocabulary_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> int:
-    """Rows of the embedding for a step's tokenizer; 0 where it is not known yet."""
+    """Return the embedding rows for a step's tokenizer (vocabulary size, rounded up); 0 where not known yet."""
     made, step = found.get(name), recipe.steps.get(name)
     if made is not None and (made.path / "tokenizer.json").exists():
         tokens = read_json(made.path / "tokenizer.json")
@@ -145,13 +144,13 @@ def vocabulary_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any)
 
 
 def data_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> tuple[int, int, int]:
-    """(length of a row, rows, tokens) of packed tokens that a step makes or is; 0 for what is not known yet."""
+    """Return (sequence length, rows, tokens) of a step's packed tokens; 0 for what is not known yet."""
     made, step = found.get(name), recipe.steps.get(name)
     if isinstance(made, Dataset):
         about = made.about
         if about.get("schema") not in (None, "tokens"):
             raise DataError(
-                f"{made.name}: holds {about['schema']}, no packed tokens; make them with the stage data.pack"
+                f"{made.name}: holds {about['schema']}, not packed tokens; pack it with the stage data.pack"
             )
         return int(about.get("length") or 0), int(about.get("rows") or 0), int(about.get("tokens") or 0)
     if isinstance(step, StageStep) and isinstance(step.config, PackConfig):

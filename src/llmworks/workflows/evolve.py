@@ -1,9 +1,9 @@
-"""A merge whose numbers are found by evaluation: each attempt is merged, asked, and thrown away; its scores are kept in
-a journal that a killed search goes on from.
+"""Evolutionary model merging: each candidate is merged, evaluated and deleted; scores are kept in a journal, so that an
+interrupted search resumes.
 
-The best is made to stay.
+The best merge is kept.
 
-The search is `tune/search/cma.py`'s; this knows stages, tasks and the workspace.
+The optimizer is in `tune/search/cma.py`; this module handles stages, tasks and the workspace.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llmworks.tune.search.genome import genes_of, with_values
 
 @dataclass
 class Evolution:
-    """One search. `items`: tasks that it is searched by, `held`: others, which are asked once at the end."""
+    """One search. `items`: tasks to optimize; `heldout_items`: held-out tasks, evaluated once at the end."""
 
     name: str
     config: MergeConfig
@@ -49,7 +49,7 @@ class Evolution:
         return session.make("merge", kind=Model, config=plain, models=dict(self.models))
 
     def key(self, plain: Mapping[str, Any]) -> str:
-        """What a journal is of."""
+        """Return the key of the journal: a hash of the search's settings."""
         said = [
             plain,
             {name: model.digest for name, model in self.models.items()},
@@ -63,24 +63,24 @@ class Evolution:
 
 
 def evolution(job: Evolution) -> tuple[Report, Model]:
-    """(the page, the best merge).
+    """Search for the best merge; return (the report, the best merge).
 
-    Errors: UserError for a merge without numbers, or no tasks; those of `merge` and `evaluate`.
+    Errors: UserError for a merge without numeric parameters, or no tasks; those of `merge` and `evaluate`.
     """
     if not job.items:
-        raise UserError("no task is named that the merge is searched by; give --suite")
+        raise UserError("no task to optimize; give --suite")
     if job.attempts < 2 or job.population < 2:
         raise UserError("--attempts and --population must be 2 or more")
     plain = job.config.model_dump(mode="json", exclude_defaults=True)
     genes = genes_of(plain, gradient=job.gradient, negative=job.negative)
     workspace = job.session.workspace
-    # the same search in another process waits, and finds its attempts
+    # the same search in another process waits, then reuses the journal
     with workspace.in_use(), workspace.lock(job.key(plain)):
         place = workspace.root / "scratch" / f"evolve-{job.key(plain)}"
         place.mkdir(parents=True, exist_ok=True)
         job.say(
-            f"{len(genes)} numbers, {job.attempts} attempts, {len(job.items)} tasks each; what was tried before is not"
-            " tried again"
+            f"{len(genes)} parameters, {job.attempts} candidates, {len(job.items)} tasks each; earlier candidates are"
+            " reused"
         )
 
         def told(one: Attempt, known: bool) -> None:
@@ -107,16 +107,16 @@ def evolution(job: Evolution) -> tuple[Report, Model]:
 
 
 def _judge(job: Evolution, plain: Mapping[str, Any], place: Path) -> tuple[float, dict[str, float]]:
-    """The mean score of one attempt, and its score on each task; what it made is removed."""
+    """Score one candidate: (mean score, score by task); its artifacts are deleted."""
     aside = job.session.at(place)
     shutil.rmtree(place, ignore_errors=True)
     try:
         try:
             child = job.merge(plain, aside)
-        except UserError as error:  # numbers that a method refuses, as weights that sum to zero
-            if type(error) is not UserError:  # a model or a file is at fault, which says nothing of the numbers
+        except UserError as error:  # values that a method rejects, such as weights that sum to zero
+            if type(error) is not UserError:  # a model or file error, not the values' fault
                 raise
-            job.say(f"  no merge: {error}")
+            job.say(f"  merge failed: {error}")
             return 0.0, dict.fromkeys((item.task for item in job.items), 0.0)
         parts = {item.task: float(job.evaluate(child, item, aside).metrics["score"]) for item in job.items}
         return sum(parts.values()) / len(parts), parts
@@ -125,7 +125,7 @@ def _judge(job: Evolution, plain: Mapping[str, Any], place: Path) -> tuple[float
 
 
 def _page(job: Evolution, found: Sequence[Attempt], names: Sequence[str], child: Model) -> Report:
-    """Parents and child on all tasks, and the page."""
+    """Evaluate parents and child on all tasks, and write the report."""
     scores: dict[str, dict[str, list[float]]] = {}
     samples: dict[str, int] = {}
     reports: list[Report] = []
@@ -134,7 +134,7 @@ def _page(job: Evolution, found: Sequence[Attempt], names: Sequence[str], child:
             try:
                 report = job.evaluate(model, item, job.session)
             except LlmworksError as error:
-                job.say(f"  not asked: {name} on {item.task}: {error}")
+                job.say(f"  evaluation failed: {name} on {item.task}: {error}")
                 continue
             scores.setdefault(name, {})[item.task] = [float(report.metrics[key]) for key in ("score", "low", "high")]
             samples[item.task] = int(report.metrics.get("samples", 0))

@@ -1,7 +1,7 @@
-"""Find an artifact's relatives wherever they are, and derive an artifact again: what `tree` and `verify` need from
-stages and references.
+"""Collect an artifact's relatives from workspace, machine and references, and reproduce artifacts: the part of `tree`
+and `verify` that needs stages and references.
 
-The questions themselves (who descends from whom, what differs) are answered in `lineage/`.
+The graph queries themselves (ancestry, differences) are in `lineage/`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from llmworks.runtime.stages import table
 
 
 def family_with(workspace: Workspace, *more: Artifact) -> Family:
-    """The family of the workspace, what its artifacts came from as far as it is on this machine, and more artifacts; of
-    models from outside also what their files claim, and what was deduced from weights.
+    """Build the lineage graph of the workspace, of ancestors found on this machine, and of more artifacts; for external
+    models also parents claimed by their files or inferred from weights.
     """
     every = [*workspace.artifacts(), *more]
     known = {a.digest for a in every}
@@ -47,7 +47,7 @@ def family_with(workspace: Workspace, *more: Artifact) -> Family:
 
 
 def _deduced(artifacts: Sequence[Artifact]) -> Iterator[Kin]:
-    """Parents that `merge.find_parents` found, of models that no stage made."""
+    """Yield parents found by `merge.find_parents`, for external models."""
     known = {artifact.digest: artifact for artifact in artifacts}
     for artifact in artifacts:
         if (
@@ -72,7 +72,7 @@ def _deduced(artifacts: Sequence[Artifact]) -> Iterator[Kin]:
 
 
 def _claimed(artifacts: Sequence[Artifact]) -> Iterator[Kin]:
-    """Parents that files of models from outside name."""
+    """Yield parents named in external models' files."""
     known = {
         ref.removeprefix("hf:"): artifact.digest
         for artifact in artifacts
@@ -100,7 +100,7 @@ def _claimed(artifacts: Sequence[Artifact]) -> Iterator[Kin]:
 
 
 def licences_of(family: Family) -> dict[str, str]:
-    """What models and adapters state, by digest: by the catalogue, their cards, or GGUF metadata."""
+    """Collect stated licenses of models and adapters by digest: from the catalogue, model cards or GGUF metadata."""
     found: dict[str, str] = {}
     for node in family.nodes.values():
         if node.kind in ("model", "adapter") and node.artifact is not None:
@@ -122,7 +122,7 @@ def licences_of(family: Family) -> dict[str, str]:
 
 
 def _from_outside(parent: Parent) -> Artifact | None:
-    """A foreign parent, where its reference still leads to the same bytes without fetching."""
+    """Resolve an external parent without downloading, where its reference still gives the same bytes."""
     scheme, _, rest = parent.ref.partition(":")
     found = None
     if scheme == "asset" and rest in CATALOGUE and assets.is_cached(assets.get(rest)):
@@ -133,16 +133,14 @@ def _from_outside(parent: Parent) -> Artifact | None:
 
 
 def derive(session: Session, family: Family, artifact: Artifact) -> dict[str, FileEntry] | str:
-    """The files of an artifact made again in a temporary place; or a text that says why a comparison would say
-    nothing.
-    """
+    """Reproduce an artifact in a temporary directory; return its files, or the reason why they cannot be compared."""
     m = artifact.manifest
     assert m is not None
     if m.stage not in table():
-        return f"made by the stage {m.stage}, which this version has not"
+        return f"made by the stage {m.stage}, which this version does not have"
     stage = resolve_stage(m.stage)
     if stage.stage.revision != m.revision:
-        return f"made by revision {m.revision} of {m.stage}, this is revision {stage.stage.revision}"
+        return f"made by revision {m.revision} of {m.stage}, but this version has revision {stage.stage.revision}"
     inputs = _parents(stage, family, artifact)
     if isinstance(inputs, str):
         return inputs
@@ -162,24 +160,24 @@ def derive(session: Session, family: Family, artifact: Artifact) -> dict[str, Fi
             if k in m.versions and m.versions[k] != v and k != "llmworks"
         }
         if changed:
-            return "other bytes, but made with " + ", ".join(
+            return "different bytes, but made with " + ", ".join(
                 f"{k} {old} (here {new})" for k, (old, new) in changed.items()
             )
         if m.derivation == "exact-on-this-platform" and m.platform != machine():
-            return f"other bytes, but made on {m.platform.get('processor')}"
+            return f"different bytes, but made on {m.platform.get('processor')}"
     return files
 
 
 def _parents(stage: ResolvedStage, family: Family, artifact: Artifact) -> dict[str, Any] | str:
-    """The artifact's inputs by name, as its stage takes them; or which parent is not here."""
+    """Return the artifact's inputs by name, as its stage takes them; or the missing parent as a message."""
     assert artifact.manifest is not None
     inputs: dict[str, Any] = {}
     for parent in artifact.manifest.parents:
         node = family.nodes.get(parent.digest)
         found = node.artifact if node else None
         if found is None:
-            return f"its parent {parent.name} ({parent.digest[:12]}) is not here"
-        found = copy.copy(found)  # as it was called then: cards name models, and references say licences
+            return f"its parent {parent.name} ({parent.digest[:12]}) is missing"
+        found = copy.copy(found)  # restore its name and ref: model cards name models, and licenses come from references
         found.name, found.ref = parent.name, parent.ref
         role, bracket, key = parent.role.partition("[")
         if not bracket:

@@ -1,7 +1,7 @@
-"""A merge in one line: the YAML is written, parents and child are merged and asked, and the child's card says what came
-of it, in the Hub's format.
+"""One-line merge: write the mergekit YAML, merge, evaluate parents and child, and record the scores in the child's
+model card in the Hub's format.
 
-What a merge and an evaluation are is in their rooms; this puts them together.
+Merging and evaluation are defined in their own packages.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ def recipe_of(
     density: float = DENSITY,
     t: float = 0.5,
 ) -> MergeConfig:
-    """Mergekit's configuration of some models by a method, with what people usually begin with.
+    """Build a mergekit configuration of models and method, with common default parameters.
 
-    UserError for a method that is not known, or what it cannot have.
+    UserError for an unknown method, or arguments that it does not take.
     """
     if method not in METHODS:
         return MergeConfig(
             merge_method=method, models=[{"model": name} for name in models]
-        )  # whose error says what is known
+        )  # raises the error that lists the known methods
     how = METHODS[method]
     others = [name for name in models if name != base]
     if how.base == "required" and not base:
         raise UserError(
             f"--method {method} "
             + (
-                "begins at one of the two; name it as --base"
+                "interpolates from one of the two models; give it as --base"
                 if method == "slerp"
-                else "measures models from a base; give it as --base"
+                else "needs a base model; give it as --base"
             )
         )
     if weights and len(weights) != len(others):
@@ -77,26 +77,24 @@ def recipe_of(
     if "t" in takes:
         said["parameters"] = {"t": t}
     if method == "passthrough":
-        raise UserError(
-            "--method passthrough puts layers on layers; write its slices in a file, and run llmworks merge FILE"
-        )
+        raise UserError("--method passthrough stacks layers; write its slices in a file and run llmworks merge FILE")
     return MergeConfig.model_validate(said)
 
 
 @dataclass
 class Lazy:
-    """One merge: the configuration, its models, the tasks that all are asked."""
+    """One merge: its configuration, models and evaluation tasks."""
 
     config: MergeConfig
     models: Mapping[str, Model]
     items: Sequence[Item]
     session: Session
     say: Callable[[str], None] = print
-    scores: dict[str, dict[str, str]] = field(default_factory=dict)  # what came of it: by model and task
+    scores: dict[str, dict[str, str]] = field(default_factory=dict)  # results by model and task
 
 
 def lazymerge(job: Lazy, name: str) -> tuple[Model, Report | None]:
-    """(the child, the leaderboard of all; None where nothing could be asked)."""
+    """Merge and evaluate; return (the child, the leaderboard, or None where every evaluation failed)."""
     job.say(told(job.config))
     plain = job.config.model_dump(mode="json", exclude_defaults=True)
     child = job.session.make("merge", kind=Model, config=plain, models=dict(job.models))
@@ -109,7 +107,7 @@ def lazymerge(job: Lazy, name: str) -> tuple[Model, Report | None]:
                 asked = {"task": item.task, "limit": item.limit}
                 report = job.session.make("evaluate", kind=Report, config=asked, model=model)
             except LlmworksError as error:
-                job.say(f"  not asked: {who} on {item.task}: {error}")
+                job.say(f"  evaluation failed: {who} on {item.task}: {error}")
                 continue
             job.say(
                 f"✓ {who}  {item.task}  {report.metrics['score']:.3f} ({report.metrics['low']:.3f} to"
@@ -132,7 +130,7 @@ def lazymerge(job: Lazy, name: str) -> tuple[Model, Report | None]:
 
 
 def scores_of(child: Model, workspace: Workspace) -> list[Report]:
-    """The evaluations of a model that are in the workspace."""
+    """List the evaluations of a model in the workspace."""
     return [
         one
         for one in workspace.artifacts()
@@ -144,7 +142,7 @@ def scores_of(child: Model, workspace: Workspace) -> list[Report]:
 
 
 def told(config: MergeConfig) -> str:
-    """The configuration as mergekit reads it."""
+    """Format the configuration as mergekit YAML."""
     return yaml.safe_dump(
         config.model_dump(mode="json", exclude_defaults=True),
         sort_keys=False,
@@ -155,13 +153,13 @@ def told(config: MergeConfig) -> str:
 
 
 def export(child: Model, board: Report | None, name: str, target: Path, scores: Sequence[Report] = ()) -> None:
-    """A directory that can be uploaded as it is: the child's files (hard links where the disk has them), and a card
-    with what was measured.
+    """Write a directory ready for upload: the child's files (weights hard-linked where possible) and a model card with
+    the scores.
 
-    UserError where something is there already.
+    UserError where the target exists and is not empty.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target}: is there already, and is not empty; choose another --export")
+        raise UserError(f"{target}: already exists and is not empty; choose another --export")
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.parent / f".{target.name}.part"
     shutil.rmtree(draft, ignore_errors=True)
@@ -181,7 +179,7 @@ def _fill(child: Model, board: Report | None, name: str, target: Path, scores: S
     for file in child.path.iterdir():
         if file.is_file() and file.name not in (MANIFEST, "README.md"):
             try:
-                if file.suffix != ".safetensors":  # what people edit before they upload it is theirs
+                if file.suffix != ".safetensors":  # copy files that users may edit before the upload
                     raise OSError
                 os.link(file.resolve(), target / file.name)
             except OSError:

@@ -1,7 +1,7 @@
-"""mergekit's YAML files as they are: one merge, or several of which later ones use earlier ones; the models that they
-name are found before anything is planned.
+"""mergekit YAML files: one merge, or several where later ones use earlier ones; the named models are resolved before
+planning.
 
-What a merge does is in `merge/`; this knows files, references and the workspace.
+Merging itself is in `merge/`; this module handles files, references and the workspace.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from llmworks.runtime.session import Session
 
 @dataclass(frozen=True)
 class Document:
-    """One merge of a file, or one mixture of experts; `name`: by which others may use it, empty for the last one."""
+    """One merge or mixture of experts in a file; `name`: for use by other documents, empty for the last one."""
 
     name: str
     config: MergeConfig | ExpertsConfig
 
     @property
     def stage(self) -> str:
-        """What carries it out."""
+        """The stage that runs it."""
         return "merge" if isinstance(self.config, MergeConfig) else "merge.experts"
 
 
 def read(file: Path, sets: Sequence[str] = ()) -> list[Document]:
-    """The merges of a file, those that others use before these.
+    """Read the merges of a file in dependency order.
 
-    `sets`: KEY=VALUE for the one without a name, or the only one. UserError, in one line, for anything that is not
-    mergekit's YAML.
+    `sets`: KEY=VALUE overrides for the document without a name, or the only one. UserError in one line for anything
+    that is not mergekit YAML.
     """
     try:
         found = [one for one in yaml.safe_load_all(file.read_text(encoding="utf-8")) if one is not None]
@@ -59,15 +59,17 @@ def read(file: Path, sets: Sequence[str] = ()) -> list[Document]:
             f"{file}: cannot be read as YAML ({(str(error) or type(error).__name__).splitlines()[0]})"
         ) from None
     if not found or not all(isinstance(one, dict) for one in found):
-        raise UserError(f"{file}: holds no merge; it is a mapping with merge_method and models (mergekit's YAML)")
+        raise UserError(f"{file}: contains no merge; expected a mapping with merge_method and models (mergekit YAML)")
     names = [one.pop("name", "") or "" for one in found]
     if not all(isinstance(name, str) for name in names):
         raise UserError(
-            f"{file}: name is {next(name for name in names if not isinstance(name, str))!r}, it must be a text"
+            f"{file}: name is {next(name for name in names if not isinstance(name, str))!r}, it must be a string"
         )
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{file}: {f'the name {twice!r} stands twice' if twice else 'more than one merge has no name'}")
+        raise UserError(
+            f"{file}: {f'the name {twice!r} is used twice' if twice else 'more than one merge has no name'}"
+        )
     for text in sets:
         key, equals, value = text.partition("=")
         if not equals:
@@ -87,7 +89,7 @@ def _checked(values: dict[str, Any], where: str) -> MergeConfig | ExpertsConfig:
     try:
         config = kind.model_validate(values)
         if isinstance(config, MergeConfig):
-            method_of(config.merge_method)  # before models are looked for
+            method_of(config.merge_method)  # before models are resolved
     except ValidationError as error:
         raise UserError("; ".join(dict.fromkeys(_problem(kind, error, where)))) from None
     except UserError as error:
@@ -96,9 +98,7 @@ def _checked(values: dict[str, Any], where: str) -> MergeConfig | ExpertsConfig:
 
 
 def _problem(kind: type[MergeConfig | ExpertsConfig], error: ValidationError, where: str) -> list[str]:
-    """What is wrong, without all that a value could have been: pydantic tells an error for each form that a setting may
-    have.
-    """
+    """Describe what is wrong, without the errors of every alternative type that pydantic reports for a setting."""
     said: list[dict[str, Any]] = [dict(one) for one in error.errors()]
     inside = [
         one
@@ -134,7 +134,7 @@ def _ordered(documents: Mapping[str, Document], file: Path) -> list[Document]:
     def visit(name: str, above: tuple[str, ...]) -> None:
         if name in above:
             raise UserError(
-                f"{file}: merges use one another in a circle: {' uses '.join([*above[above.index(name) :], name])}"
+                f"{file}: merges depend on each other in a cycle: {' uses '.join([*above[above.index(name) :], name])}"
             )
         if name not in done:
             for used in documents[name].config.named():
@@ -144,11 +144,11 @@ def _ordered(documents: Mapping[str, Document], file: Path) -> list[Document]:
 
     for name in documents:
         visit(name, ())
-    return sorted(done.values(), key=lambda one: one.name == "")  # the one that is asked for comes last
+    return sorted(done.values(), key=lambda one: one.name == "")  # the requested merge comes last
 
 
 def unnamed(documents: Sequence[Document], given: Mapping[str, Model]) -> str:
-    """A model that is given and that no merge of a file names; empty where all are named."""
+    """Return a given model that no merge of the file names; empty where all are named."""
     named = {
         part for document in documents for name in document.config.named() for part in (name, name.partition("+")[0])
     }
@@ -156,9 +156,9 @@ def unnamed(documents: Sequence[Document], given: Mapping[str, Model]) -> str:
 
 
 def found_models(config: MergeConfig | ExpertsConfig, given: Mapping[str, Model], session: Session) -> dict[str, Model]:
-    """The models that a merge names: those given, else by reference.
+    """Resolve the models that a merge names: the given ones, else by reference.
 
-    An adapter behind + is folded into its model first.
+    An adapter after + is merged into its model first.
     """
     return {name: given[name] if name in given else _model(name, given, session) for name in config.named()}
 
@@ -166,11 +166,11 @@ def found_models(config: MergeConfig | ExpertsConfig, given: Mapping[str, Model]
 def _model(name: str, given: Mapping[str, Model], session: Session) -> Model:
     base, plus, adapter = name.partition("+")
     if not base or (plus and not adapter):
-        raise UserError(f"{name!r} names no model; write MODEL, or MODEL+ADAPTER")
+        raise UserError(f"{name!r} is not a model name; write MODEL or MODEL+ADAPTER")
     found = given[base] if base in given else _reference(base, session)
     if not isinstance(found, Model):
         raise UserError(
-            f"{base}: is {'an' if found.kind[0] in 'aei' else 'a'} {found.kind}, and models are merged"
+            f"{base}: is {'an' if found.kind[0] in 'aei' else 'a'} {found.kind}, but only models can be merged"
             + ("; write MODEL+ADAPTER" if isinstance(found, Adapter) else "")
         )
     if not plus:
@@ -182,7 +182,7 @@ def _model(name: str, given: Mapping[str, Model], session: Session) -> Model:
 
 
 def _reference(name: str, session: Session) -> Any:
-    """A path, a name in the workspace, a reference; or a model of the Hub, as mergekit writes it."""
+    """Load a path, workspace name or reference, else a Hub model id as mergekit writes it."""
     try:
         return session.load(name, name=name)
     except UserError:
@@ -192,7 +192,7 @@ def _reference(name: str, session: Session) -> Any:
 
 
 def merge_file(documents: Sequence[Document], session: Session, *, given: Mapping[str, Model]) -> Outcome:
-    """Carry out all merges of a file; the last one's result."""
+    """Run all merges of a file; return the result of the last one."""
     known, outcome = dict(given), None
     for document in documents:
         models = found_models(document.config, known, session)
@@ -208,18 +208,18 @@ def merge_file(documents: Sequence[Document], session: Session, *, given: Mappin
 
 
 def plan_file(documents: Sequence[Document], session: Session, given: Mapping[str, Model]) -> Plan:
-    """What a file's only merge would read and write; nothing is read but headers. UserError for a file of several."""
+    """Plan what a file's only merge would read and write; reads only headers. UserError for several merges."""
     from llmworks.merge.plan.prepare import prepared
 
     if len(documents) > 1:
         raise UserError(
-            f"--plan: the file holds {len(documents)} merges, and what later ones read is not there yet; run it, or"
-            " plan one at a time"
+            f"--plan: the file has {len(documents)} merges, and the inputs of later ones do not exist yet; run it, or"
+            " plan one merge at a time"
         )
     config = documents[0].config
     if not isinstance(config, MergeConfig):
         raise UserError(
-            "--plan: experts are copied as they are; what is written is as large as the base and each expert's"
+            "--plan: experts are copied unchanged; the output size is that of the base plus each expert's"
             " feed-forward layers"
         )
     paths = {name: given[name].path if name in given else _path(name, session) for name in config.named()}
@@ -227,11 +227,11 @@ def plan_file(documents: Sequence[Document], session: Session, given: Mapping[st
 
 
 def _path(name: str, session: Session) -> Path:
-    """Where a model is, without a look at its bytes where it is a directory here."""
+    """Return a model's path; a local directory is not read."""
     for path in (Path(name.removeprefix("path:")).expanduser(), session.workspace.root / name):
         if path.is_dir():
             return path.resolve()
     found = _model(name, {}, session)
     if found.format != "hf":
-        raise ArtifactError(f"{name}: is a {found.format} file; Hugging Face directories are merged")
+        raise ArtifactError(f"{name}: is a {found.format} file; only Hugging Face model directories can be merged")
     return found.path

@@ -1,5 +1,5 @@
-"""A sweep over a recipe: each trial is a run of it with other fields, in one workspace, so that steps that trials share
-are made once.
+"""Hyperparameter sweep over a recipe: each trial runs it with other field values, in one workspace, so that shared
+steps are run only once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llmworks.tune.search.search_space import Search, overrides
 
 @dataclass(frozen=True)
 class Unit:
-    """What a worker needs for one trial."""
+    """Input of a worker for one trial."""
 
     recipe: Path
     workspace: Path
@@ -36,7 +36,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it: the score, or why there is none; the digest of what the step made."""
+    """Result of a trial: the score or the error, and the digest of the step's artifact."""
 
     score: float | None
     why: str
@@ -45,7 +45,7 @@ class Outcome:
 
 
 def run_trial(unit: Unit) -> Outcome:
-    """Run the recipe with a trial's fields, quietly."""
+    """Run the recipe with a trial's field values, without output."""
     began = time.monotonic()
     try:
         job = Run(load_recipe(unit.recipe, unit.sets), Workspace(unit.workspace), quiet=True)
@@ -66,7 +66,7 @@ def run_trial(unit: Unit) -> Outcome:
 
 
 def check(search: Search, recipe: Recipe, path: Path, sets: Sequence[str]) -> None:
-    """Whether the recipe has the step and the fields, with the values at the ends of each. UserError, RecipeError."""
+    """Check that the recipe has the step and the fields and accepts their extreme values. UserError, RecipeError."""
     if not isinstance(recipe.steps.get(search.step), StageStep):
         raise UserError(
             f"metric {search.metric}: the recipe {recipe.name} has no stage {search.step!r}; it has"
@@ -83,12 +83,12 @@ def sweep(
     session: Session,
     sets: Sequence[str] = (),
 ) -> Report:
-    """Try until there are as many trials as wanted; returns the page.
+    """Run trials until the requested number is reached; return the report.
 
-    A sweep that was killed goes on; the best trial's steps bear the recipe's names at the end.
+    An interrupted sweep resumes; finally the recipe is run with the best trial's values, so that its names point there.
 
-    Errors: UserError for a search that does not fit the recipe; DataError when no trial comes to a score;
-    MissingDependency without optuna.
+    Errors: UserError for a search that does not fit the recipe; DataError when no trial succeeds; MissingDependency
+    without optuna.
     """
     pool, workspace, say = session.pool, session.workspace, session.say
     recipe = load_recipe(path, sets)
@@ -98,7 +98,7 @@ def sweep(
     ).hexdigest()[:16]
     study = Study(search, workspace.root / "scratch" / f"sweep-{key}" / "journal.log")
     if study.trials:
-        say(f"going on after {len(study.trials)} trials")
+        say(f"resuming after {len(study.trials)} trials")
     while (left := search.trials - len(study.trials)) > 0:
         asked = [study.ask() for _ in range(min(left, pool.workers))]
         units = [
@@ -135,7 +135,7 @@ def sweep(
 
 
 def _line(trial: Trial, outcome: Outcome, metric: str) -> str:
-    """What is said of a trial."""
+    """Format the log line of a trial."""
     values = ", ".join(
         f"{field} {value:.4g}" if isinstance(value, float) else f"{field} {value}"
         for field, value in trial.values.items()

@@ -1,9 +1,8 @@
-"""Contrastive preference optimization: pairs without a reference, which is taken to be uniform; chosen answers are
-learned beside it.
+"""Contrastive preference optimization (CPO): pairs with a uniform reference; the NLL term is added by the caller.
 
-Log-probabilities are summed over tokens, of ipo in the mean.
+Log-probabilities are summed over tokens; ipo takes their mean.
 
-Xu et al. 2024 (arXiv:2401.08417, equation 3). TRL's `CPOTrainer` computes the same numbers.
+Xu et al. 2024 (arXiv:2401.08417, equation 3). TRL's `CPOTrainer` computes the same values.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from llmworks.align.losses.sides import Judged, Sides
 
 
 def cpo(sides: Sides, kind: str = "sigmoid", *, beta: float = 0.1, smoothing: float = 0.0) -> Judged:
-    """The loss of each pair, without the learning of chosen answers."""
+    """Return the loss of each pair, without the NLL term."""
     chosen, rejected = sides.means if kind == "ipo" else (sides.chosen, sides.rejected)
     difference = chosen - rejected
     loss = (

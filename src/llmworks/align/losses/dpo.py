@@ -1,8 +1,9 @@
-"""Direct preference optimization and its relatives: the policy's log-probabilities, less the reference's, are rewards,
-summed over the tokens of an answer.
+"""Direct preference optimization (DPO) and its loss variants: the implicit rewards are log-ratios of policy to
+reference.
 
-Rafailov et al. 2023 (arXiv:2305.18290). Each kind says what it does with the difference of the two rewards, or with
-each of them. `ipo` and `sigmoid-mean` take means over tokens. TRL's `DPOTrainer` computes the same numbers.
+Rafailov et al. 2023 (arXiv:2305.18290). Each loss takes the difference of the two rewards, or both of them.
+Log-probabilities are summed over the tokens of a completion; `ipo` and `sigmoid-mean` take means over tokens. TRL's
+`DPOTrainer` computes the same values.
 """
 
 from __future__ import annotations
@@ -16,13 +17,11 @@ from torch.nn import functional as F
 
 from llmworks.align.losses.sides import Judged, Sides
 
-MOST = 80.0  # exponents: exp of more is no number of fp32
+MOST = 80.0  # largest exponent: exp of more overflows fp32
 
 
 def scores(ratios: Tensor, divergence: str, alpha: float = 0.5) -> Tensor:
-    """Log-ratios as the f-divergence has them that holds the policy to the reference: f'(ratio) (Wang et al. 2023,
-    arXiv:2309.16240).
-    """
+    """Return f'(ratio) of an f-divergence for log-ratios (f-DPO, Wang et al. 2023, arXiv:2309.16240)."""
     if divergence == "forward_kl":
         return 1 - torch.exp((-ratios).clamp(max=MOST))
     if divergence == "js_divergence":
@@ -33,17 +32,21 @@ def scores(ratios: Tensor, divergence: str, alpha: float = 0.5) -> Tensor:
 
 
 def sigmoid(difference: Tensor, smoothing: float = 0.0) -> Tensor:
-    """-log sigmoid; a label is wrong with the chance `smoothing` (conservative DPO, Mitchell 2023)."""
+    """Return -log sigmoid with label smoothing (conservative DPO, Mitchell 2023)."""
     return -(1 - smoothing) * F.logsigmoid(difference) - smoothing * F.logsigmoid(-difference)
 
 
 def robust(difference: Tensor, smoothing: float) -> Tensor:
-    """Unbiased by labels that are wrong with the chance `smoothing` (Chowdhury et al. 2024, arXiv:2403.00409)."""
+    """Return the loss that is unbiased under label noise of rate `smoothing` (Chowdhury et al. 2024,
+    arXiv:2403.00409).
+    """
     return (-(1 - smoothing) * F.logsigmoid(difference) + smoothing * F.logsigmoid(-difference)) / (1 - 2 * smoothing)
 
 
 def exo(difference: Tensor, smoothing: float) -> Tensor:
-    """KL of the policy's choice between the two from the label's (Ji et al. 2024, arXiv:2402.00856, equation 16)."""
+    """Return the reverse KL from the policy's choice to the smoothed label (Ji et al. 2024, arXiv:2402.00856, equation
+    16).
+    """
     for_chosen, for_rejected = F.logsigmoid(difference), F.logsigmoid(-difference)
     return for_chosen.exp() * (for_chosen - math.log1p(-smoothing)) + for_rejected.exp() * (
         for_rejected - math.log(smoothing)
@@ -51,32 +54,38 @@ def exo(difference: Tensor, smoothing: float) -> Tensor:
 
 
 def discopop(difference: Tensor, tau: float = 0.05) -> Tensor:
-    """Between a logistic and an exponential loss (Lu et al. 2024, arXiv:2406.08414, equation 5)."""
+    """Return a blend of logistic and exponential loss (DiscoPOP, Lu et al. 2024, arXiv:2406.08414, equation 5)."""
     share = torch.sigmoid(difference / tau)
     return -F.logsigmoid(difference) * (1 - share) + torch.exp((-difference).clamp(max=MOST)) * share
 
 
 def nca(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Each reward by itself, so that the chosen answer does not become improbable, too (Chen et al. 2024,
-    arXiv:2402.05369).
+    """Return the noise contrastive alignment loss (Chen et al. 2024, arXiv:2402.05369).
+
+    Takes each reward separately, so that the chosen completion does not become less probable as well.
     """
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
 def bco(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """A classifier of good and bad answers (Jung et al. 2024, arXiv:2404.04656), without the shift of its threshold."""
+    """Return the binary classifier loss (Jung et al. 2024, arXiv:2404.04656), without the reward shift."""
     return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
 
 def apo_zero(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Chosen answers become more probable, rejected ones less: they are better than the model's own (D'Oosterlinck et
-    al. 2024, arXiv:2408.06266, equation 7).
+    """Return APO-zero: raises chosen completions and lowers rejected ones (D'Oosterlinck et al. 2024,
+    arXiv:2408.06266).
+
+    Equation 7; for chosen completions that are better than the model's own.
     """
     return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
 
 
 def apo_down(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Both become less probable, rejected ones more so: the model's own are better than both (equation 8)."""
+    """Return APO-down: lowers both completions, the rejected one more (equation 8).
+
+    For a model whose own completions are better than both.
+    """
     return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
 
 
@@ -105,10 +114,10 @@ def dpo(
     divergence: str = "reverse_kl",
     alpha: float = 0.5,
 ) -> Judged:
-    """The loss of each pair.
+    """Return the loss of each pair.
 
-    `smoothing`: of sigmoid, robust, exo and aot; `divergence`: of all but nca, bco, apo and sppo, which take log-ratios
-    as they are.
+    `smoothing`: for sigmoid, robust, exo and aot. `divergence`: for all but nca, bco, apo and sppo, which take
+    log-ratios unchanged.
     """
     ratios = sides.ratios
     chosen, rejected = (scores(ratio, divergence, alpha) for ratio in ratios)
@@ -117,14 +126,14 @@ def dpo(
         chosen, rejected = chosen / sides.chosen_tokens, rejected / sides.rejected_tokens
     if (
         kind == "ipo"
-    ):  # Azar et al. 2023, arXiv:2310.12036, equation 17; over mean log-probabilities, as its authors say
+    ):  # Azar et al. 2023, arXiv:2310.12036, equation 17; over mean log-probabilities, as its authors advise
         loss = (chosen - rejected - 1 / (2 * beta)) ** 2
-    elif kind == "sppo_hard":  # Wu et al. 2024, arXiv:2405.00675, equation 4.7 with chances 1 and 0
+    elif kind == "sppo_hard":  # Wu et al. 2024, arXiv:2405.00675, equation 4.7 with probabilities 1 and 0
         loss = (ratios[0] - 0.5 / beta) ** 2 + (ratios[1] + 0.5 / beta) ** 2
     elif kind in (
         "aot",
         "aot_unpaired",
-    ):  # Melnyk et al. 2024, arXiv:2406.05882: one distribution dominates the other, whichever answers belong together
+    ):  # Melnyk et al. 2024, arXiv:2406.05882: stochastic dominance of the sorted rewards
         loss = sigmoid(beta * _sorted(sides, paired=kind == "aot"), smoothing)
     elif kind in OF_BOTH:
         loss = OF_BOTH[kind](beta * ratios[0], beta * ratios[1])
@@ -134,8 +143,9 @@ def dpo(
 
 
 def _sorted(sides: Sides, *, paired: bool) -> Tensor:
-    """Differences of quantiles: of margins to the policy and to the reference; or of ratios of chosen and of rejected
-    answers.
+    """Return differences of sorted values.
+
+    Paired: margins of the policy and of the reference; unpaired: log-ratios of chosen and of rejected completions.
     """
     if not paired:
         chosen, rejected = sides.ratios

@@ -1,8 +1,8 @@
-"""Kahneman-Tversky optimization: single answers, good or bad, each against the mean distance from the reference.
+"""Kahneman-Tversky optimization (KTO): single completions, desirable or undesirable.
 
-Log-probabilities are summed over tokens.
+Each is measured from the mean KL divergence from the reference. Log-probabilities are summed over tokens.
 
-Ethayarajh et al. 2024 (arXiv:2402.01306, equation 7). TRL's `KTOTrainer` computes the same numbers.
+Ethayarajh et al. 2024 (arXiv:2402.01306, equation 7). TRL's `KTOTrainer` computes the same values.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ def kto(
     good_weight: float = 1.0,
     bad_weight: float = 1.0,
 ) -> Tensor:
-    """The loss of each answer.
+    """Return the loss of each completion.
 
-    ratios: log-probability less the reference's [answers]; good: whether it is wanted [answers]; kl: the distance that
-    it is measured from, in nats (0: unpaired APO).
+    ratios: log-ratios of policy to reference [completions]; good: whether it is desirable [completions]; kl: reference
+    point in nats (0: unpaired APO).
     """
     toward = torch.where(good, ratios - kl, kl - ratios)
     return torch.where(good, good_weight, bad_weight) * (1 - torch.sigmoid(beta * toward))
 
 
 def distance(ratios: Tensor) -> Tensor:
-    """The mean distance of the policy from the reference, of log-ratios of answers to other prompts than their own;
-    never below zero, and no gradient.
+    """Return the KL estimate of policy from reference: the mean log-ratio of mismatched completions, clamped at 0.
+
+    The completions belong to other prompts than their own. No gradient.
     """
     return ratios.detach().mean().clamp(min=0)

@@ -1,9 +1,7 @@
-"""Odds ratio preference optimization: chosen answers are learned, and their odds over the rejected ones' are raised, of
-mean log-probabilities.
+"""Odds ratio preference optimization (ORPO): the log odds ratio of chosen over rejected, of mean log-probabilities.
 
-No reference.
-
-Hong et al. 2024 (arXiv:2403.07691, equations 6 and 7). TRL's `ORPOTrainer` computes the same numbers.
+No reference model. Hong et al. 2024 (arXiv:2403.07691, equations 6 and 7). TRL's `ORPOTrainer` computes the same
+values.
 """
 
 from __future__ import annotations
@@ -14,11 +12,11 @@ from torch.nn import functional as F
 
 from llmworks.align.losses.sides import Judged, Sides
 
-NEVER = -1e-6  # log-probabilities of nothing else at all have no odds
+NEVER = -1e-6  # log-probability 0 has infinite odds
 
 
 def log_odds(means: Tensor) -> Tensor:
-    """log(p / (1 - p)) of log p below zero; of both forms of log(1 - p) the one that is exact there (Maechler 2012)."""
+    """Return log(p / (1 - p)) for log p below zero, with the accurate form of log(1 - p) (Maechler 2012)."""
     means = means.clamp(max=NEVER)
     near = means > -0.693
     rest = torch.where(
@@ -30,7 +28,7 @@ def log_odds(means: Tensor) -> Tensor:
 
 
 def orpo(sides: Sides, *, weight: float = 0.1) -> Judged:
-    """The part of each pair's loss that is of odds; `weight`: lambda of the paper."""
+    """Return the odds-ratio part of each pair's loss. `weight`: lambda of the paper."""
     chosen, rejected = sides.means
     return Judged(
         -weight * F.logsigmoid(log_odds(chosen) - log_odds(rejected)),

@@ -1,11 +1,8 @@
-"""Losses of reinforcement learning from whole answers: what a token of an answer is worth, how far the policy may move
-in a step, and what a step is the mean of.
+"""Policy gradient losses over completions: advantages, importance ratios, clipping and loss aggregation.
 
-Pure functions.
-
-GRPO: Shao et al. 2024 (arXiv:2402.03300); RLOO: Ahmadian et al. 2024 (arXiv:2402.14740); clipping: Schulman et al. 2017
-(arXiv:1707.06347). TRL's `GRPOTrainer` and `RLOOTrainer` compute the same numbers. Tokens are those that are weighed,
-[n]; `owner` is the number of each one's answer.
+Pure functions. GRPO: Shao et al. 2024 (arXiv:2402.03300); RLOO: Ahmadian et al. 2024 (arXiv:2402.14740); clipping:
+Schulman et al. 2017 (arXiv:1707.06347). TRL's `GRPOTrainer` and `RLOOTrainer` compute the same values. Tokens are the
+label tokens [n]; `owner` is the index of each one's completion.
 """
 
 from __future__ import annotations
@@ -18,15 +15,15 @@ from torch import Tensor
 
 Form = Literal["clip", "cispo", "sapo", "vespo"]
 Mean = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm", "seq-mean-token-sum"]
-SMALL = 1e-4  # beside a deviation that is divided by
+SMALL = 1e-4  # epsilon added to a standard deviation in a denominator
 
 
 def group_advantages(rewards: Tensor, scale: Literal["group", "batch", "none"] = "group") -> Tensor:
-    """How much better an answer is than the others to its prompt, [prompts, answers]; those without a reward (NaN)
-    count for nothing and have 0.
+    """Return group-relative advantages [prompts, completions]: reward minus the mean of its group.
 
-    `scale`: by the deviation of the group (GRPO), of all (REINFORCE++), or not (Dr. GRPO, Liu et al. 2025,
-    arXiv:2503.20783: dividing by it favours questions that are too easy or too hard).
+    Completions without a reward (NaN) are ignored and get 0. `scale`: divide by the standard deviation of the group
+    (GRPO), of the batch (REINFORCE++), or not (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783: dividing favors prompts
+    that are too easy or too hard).
     """
     apart = rewards - rewards.nanmean(1, keepdim=True)
     if scale != "none":
@@ -35,15 +32,16 @@ def group_advantages(rewards: Tensor, scale: Literal["group", "batch", "none"] =
 
 
 def deviation(rewards: Tensor) -> Tensor:
-    """The sample deviation of each row [rows, 1], NaN left out; 0 of fewer than two."""
+    """Return the sample standard deviation of each row [rows, 1], ignoring NaN; 0 for fewer than two values."""
     count = (~rewards.isnan()).sum(1, keepdim=True)
     squares = ((rewards - rewards.nanmean(1, keepdim=True)) ** 2).nansum(1, keepdim=True)
     return (squares / (count - 1).clamp(min=1)).sqrt()
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """RLOO: a reward less the mean of the others to the same prompt, [prompts, answers]; 0 of one without a reward or
-    without others.
+    """Return RLOO advantages [prompts, completions]: reward minus the mean of the others of the same prompt.
+
+    0 for a completion without a reward or without others.
     """
     there = ~rewards.isnan()
     count, total = there.sum(1, keepdim=True), rewards.nansum(1, keepdim=True)
@@ -52,14 +50,15 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 
 def overlong(lengths: Tensor, most: int, soft: int) -> Tensor:
-    """DAPO's punishment of answers that come near the longest: 0 up to most - soft tokens, then down to -1 (Yu et al.
-    2025, arXiv:2503.14476, equation 13).
+    """Return DAPO's soft overlong penalty (Yu et al. 2025, arXiv:2503.14476, equation 13).
+
+    0 up to `most` - `soft` tokens, then falling linearly to -1 at `most`.
     """
     return -((lengths - (most - soft)) / max(1, soft)).clamp(0, 1)
 
 
 class Weighed(NamedTuple):
-    """The loss of each token [n], and whether its gradient was cut off by clipping."""
+    """The loss of each token [n], and whether clipping removed its gradient."""
 
     loss: Tensor
     clipped: Tensor
@@ -74,8 +73,10 @@ def ratios(
     *,
     summed: bool = False,
 ) -> Tensor:
-    """Log of how much more probable a token is than when it was drawn [n]; of level sequence the mean over its answer
-    (GSPO, Zheng et al. 2025, arXiv:2507.18071), or the sum (RLOO).
+    """Return the log importance ratio of each token [n] to the sampling policy.
+
+    Level answer: the mean over its completion (GSPO, Zheng et al. 2025, arXiv:2507.18071), or with `summed` the sum
+    (RLOO).
     """
     log = logprobs - old
     if level == "token":
@@ -96,11 +97,11 @@ def weighed(
     high: float = 0.2,
     ceiling: float = 0.0,
 ) -> Weighed:
-    """The loss of each token, before the distance to the reference. advantages: of each token [n].
+    """Return the policy loss of each token, without the KL penalty. `advantages`: of each token [n].
 
-    clip: PPO's, between 1 - low and 1 + high (DAPO: high above low); `ceiling`: the most that a ratio may be at all (0:
-    none). cispo: REINFORCE with ratios up to `high` (MiniMax 2025, arXiv:2506.13585). sapo: a soft gate
-    (arXiv:2511.20347). vespo: a gamma-shaped weight of whole answers (arXiv:2602.10693).
+    clip: PPO's, between 1 - `low` and 1 + `high` (DAPO: high above low); `ceiling`: upper bound of the ratio in any
+    case (0: none). cispo: REINFORCE with ratios clipped at `high` (MiniMax 2025, arXiv:2506.13585). sapo: a soft gate
+    (arXiv:2511.20347). vespo: a gamma-shaped weight of whole completions (arXiv:2602.10693).
     """
     ratio = log_ratio.exp()
     never = torch.zeros_like(ratio, dtype=torch.bool)
@@ -112,7 +113,7 @@ def weighed(
     if form == "vespo":
         return Weighed(-_gamma(log_ratio.detach(), advantages, owner, counts) * advantages * logprobs, never)
     if form != "clip":
-        raise ValueError(f"no loss is called {form!r}")
+        raise ValueError(f"unknown loss type {form!r}")
     held = ratio.clamp(1 - low, 1 + high)
     clipped = ((ratio < 1 - low) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
     if ceiling:
@@ -121,8 +122,9 @@ def weighed(
 
 
 def _gamma(log_ratio: Tensor, advantages: Tensor, owner: Tensor, counts: Tensor) -> Tensor:
-    """e^l w^k e^(-l w) of each token's answer, w its probability over that when it was drawn: k 2 and l 3 where the
-    advantage is not negative, else 3 and 2.
+    """Return the VESPO weight e^l w^k e^(-l w) of each token's completion, w its importance ratio.
+
+    k 2 and l 3 where the advantage is not negative, else k 3 and l 2.
     """
     whole = (
         log_ratio.new_zeros(len(counts)).index_add(0, owner, log_ratio.clamp(-20, 20)).clamp(math.log(1e-8), 20)[owner]
@@ -133,19 +135,18 @@ def _gamma(log_ratio: Tensor, advantages: Tensor, owner: Tensor, counts: Tensor)
 
 
 def distance(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """KL(policy || reference) of each token, as it is estimated from the token alone: r - log r - 1, never below zero
-    (Schulman 2020, k3).
-    """
+    """Return the per-token estimate of KL(policy || reference): r - log r - 1, never negative (k3, Schulman 2020)."""
     log = reference - logprobs
     return log.exp() - log - 1
 
 
 def shares(owner: Tensor, counts: Tensor, mean: Mean, *, answers: int, tokens: int, longest: int) -> Tensor:
-    """What each token counts [n], so that the sum over all of a step's parts is its loss times its answers.
+    """Return the loss weight of each token [n]; summed over all micro-batches of a step they give its loss times its
+    completions.
 
-    answer: each answer counts as much as another, whatever its length (GRPO). tokens: each token (DAPO). length: each
-    token, over the most there could be (Dr. GRPO: long wrong answers are not spared).
-    sum: an answer is the sum of its tokens. answers, tokens: of the whole step.
+    answer: mean per completion, whatever its length (GRPO). tokens: mean over tokens (DAPO). length: sum over tokens
+    divided by the longest possible completion (Dr. GRPO: long wrong completions are not favored). sum: sum over the
+    tokens of a completion. `answers`, `tokens`: counts of the whole step.
     """
     if mean == "seq-mean-token-mean":
         return 1.0 / counts.clamp(min=1)[owner]

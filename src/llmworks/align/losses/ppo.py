@@ -1,11 +1,8 @@
-"""Proximal policy optimization beside what `policy.py` has: what each token of an answer is worth by a model of values,
-learned at the same time.
+"""Proximal policy optimization (PPO): token rewards, generalized advantage estimation and value loss.
 
-Pure functions.
-
-Schulman et al. 2017 (arXiv:1707.06347); estimates of advantages: Schulman et al. 2016 (arXiv:1506.02438), equation 16;
-for language models: Ziegler et al. 2019 (arXiv:1909.08593), and Huang et al. 2024 (arXiv:2403.17031), whose details
-these are.
+Pure functions. Schulman et al. 2017 (arXiv:1707.06347); GAE: Schulman et al. 2016 (arXiv:1506.02438), equation 16; for
+language models: Ziegler et al. 2019 (arXiv:1909.08593), and Huang et al. 2024 (arXiv:2403.17031), whose implementation
+details are followed.
 """
 
 from __future__ import annotations
@@ -15,10 +12,10 @@ from torch import Tensor
 
 
 def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, owner: Tensor, *, kl: float) -> Tensor:
-    """The reward of each token [n]: at the last token of an answer its score [answers], at all less `kl` times how much
-    more probable the token is than to the reference.
+    """Return the reward of each token [n]: -`kl` times its log-ratio to the reference, plus the score at the last
+    token.
 
-    Tokens stand in the order of their answers.
+    `scores`: [completions]. Tokens are in the order of their completions.
     """
     rewards = -kl * (logprobs - reference)
     lasts = torch.searchsorted(owner, torch.arange(len(scores), device=owner.device), right=True) - 1
@@ -29,8 +26,10 @@ def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, owner: Te
 def gae(
     rewards: Tensor, values: Tensor, owner: Tensor, *, discount: float = 1.0, trace: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """(advantages, returns) of each token [n]: the sum of later surprises, which fade by discount * trace a token;
-    nothing follows an answer's last token.
+    """Return (advantages, returns) of each token [n]: the sum of later TD errors, decayed by discount * trace per
+    token.
+
+    `trace`: GAE lambda. The value after a completion's last token is 0.
     """
     advantages = torch.zeros_like(rewards)
     later, place = 0.0, owner.tolist()
@@ -44,15 +43,16 @@ def gae(
 
 
 def whitened(x: Tensor, *, centred: bool = True) -> Tensor:
-    """To deviation 1, and mean 0 or the mean that it had. The variance is that of all of them, not of a sample."""
+    """Scale to standard deviation 1 and mean 0, or keep the mean (`centred` false). Uses the population variance."""
     mean, variance = x.mean(), x.var(correction=0)
     made = (x - mean) * torch.rsqrt(variance + 1e-8)
     return made if centred else made + mean
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """Half the square of each token's error [n], the larger of that of the value and that of the value held near the
-    old one.
+    """Return the clipped value loss of each token [n].
+
+    Half the larger of the squared errors of the value and of the value clipped around the old one.
     """
     held = old + (values - old).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (held - returns) ** 2)

@@ -1,8 +1,4 @@
-"""What losses of pairs are computed from: how probable the two answers of each pair are, to the policy and to the
-reference.
-
-Knows no model.
-"""
+"""Inputs and outputs of pair losses: log-probabilities of chosen and rejected completions."""
 
 from __future__ import annotations
 
@@ -14,10 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sides:
-    """Log-probabilities of whole answers in nats, summed over their tokens, and how many tokens they have; each
-    [pairs].
+    """Summed log-probabilities in nats and token counts of the completions of pairs; each [pairs].
 
-    Without a reference those are None.
+    The reference's are None without a reference.
     """
 
     chosen: Tensor
@@ -29,19 +24,19 @@ class Sides:
 
     @property
     def ratios(self) -> tuple[Tensor, Tensor]:
-        """How much more probable than to the reference the chosen and the rejected answers are, in nats."""
+        """Log-ratios of policy to reference of the chosen and the rejected completions, in nats."""
         assert self.reference_chosen is not None
         assert self.reference_rejected is not None
         return self.chosen - self.reference_chosen, self.rejected - self.reference_rejected
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the chosen and the rejected answers, per token."""
+        """Mean log-probabilities per token of the chosen and the rejected completions."""
         return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
 
 
 class Judged(NamedTuple):
-    """A loss of each pair, and what the policy gives each side by it; each [pairs]."""
+    """The loss and the implicit rewards of each pair; each [pairs]."""
 
     loss: Tensor
     chosen: Tensor

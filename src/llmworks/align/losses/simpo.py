@@ -1,10 +1,7 @@
-"""Simple preference optimization: rewards are mean log-probabilities, as an answer is written, and should be apart by a
-margin.
+"""Simple preference optimization (SimPO): rewards are mean log-probabilities, with a target margin.
 
-No reference.
-
-Meng et al. 2024 (arXiv:2405.14734, equation 6). With `alpha` the reward is bent: AlphaPO (Gupta et al. 2025,
-arXiv:2501.03884). TRL's `CPOTrainer` computes the same numbers (loss_type simpo).
+No reference model. Meng et al. 2024 (arXiv:2405.14734, equation 6). `alpha` reshapes the reward: AlphaPO (Gupta et al.
+2025, arXiv:2501.03884). TRL's `CPOTrainer` computes the same values (loss_type simpo).
 """
 
 from __future__ import annotations
@@ -17,14 +14,14 @@ from llmworks.align.losses.sides import Judged, Sides
 
 
 def bent(means: Tensor, alpha: float) -> Tensor:
-    """Of mean log-probabilities (1 - p^-alpha) / alpha, which is log p where alpha is 0."""
+    """Return (1 - p^-alpha) / alpha of mean log-probabilities (AlphaPO); log p where alpha is 0."""
     return means if not alpha else -torch.expm1(-alpha * means) / alpha
 
 
 def simpo(
     sides: Sides, *, beta: float = 2.0, margin: float = 0.5, smoothing: float = 0.0, alpha: float = 0.0
 ) -> Judged:
-    """The loss of each pair.
+    """Return the loss of each pair.
 
     `margin`: gamma of the paper, in units of the reward (beta times the mean log-probability).
     """

@@ -1,7 +1,7 @@
-"""Prompts and their answers as one batch: a prompt is read once and each answer goes on from it, or, for models that
-cannot, every answer is a padded row of its own.
+"""Collate prompts and completions into batches.
 
-Knows no method.
+A prompt is computed once and its completions branch from it (prefix sharing); for models that do not support this,
+every completion is a padded row.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from llmworks.train.finetune.examples import where
 
 @dataclass(frozen=True)
 class Branches:
-    """`ids` [rows, length] as they are read.
+    """A batch of completions. `ids`: input ids [rows, length].
 
-    Of each token that is weighed, n in all: `at`, the place in the flattened states that predicts it; `wanted`, its id;
-    `owner`, the number of its answer.
+    For the n label tokens: `at`, index in the flattened hidden states that predicts the token; `wanted`, its id;
+    `owner`, the index of its completion.
 
-    `lasts` [answers]: the place of each answer's last token. `positions`, `segments`, `branches` [1, length]: of the
-    one row in which prompts branch; None where answers are padded rows. `spoken` [prompt tokens, 2]: places and ids of
-    prompts' own tokens, where they are asked for. `tokens`: that are read, padding left out; `labels`: what a step's
-    loss is divided by, here examples; `given`: what a method puts beside it.
+    `lasts` [completions]: index of each completion's last token. `positions`, `segments`, `branches` [1, length]: of
+    the single row in which prompts branch; None for padded rows. `spoken`: indices and ids of the prompts' own tokens,
+    where they are requested. `tokens`: input tokens without padding; `labels`: divisor of the step's loss, here
+    examples; `given`: additional values of a method.
     """
 
     ids: Tensor
@@ -47,18 +47,19 @@ class Branches:
 
     @property
     def counts(self) -> Tensor:
-        """Weighed tokens of each answer [answers]."""
+        """Label tokens of each completion [completions]."""
         return torch.bincount(self.owner, minlength=self.answers)
 
     def summed(self, values: Tensor) -> Tensor:
-        """Values of tokens [n], added up of each answer [answers]."""
+        """Sum per-token values [n] over each completion [completions]."""
         return values.new_zeros(self.answers).index_add(0, self.owner, values)
 
 
 def branched(examples: Sequence[Answered], device: torch.device | str = "cpu", *, prompts: bool = False) -> Branches:
-    """One row: each example a segment, its prompt and then its answers, none of which sees another.
+    """Collate examples into one row: each is a segment of a prompt and its completions, which do not attend to each
+    other.
 
-    `prompts`: their own tokens are asked for, too.
+    `prompts`: the prompts' own tokens are predicted, too.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -110,7 +111,10 @@ def branched(examples: Sequence[Answered], device: torch.device | str = "cpu", *
 
 
 def padded(examples: Sequence[Answered], device: torch.device | str = "cpu", *, prompts: bool = False) -> Branches:
-    """Each answer behind its prompt in a row of its own, padded on the right, where nothing is asked for."""
+    """Collate each completion with its prompt into a right-padded row.
+
+    `prompts`: the prompts' own tokens are predicted, too.
+    """
     rows = [
         ((*example.prompt, *answer.ids), (*(0 for _ in example.prompt), *answer.mask))
         for example in examples

@@ -1,6 +1,6 @@
-"""Prompts with answers to them as token ids: what of a row is read, what is weighed, and what the answers share.
+"""Prompts with completions as token ids: tokenization, loss masks and the shared prompt prefix.
 
-Knows no tensor and no method.
+Torch-free.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ EMPTY = "the {side} side is empty"
 
 @dataclass(frozen=True)
 class Answer:
-    """What goes on from a prompt: token ids and, of the same length, 1 where the token is weighed."""
+    """A completion that continues a prompt: token ids and a loss mask of the same length (1: label token)."""
 
     ids: tuple[int, ...]
     mask: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
-        """How many tokens are weighed."""
+        """The number of label tokens."""
         return sum(self.mask)
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A prompt and answers to it.
+    """A prompt and its completions.
 
-    `prompt` is what all answers share before anything is weighed, so that it is read once for all.
+    `prompt` is the prefix that all completions share before their first label token, so that it is computed once.
     """
 
     id: str
     prompt: tuple[int, ...]
     answers: tuple[Answer, ...]
-    good: bool = True  # of a single answer: whether it is wanted
-    margin: float = 0.0  # of a pair: by how much the first answer is better
+    good: bool = True  # of a single completion: whether it is desirable
+    margin: float = 0.0  # of a pair: score margin of the first completion
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """All tokens that are read."""
+        """All input tokens."""
         return (*self.prompt, *(i for answer in self.answers for i in answer.ids))
 
     @property
     def labels(self) -> int:
-        """Tokens that are weighed."""
+        """The number of label tokens."""
         return sum(answer.tokens for answer in self.answers)
 
 
@@ -67,9 +67,9 @@ def answered(
     most: int,
     cut: bool = False,
 ) -> Answered | str:
-    """A prompt and what `sides` answer, by the model's template; or why it cannot be used.
+    """Tokenize a prompt and the completions `sides` with the chat template; return the reason where it cannot be used.
 
-    `most`: tokens of prompt and answer; `cut`: what is longer loses its end.
+    `most`: longest prompt plus completion in tokens; `cut`: truncate longer ones at the end.
     """
     found: list[Answer] = []
     for side, messages in sides.items():
@@ -82,19 +82,19 @@ def answered(
             return str(error)
         last = max(
             (i for i, m in enumerate(rendered.mask) if m), default=-1
-        )  # what follows the last token that is weighed is not read
+        )  # tokens after the last label token are dropped
         if last < 1:
             return EMPTY.format(side=side)
         found.append(Answer(rendered.ids[: last + 1], rendered.mask[: last + 1]))
     begins = min(answer.mask.index(1) for answer in found)
     longest = max(len(answer.ids) for answer in found)
     if longest > most and not cut:
-        return f"{longest} tokens, longer than max_tokens {most}"
+        return f"{longest} tokens, longer than max_length {most}"
     found = [Answer(answer.ids[:most], answer.mask[:most]) for answer in found]
     if not all(answer.tokens for answer in found):
-        return f"the prompt alone has {begins} tokens, max_tokens is {most}"
+        return f"the prompt alone has {begins} tokens, max_length is {most}"
     if len(found) > 1 and all(answer == found[0] for answer in found):
-        return "both sides are the same" + (" where they were cut" if longest > most else "")
+        return "both sides are equal" + (" after truncation" if longest > most else "")
     shared = min(begins, len(os.path.commonprefix([answer.ids for answer in found])))
     return Answered(
         id, found[0].ids[:shared], tuple(Answer(answer.ids[shared:], answer.mask[shared:]) for answer in found)
@@ -102,7 +102,7 @@ def answered(
 
 
 def pair_of(tokenizer: Any, row: Row, most: int, *, cut: bool = False) -> Answered | str:
-    """The example of a preference row: two answers, the chosen one first."""
+    """Tokenize a preference row: two completions, the chosen one first."""
     try:
         prompt, sides = (
             messages_from_json(row["prompt"]),
@@ -115,9 +115,7 @@ def pair_of(tokenizer: Any, row: Row, most: int, *, cut: bool = False) -> Answer
 
 
 def margin_of(row: Row) -> float:
-    """By how much a pair's chosen answer is better, as its row says (`margin`, or two `scores`); 0 where it says
-    nothing.
-    """
+    """Return the score margin of a pair from its row (`margin`, or two `scores`); 0 where it has none."""
     extra = row.get("extra") or {}
     fields = {**(extra.get("fields") or {}), **extra}
     margin, scores = fields.get("margin"), fields.get("scores")
@@ -131,13 +129,14 @@ def margin_of(row: Row) -> float:
 
 
 def _number(value: object) -> TypeGuard[float]:
-    """Whether it is a number that can be reckoned with."""
+    """Return whether the value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def singles_of(tokenizer: Any, row: Row, most: int, *, cut: bool = False) -> list[Answered | str]:
-    """The examples of a row: of a pair two, a wanted and an unwanted answer; of a conversation its last answer, wanted
-    as its field `label` says.
+    """Tokenize a row into single completions.
+
+    A pair gives two, a desirable and an undesirable one; a conversation gives its last message, by its field `label`.
     """
     if "chosen" in row:
         pair = pair_of(tokenizer, row, most, cut=cut)
@@ -149,7 +148,7 @@ def singles_of(tokenizer: Any, row: Row, most: int, *, cut: bool = False) -> lis
         ]
     label = label_of(row)
     if label is None:
-        return ["has no `label` that says whether its answer is wanted: true or false, or 1 or 0"]
+        return ["has no `label` (true or false, or 1 or 0) of whether its completion is desirable"]
     try:
         messages = messages_from_json(row["messages"])
     except ValueError as error:
@@ -161,14 +160,17 @@ def singles_of(tokenizer: Any, row: Row, most: int, *, cut: bool = False) -> lis
 
 
 def label_of(row: Row) -> bool | None:
-    """What a conversation's row says of its answer; None where it says nothing."""
+    """Return the label of a conversation's row; None where it has none."""
     extra = row.get("extra") or {}
     label = row.get("label", extra.get("label", (extra.get("fields") or {}).get("label")))
     return bool(label) if isinstance(label, bool) or label in (0, 1) else None
 
 
 def kept(made: Sequence[tuple[str, Answered | str]], name: str) -> tuple[list[Answered], list[tuple[str, str]]]:
-    """(examples, (id, reason) of those that cannot be used). DataError when none is left."""
+    """Return (examples, rejected rows as (id, reason)).
+
+    Errors: DataError when no example is left.
+    """
     good = [example for _, example in made if not isinstance(example, str)]
     lost = [(id, example) for id, example in made if isinstance(example, str)]
     if not good:
@@ -177,7 +179,10 @@ def kept(made: Sequence[tuple[str, Answered | str]], name: str) -> tuple[list[An
 
 
 def apart(examples: Sequence[Answered], mark: str = "") -> list[Answered]:
-    """The same, each with an id of its own: what is known of an example is kept by its id. `mark` is put behind all."""
+    """Return the examples with unique ids, since reference log-probabilities are stored by id.
+
+    `mark` is appended to every id.
+    """
     seen: Counter[str] = Counter()
     found = []
     for example in examples:

@@ -1,6 +1,6 @@
-"""How probable given tokens are to a model: log-probabilities of a batch's answers, with gradients.
+"""Log-probabilities of a batch's completions under a model, with gradients.
 
-The head runs on the places that are asked for, some at a time. Knows no method.
+The LM head runs on the requested positions only, in chunks.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from llmworks.train.loop.losses import whole_logits
 def batch_of(
     examples: Sequence[Answered], *, free: bool, device: torch.device | str = "cpu", prompts: bool = False
 ) -> Branches:
-    """Examples as a model reads them: `free`, as `train.tuned.Tuned` has it, where texts of one row can be apart."""
+    """Collate examples for a model. `free`: the model supports separate sequences in one row (`Tuned.free`)."""
     return branched(examples, device, prompts=prompts) if free else padded(examples, device, prompts=prompts)
 
 
 def states(model: Any, batch: Branches) -> Tensor:
-    """The last states of all tokens [rows * length, width]."""
+    """Return the last hidden states of all tokens [rows * length, hidden size]."""
     if batch.positions is not None:
         found = model.decoder(
             model.get_input_embeddings()(batch.ids), batch.positions, segments=batch.segments, branches=batch.branches
@@ -36,10 +36,10 @@ def states(model: Any, batch: Branches) -> Tensor:
 
 
 def logprobs(model: Any, batch: Branches, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probabilities [n] in nats of the tokens that are weighed, entropies [n] there without a gradient,
-    log-probabilities of the prompts' own tokens, if they are asked for).
+    """Return (log-probabilities of the label tokens [n], entropies [n] without gradient, log-probabilities of prompt
+    tokens).
 
-    Logits are divided by `temperature` first, as they were when the tokens were drawn.
+    In nats; prompt tokens only if requested. Logits are divided by `temperature` first, as in sampling.
     """
     at, wanted = batch.at, batch.wanted
     if batch.spoken is not None:
@@ -54,9 +54,7 @@ def logprobs(model: Any, batch: Branches, temperature: float = 1.0) -> tuple[Ten
 
 
 def still(network: nn.Module) -> None:
-    """Take dropout out of a network: chances of two models are compared, and what is left out by chance would be a
-    difference.
-    """
+    """Disable dropout in a network, since it would change the log-probabilities that are compared."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

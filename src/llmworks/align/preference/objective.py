@@ -1,8 +1,7 @@
-"""How answers of pairs, or single answers, become a loss: joined into batches, read by the policy, held against the
-reference, judged by a method's pure function; and what is told of it.
+"""Losses of pairs and single completions: collation, policy and reference log-probabilities, loss function, metrics.
 
-A step is one batch: what is a mean over tokens, or a distance over answers, is of the whole step, whatever its parts.
-Knows no method's formula.
+Means over tokens and KL estimates are computed over the whole step, whatever its micro-batches. Formulas are in
+`losses`.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from llmworks.train.finetune.config import TuneConfig
 from llmworks.train.finetune.method import Material, Way
 from llmworks.train.finetune.trainable import Tuned, open_tuned
 
-OTHER = "#other"  # of an example's id: its prompt with another's answer
+OTHER = "#other"  # id suffix of a prompt with another example's completion
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a method is made of when the policy is there."""
+    """What a method is built from once the policy is loaded."""
 
     config: TuneConfig
     tuned: Tuned
@@ -43,23 +42,27 @@ class Given:
     reference: Model | None = None
 
     def cast(self) -> Any:
-        """The context in which this policy computes."""
+        """Return the autocast context of the policy."""
         return cast(self.device, resolved(self.config.precision, self.device, spread=False))
 
     def join(self, some: Sequence[Answered], *, prompts: bool = False) -> Branches:
-        """Examples as this policy reads them."""
+        """Collate examples into a batch of the policy."""
         return batch_of(some, free=self.tuned.free, device=self.device, prompts=prompts)
 
     def references(
         self, examples: Sequence[Answered], join: Callable[[Sequence[Answered]], Branches]
     ) -> dict[str, list[float]]:
-        """Log-probabilities of examples' answers to the reference: of the policy as it begins, or of another model,
-        which is opened for it and given back.
+        """Return the reference's log-probabilities of the examples' completions.
+
+        The reference is the initial policy, or another model, which is loaded for this and freed.
         """
         network, what = self.tuned.network, "reference"
         if self.reference is not None:
             other = open_tuned(self.reference.path)
-            network, what = other.network.to(self.device).requires_grad_(False), f"chances of {self.reference.name}"
+            network, what = (
+                other.network.to(self.device).requires_grad_(False),
+                (f"log-probabilities of {self.reference.name}"),
+            )
         return cached(
             network,
             examples,
@@ -72,20 +75,20 @@ class Given:
 
 
 class Told:
-    """Figures of a step, gathered over its parts: means, by what they count."""
+    """Metrics of a step, accumulated over its micro-batches as means."""
 
     def __init__(self) -> None:
         self.totals: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
 
     def add(self, **values: Tensor) -> None:
-        """Take in values of a part."""
+        """Add the values of a micro-batch."""
         for name, value in values.items():
             self.totals[name] += float(value.detach().float().sum())
             self.counts[name] += value.numel()
 
     def means(self) -> dict[str, float]:
-        """The means, and begin anew."""
+        """Return the means and reset."""
         found = {name: self.totals[name] / self.counts[name] for name in self.totals if self.counts[name]}
         self.totals.clear()
         self.counts.clear()
@@ -93,12 +96,11 @@ class Told:
 
 
 class Pairs:
-    """Losses of pairs.
+    """Losses of preference pairs.
 
-    `judge`: the method's function; `learn`: how much the chosen answers are learned beside it, in nats a token, with
-    `prompts` their prompts, too; `tail`: what a token counts that is
-
-    beyond the shorter answer of its pair; `compared`: whether there is a reference, `live`: computed beside every step.
+    `judge`: the method's loss function; `learn`: weight of an NLL loss on chosen completions, in nats per token, with
+    `prompts` on their prompts too; `tail`: weight of tokens beyond the shorter completion of a pair; `compared`:
+    whether there is a reference; `live`: whether it is computed at every step.
     """
 
     def __init__(
@@ -129,14 +131,14 @@ class Pairs:
             )
 
     def way(self) -> Way:
-        """As the run has it."""
+        """Return the training method for the training loop."""
         return Way(self.loss, self.join, self.look, said, self.told.means)
 
     def join(self, some: Sequence[Answered], step: Sequence[Answered], *, bare: bool = False) -> Branches:
-        """Some pairs of a step as a batch. `bare`: without what the reference says of them."""
+        """Collate some pairs of a step. `bare`: without the reference's log-probabilities."""
         batch = self.given.join(some, prompts=self.prompts and not bare)
         more: dict[str, Any] = {}
-        if self.learn:  # a mean over all tokens of the step, though its parts are divided by pairs
+        if self.learn:  # a mean over all tokens of the step, though micro-batches are divided by pairs
             more["share"] = len(step) / sum(
                 pair.answers[0].tokens + (max(0, len(pair.prompt) - 1) if self.prompts else 0) for pair in step
             )
@@ -151,7 +153,7 @@ class Pairs:
         return replace(batch, given=more)
 
     def sides(self, network: Any, batch: Branches) -> tuple[Sides, Tensor, Tensor, Tensor]:
-        """(both sides of each pair, log-probabilities of their tokens, entropies there, log-probabilities of prompts'
+        """Return (log-probabilities of the pairs, of their tokens, token entropies, log-probabilities of prompt
         tokens).
         """
         found, entropy, spoken = logprobs(network, batch)
@@ -175,7 +177,7 @@ class Pairs:
         )
 
     def loss(self, network: Any, batch: Branches) -> Tensor:
-        """Summed over the pairs of a batch."""
+        """Compute the loss as a sum over the pairs of a batch."""
         sides, found, entropy, spoken = self.sides(network, batch)
         judged = self.judge(sides)
         total = judged.loss.sum()
@@ -185,7 +187,7 @@ class Pairs:
         return total
 
     def _learned(self, batch: Branches, found: Tensor, spoken: Tensor) -> Tensor:
-        """What the chosen answers add to the loss of their step, a mean over its tokens, times its pairs."""
+        """Return the NLL loss on chosen completions: a mean over the tokens of the step, times its pairs."""
         learned: Tensor = self.learn * batch.given["share"] * (-found[batch.owner % 2 == 0].sum() - spoken.sum())
         return learned
 
@@ -199,9 +201,7 @@ class Pairs:
         )
 
     def look(self, network: Any, unseen: Sequence[Answered]) -> dict[str, float]:
-        """Held-out pairs: their mean loss (what is learned of chosen answers is part of it), the share in which the
-        chosen answer has the larger reward, and the mean margin.
-        """
+        """Evaluate held-out pairs: mean loss (with the NLL term), reward accuracy and mean reward margin."""
         training = network.training
         network.train(False)
         found, size, learned = Told(), 2 * self.given.config.batch_size, 0.0
@@ -211,7 +211,7 @@ class Pairs:
                 batch = self.join(some, unseen)
                 sides, each, _, spoken = self.sides(network, batch)
                 judged = self.judge(sides)
-                if self.learn:  # the share is of all of them together
+                if self.learn:  # the share is over all pairs
                     learned += float(self._learned(batch, each, spoken))
                 found.add(
                     eval_loss=judged.loss,
@@ -224,9 +224,9 @@ class Pairs:
 
 
 class Singles:
-    """The loss of single answers (KTO).
+    """The loss of single completions (KTO).
 
-    Its distance from the reference is measured on other examples' answers to the same prompts, of the whole step.
+    Its KL estimate uses mismatched completions of the whole step's prompts.
     """
 
     def __init__(
@@ -253,13 +253,11 @@ class Singles:
         self.distance = torch.zeros((), device=given.device)
 
     def way(self) -> Way:
-        """As the run has it."""
+        """Return the training method for the training loop."""
         return Way(self.loss, self.join, self.look, said, self.told.means)
 
     def join(self, some: Sequence[Answered], step: Sequence[Answered]) -> Branches:
-        """Some answers of a step as a batch; the first part of a step has the examples that the distance is measured
-        on.
-        """
+        """Collate some examples of a step; its first micro-batch also has the examples for the KL estimate."""
         first = bool(self.measured) and some[0] is step[0]
         others = (
             [self.others[example.id + OTHER] for example in step if example.id + OTHER in self.others] if first else []
@@ -275,7 +273,7 @@ class Singles:
         )
 
     def ratios(self, network: Any, batch: Branches, ids: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(log-probability of each answer less the reference's, entropies of tokens)."""
+        """Return (log-ratio of policy to reference of each completion, token entropies)."""
         found, entropy, _ = logprobs(network, batch)
         if self.start is not None:
             with self.start.again():
@@ -285,7 +283,7 @@ class Singles:
         return batch.summed(found) - reference, entropy
 
     def away(self, network: Any, others: Sequence[Answered]) -> Tensor:
-        """The distance from the reference, of these."""
+        """Return the KL estimate on these examples."""
         size, found = self.given.config.batch_size, []
         with torch.no_grad():
             for at in range(0, len(others), size):
@@ -294,7 +292,7 @@ class Singles:
         return distance(torch.cat(found)) if found else torch.zeros((), device=self.given.device)
 
     def loss(self, network: Any, batch: Branches) -> Tensor:
-        """Summed over the answers of a batch."""
+        """Compute the loss as a sum over the completions of a batch."""
         if batch.given["first"]:
             self.distance = self.away(network, batch.given["others"])
         ratios, entropy = self.ratios(network, batch, batch.given["ids"])
@@ -303,9 +301,7 @@ class Singles:
         return kto(ratios, good, self.distance, **self.options).sum()
 
     def look(self, network: Any, unseen: Sequence[Answered]) -> dict[str, float]:
-        """Held-out answers: their mean loss, and the chance that a wanted one has a larger reward than an unwanted one
-        (area under the curve).
-        """
+        """Evaluate held-out completions: mean loss, and the AUC of rewards of desirable over undesirable ones."""
         training = network.training
         network.train(False)
         size = self.given.config.batch_size
@@ -324,7 +320,7 @@ class Singles:
         ratios, wanted = torch.cat(found), torch.tensor(good, device=self.given.device)
         ahead = ratios[wanted][:, None] - ratios[~wanted][None]
         told = {"eval_loss": float(kto(ratios, wanted, away, **self.options).mean())}
-        if ahead.numel():  # else there is one kind only, and nothing to rank
+        if ahead.numel():  # else there is one label only, and nothing to rank
             told |= {
                 "accuracy": float(((ahead > 0).float() + 0.5 * (ahead == 0).float()).mean()),
                 "eval_margin": float(self.options["beta"] * ahead.mean()),
@@ -333,11 +329,12 @@ class Singles:
 
 
 def crossed(examples: Sequence[Answered], most: int) -> list[Answered]:
-    """Each example's prompt with the answer of the example before it, or the nearest before that has another prompt and
-    makes no more than `most` tokens.
+    """Return each example's prompt with the completion of the nearest earlier example that has another prompt.
+
+    Together they have at most `most` tokens. Used for the KL estimate of KTO.
     """
     made = []
-    longest = min(most, max((len(example.ids) for example in examples), default=0))  # which the model reads, too
+    longest = min(most, max((len(example.ids) for example in examples), default=0))  # which is known to fit the model
     for at, example in enumerate(examples):
         others = (examples[at - back] for back in range(1, len(examples)))
         other = next(
@@ -354,9 +351,9 @@ def crossed(examples: Sequence[Answered], most: int) -> list[Answered]:
 
 
 def said(found: Mapping[str, float]) -> str:
-    """A look in words."""
-    return f"held-out answers: loss {found['eval_loss']:.4f}" + (
-        f", {found['accuracy']:.1%} ranked right, margin {found['eval_margin']:+.3f}"
+    """Format evaluation metrics as a log message."""
+    return f"held-out completions: loss {found['eval_loss']:.4f}" + (
+        f", reward accuracy {found['accuracy']:.1%}, margin {found['eval_margin']:+.3f}"
         if "accuracy" in found
-        else ", all of one kind"
+        else ", all with one label"
     )

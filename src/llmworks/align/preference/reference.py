@@ -1,9 +1,7 @@
-"""The reference of an alignment: the policy as it was before the first step, an adapter that it began with included.
+"""The reference of an alignment: the initial policy, including an adapter that training continues.
 
-Its chances are computed once and kept, or beside every step.
-
-No second model is in memory for it: beside an adapter the reference is the model with the adapter switched off, or as
-the adapter was.
+Its log-probabilities are computed once and cached, or at every step. No second model is in memory for it: with an
+adapter the reference is the model with the adapter switched off, or with the adapter's initial weights.
 """
 
 from __future__ import annotations
@@ -28,11 +26,11 @@ Join = Callable[[Sequence[Answered]], Branches]
 
 
 class Start:
-    """An adapter as it is now. Within `again` the network computes what it did when this was made."""
+    """A snapshot of an adapter. Within `again` the network computes what it did when the snapshot was taken."""
 
     def __init__(self, network: nn.Module) -> None:
         self.layers = [layer for _, layer in layers(network)]
-        self.off = not any(bool(layer.b.any()) for layer in self.layers)  # a new adapter adds nothing
+        self.off = not any(bool(layer.b.any()) for layer in self.layers)  # a new adapter has zero effect
         self.kept = (
             []
             if self.off
@@ -41,7 +39,7 @@ class Start:
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """The network as it began, for as long as this lasts, without gradients."""
+        """Restore the initial adapter in this context, without gradients."""
         own = [[p.data for p in layer.parameters() if p.requires_grad] for layer in self.layers]
         try:
             for number, layer in enumerate(self.layers):
@@ -61,8 +59,9 @@ class Start:
 
 
 def sums(network: Any, batch: Branches) -> Tensor:
-    """Log-probabilities of a batch's answers in nats [answers], without gradients; tokens count as the batch's
-    `weights` say.
+    """Return the summed log-probabilities of a batch's completions in nats [completions], without gradients.
+
+    Tokens are weighted by the batch's `weights`.
     """
     training = network.training
     network.train(False)
@@ -82,12 +81,13 @@ def cached(
     progress: Progress,
     what: str = "reference",
 ) -> dict[str, list[float]]:
-    """Log-probabilities of the answers of each example, by its id; those that the file has are not computed again, the
-    others are added to it.
+    """Return the log-probabilities of each example's completions by its id.
+
+    Those in the file are not recomputed; the others are appended to it.
     """
     known: dict[str, list[float]] = {}
     if file.exists():
-        with contextlib.suppress(ValueError):  # a last line that was cut off
+        with contextlib.suppress(ValueError):  # a truncated last line
             for line in file.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
                 known[row["id"]] = row["sums"]
@@ -103,8 +103,8 @@ def cached(
             found, at = sums(network, join(some)).tolist(), 0
             if not all(value == value for value in found):
                 raise TrainingError(
-                    f"rows {', '.join(e.id for e in some[:4])}: the reference's chances are no numbers; look at the"
-                    " model, or at these rows"
+                    f"rows {', '.join(e.id for e in some[:4])}: the reference's log-probabilities are not finite;"
+                    " check the model, or these rows"
                 )
             for example in some:
                 known[example.id] = found[at : at + len(example.answers)]

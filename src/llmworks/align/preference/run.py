@@ -1,9 +1,7 @@
-"""What all alignments by given answers share: their fields, what they read, and the run.
+"""Shared parts of offline alignment methods: config fields, tokenization of rows, and the training run.
 
-Which loss the answers have is each method's own. Knows no tensor.
-
-The policy is a model, or a model with an adapter that it goes on from. The reference is the policy as it begins, unless
-another model is given.
+The policy is a model, or a model with an adapter to continue. The reference is the initial policy, unless another
+model is given. The loss is each method's own. Torch-free.
 """
 
 from __future__ import annotations
@@ -28,21 +26,21 @@ if TYPE_CHECKING:
     from llmworks.align.preference.objective import Given
     from llmworks.train.finetune.trainable import Tuned
 
-HELD = " (held out)"  # behind the ids of held-out examples, which may be those of others
+HELD = " (held out)"  # id suffix of held-out examples, whose ids may equal those of training examples
 
 
 class GivenConfig(TuneConfig):
-    """What is trained by given answers."""
+    """Training fields of alignment on given completions."""
 
     rates: ClassVar[Mapping[str, float]] = {"lora": 1e-4, "full": 5e-6}
 
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the data; may be a fraction")
-    batch_size: int = Field(8, gt=0, description="pairs, or single answers, per part of a step")
+    batch_size: int = Field(8, gt=0, description="pairs, or single completions, per micro-batch")
     overlong: Literal["drop", "truncate", "error"] = Field(
         "drop",
         description=(
-            "rows of which prompt and answer are longer than max_tokens: set aside and counted; cut at the end; or the"
-            " training does not begin"
+            "rows whose prompt and completion exceed max_length: set-aside: rejected and counted; cut: truncated"
+            " at the end; refuse: the run stops before training"
         ),
     )
 
@@ -50,29 +48,30 @@ class GivenConfig(TuneConfig):
     def _aligned(self) -> Self:
         if self.lora.lora_dropout:
             raise ValueError(
-                "lora.dropout: chances of two models are compared here, and dropout would be a difference; leave it 0"
+                "lora.lora_dropout: dropout would change the log-probabilities of the two models that are"
+                " compared; leave it 0"
             )
         return self
 
 
 class PreferenceConfig(GivenConfig, WriterConfig):
-    """Fields of alignments by given answers, of a model that writes."""
+    """Fields of offline alignment of a model that generates text."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Who is aligned: a model, and the adapter that it goes on from, if there is one."""
+    """The model that is aligned, and the adapter that training continues, if there is one."""
 
     model: Model
     adapter: Adapter | None = None
 
     @property
     def name(self) -> str:
-        """As it is called in messages."""
+        """The name in messages."""
         return self.model.name if self.adapter is None else self.adapter.name
 
     def open(self, config: TuneConfig, stage: str) -> tuple[Any, list[int]]:
-        """Its tokenizer, with the template of the configuration, and stop tokens.
+        """Return the tokenizer, with the configured chat template, and the stop token ids.
 
         Errors: ModelError, ArtifactError, GoldenMismatch, UserError.
         """
@@ -83,14 +82,11 @@ class Policy:
             require_base(self.adapter, self.model)
             if config.method != "lora":
                 raise UserError(
-                    "an adapter is gone on with by method lora; merge it first (llmworks merge adapter) to train all"
-                    " weights"
+                    "method full cannot continue an adapter; use method lora, or merge it first (llmworks merge"
+                    " adapter) to train all weights"
                 )
             if config.lora != type(config.lora)():
-                raise UserError(
-                    "config.lora: the policy goes on with the adapter it is given, whose shape is not changed; leave"
-                    " lora out"
-                )
+                raise UserError("config.lora: training continues the given adapter, whose shape is fixed; remove lora")
         source = (
             self.adapter.path
             if self.adapter is not None and (self.adapter.path / "tokenizer.json").exists()
@@ -104,15 +100,18 @@ class Policy:
 
 
 def rows_of(data: Dataset, *, singles: bool) -> list[Row]:
-    """Preference pairs, or, for who learns from single answers, conversations too. DataError for anything else."""
+    """Return preference pairs, or with `singles` conversations too.
+
+    Errors: DataError for any other schema.
+    """
     kind = schema_of(data)
     if kind == "preference":
         return read_preference(data)
     if kind == "chat" and singles:
         return read_chat(data)
     raise DataError(
-        f"{data.name}: holds no preference pairs{' and no conversations with a `label`' if singles else ''}; make them"
-        " with synthesize.pairs, or of rows of prompt, chosen and rejected with data.chat"
+        f"{data.name}: has no preference pairs{' and no conversations with a `label`' if singles else ''}; create"
+        " them with synthesize.pairs, or from rows of prompt, chosen and rejected with data.chat"
     )
 
 
@@ -125,7 +124,10 @@ def read(
     *,
     singles: bool = False,
 ) -> Material:
-    """Rows as the model is given them. Errors: as `Policy.open`; DataError where no row can be used."""
+    """Return the tokenized rows.
+
+    Errors: as `Policy.open`; DataError where no row can be used.
+    """
     tokenizer, stops = policy.open(config, stage)
     most = min(config.max_length, context_of(policy.model))
     examples, lost = examples_of(config, tokenizer, rows_of(data, singles=singles), data.name, most, singles=singles)
@@ -146,9 +148,9 @@ def read(
 def examples_of(
     config: GivenConfig, tokenizer: Any, rows: Sequence[Row], name: str, most: int, *, singles: bool
 ) -> tuple[list[Answered], list[tuple[str, str]]]:
-    """(examples, rows set aside with the reason).
+    """Return (examples, rejected rows with the reason).
 
-    DataError when none is left, or one is too long where that is refused.
+    Errors: DataError when none is left, or one is too long and overlong is refuse.
     """
     made: list[tuple[str, Answered | str]] = []
     for row in rows:
@@ -158,9 +160,9 @@ def examples_of(
             else [pair_of(tokenizer, row, most, cut=config.overlong == "truncate")]
         )
         for one in some:
-            if config.overlong == "error" and isinstance(one, str) and "longer than max_tokens" in one:
+            if config.overlong == "error" and isinstance(one, str) and "longer than max_length" in one:
                 raise DataError(
-                    f"{name}: row {row['id']!r}: {one}; set max_tokens higher, or longer to set-aside or cut"
+                    f"{name}: row {row['id']!r}: {one}; raise max_length, or set overlong to set-aside or cut"
                 )
             made.append((str(row["id"]), one))
     return kept(made, name)
@@ -178,10 +180,10 @@ def prefer(
     reference: Model | None = None,
     singles: bool = False,
 ) -> Adapter | Model:
-    """Train by given answers.
+    """Train a policy on given completions.
 
-    `way_of` makes the loss, of what is known when the policy is there. Errors: as `read`; TrainingError when the loss
-    stops being a number.
+    `way_of` builds the training method once the policy is loaded. Errors: as `read`; TrainingError when the loss is
+    not finite.
     """
     from llmworks.align.report import describe
     from llmworks.train.distributed import world
@@ -193,8 +195,8 @@ def prefer(
     weighed = sum(example.labels for example in material.examples)
     shared_prompts(material.examples, material.unseen, lambda example: example.prompt, ctx.progress.say)
     ctx.progress.say(
-        f"{len(material.examples)} {'answers' if singles else 'pairs'}, {weighed:,} tokens of answers"
-        + (f"; {len(material.set_aside)} rows set aside" if material.set_aside else "")
+        f"{len(material.examples)} {'completions' if singles else 'pairs'}, {weighed:,} label tokens"
+        + (f"; {len(material.set_aside)} rows rejected" if material.set_aside else "")
     )
     with world.opened(config.spread) as here:
         from llmworks.align.preference.objective import Given
@@ -209,31 +211,34 @@ def prefer(
 
 
 def check_run(config: TuneConfig, *, held_out: bool) -> None:
-    """What every alignment needs before it opens a model. `held_out`: whether rows for it are given. UserError."""
+    """Check what every alignment needs before a model is opened. `held_out`: whether an eval set is given.
+
+    Errors: UserError.
+    """
     from llmworks.train.distributed import world
 
     require_held_out(config, given=held_out)
     if world.processes() > 1:
-        raise UserError("an alignment runs in one process; start one")
+        raise UserError("alignment runs in one process; start a single process")
 
 
 def shared_prompts(
     learned: Sequence[Any], unseen: Sequence[Any], prompt_of: Callable[[Any], Any], say: Callable[[str], None]
 ) -> None:
-    """Say how many held-out prompts are among those that are learned from: what is seen there is no measure then."""
+    """Warn about held-out prompts that are in the training set, since they do not measure generalization."""
     known = {prompt_of(one) for one in learned}
     shared = sum(prompt_of(one) in known for one in unseen)
     if shared:
         say(
-            f"warning: {shared} of {len(unseen)} held-out prompts are learned from, too; what they show says nothing of"
-            " others"
+            f"warning: {shared} of {len(unseen)} held-out prompts are in the training set too; their metrics do"
+            " not measure generalization"
         )
 
 
 def same_vocabulary(reference: Model, policy: Policy) -> None:
-    """Whether a reference's chances are of the policy's tokens.
+    """Check that a reference has the policy's vocabulary.
 
-    Errors: ModelError for no directory, UserError for another vocabulary.
+    Errors: ModelError for a model that is not a directory, UserError for another vocabulary.
     """
     from llmworks.tokenize.load import load_tokenizer
 
@@ -241,7 +246,7 @@ def same_vocabulary(reference: Model, policy: Policy) -> None:
     one, other = (load_tokenizer(model.path).get_vocab() for model in (reference, policy.model))
     if one != other:
         raise UserError(
-            f"the reference {reference.name} has another vocabulary than {policy.name} ({len(one):,} and {len(other):,}"
-            " tokens), so that its chances are of other tokens; leave the input `reference` out, and the policy's own"
-            " beginning is it"
+            f"the reference {reference.name} has another vocabulary than {policy.name} ({len(one):,} and"
+            f" {len(other):,} tokens), so their log-probabilities cannot be compared; remove the input `ref_model`"
+            " to use the initial policy"
         )

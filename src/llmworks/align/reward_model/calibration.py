@@ -1,4 +1,4 @@
-"""Whether a model is as often right as it says: chances against what came true, in bins. Pure functions."""
+"""Calibration of predicted probabilities: bins, expected calibration error, and Wilson intervals. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BINS = 10
 
 
 class Bin(NamedTuple):
-    """Cases whose chance was between `low` and `high`: the mean chance, how often it came true, how many there are."""
+    """Cases with a predicted probability between `low` and `high`: mean prediction, share of true ones, and count."""
 
     low: float
     high: float
@@ -22,7 +22,7 @@ class Bin(NamedTuple):
 def bins_of(
     chances: Sequence[float], true: Sequence[bool], *, low: float = 0.0, high: float = 1.0, bins: int = BINS
 ) -> list[Bin]:
-    """Bins of equal width that hold something."""
+    """Return the non-empty bins of equal width."""
     found: list[Bin] = []
     for number in range(bins):
         begin, end = low + (high - low) * number / bins, low + (high - low) * (number + 1) / bins
@@ -45,15 +45,16 @@ def bins_of(
 
 
 def expected_error(found: Sequence[Bin]) -> float:
-    """Expected calibration error: the mean gap between what was said and what came true, over cases (Naeini et al.
-    2015).
+    """Return the expected calibration error (ECE, Naeini et al. 2015): the mean gap of prediction and outcome.
+
+    Bins are weighted by their cases.
     """
     total = sum(b.cases for b in found)
     return sum(b.cases * abs(b.said - b.true) for b in found) / total if total else 0.0
 
 
 def wilson(right: float, total: int, z: float = 1.959964) -> tuple[float, float, float]:
-    """(share, low, high): a share with its 95% interval (Wilson 1927). A tie may be half a case."""
+    """Return (share, low, high): a share with its 95% interval (Wilson 1927). A tie may count as half a case."""
     share, spread = (
         right / total,
         z * math.sqrt(right / total * (1 - right / total) / total + z * z / (4 * total * total)),

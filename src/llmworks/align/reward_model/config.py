@@ -15,35 +15,35 @@ if TYPE_CHECKING:
 
 
 class ScorerConfig(GivenConfig):
-    """What is trained of a model that scores: it writes nothing."""
+    """Training fields of a model with a score head, which does not generate text."""
 
     rates: ClassVar[Mapping[str, float]] = {"lora": 5e-4, "full": 2e-5}
 
     eval_samples: int = Field(
-        512, gt=0, description="held-out pairs of a look; accuracy and calibration are of the last one"
+        512, gt=0, description="held-out pairs per evaluation; accuracy and calibration are of the last evaluation"
     )
 
     @property
     def makes(self) -> type[Model]:
-        """A model, also where an adapter was trained: it is folded."""
+        """Model: a trained adapter is merged into it."""
         return Model
 
 
 class RewardConfig(ScorerConfig):
-    """What is trained, and how far apart answers should score."""
+    """Margin and centering of the reward model loss."""
 
     margin_coefficient: float = Field(
         0.0,
         ge=0,
         description=(
-            "how far apart the scores of a pair should be, for each unit of its own margin (a field `margin`, or the"
-            " difference of its `scores`)"
+            "target score difference of a pair per unit of its own margin (a field `margin`, or the difference of"
+            " its `scores`)"
         ),
     )
     center_rewards_coefficient: float = Field(
         0.0,
         ge=0,
         description=(
-            "weight of the square of both scores' sum, which keeps scores around 0; 0.01 is usual (arXiv:2312.09244)"
+            "weight of the squared sum of both scores, which keeps scores around 0; 0.01 is usual (arXiv:2312.09244)"
         ),
     )

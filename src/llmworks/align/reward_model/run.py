@@ -1,7 +1,4 @@
-"""How a decoder with a head learns to score: pairs of answers, or steps of one; and how it is saved.
-
-Knows no configuration of a stage beside what it is told.
-"""
+"""Train and save a decoder with a score head: on preference pairs, or on the steps of completions."""
 
 from __future__ import annotations
 
@@ -29,10 +26,9 @@ from llmworks.train.finetune.trainable import Tuned
 
 
 class Ranking:
-    """Scores of both answers of pairs, each read at its last token.
+    """Bradley-Terry reward model: scores of both completions of a pair, each at its last token.
 
-    `margin`: by how much more than 0 the chosen one should be ahead, times the margin of its pair; `seen`: scores of
-    the last look.
+    `margin`: weight of the pairs' own margins; `seen`: scores of the last evaluation.
     """
 
     def __init__(self, given: Given, *, margin: float, center: float) -> None:
@@ -41,7 +37,7 @@ class Ranking:
         self.head = put_head(given, "whole")
 
     def way(self) -> Way:
-        """As the run has it."""
+        """Return the training method for the training loop."""
         return Way(
             self.loss,
             self.join,
@@ -52,25 +48,25 @@ class Ranking:
         )
 
     def join(self, some: Sequence[Answered], _: Sequence[Answered]) -> Branches:
-        """Some pairs as a batch."""
+        """Collate some pairs."""
         return replace(
             self.given.join(some),
             given={"margin": torch.tensor([pair.margin for pair in some], device=self.given.device)},
         )
 
     def scores(self, network: Any, batch: Branches) -> tuple[Tensor, Tensor]:
-        """Of the chosen and the rejected answers, each [pairs]."""
+        """Return the scores of the chosen and the rejected completions, each [pairs]."""
         both = self.head(states(network, batch)[batch.lasts])[:, 0].float().view(-1, 2)
         return both[:, 0], both[:, 1]
 
     def loss(self, network: Any, batch: Branches) -> Tensor:
-        """Summed over the pairs of a batch."""
+        """Compute the loss as a sum over the pairs of a batch."""
         chosen, rejected = self.scores(network, batch)
         self.told.add(chosen=chosen, rejected=rejected, margin=chosen - rejected, ranked=(chosen > rejected).float())
         return bradley_terry(chosen, rejected, self.margin * batch.given["margin"], center=self.center).sum()
 
     def look(self, network: Any, unseen: Sequence[Answered]) -> dict[str, float]:
-        """Held-out pairs: their mean loss, the share that is ranked right, and the mean margin."""
+        """Evaluate held-out pairs: mean loss, accuracy and mean score margin."""
         training = network.training
         network.train(False)
         found, self.seen, size = Told(), [], 2 * self.given.config.batch_size
@@ -90,9 +86,9 @@ class Ranking:
 
 
 class Steps:
-    """Scores of the steps of answers, each read at its last token: how sure the model is that it is right.
+    """Process reward model: scores of the steps of completions, each at its last token.
 
-    `seen`: scores and labels of the last look.
+    A score is the logit of the step being correct. `seen`: probabilities and labels of the last evaluation.
     """
 
     def __init__(self, given: Given, labels: Mapping[str, Sequence[bool]]) -> None:
@@ -101,7 +97,7 @@ class Steps:
         self.head = put_head(given, "steps")
 
     def way(self) -> Way:
-        """As the run has it."""
+        """Return the training method for the training loop."""
         return Way(
             self.loss,
             self.join,
@@ -112,9 +108,9 @@ class Steps:
         )
 
     def join(self, some: Sequence[Answered], step: Sequence[Answered]) -> Branches:
-        """Some answers as a batch.
+        """Collate some completions.
 
-        A step's loss is a mean over all of its labels, though its parts are divided by answers.
+        The loss is a mean over all step labels of a training step, though micro-batches are divided by completions.
         """
         labels = torch.tensor([label for one in some for label in self.labels[one.id]], device=self.given.device)
         return replace(
@@ -123,12 +119,12 @@ class Steps:
         )
 
     def scores(self, network: Any, batch: Branches) -> Tensor:
-        """Of the steps of all answers [steps]: at the token that each ends with."""
+        """Return the scores of the steps of all completions [steps], each at its last token."""
         scored: Tensor = self.head(states(network, batch)[batch.at + 1])[:, 0].float()
         return scored
 
     def loss(self, network: Any, batch: Branches) -> Tensor:
-        """Summed over the steps of a batch, so that the mean over the answers of a step is that over its labels."""
+        """Compute the loss as a sum over steps, scaled so that its mean over completions is the mean over labels."""
         scores, right = self.scores(network, batch), batch.given["right"]
         self.told.add(
             chosen=scores[right].sigmoid(), rejected=scores[~right].sigmoid(), ranked=((scores > 0) == right).float()
@@ -137,8 +133,8 @@ class Steps:
         return total
 
     def look(self, network: Any, unseen: Sequence[Answered]) -> dict[str, float]:
-        """Held-out steps: their mean loss, the share that is told right from wrong, and how much surer the model is of
-        right ones.
+        """Evaluate held-out steps: mean loss, accuracy, and the gap of mean probability between correct and wrong
+        steps.
         """
         training = network.training
         network.train(False)
@@ -161,12 +157,13 @@ class Steps:
 
 
 def put_head(given: Given, kind: Kind) -> nn.Linear:
-    """A new head on the network, trained with the rest. ModelError for one that is no decoder of ours."""
+    """Add a score head to the network, trained with the rest.
+
+    Errors: ModelError for a network that is not one of our decoders.
+    """
     network = given.tuned.network
     if not isinstance(network, DecoderForCausalLM) or not given.tuned.free:
-        raise ModelError(
-            "a model that scores is made of a decoder of a known architecture: Llama, Mistral, Qwen or Gemma"
-        )
+        raise ModelError("a reward model needs a decoder of a known architecture: Llama, Mistral, Qwen or Gemma")
     torch.manual_seed(given.ctx.seed)
     head = new_head(network.shape.hidden_size, kind).to(given.device)
     network.score = head
@@ -174,7 +171,7 @@ def put_head(given: Given, kind: Kind) -> nn.Linear:
 
 
 def saver(model: Model, out: Path, scratch: Path, kind: Kind, *, pad: int) -> Callable[[Tuned], None]:
-    """Writes what was trained as one model: an adapter is folded into the weights."""
+    """Return a function that saves the result as one model, with an adapter merged into the weights."""
 
     def save(tuned: Tuned) -> None:
         network: Any = tuned.network
@@ -196,7 +193,7 @@ def saver(model: Model, out: Path, scratch: Path, kind: Kind, *, pad: int) -> Ca
 
 
 def said(found: Mapping[str, float]) -> str:
-    """A look in words."""
+    """Format evaluation metrics as a log message."""
     return (
-        f"held out: loss {found['eval_loss']:.4f}, {found['accuracy']:.1%} right, apart by {found['eval_margin']:+.3f}"
+        f"held-out: loss {found['eval_loss']:.4f}, accuracy {found['accuracy']:.1%}, margin {found['eval_margin']:+.3f}"
     )

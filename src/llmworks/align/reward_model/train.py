@@ -1,4 +1,4 @@
-"""Train a model that scores: a head on its last states, the loop of all fine-tunings, a page with calibration."""
+"""Train a reward model: score head, shared fine-tuning loop, and a report with calibration."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def train_scorer(
     kind: Any,
     labels: Mapping[str, Sequence[bool]],
 ) -> Model:
-    """Train the head of one kind (`whole` answers or `steps`) and what is below it, and describe what it scores.
+    """Train a reward model of one kind (`whole` completions or `steps`) and report its scores.
 
-    Errors: UserError for what it cannot do.
+    Errors: UserError for an unsupported configuration.
     """
     from llmworks.align.reward_model.run import Ranking, Steps, saver
     from llmworks.train.distributed import world
@@ -79,8 +79,9 @@ def train_scorer(
 
 
 def pad_of(material: Material) -> int:
-    """A token that fills up batches and ends no answer: transformers reads the score at the last token that is
-    another.
+    """Return a padding token id that does not end any completion.
+
+    transformers reads the score at the last token that is not padding.
     """
     ends = {answer.ids[-1] for example in material.examples for answer in example.answers}
     tokenizer = material.tokenizer
@@ -95,4 +96,4 @@ def pad_of(material: Material) -> int:
 
 
 def _no_page(*_: Any) -> None:
-    """The page is written where scores are known."""
+    """Do nothing: the report is written where the scores are known."""

@@ -1,4 +1,4 @@
-"""What a reward function is given and what it gives back."""
+"""Inputs and outputs of reward functions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from llmworks.data.store.rows import Row
 
 @dataclass(frozen=True)
 class Case:
-    """An answer to be valued: the row that was asked, its prompt, the answer's text, how many tokens it has, and
-    whether it was cut off.
-    """
+    """A completion to score: its dataset row, prompt, text, token count and whether it was truncated."""
 
     row: Row
     prompt: tuple[Message, ...]

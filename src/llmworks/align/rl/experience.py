@@ -1,6 +1,4 @@
-"""What a policy drew: prompts, answers with their rewards, and what is known of each token. Saved and loaded as
-safetensors.
-"""
+"""Rollouts: prompts, completions with their rewards, and per-token values. Saved and loaded as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from llmworks.data.store.rows import Row
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt: the row that it is of, its messages, its token ids."""
+    """A prompt: its dataset row, messages and token ids."""
 
     row: Row
     prompt: tuple[Message, ...]
@@ -27,14 +25,16 @@ class Asked:
 
     @property
     def labels(self) -> int:
-        """One prompt."""
+        """Always 1: a prompt counts as one example."""
         return 1
 
 
 @dataclass
 class Drawn:
-    """An answer that was drawn: its ids (the end token among them, if it ended), what it is worth, log-probabilities of
-    its tokens as the engine, the trainer before any step, and the reference have them.
+    """A sampled completion: its ids (with the end token, if it ended), reward and per-token values.
+
+    `engine`, `old`, `reference`: log-probabilities of its tokens by the engine, by the trainer before any update, and
+    by the reference.
     """
 
     ids: list[int]
@@ -50,12 +50,12 @@ class Drawn:
     returns: list[float] = field(default_factory=list)
 
 
-TOKENS = ("old", "reference", "values", "advantages", "returns")  # what is known of each token
+TOKENS = ("old", "reference", "values", "advantages", "returns")  # per-token fields
 
 
 @dataclass
 class Rollout:
-    """The answers to some prompts [prompts][answers]; `prompts`: their numbers."""
+    """The completions of some prompts [prompts][completions]. `prompts`: their indices."""
 
     prompts: list[int]
     drawn: list[list[Drawn]]
@@ -63,11 +63,11 @@ class Rollout:
 
     @property
     def rewards(self) -> Tensor:
-        """[prompts, answers]; NaN where nobody knows."""
+        """Rewards [prompts, completions]; NaN where a reward function failed."""
         return torch.tensor([[one.reward for one in group] for group in self.drawn])
 
     def save(self, file: Path) -> None:
-        """Write it whole."""
+        """Save the rollout atomically."""
         write_whole(
             file,
             json.dumps(
@@ -81,7 +81,10 @@ class Rollout:
 
     @classmethod
     def load(cls, file: Path) -> Rollout:
-        """TrainingError for a file that cannot be read."""
+        """Load a rollout.
+
+        Errors: TrainingError for an unreadable file.
+        """
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
             return cls(
@@ -89,5 +92,6 @@ class Rollout:
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrainingError(
-                f"{file}: the answers of this step cannot be read ({error}); delete {file.parent.parent} to begin anew"
+                f"{file}: the completions of this step cannot be read ({error}); delete {file.parent.parent} to"
+                " start over"
             ) from None

@@ -1,7 +1,6 @@
-"""How answers that the policy drew become a loss: what each is worth beside the others to its prompt, or by a model of
-values; and what is looked at on the way.
+"""Losses of online methods: rollouts become advantages and a policy loss, with the metrics of each step.
 
-Knows no formula and no engine.
+Does not define formulas (see `losses`) or run the engine (see `rollouts`).
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from llmworks.core.progress import write_whole
 from llmworks.model.io.reward_head import new_head
 from llmworks.train.finetune.method import Way
 
-SHOWN, WIDE = 2, 600  # texts of a rollout that are kept to be shown, and letters of each
+SHOWN, WIDE = 2, 600  # samples of a rollout kept for the report, and characters of each
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What `losses/policy.py` is told.
+    """Options of the policy loss in `losses/policy.py`.
 
-    `kl`: weight of the distance to the reference, `unbiased`: weighed by the ratio, as what was drawn is; `whole`: an
-    answer cut off is learned, too.
+    `kl`: weight of the KL penalty; `unbiased`: weight the KL estimate by the importance ratio; `whole`: truncated
+    completions are trained on, too.
     """
 
     form: Form = "clip"
@@ -51,9 +50,10 @@ class Objective:
 
 
 class Groups:
-    """Steps on answers that are drawn as the policy learns.
+    """Training on completions sampled from the policy during training.
 
-    `advantages`: of a rollout [prompts, answers]; `old`: whether they need log-probabilities.
+    `advantages`: function from a rollout to advantages [prompts, completions]; `old`: whether it needs the
+    log-probabilities at sampling time.
     """
 
     def __init__(
@@ -74,15 +74,15 @@ class Groups:
             old,
             Told(),
         )
-        self.seen: list[float] = []  # what answers to held-out prompts were worth when they were looked at last
+        self.seen: list[float] = []  # rewards of the held-out prompts at the last evaluation
         self.texts: list[str] = []
         self.figures: dict[str, float] = {}
         habit = drawing.habit
-        self.once = habit.updates * habit.passes == 1  # the policy that learns is the one that drew
+        self.once = habit.updates * habit.passes == 1  # fully on-policy: the trained policy is the sampling policy
         self.dull = 0
 
     def way(self) -> Way:
-        """As the run has it."""
+        """Return the training method for the training loop."""
         self.began = self._began()
         scratch = self.given.ctx.scratch
         steps = Rollouts(
@@ -106,10 +106,10 @@ class Groups:
         )
 
     def done(self) -> None:
-        """Nothing is to be put back."""
+        """Do nothing; subclasses clean up here."""
 
     def heard(self, number: int, made: Rollout) -> None:
-        """What a rollout's tokens are worth; its figures, and some of its texts for the page."""
+        """Compute the advantages of a rollout's tokens and record its metrics and samples."""
         values = self.advantages(made)
         for row, group in zip(values.tolist(), made.drawn, strict=True):
             for advantage, one in zip(row, group, strict=True):
@@ -117,14 +117,14 @@ class Groups:
         self.keep(number, made)
 
     def keep(self, number: int, made: Rollout) -> None:
-        """Figures and texts of a rollout; says when nothing can be learned of it."""
+        """Record the metrics and samples of a rollout; warn when it has no learning signal."""
         self.figures = made.figures
         self.dull = self.dull + 1 if made.figures["alike"] == 1.0 else 0
         if self.dull in (3, 30):
             self.given.ctx.progress.say(
-                f"warning: in {self.dull} rollouts all answers"
-                f" {'to each prompt ' if self.drawing.habit.answers > 1 else ''}were worth the same, so that nothing is"
-                " learned; ask easier or harder prompts, draw more answers, or raise temperature"
+                f"warning: in {self.dull} rollouts all completions"
+                f" {'of each prompt ' if self.drawing.habit.answers > 1 else ''}had the same reward, so there is"
+                " no learning signal; use easier or harder prompts, sample more completions, or raise temperature"
             )
         file = self.given.ctx.scratch / "samples.json"
         kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -141,18 +141,18 @@ class Groups:
             write_whole(file, json.dumps(kept))
 
     def join(self, made: Rollout, some: Sequence[int], step: Sequence[int]) -> Branches:
-        """Some prompts' answers as a part of a step."""
+        """Collate the completions of some prompts into a micro-batch of a step."""
         batch = joined(self.given, self.drawing, made, some)
         of_step = [one for i in step for one in made.drawn[i]]
         learned = sum(len(one.ids) for one in of_step if self.objective.whole or not one.cut)
         return replace(batch, given=batch.given | {"answers": len(of_step), "tokens": learned})
 
     def tell(self) -> dict[str, float]:
-        """Figures of a step: of the rollout that it is of, and of the loss."""
+        """Return the metrics of a step: of its rollout and of the loss."""
         return {**self.figures, **self.told.means()}
 
     def loss(self, network: Any, batch: Branches) -> Tensor:
-        """Summed, so that over the answers of the step it is the step's loss."""
+        """Compute the loss as a sum over the completions of a step."""
         found, entropy, _ = logprobs(network, batch, self.drawing.habit.temperature)
         total, worth, old = self._policy(batch, found)
         objective = self.objective
@@ -169,7 +169,7 @@ class Groups:
         return (total * self._shares(batch)).sum()
 
     def _policy(self, batch: Branches, found: Tensor) -> tuple[Tensor, Weighed, Tensor]:
-        """(the loss of each token, with what was clipped, log-probabilities when they were drawn)."""
+        """Return (loss of each token, policy loss with clipping, log-probabilities at sampling time)."""
         old = found.detach() if self.once or "old" not in batch.given else batch.given["old"]
         o = self.objective
         log = ratios(found, old, batch.owner, batch.counts, o.level, summed=o.summed)
@@ -187,8 +187,9 @@ class Groups:
         return worth.loss, worth, old
 
     def _shares(self, batch: Branches) -> Tensor:
-        """What each token counts; those of answers without a reward, and, where that is wanted, of answers that were
-        cut off, count nothing.
+        """Return the loss weight of each token.
+
+        0 for completions without a reward and, where they are masked, for truncated completions.
         """
         known = ~batch.given["reward"].isnan() & (~batch.given["cut"] | self.objective.whole)
         counted: Tensor = (
@@ -205,14 +206,14 @@ class Groups:
         return counted
 
     def _answered(self, asked: Sequence[Asked]) -> tuple[list[float], list[str]]:
-        """What greedy answers to held-out prompts are worth, and the answers."""
+        """Return rewards and texts of greedy completions of held-out prompts."""
         groups = self.drawing.answers(asked, 1, 0.0, lambda *_: 0)
         return [valued[0].total for valued in self.drawing.valued(groups, held=True)], [
             group[0][0].text for group in groups
         ]
 
     def _began(self) -> list[float]:
-        """What they were worth before the first step."""
+        """Return the rewards of held-out prompts before the first step."""
         file = self.given.ctx.scratch / "began.json"
         if not file.exists():
             write_whole(
@@ -222,7 +223,7 @@ class Groups:
         return found
 
     def look(self, network: Any, unseen: Sequence[Asked]) -> dict[str, float]:
-        """Held-out prompts, answered greedily: the mean reward (`accuracy`), and less it as a loss."""
+        """Evaluate greedy completions of held-out prompts: the mean reward (`accuracy`) and its negative as a loss."""
         self.seen, self.texts = self._answered(unseen)
         known = [value for value in self.seen if value == value]
         mean = sum(known) / max(1, len(known))
@@ -230,10 +231,9 @@ class Groups:
 
 
 class Actor(Groups):
-    """PPO: what each token is worth beside what a head on the policy's states expects; the head learns that at the same
-    time.
+    """PPO: a value head on the policy's hidden states is trained together with the policy.
 
-    `worth`: weight of its loss, `held`: how near it is held to what it said.
+    `worth`: weight of the value loss; `held`: clipping range of the value prediction.
     """
 
     def __init__(
@@ -267,11 +267,11 @@ class Actor(Groups):
         drawing.noting = self.note
 
     def done(self) -> None:
-        """The head is not the policy's."""
+        """Remove the value head, which is not part of the policy."""
         del self.given.tuned.network.score
 
     def note(self, made: Rollout) -> None:
-        """What the head expects of each token, before any step."""
+        """Record the value prediction of each token before any update."""
         network = self.drawing.network
         examples, size = self.drawing.examples(made), self.drawing.habit.size
         with torch.no_grad():
@@ -283,7 +283,7 @@ class Actor(Groups):
                         one.values = [next(values) for _ in one.ids]
 
     def heard(self, number: int, made: Rollout) -> None:
-        """Advantages and returns of all tokens of a rollout."""
+        """Compute advantages and returns of all tokens of a rollout."""
         flat = [one for group in made.drawn for one in group]
         owner = torch.tensor([at for at, one in enumerate(flat) for _ in one.ids])
         old, values = (torch.tensor([v for one in flat for v in getattr(one, name)]) for name in ("old", "values"))
@@ -291,7 +291,7 @@ class Actor(Groups):
         scores = torch.tensor([one.reward for one in flat]).nan_to_num(0.0)
         counted = torch.tensor([one.reward == one.reward and (self.objective.whole or not one.cut) for one in flat])[
             owner
-        ]  # others count for nothing, here as in the loss
+        ]  # others are excluded, here as in the loss
         advantages, returns = gae(
             token_rewards(scores, old, reference, owner, kl=self.reference_kl),
             values,
@@ -314,7 +314,7 @@ class Actor(Groups):
         self.keep(number, made)
 
     def loss(self, network: Any, batch: Branches) -> Tensor:
-        """The policy's, and the head's of the same states."""
+        """Compute the policy loss plus the value loss of the same hidden states."""
         found, entropy, read = self._both(network, batch)
         total, worth, old = self._policy(batch, found)
         wrong = value_loss(read, batch.given["values"], batch.given["returns"], self.held)
@@ -334,7 +334,7 @@ class Actor(Groups):
 
 
 class Contest(Groups):
-    """Online DPO: of the answers to a prompt the best and the worst are a pair."""
+    """Online DPO: the best and the worst completion of a prompt are a pair."""
 
     def __init__(self, given: Given, drawing: Drawing, *, kind: str, beta: float, whole: bool) -> None:
         super().__init__(
@@ -343,8 +343,9 @@ class Contest(Groups):
         self.kind, self.beta = kind, beta
 
     def loss(self, network: Any, batch: Branches) -> Tensor:
-        """Summed over pairs, as often as a prompt has answers; prompts whose answers are all worth the same have
-        none.
+        """Compute the loss summed over pairs, times the completions per prompt.
+
+        Prompts whose completions all have the same reward give no pair.
         """
         found, entropy, _ = logprobs(network, batch, self.drawing.habit.temperature)
         each = self.drawing.habit.answers
@@ -360,7 +361,7 @@ class Contest(Groups):
             rewards.nan_to_num(torch.inf).argmin(1, keepdim=True),
         )
         apart = (rewards.gather(1, best) - rewards.gather(1, worst))[:, 0]
-        told = apart > 1e-9  # false where one is not known
+        told = apart > 1e-9  # false where a reward is NaN
 
         def of(x: Tensor, which: Tensor) -> Tensor:
             return x.gather(1, which)[told, 0]
@@ -386,11 +387,11 @@ class Contest(Groups):
 
 
 def explained(values: Tensor, returns: Tensor) -> float:
-    """The share of the variance of returns that values foresee; below 0 where a constant would be better."""
+    """Return the explained variance of returns by values; below 0 where a constant would be better."""
     variance = float(returns.var(correction=0)) if len(returns) else 0.0
     return 1 - float((returns - values).var(correction=0)) / variance if variance > 1e-12 else 0.0
 
 
 def said(found: Mapping[str, float]) -> str:
-    """A look in words."""
-    return f"held-out prompts: a mean reward of {found['accuracy']:.4f}"
+    """Format evaluation metrics as a log message."""
+    return f"held-out prompts: mean reward {found['accuracy']:.4f}"

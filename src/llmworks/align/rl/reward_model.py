@@ -1,6 +1,6 @@
-"""Answers scored by a model with a head: whole ones at their last token, or by their steps.
+"""Score completions with a reward model: whole ones at their last token, or by their steps.
 
-It reads them by its own tokenizer and template. Knows no training.
+Uses the reward model's own tokenizer and chat template.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from llmworks.tokenize.load import load_tokenizer
 if TYPE_CHECKING:
     from llmworks.align.rl.cases import Case, Values
 
-ROWS = 16  # answers that are read at once
+ROWS = 16  # completions per batch
 
 
 def scores_of(model: Model) -> Values:
-    """A function from cases to scores: of a model for whole answers its score, of one for steps the least chance of a
-    step to be right.
+    """Return a function from cases to scores of a reward model.
 
-    ModelError for a model without a head.
+    A reward model of whole completions gives its score; a process reward model the lowest probability of a step to be
+    correct.
+
+    Errors: ModelError for a model without a score head.
     """
     scorer, tokenizer = Scorer(model.path), load_tokenizer(model.path)
 
@@ -69,9 +71,9 @@ def _steps(scorer: Scorer, tokenizer: object, cases: Sequence[Case]) -> list[flo
             ends.append(len(ids) - 1)
         if not ends or len(ids) > scorer.context:
             found.append(
-                "has no step"
+                "has no steps"
                 if not ends
-                else f"{len(ids)} tokens, longer than the reward model reads ({scorer.context})"
+                else f"{len(ids)} tokens, longer than the reward model's context ({scorer.context})"
             )
             continue
         row = torch.tensor([ids])

@@ -1,8 +1,7 @@
-"""What an answer is worth: named functions, each with a weight, added up.
+"""Reward functions: named functions, each with a weight, summed.
 
-Functions of `score/`, of the user's own file (in the sandbox), a model that scores, a judge, or its length.
-
-An answer that a function fails on has no reward (NaN) and is kept aside with the reason. Knows no training.
+Score functions of `score/`, functions of the user's own file (in the sandbox), a reward model, a judge, or the length.
+A completion that a function fails on has no reward (NaN) and is recorded with the reason.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from llmworks.data.store.rows import Row
 from llmworks.score import SCORES, score_function
 from llmworks.score.judge import grading, read_grade
 
-NAMES = ("model", "judge", "length", "overlong")  # beside score functions and files
-GRADE = 192  # tokens of a judge's answer
-MOST = 1e30  # that a value can be: sums and squares of more are no numbers of fp32
+NAMES = ("model", "judge", "length", "overlong")  # besides score functions and files
+GRADE = 192  # max_tokens of the judge's completion
+MOST = 1e30  # largest value: sums and squares of more overflow fp32
 
 
 @dataclass(frozen=True)
 class Valued:
-    """What an answer is worth in all (NaN: nobody knows), and by each function; `why`: what failed."""
+    """The reward of a completion in total (NaN: a function failed) and by function; `why`: what failed."""
 
     total: float
     parts: dict[str, float]
@@ -37,25 +36,29 @@ class Valued:
 
 
 def check_names(names: Mapping[str, float]) -> None:
-    """Whether rewards are known by their names; raises ValueError."""
+    """Check that the reward functions are known.
+
+    Errors: ValueError.
+    """
     if not names:
-        raise ValueError("rewards is empty; name a function and its weight, as {verified: 1}")
+        raise ValueError("reward_funcs is empty; name a function and its weight, such as {verified: 1}")
     for name, weight in names.items():
         if ":" not in name and name not in SCORES and name not in NAMES:
             raise ValueError(
-                f"rewards: {name!r} is none of {', '.join([*sorted(SCORES), *NAMES])}, nor FILE.py:FUNCTION"
+                f"reward_funcs: {name!r} is unknown; use one of {', '.join([*sorted(SCORES), *NAMES])}, or"
+                " FILE.py:FUNCTION"
             )
         if not weight:
-            raise ValueError(f"rewards: {name} has the weight 0; leave it out")
+            raise ValueError(f"reward_funcs: {name} has weight 0; remove it")
 
 
 class Rewards:
-    """Named functions with weights.
+    """Named reward functions with weights.
 
-    `reward`: the model behind `model`; `judge`: whom `judge` asks; `most`: tokens of the longest answer, the last
-    `soft` of which `overlong` punishes.
+    `reward`: the reward model of function `model`; `judge`: opens the engine of function `judge`; `most`: longest
+    completion in tokens, the last `soft` of which the function `overlong` penalizes.
 
-    Errors: UserError for a function whose model, or file, is not there.
+    Errors: UserError for a function whose model or file is missing.
     """
 
     def __init__(
@@ -71,12 +74,14 @@ class Rewards:
         aside: Path | None = None,
         stop: bool = False,
     ) -> None:
-        for name, given, what in (("model", reward, "reward"), ("judge", judge, "judge")):
+        for name, given, what in (("model", reward, "reward_model"), ("judge", judge, "judge")):
             if (name in weights) != (given is not None):
                 raise UserError(
-                    f"rewards: {name} needs the input `{what}`"
+                    f"reward_funcs: {name} needs the input `{what}`"
                     if given is None
-                    else f"the input `{what}` is for the reward `{name}`, which config.rewards does not have"
+                    else (
+                        f"the input `{what}` is for the reward function `{name}`, which is not in config.reward_funcs"
+                    )
                 )
         self.weights, self.most, self.soft, self.aside, self.stop = dict(weights), most, soft, aside, stop
         self.judge, self.criteria = judge, criteria
@@ -122,7 +127,7 @@ class Rewards:
 
     def _judged(self, cases: Sequence[Case]) -> list[float | str]:
         assert self.judge is not None
-        self.engine = engine = self.engine or self.judge()  # which is opened once
+        self.engine = engine = self.engine or self.judge()  # opened once
         requests = [
             Request(
                 (Message("user", grading(case.prompt, case.text, self.criteria)),), sampling=Sampling(max_tokens=GRADE)
@@ -140,15 +145,18 @@ class Rewards:
         return found
 
     def check(self, row: Row, prompt: tuple[Message, ...]) -> None:
-        """Whether a row can be valued at all, before anything is written. Errors: DataError."""
+        """Check that a row can be scored at all, before anything is sampled.
+
+        Errors: DataError.
+        """
         for name in self.weights:
             if name in SCORES:
                 score_function(name)(prompt, "", row)
 
     def of(self, cases: Sequence[Case], *, held: bool = False) -> list[Valued]:
-        """The value of each case; `held`: they are answers to held-out prompts.
+        """Return the reward of each case. `held`: the completions are of held-out prompts.
 
-        Errors: TrainingError for one without, where that is to stop the run.
+        Errors: TrainingError for a completion without a reward when on_reward_error is stop.
         """
         parts: list[dict[str, float]] = [{} for _ in cases]
         problems: list[list[str]] = [[] for _ in cases]
@@ -183,10 +191,10 @@ class Rewards:
                     for case, valued in failed
                 )
         if failed and self.stop:
-            raise TrainingError(f"row {failed[0][0].row.get('id')!r}: {failed[0][1].why}; on_error is stop")
+            raise TrainingError(f"row {failed[0][0].row.get('id')!r}: {failed[0][1].why}; on_reward_error is stop")
         return made
 
 
 def plain(row: Row) -> Row:
-    """What of a row can be written as JSON."""
+    """Return a row as JSON-serializable values."""
     return json.loads(json.dumps(row, default=str))  # type: ignore[no-any-return]

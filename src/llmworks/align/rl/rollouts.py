@@ -1,10 +1,10 @@
-"""Answers of the policy itself, drawn as it learns: prompts, their answers as token ids, what these are worth, and what
-the policy and the reference thought of them.
+"""Sample rollouts from the policy during training: completions, rewards, and log-probabilities of policy and
+reference.
 
-One file each, so that a killed run goes on.
+Each rollout is saved to a file, so that an interrupted run resumes.
 
-Tokens are used as they were drawn. What was cut off has no end to learn; what ended has its end token. Old
-log-probabilities are the trainer's, at the temperature of the draws. Knows no loss.
+Token ids are used as sampled. A truncated completion has no end token to train on; a finished one includes it. Old
+log-probabilities are computed by the trainer at the sampling temperature.
 """
 
 from __future__ import annotations
@@ -38,13 +38,11 @@ from llmworks.train.finetune.trainable import open_tuned
 
 @dataclass(frozen=True)
 class Habit:
-    """How answers are drawn and used.
+    """Options of sampling and reuse of rollouts.
 
-    `each`: prompts of a rollout; `size`: prompts that are read at once; `updates` of the weights a pass, `passes` over
-    each rollout; `fresh`: rounds in which
-
-    prompts whose answers are all worth the same are replaced by others; `compared`: whether log-probabilities of the
-    reference are wanted.
+    `each`: prompts per rollout; `size`: prompts per micro-batch; `updates`: optimizer steps per pass; `passes`: passes
+    over each rollout; `fresh`: rounds of dynamic sampling, in which prompts whose completions all have the same reward
+    are replaced; `compared`: whether log-probabilities of the reference are needed.
     """
 
     answers: int
@@ -59,22 +57,24 @@ class Habit:
 
 
 class Drawing:
-    """Draws answers by the engine over the network that is trained, and values them."""
+    """Samples completions with the engine on the trained network, and scores them."""
 
     def __init__(self, given: Given, asked: Sequence[Asked], rewards: Rewards, habit: Habit) -> None:
         self.given, self.asked, self.rewards, self.habit = given, asked, rewards, habit
         self.network = given.tuned.network
         self.start = Start(self.network) if habit.compared and given.tuned.lora is not None else None
         self.other: Any = None
-        if habit.compared and self.start is None:  # all weights move, so that there have to be others
+        if (
+            habit.compared and self.start is None
+        ):  # full fine-tuning changes all weights: a separate reference model is needed
             self.other = open_tuned(given.tuned.source).network.to(given.device).requires_grad_(False)
-        self.drawing = self.valuing = 0.0  # seconds, of the last draws
-        self.noting: Callable[[Rollout], None] | None = None  # what else is noted of a rollout
+        self.drawing = self.valuing = 0.0  # seconds of the last sampling and scoring
+        self.noting: Callable[[Rollout], None] | None = None  # hook that records more of a rollout
 
     def answers(
         self, prompts: Sequence[Asked], answers: int, temperature: float, seeds: Callable[[int, int], int]
     ) -> list[list[tuple[Completion, Case]]]:
-        """Answers to each prompt."""
+        """Sample completions of each prompt."""
         material = self.given.material
         engine = TorchEngine(self.network, material.tokenizer, material.stops, "policy")
         requests = [
@@ -106,24 +106,32 @@ class Drawing:
         return found
 
     def valued(self, groups: Sequence[Sequence[tuple[Completion, Case]]], *, held: bool = False) -> list[list[Valued]]:
-        """What they are worth; `held`: to held-out prompts. TrainingError where nobody knows of any."""
+        """Return the rewards of completions. `held`: they are of held-out prompts.
+
+        Errors: TrainingError when no completion has a reward.
+        """
         flat = self.rewards.of([case for group in groups for _, case in group], held=held)
         if flat and all(one.why for one in flat):
             raise TrainingError(
-                f"none of {len(flat)} answers{' to held-out prompts' if held else ''} has a reward; the first:"
+                f"none of {len(flat)} completions{' of held-out prompts' if held else ''} has a reward; the first:"
                 f" {flat[0].why}"
             )
         each = iter(flat)
         return [[next(each) for _ in group] for group in groups]
 
     def rollout(self, number: int, prompts: Sequence[int], *, old: bool) -> Rollout:
-        """Draw, value, and note what the trainer (`old`: before any step of it) and the reference think."""
+        """Sample and score completions, and record log-probabilities.
+
+        Those of the trainer (`old`: before any update) and of the reference.
+        """
         with self.given.cast():
             return self._rollout(number, prompts, old=old)
 
     def _rollout(self, number: int, prompts: Sequence[int], *, old: bool) -> Rollout:
         made = self._drawn(number, 0, prompts)
-        figures = self._figures(made)  # of what was drawn first: what is drawn in its place was chosen
+        figures = self._figures(
+            made
+        )  # of the first samples only: replacements are selected, so their statistics are biased
         asked = set(prompts)
         for turn in range(self.habit.fresh):
             dull = [at for at, row in enumerate(made.rewards) if alike(row)]
@@ -168,7 +176,7 @@ class Drawing:
         )
 
     def examples(self, made: Rollout) -> list[Answered]:
-        """Prompts with their answers, as they are trained on."""
+        """Return the prompts with their completions as training examples."""
         return [
             Answered(
                 f"{prompt}", self.asked[prompt].ids, tuple(Answer(tuple(one.ids), (1,) * len(one.ids)) for one in group)
@@ -177,7 +185,7 @@ class Drawing:
         ]
 
     def _note(self, made: Rollout, name: str, temperature: float, network: Any = None) -> None:
-        """Log-probabilities of all tokens, as a network has them now: the policy's, if no other is given."""
+        """Record the log-probabilities of all tokens under a network, by default the policy."""
         network = network if network is not None else self.network
         training = network.training
         network.train(False)
@@ -215,7 +223,7 @@ class Drawing:
         }
 
     def _bias(self, made: Rollout) -> dict[str, float]:
-        """How far the engine's log-probabilities are from the trainer's, where both are of temperature 1."""
+        """Return the gap between the log-probabilities of engine and trainer, at temperature 1 only."""
         if self.habit.temperature != 1.0:
             return {}
         gaps = [abs(a - b) for group in made.drawn for one in group for a, b in zip(one.engine, one.old, strict=False)]
@@ -223,31 +231,31 @@ class Drawing:
 
 
 def drawn(completion: Completion, case: Case, valued: Valued) -> Drawn:
-    """An answer with its end token, where it ended, and what it is worth."""
+    """Build a sampled completion with its end token, if it ended, and its reward."""
     ids = [*completion.ids, *([completion.ended] if completion.ended is not None else [])]
     return Drawn(ids, completion.text, case.cut, valued.total, valued.parts, list(completion.logprobs))
 
 
 def alike(rewards: Tensor) -> bool:
-    """Whether all answers to a prompt are worth the same, so that nothing can be learned of them."""
+    """Return whether all completions of a prompt have the same reward (no learning signal)."""
     known = rewards[~rewards.isnan()]
     return len(known) < 2 or float(known.max() - known.min()) < 1e-9
 
 
 def repetition(ids: Sequence[int], size: int = 4) -> float:
-    """The share of an answer's runs of four tokens that stood in it before."""
+    """Return the share of 4-grams of a completion that occurred in it before."""
     runs = [tuple(ids[at : at + size]) for at in range(len(ids) - size + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def _seed(*parts: int) -> int:
-    return hash(parts) & 0x7FFFFFFF  # of numbers: the same in every process
+    return hash(parts) & 0x7FFFFFFF  # hash of ints: the same in every process
 
 
 class Rollouts(Sequence[list[Callable[[], Any]]]):
-    """The steps of a training on answers that are drawn when their first step is asked for.
+    """The steps of a training on rollouts, which are sampled when their first step is requested.
 
-    `made`: hears of each rollout, new or read again; `join`: makes a batch of some of its prompts.
+    `heard`: called with each rollout, new or loaded; `join`: collates some of its prompts into a batch.
     """
 
     def __init__(
@@ -283,9 +291,9 @@ class Rollouts(Sequence[list[Callable[[], Any]]]):
     @overload
     def __getitem__(self, step: slice) -> Sequence[list[Callable[[], Any]]]: ...
     def __getitem__(self, step: int | slice) -> Any:
-        """The makers of a step's parts.
+        """Return the micro-batch factories of a step.
 
-        The first step of a rollout draws it, unless that was done before the run was stopped.
+        The first step of a rollout samples it, unless an interrupted run already did.
         """
         if isinstance(step, slice):
             return [self[i] for i in range(*step.indices(len(self)))]
@@ -301,7 +309,7 @@ class Rollouts(Sequence[list[Callable[[], Any]]]):
         ]
 
     def _numbers(self, number: int, inner: int, count: int) -> Iterator[int]:
-        """Which prompts of a rollout a step is of: all are shuffled for each pass."""
+        """Yield the prompts of a rollout that a step uses; they are shuffled for each pass."""
         habit = self.drawing.habit
         turn, at = divmod(inner, habit.updates)
         order = plan_epoch([0] * count, 1, number * 100 + turn, by_length=False)
@@ -309,7 +317,7 @@ class Rollouts(Sequence[list[Callable[[], Any]]]):
         yield from flat[at * count // habit.updates : (at + 1) * count // habit.updates]
 
     def rollout(self, number: int) -> Rollout:
-        """The answers of this number: as they are known, as they were kept, or drawn now."""
+        """Return the rollout of this number: in memory, from its file, or sampled now."""
         if self.now is not None and self.now[0] == number:
             return self.now[1]
         file = self.folder / f"{number:05}.json"
@@ -325,9 +333,7 @@ class Rollouts(Sequence[list[Callable[[], Any]]]):
 
 
 def joined(given: Given, drawing: Drawing, made: Rollout, some: Sequence[int]) -> Branches:
-    """Some prompts of a rollout as a batch, with what was noted of their tokens; what its loss is divided by is its
-    answers.
-    """
+    """Collate some prompts of a rollout with their per-token values; `labels` is the number of completions."""
     examples = drawing.examples(made)
     batch = given.join([examples[i] for i in some])
     chosen = [one for i in some for one in made.drawn[i]]

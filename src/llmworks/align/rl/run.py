@@ -1,9 +1,7 @@
-"""What all alignments by the policy's own answers share: their fields, the prompts that they read, and the run.
+"""Shared parts of online methods: config fields, prompts, and the training run.
 
-Which loss answers have is each method's own. Knows no tensor.
-
-The policy answers prompts, functions say what the answers are worth, and answers that are worth more become more
-probable.
+The policy samples completions, reward functions score them, and completions with higher rewards become more probable.
+The loss is each method's own. Torch-free.
 """
 
 from __future__ import annotations
@@ -37,81 +35,86 @@ if TYPE_CHECKING:
 
 
 class OnlineConfig(WriterConfig):
-    """What is drawn, what it is worth, and how often it is learned from."""
+    """Sampling, reward functions and reuse of rollouts."""
 
     rates: ClassVar[Mapping[str, float]] = {"lora": 1e-4, "full": 1e-6}
 
     reward_funcs: dict[str, float] = Field(
         {"verified": 1.0},
         description=(
-            "functions of an answer and their weights: score functions (verified: by the row's `answer`),"
-            " FILE.py:FUNCTION (in the sandbox), model (the input `reward`), judge (the input `judge`), length (share"
-            " of max_answer), overlong (0 to -1 over the last `soft` tokens)"
+            "reward functions and their weights: score functions (verified: by the row's `answer`),"
+            " FILE.py:FUNCTION (in the sandbox), model (the input `reward_model`), judge (the input `judge`),"
+            " length (share of max_completion_length), overlong (0 to -1 over the last overlong_buffer tokens)"
         ),
     )
-    num_generations: int = Field(8, ge=1, le=256, description="answers that are drawn of each prompt")
+    num_generations: int = Field(8, ge=1, le=256, description="completions sampled per prompt")
     temperature: float = Field(
         1.0,
         ge=0.01,
-        description=(
-            "of the draws, and of the probabilities that are learned; nothing else of the distribution is cut off"
-        ),
+        description="sampling temperature, also of the trained log-probabilities; no top-p or top-k",
     )
-    max_completion_length: int = Field(256, gt=0, description="tokens of the longest answer; longer ones are cut off")
+    max_completion_length: int = Field(256, gt=0, description="longest completion in tokens; longer ones are truncated")
     mask_truncated_completions: bool = Field(
         False,
         description=(
-            "answers that were cut off: learned by what they are worth, without an end; or left out of the loss (DAPO)"
+            "truncated completions: learn: trained on by their reward, without an end token; leave: masked out of"
+            " the loss (DAPO)"
         ),
     )
     overlong_buffer: int = Field(
-        0, ge=0, description="tokens before max_answer over which the reward `overlong` falls to -1"
+        0,
+        ge=0,
+        description=(
+            "tokens before max_completion_length over which the reward `overlong`"
+            " falls to -1 (DAPO soft overlong punishment)"
+        ),
     )
     reward_timeout: float = Field(
-        5.0, gt=0, description="the longest that a reward function of a file may take for one answer"
+        5.0, gt=0, description="timeout in seconds of a reward function of a file, per completion"
     )
     on_reward_error: Literal["drop", "raise"] = Field(
         "drop",
         description=(
-            "an answer that a reward function fails on, or says NaN of: kept aside with the reason and not learned; or"
-            " the run stops"
+            "completions on which a reward function fails or returns NaN: aside: recorded with the reason and not"
+            " trained on; stop: the run stops"
         ),
     )
-    criteria: str = Field("", description="what the judge looks at, in words")
+    criteria: str = Field("", description="grading criteria for the judge, in words")
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the prompts; may be a fraction")
-    batch_size: int = Field(4, gt=0, description="prompts, with all their answers, that are read at once")
-    gradient_accumulation_steps: int = Field(1, gt=0, description="of these a step")
-    num_minibatches: int = Field(1, gt=0, description="steps that each draw of answers is divided into")
-    num_iterations: int = Field(1, gt=0, description="how often each draw is gone through (mu of GRPO)")
+    batch_size: int = Field(4, gt=0, description="prompts per micro-batch, with all their completions")
+    gradient_accumulation_steps: int = Field(1, gt=0, description="micro-batches per step")
+    num_minibatches: int = Field(1, gt=0, description="optimizer steps that each rollout is divided into")
+    num_iterations: int = Field(1, gt=0, description="passes over each rollout (mu of GRPO)")
     dynamic_sampling_rounds: int = Field(
         0,
         ge=0,
         le=10,
         description=(
-            "rounds in which prompts whose answers are all worth the same are replaced by others (dynamic sampling of"
-            " DAPO)"
+            "rounds in which prompts whose completions all have the same reward are replaced by others (dynamic"
+            " sampling of DAPO)"
         ),
     )
     max_length: int = Field(
-        2048, gt=1, description="tokens of the longest prompt and max_answer together; longer prompts are set aside"
+        2048, gt=1, description="longest prompt plus max_completion_length, in tokens; longer prompts are rejected"
     )
     eval_steps: int = Field(
         0,
         ge=0,
         description=(
-            "steps between two looks at what greedy answers to held-out prompts are worth; before the first and after"
-            " the last step they are looked at anyway"
+            "steps between evaluations of greedy completions of held-out prompts; they are always evaluated"
+            " before the first and after the last step"
         ),
     )
     metric_for_best_model: Literal["", "accuracy"] = Field(
         "",
         description=(
-            "which look's weights are saved: the one with the largest reward (accuracy); empty: the last step's"
+            "which evaluation's weights are saved: accuracy: the one with the highest mean reward; empty: the"
+            " last step's"
         ),
     )
 
     def reads(self) -> tuple[str, ...]:
-        """Of reward functions."""
+        """Return the files of reward functions."""
         return tuple(name.rpartition(":")[0] for name in self.reward_funcs if ":" in name)
 
     @model_validator(mode="after")
@@ -119,25 +122,30 @@ class OnlineConfig(WriterConfig):
         check_names(self.reward_funcs)
         if self.dynamic_sampling_rounds and self.num_generations < 2:
             raise ValueError(
-                "fresh replaces prompts whose answers are all worth the same; with one answer each that says nothing"
+                "dynamic_sampling_rounds replaces prompts whose completions all have the same reward; it needs"
+                " num_generations of at least 2"
             )
         if self.lora.lora_dropout:
             raise ValueError(
-                "lora.dropout: what is learned is what was drawn, and dropout would be a difference; leave it 0"
+                "lora.lora_dropout: dropout would change the log-probabilities of sampled completions; leave it 0"
             )
         if ("overlong" in self.reward_funcs) != bool(self.overlong_buffer):
             raise ValueError(
-                "the reward `overlong` needs soft, the tokens over which it falls, and soft is of nothing else"
+                "the reward function `overlong` and overlong_buffer, the tokens over which it falls, need each other"
             )
         if self.max_completion_length >= self.max_length:
             raise ValueError(
-                f"max_answer {self.max_completion_length} leaves no token for a prompt: max_tokens is {self.max_length}"
+                f"max_completion_length {self.max_completion_length} leaves no token for a prompt: max_length is"
+                f" {self.max_length}"
             )
         return self
 
 
 def prompt_of(row: Row) -> tuple[Message, ...]:
-    """A conversation up to its last answer, tools written into the text; empty where nothing is asked."""
+    """Return a conversation without its final assistant turn, with tools rendered as text.
+
+    Empty where it has no prompt.
+    """
     turns = flat_messages(row) if row["messages"] else ()
     while turns and turns[-1].role == "assistant":
         turns = turns[:-1]
@@ -147,7 +155,10 @@ def prompt_of(row: Row) -> tuple[Message, ...]:
 def prompts_of(
     config: OnlineConfig, tokenizer: Any, data: Dataset, most: int, limit: int = 0
 ) -> tuple[list[Asked], list[tuple[str, str]]]:
-    """(prompts, rows set aside with the reason). DataError when none is left."""
+    """Return (prompts, rejected rows with the reason).
+
+    Errors: DataError when none is left.
+    """
     from llmworks.align.rl.experience import Asked
 
     found: list[Asked] = []
@@ -161,19 +172,23 @@ def prompts_of(
             lost.append((str(row["id"]), str(error)))
             continue
         if not ids:
-            lost.append((str(row["id"]), "asks nothing"))
+            lost.append((str(row["id"]), "has no prompt"))
         elif len(ids) + config.max_completion_length > most:
             lost.append(
                 (
                     str(row["id"]),
-                    f"a prompt of {len(ids)} tokens leaves no room for max_answer {config.max_completion_length} in {most}",
+                    (
+                        f"a prompt of {len(ids)} tokens leaves no room for max_completion_length"
+                        f" {config.max_completion_length}"
+                        f" in {most}"
+                    ),
                 )
             )
         else:
             found.append(Asked(row, turns, tuple(ids)))
     if not found:
         raise DataError(
-            f"{data.name}: none of {len(rows)} rows can be asked; the first: {lost[0][1] if lost else 'no rows'}"
+            f"{data.name}: none of {len(rows)} rows has a usable prompt; the first: {lost[0][1] if lost else 'no rows'}"
         )
     return found, lost
 
@@ -191,10 +206,10 @@ def run(
     reward: Model | None,
     judge: Model | Adapter | None,
 ) -> Adapter | Model:
-    """Train by the policy's own answers. `compared`: whether the reference is asked what it thinks of them.
+    """Train the policy on its own completions. `compared`: whether the reference's log-probabilities are needed.
 
-    Errors: DataError for rows that cannot be asked or valued; UserError for a reward without its model or file;
-    TrainingError when the loss stops being a number, or an answer has no reward and on_error is stop.
+    Errors: DataError for rows without a prompt or that cannot be scored; UserError for a reward function without its
+    model or file; TrainingError for a loss that is not finite, or, with on_reward_error raise, a failed reward.
     """
     from llmworks.align.preference.objective import Given
     from llmworks.align.rl.rollouts import Drawing
@@ -241,18 +256,20 @@ def run(
 
 
 def _announce(ctx: Context, asked: list[Asked], config: OnlineConfig, each: int, lost: list[tuple[str, str]]) -> None:
-    """Say how many prompts there are, and what answers are worth by."""
+    """Log the number of prompts and the reward functions."""
     ctx.progress.say(
-        f"{len(asked)} prompts, {config.num_generations} answers to each of {each} a draw, worth by"
-        f" {', '.join(f'{weight:g} x {name}' for name, weight in config.reward_funcs.items())}"
-        + (f"; {len(lost)} rows set aside" if lost else "")
+        (
+            f"{len(asked)} prompts, {config.num_generations} completions for each of {each} per rollout, scored by"
+            f" {', '.join(f'{weight:g} x {name}' for name, weight in config.reward_funcs.items())}"
+        )
+        + (f"; {len(lost)} rows rejected" if lost else "")
     )
 
 
 def _open_rewards(
     config: OnlineConfig, reward: Model | None, judge: Model | Adapter | None, aside: Path, ctx: Context
 ) -> Rewards:
-    """The reward functions of a configuration."""
+    """Return the reward functions of a configuration."""
     rewards = Rewards(
         config.reward_funcs,
         most=config.max_completion_length,
@@ -268,18 +285,23 @@ def _open_rewards(
 
 
 def _prompts_of_draw(config: OnlineConfig, asked: list[Asked], data: Dataset) -> int:
-    """Prompts that one draw takes. DataError where there are fewer."""
+    """Return the prompts per rollout.
+
+    Errors: DataError where the dataset has fewer.
+    """
     each = config.batch_size * config.gradient_accumulation_steps * config.num_minibatches
     if len(asked) < each:
         raise DataError(
-            f"{data.name}: {len(asked)} prompts, a draw takes {each} (batch_size {config.batch_size}, accumulation"
-            f" {config.gradient_accumulation_steps}, updates {config.num_minibatches}); give more, or make it smaller"
+            f"{data.name}: {len(asked)} prompts, a rollout needs {each} (batch_size {config.batch_size},"
+            f" gradient_accumulation_steps {config.gradient_accumulation_steps}, num_minibatches"
+            f" {config.num_minibatches}); add prompts,"
+            " or lower these"
         )
     return each
 
 
 def _habit_of(config: OnlineConfig, each: int, compared: bool) -> Habit:
-    """How answers are drawn and learned."""
+    """Return the rollout options of a configuration."""
     from llmworks.align.rl.rollouts import Habit
 
     habit = Habit(
@@ -307,12 +329,12 @@ def _describe(
     set_aside: Any,
     made: list[Groups],
 ) -> None:
-    """Write the page, with rewards of held-out prompts under names of their own."""
+    """Write the report, with rewards of held-out prompts under their own metric names."""
     from llmworks.align.report import describe_online
 
     if aside.exists():
         shutil.copyfile(aside, ctx.out / aside.name)
-    if "accuracy" in metrics:  # as looks have it, whatever they look at
+    if "accuracy" in metrics:  # the training loop's name of any evaluation metric
         metrics["eval_reward"] = metrics.pop("accuracy")
         metrics.pop("eval_loss")
     metrics |= describe_online(
@@ -331,6 +353,6 @@ def _describe(
 
 
 def _with_answer(one: Asked) -> list[dict[str, Any]]:
-    """The row's turns, with an empty answer where it has none."""
+    """Return the row's messages, with an empty assistant turn where it has none."""
     turns = list(one.row["messages"])
     return turns if turns[-1]["role"] == "assistant" else [*turns, {"role": "assistant", "content": ""}]

@@ -1,7 +1,6 @@
-"""A reward function from the user's own file, run in the sandbox: what it raises, or how long it takes, is told of the
-answer, and nothing waits for it.
+"""Reward functions from the user's own file, run in the sandbox.
 
-Knows no training.
+An exception or a timeout is recorded for the completion that caused it and does not block the others.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from llmworks.core.errors import UserError
 from llmworks.sandbox import Limits, run_python
 
 START = 10.0  # seconds for the interpreter and the imports of the file
-ROUND = 1000  # answers that one program values
+ROUND = 1000  # completions per sandboxed program
 HARNESS = """\
 import importlib.util, json, os, select, signal, sys
 tell = os.fdopen(os.dup(1), "w")
@@ -82,13 +81,12 @@ while at < len(cases):  # a child of its own, so that what does not hear its ala
 
 
 class UserCode:
-    """`FILE.py:FUNCTION`, called as function(prompt, completion, row): prompt a list of {role, content}, completion a
-    text, row what its row holds.
+    """`FILE.py:FUNCTION`, called as function(prompt, completion, row); returns a number.
 
-    It gives a number.
+    `prompt`: a list of {role, content}; `completion`: a string; `row`: the fields of its row. The sandbox has the
+    standard library and the packages of the base interpreter, no network and no files.
 
-    It has the standard library and what is installed for the base interpreter, no network and no files. Errors:
-    UserError for a file or a function that is not there.
+    Errors: UserError for a missing file or function.
     """
 
     def __init__(self, name: str, seconds: float) -> None:
@@ -97,21 +95,22 @@ class UserCode:
         try:
             self.text = path.read_text(encoding="utf-8")
         except OSError as error:
-            raise UserError(f"rewards: {name!r}: {path} cannot be read ({error.strerror})") from None
+            raise UserError(f"reward_funcs: {name!r}: {path} cannot be read ({error.strerror})") from None
         except UnicodeDecodeError:
-            raise UserError(f"rewards: {name!r}: {path} is no UTF-8 text") from None
+            raise UserError(f"reward_funcs: {name!r}: {path} is not UTF-8 text") from None
         try:
             tree = ast.parse(self.text)
         except (SyntaxError, ValueError) as error:
-            raise UserError(f"rewards: {name!r}: {path} is no Python ({error})") from None
+            raise UserError(f"reward_funcs: {name!r}: {path} is not valid Python ({error})") from None
         functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
         if self.function not in functions:
             raise UserError(
-                f"rewards: {name!r}: {path} has no function {self.function!r}; it has {', '.join(functions) or 'none'}"
+                f"reward_funcs: {name!r}: {path} has no function {self.function!r}; it has"
+                f" {', '.join(functions) or 'none'}"
             )
 
     def values(self, cases: Sequence[Mapping[str, Any]]) -> list[float | str]:
-        """A number of each case {prompt, completion, row}, or what went wrong with it."""
+        """Return a number for each case {prompt, completion, row}, or the reason why there is none."""
         found: dict[int, float | str] = {}
         while todo := [(number, case) for number, case in enumerate(cases) if number not in found][:ROUND]:
             limits = Limits(seconds=START + (self.seconds + 1.5) * len(todo), memory_mb=1024)
@@ -124,9 +123,9 @@ class UserCode:
                     (line for line in reversed(outcome.stderr.splitlines()) if line.strip()),
                     f"ended by {outcome.ended}",
                 )
-                raise UserError(f"rewards: {self.name!r}: the file cannot be run: {last[:200]}")
+                raise UserError(f"reward_funcs: {self.name!r}: the file cannot be run: {last[:200]}")
             left = [number for number, _ in todo if number not in found]
-            if left:  # the program that calls it was ended with it
+            if left:  # the calling program was killed with it
                 found[left[0]] = (
                     f"reached the limit of {outcome.ended}"
                     if outcome.ended != "exit"
@@ -136,7 +135,7 @@ class UserCode:
 
 
 def _said(text: str) -> dict[str, Any] | None:
-    """A line of the program's; None for anything else."""
+    """Parse a line of the program's output as a JSON object; None for anything else."""
     try:
         line = json.loads(text)
     except ValueError:
@@ -145,10 +144,10 @@ def _said(text: str) -> dict[str, Any] | None:
 
 
 def _value(line: Mapping[str, Any]) -> float | str:
-    """The number, or the reason in letters that can be written."""
+    """Return the number, or the reason as encodable text."""
     value = line.get("value")
     return (
         float(value)
         if isinstance(value, (int, float))
-        else str(line.get("error", "gave nothing")).encode("utf-8", "replace").decode()
+        else str(line.get("error", "returned nothing")).encode("utf-8", "replace").decode()
     )

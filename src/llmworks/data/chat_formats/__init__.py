@@ -1,9 +1,7 @@
-"""The shapes in which conversations and preferences are exchanged, recognised by their keys, read into one schema and
-written back.
+"""Formats of conversation and preference datasets: detected by their keys, read into one schema and written back.
 
-Each shape is one file: `matches(raw)`, `read(raw)` and `write(row)`. What the schema has no place for is kept in
-`extra`, so that a row is
-written back as it was. Reading and writing raise ValueError, which says what is wrong.
+Each format is one module with `matches(raw)`, `read(raw)` and `write(row)`. Fields outside the schema are kept in
+`extra`, so that a row can be written back unchanged. Reading and writing raise ValueError, which says what is wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from llmworks.core.types import Json
 from llmworks.data.chat_formats import alpaca, chatml, completion, evals, messages, preference, sharegpt
 from llmworks.data.chat_formats.fields import Row
 
-# in the order in which they are tried
+# in detection order
 SHAPES: dict[str, ModuleType] = {
     "preference": preference,
     "messages": messages,
@@ -29,7 +27,7 @@ CONTENT = ("messages", "prompt", "chosen", "rejected", "tools", "answer")
 
 
 def recognise(raw: Json) -> str:
-    """The name of a row's shape. ValueError when it has none."""
+    """Detect the format of a raw row. ValueError when it has no known format."""
     for name, shape in SHAPES.items():
         if shape.matches(raw):
             return name
@@ -38,23 +36,23 @@ def recognise(raw: Json) -> str:
         raise ValueError(f"has no turns: `{empty}` is empty")
     if "prompt" in raw:
         raise ValueError(
-            "has a `prompt` and nothing that answers it; questions alone are rows of `messages` with a user turn, read"
-            " with turns: any"
+            "has a `prompt` but no completion; prompt-only rows must be `messages` with a user turn, read with"
+            " turns: any"
         )
     keys = ", ".join(list(raw)[:8]) or "none"
-    raise ValueError(f"its keys ({keys}) are of no known shape; known: {', '.join(SHAPES)}")
+    raise ValueError(f"has no known format (keys: {keys}); known: {', '.join(SHAPES)}")
 
 
 def read(raw: Json, name: str = "") -> Row:
-    """A raw row in the schema of conversations, or of preferences.
+    """Convert a raw row to the chat or preference schema.
 
-    One that its shape would not write back as it is carries itself along.
+    A row that its format would not write back unchanged is also kept in `extra["raw"]`.
     """
     shape = SHAPES[name or recognise(raw)]
     if not shape.matches(raw):
-        raise ValueError(f"is not of the shape {name!r}; its keys are {', '.join(list(raw)[:8]) or 'none'}")
+        raise ValueError(f"is not in the format {name!r}; its keys are {', '.join(list(raw)[:8]) or 'none'}")
     row: Row = shape.read(raw)
-    json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate is no text
+    json.dumps(row, ensure_ascii=False).encode()  # raises for a lone surrogate, which is not valid text
     try:
         same = shape.write(row) == raw
     except ValueError:
@@ -65,17 +63,16 @@ def read(raw: Json, name: str = "") -> Row:
 
 
 def write(row: Row, name: str = "") -> Json:
-    """The row in a shape, with that shape's own keys; without a name in the one it came in, as it was unless it was
-    changed since.
+    """Convert a row to a format; without a name, to the format it was read from (unchanged unless it was edited).
 
-    ValueError for a row of which something would be lost.
+    ValueError for a row that the format cannot hold without loss.
     """
     extra = row.get("extra") or {}
     origin = "" if name else extra.get("shape", "")
     if name and extra.get("lost"):
         raise ValueError(
-            f"its turns have {', '.join(map(repr, extra['lost']))}, which would be lost; format: as-read keeps them,"
-            " turn_fields: drop leaves them out"
+            f"its turns have the fields {', '.join(map(repr, extra['lost']))}, which would be lost; format: as-read"
+            " keeps them, extra_turn_fields: drop removes them"
         )
     if name:
         row = {**row, "extra": {key: extra[key] for key in ("fields", "input") if key in extra}}

@@ -1,4 +1,4 @@
-"""Alpaca's shape: `instruction`, optional `input`, `output`, optional `system` and `history` (LLaMA-Factory)."""
+"""Alpaca format: `instruction`, optional `input`, `output`, optional `system` and `history` (LLaMA-Factory)."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ USED = ("instruction", "input", "output", "system", "history")
 
 
 def matches(raw: Json) -> bool:
-    """Has an instruction and an output."""
+    """Return whether a row has an instruction and an output."""
     return "instruction" in raw and "output" in raw
 
 
 def read(raw: Json) -> Row:
-    """A chat row; the input stands below the instruction. ValueError for a field that is no text."""
+    """Convert to a chat row; the input is appended to the instruction. ValueError for a field that is not a string."""
     instruction, output = text(raw, "instruction"), text(raw, "output")
     extended = raw.get("input") or ""
     if not isinstance(extended, str):
-        raise ValueError(f"`input` must be text, not {type(extended).__name__}")
+        raise ValueError(f"`input` must be a string, not {type(extended).__name__}")
     messages: list[Message] = []
     if raw.get("system"):
         messages.append(Message("system", text(raw, "system")))
     for number, pair in enumerate(raw.get("history") or [], 1):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(side, str) for side in pair):
-            raise ValueError(f"`history` {number} must be a pair of texts")
+            raise ValueError(f"`history` {number} must be a pair of strings")
         messages += [Message("user", pair[0]), Message("assistant", pair[1])]
     asked = f"{instruction}\n\n{extended}" if extended and instruction else instruction or extended
     messages += [Message("user", asked), Message("assistant", output)]
@@ -33,9 +33,9 @@ def read(raw: Json) -> Row:
 
 
 def write(row: Row) -> Json:
-    """The raw row.
+    """Convert to the raw row.
 
-    ValueError for a conversation with tools, or one that does not go user, assistant, user, assistant.
+    ValueError for a conversation with tools, or one whose user and assistant turns do not alternate.
     """
     messages = list(messages_from_json(row["messages"]))
     extra = row.get("extra") or {}
@@ -47,10 +47,10 @@ def write(row: Row) -> Json:
         or roles != ["user", "assistant"] * (len(roles) // 2)
         or not roles
     ):
-        raise ValueError("Alpaca's shape holds user and assistant turns in pairs only, without tools")
+        raise ValueError("the Alpaca format holds only alternating user and assistant turns, without tools")
     asked, answered = messages[-2].content, messages[-1].content
     history = [[messages[i].content, messages[i + 1].content] for i in range(0, len(messages) - 2, 2)]
-    complete(messages, "Alpaca's shape")
+    complete(messages, "the Alpaca format")
     size = extra.get("input", 0)
     asked, extended = (asked[: -size - 2], asked[-size:]) if size else (asked, "")
     out: Json = {**restored(row, "alpaca"), "instruction": asked, "input": extended, "output": answered}

@@ -1,4 +1,4 @@
-"""Conversations as ChatML text in `text`: `<|im_start|>ROLE` , a line break, the content, `<|im_end|>`."""
+"""ChatML format: conversations rendered in `text` as `<|im_start|>ROLE`, a line break, the content, `<|im_end|>`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ TURN = re.compile(r"<\|im_start\|>([^\n]*)\n(.*?)<\|im_end\|>", re.DOTALL)
 
 
 def matches(raw: Json) -> bool:
-    """`text` begins with a turn."""
+    """Return whether `text` begins with a ChatML turn."""
     return isinstance(raw.get("text"), str) and raw["text"].lstrip().startswith(START)
 
 
 def read(raw: Json) -> Row:
-    """A chat row. ValueError for an unknown role, a turn that never ends, or text between turns."""
+    """Convert to a chat row. ValueError for an unknown role, an unterminated turn, or text between turns."""
     given = text(raw, "text")
     messages: list[Message] = []
     stray = TURN.sub("", given).strip()
@@ -26,19 +26,19 @@ def read(raw: Json) -> Row:
         if role not in ROLES:
             raise ValueError(f"turn {len(messages) + 1} has the unknown role {role!r}; known: {', '.join(ROLES)}")
         if START in content:
-            raise ValueError(f"turn {len(messages) + 1} never ends: {END} is missing before the next {START}")
+            raise ValueError(f"turn {len(messages) + 1} is not terminated: {END} is missing before the next {START}")
         messages.append(Message(role, content))
     if stray:
-        raise ValueError(f"text stands outside of turns, or a turn never ends: {stray[:40]!r}")
+        raise ValueError(f"text outside of turns, or a turn is not terminated: {stray[:40]!r}")
     return {**common(raw, "chatml", ("text",)), "messages": messages_to_json(messages)}
 
 
 def write(row: Row) -> Json:
-    """The raw row. ValueError for tool calls, or text that holds ChatML's own marks."""
+    """Convert to the raw row. ValueError for tool calls, or content with ChatML control tokens."""
     messages = list(messages_from_json(row["messages"]))
     if row.get("tools") or any(m.tool_calls for m in messages):
-        raise ValueError("ChatML text has no place for tools")
+        raise ValueError("ChatML text cannot hold tools")
     complete(messages, "ChatML text")
     if any(mark in m.content for m in messages for mark in (START, END)):
-        raise ValueError(f"a turn holds {START} or {END}, which would end it")
+        raise ValueError(f"a turn's content contains {START} or {END}")
     return {**restored(row, "chatml"), "text": "".join(f"{START}{m.role}\n{m.content}{END}\n" for m in messages)}

@@ -1,4 +1,4 @@
-"""A prompt and what follows it, as two texts or two lists of turns, under one of the usual pairs of names."""
+"""Prompt-completion format: two strings or two lists of turns, under one of the usual pairs of field names."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PAIRS = (
 
 
 def matches(raw: Json) -> bool:
-    """Has one of the pairs."""
+    """Return whether a row has one of the field pairs."""
     return any(a in raw and b in raw for a, b in PAIRS)
 
 
 def read(raw: Json) -> Row:
-    """A chat row. ValueError for sides that are neither text nor turns."""
+    """Convert to a chat row. ValueError for fields that are neither strings nor lists of turns."""
     first, second = next((a, b) for a, b in PAIRS if a in raw and b in raw)
     before, prompt_form, used = asked(raw, first)
     answered, answer_form = side(raw, second, "assistant")
@@ -31,7 +31,7 @@ def read(raw: Json) -> Row:
 
 
 def write(row: Row) -> Json:
-    """The raw row: texts for one user and one assistant turn, lists of turns for anything else."""
+    """Convert to the raw row: strings for one user and one assistant turn, lists of turns for anything else."""
     messages = list(messages_from_json(row["messages"]))
     extra = row.get("extra") or {}
     if extra.get("shape") == "completion":

@@ -1,6 +1,4 @@
-"""The shape of OpenAI's evals: `input`, a list of turns, and `ideal`, the answer or a list of accepted ones, which is
-also the key.
-"""
+"""OpenAI evals format: `input`, a list of turns, and `ideal`, the reference answer or a list of accepted ones."""
 
 from __future__ import annotations
 
@@ -11,30 +9,30 @@ from llmworks.data.chat_formats.fields import Row, common, restored
 
 
 def matches(raw: Json) -> bool:
-    """Has the two, and turns as input."""
+    """Return whether a row has `ideal`, and `input` as a list of turns."""
     turns = raw.get("input")
     return "ideal" in raw and isinstance(turns, list) and bool(turns) and all(isinstance(turn, dict) for turn in turns)
 
 
 def read(raw: Json) -> Row:
-    """A chat row.
+    """Convert to a chat row.
 
-    A question that stands in a system turn alone becomes a user's turn. ValueError for an answer that is no text.
+    A final system turn (the question) becomes a user turn. ValueError for an answer that is not a string.
     """
     asked = list(messages_from_json(raw["input"]))
     if asked[-1].role == "system":
         asked[-1] = replace(asked[-1], role="user")
     ideal = raw["ideal"][0] if isinstance(raw["ideal"], list) and raw["ideal"] else raw["ideal"]
     if not isinstance(ideal, str):
-        raise ValueError(f"`ideal` must be text or a list of texts, not {type(ideal).__name__}")
+        raise ValueError(f"`ideal` must be a string or a list of strings, not {type(ideal).__name__}")
     row = common({k: v for k, v in raw.items() if k not in ("input", "ideal")}, "evals", ())
     return {**row, "messages": messages_to_json([*asked, Message("assistant", ideal)]), "answer": raw["ideal"]}
 
 
 def write(row: Row) -> Json:
-    """The raw row. ValueError without an answer."""
+    """Convert to the raw row. ValueError for a row without an answer."""
     messages = row["messages"]
     if not messages or messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):
-        raise ValueError("does not end with an answer in text, so there is no ideal")
+        raise ValueError("does not end with an assistant turn of text, so there is no `ideal`")
     key = row.get("answer") if isinstance(row.get("answer"), (str, list)) else messages[-1]["content"]
     return {**{k: v for k, v in restored(row, "evals").items() if k != "answer"}, "input": messages[:-1], "ideal": key}

@@ -1,4 +1,4 @@
-"""What the shapes share: the fields that every row may have, and what is left over."""
+"""Shared code of the formats: fields that every row may have, and extra fields."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 def common(raw: Json, shape: str, used: Collection[str], variant: Json | None = None) -> Row:
-    """id, group, tools and answer of a raw row; all other fields that the shape did not use go into `extra`."""
+    """Convert id, group, tools and answer of a raw row; other fields that the format did not use go into `extra`."""
     tools: Any = raw.get("tools") or []
     as_text = isinstance(tools, str)
     if as_text:
@@ -46,9 +46,7 @@ def _name(value: Any) -> str:
 
 
 def restored(row: Row, shape: str) -> Json:
-    """What `common` took from a raw row of this shape, to be put back; of a row of another shape, its id, group, tools
-    and answer.
-    """
+    """Restore the fields that `common` took from a raw row of this format; else id, group, tools and answer."""
     extra = row.get("extra") or {}
     given = (
         extra.get("given", [])
@@ -66,23 +64,23 @@ def restored(row: Row, shape: str) -> Json:
     return out
 
 
-LEARNED = ("train", "training", "loss")  # other trainers' marks of a turn
+LEARNED = ("train", "training", "loss")  # other trainers' keys for the loss mask of a turn
 
 
 def weight_of(turn: Json) -> int:
-    """1 for a turn that is learned, 0 for one that is not.
+    """Return 1 for a turn that is trained on, 0 for a masked one.
 
-    ValueError for a weight between, which no trainer here knows.
+    ValueError for any other weight: the trainers here do not support fractional weights.
     """
     weight = turn.get("weight")
     if weight not in (None, 0, 1) or isinstance(weight, str):
-        raise ValueError(f"weight is {weight!r}, it must be 0 or 1")
+        raise ValueError(f"weight is {weight!r}, must be 0 or 1")
     marked = next((turn[key] for key in LEARNED if isinstance(turn.get(key), bool)), True)
     return int(marked) if weight is None else int(weight)
 
 
 def lost_keys(turns: Sequence[Any], known: Collection[str]) -> Json:
-    """{"lost": keys} of turns that the schema has no place for; they are written back as read, and nowhere else."""
+    """Return {"lost": keys} of turn fields outside the schema; they survive only in the original format."""
     found = sorted(
         {
             key
@@ -96,11 +94,10 @@ def lost_keys(turns: Sequence[Any], known: Collection[str]) -> Json:
 
 
 def asked(raw: Json, key: str) -> tuple[list[Message], int, tuple[str, ...]]:
-    """(turns up to the answer, form of the field as `side`, the other fields that were used) of a prompt and what
-    stands beside it.
+    """Build the prompt turns from a prompt field and the fields beside it.
 
-    A system prompt comes first, a history before the question, a context above it, an input below. ValueError for one
-    that is not of its usual form.
+    Returns (turns up to the answer, form of the field as in `side`, the other fields that were used). The order is
+    system prompt, history, then context, question and input in one turn. ValueError for a field of an unexpected type.
     """
     turns, form = side(raw, key, "user")
     used: list[str] = []
@@ -117,11 +114,11 @@ def asked(raw: Json, key: str) -> tuple[list[Message], int, tuple[str, ...]]:
         beside("history"),
     )
     if form != -1 and (above or below or history):
-        raise ValueError(f"`{used[-1]}` stands beside a prompt of turns; put it into them")
+        raise ValueError(f"`{used[-1]}` cannot be combined with a prompt of turns; move it into the turns")
     for value in (system, above, below):
         if value is not None and not isinstance(value, str):
             raise ValueError(
-                f"`{next(name for name in used if raw[name] is value)}` must be text, not {type(value).__name__}"
+                f"`{next(name for name in used if raw[name] is value)}` must be a string, not {type(value).__name__}"
             )
     if above or below:
         turns = [Message("user", "\n\n".join(filter(None, (above, turns[0].content, below))))]
@@ -130,7 +127,7 @@ def asked(raw: Json, key: str) -> tuple[list[Message], int, tuple[str, ...]]:
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
             for pair in history
         ):
-            raise ValueError("`history` must be a list of pairs of texts")
+            raise ValueError("`history` must be a list of pairs of strings")
         turns = [
             *(
                 message
@@ -141,33 +138,33 @@ def asked(raw: Json, key: str) -> tuple[list[Message], int, tuple[str, ...]]:
         ]
     if system:
         if turns and turns[0].role == "system":
-            raise ValueError("a system turn stands in the prompt and another beside it")
+            raise ValueError("has a system turn in the prompt and a separate system prompt")
         turns = [Message("system", system), *turns]
     return turns, form if not used else len(turns), tuple(used)
 
 
 def side(raw: Json, key: str, role: str) -> tuple[list[Message], int]:
-    """(messages, how many turns there were; -1 for a text) of a field. ValueError when it is neither."""
+    """Parse a field into (messages, number of turns; -1 for a string). ValueError when it is neither."""
     value: Any = raw[key]
     if isinstance(value, str):
         return [Message(role, value)], -1
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
         return list(messages_from_json(value)), len(value)
-    raise ValueError(f"`{key}` must be text or a list of turns, not {type(value).__name__}")
+    raise ValueError(f"`{key}` must be a string or a list of turns, not {type(value).__name__}")
 
 
 def complete(messages: Sequence[Message], shape: str) -> None:
-    """ValueError when turns have what a shape cannot say: that an answer is not learned, or who speaks."""
+    """Raise ValueError when turns have weights or names, which a format cannot hold."""
     for number, message in enumerate(messages, 1):
         if not message.weight:
-            raise ValueError(f"turn {number} has weight 0, so it is not learned; {shape} cannot say that")
+            raise ValueError(f"turn {number} has weight 0 (masked from the loss); {shape} cannot hold weights")
         if message.name and message.role != "tool":
-            raise ValueError(f"turn {number} has the name {message.name!r}; {shape} has no place for it")
+            raise ValueError(f"turn {number} has the name {message.name!r}; {shape} cannot hold names")
 
 
 def text(raw: Json, key: str) -> str:
-    """A field that must be text. ValueError when it is not."""
+    """Return a string field. ValueError when it is not a string."""
     value = raw.get(key)
     if not isinstance(value, str):
-        raise ValueError(f"`{key}` must be text, not {type(value).__name__}")
+        raise ValueError(f"`{key}` must be a string, not {type(value).__name__}")
     return value

@@ -1,4 +1,4 @@
-"""OpenAI's and Hugging Face's shape: `messages`, a list of turns with role and content, optional `tools`."""
+"""OpenAI and Hugging Face format: `messages`, a list of turns with role and content, optional `tools`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ KEYS = ("messages", "conversation", "conversations", "dialog", "turns")
 
 
 def matches(raw: Json) -> bool:
-    """A list of turns that have a role, under a usual name."""
+    """Return whether a row has a list of turns with roles, under a usual name."""
     return _key(raw) != ""
 
 
@@ -24,7 +24,7 @@ def _key(raw: Json) -> str:
 
 
 def read(raw: Json) -> Row:
-    """A chat row. ValueError for an unknown role, content that is no text, or a broken call."""
+    """Convert to a chat row. ValueError for an unknown role, content that is not a string, or a malformed call."""
     key = _key(raw)
     turns = raw[key]
     if not turns or not all(isinstance(turn, dict) for turn in turns):
@@ -38,9 +38,7 @@ def read(raw: Json) -> Row:
 
 
 def plain(turn: Json, number: int) -> Json:
-    """A turn in today's form: OpenAI's older function calls as tool calls, other trainers' marks of what is not learned
-    as weights.
-    """
+    """Normalize a turn: legacy OpenAI function calls become tool calls, other trainers' loss flags become weights."""
     try:
         turn = {**turn, "weight": weight_of(turn)}
     except ValueError as error:
@@ -57,16 +55,16 @@ def plain(turn: Json, number: int) -> Json:
         ]
         raise ValueError(
             f"message {number} ({turn.get('role')}) has neither content nor tool calls"
-            + (f"; `{others[0]}` is not read" if others else "")
+            + (f"; `{others[0]}` is not supported" if others else "")
         )
     return turn
 
 
 def write(row: Row) -> Json:
-    """The raw row."""
+    """Convert to the raw row."""
     extra = row.get("extra") or {}
     out = restored(row, "messages")
     if extra.get("shape") != "messages" and out.get("tools"):
-        out["tools"] = [{"type": "function", "function": tool} for tool in row["tools"]]  # as OpenAI has them
+        out["tools"] = [{"type": "function", "function": tool} for tool in row["tools"]]  # OpenAI's format
     key = extra.get("key", "messages") if extra.get("shape") == "messages" else "messages"
     return {**out, key: row["messages"]}

@@ -1,9 +1,8 @@
-r"""Preference pairs: `chosen` and `rejected`, with the prompt beside them, in both of them, or as a conversation before
-them.
+r"""Preference formats: `chosen` and `rejected`, with an explicit prompt, an implicit one, or a conversation.
 
-Known: prompt and two texts; prompt and two lists of turns; two lists that begin alike (the prompt is what they share);
-Anthropic's "\n\nHuman: ... \n\nAssistant: ..." texts; LLaMA-Factory's `conversations` with a chosen and a rejected
-turn.
+Supported: prompt and two strings; prompt and two lists of turns; two lists of turns with a common prefix (the implicit
+prompt); Anthropic's "\n\nHuman: ... \n\nAssistant: ..." strings; LLaMA-Factory's `conversations` with a chosen and a
+rejected turn.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ TURN = re.compile(r"\n\n(Human|Assistant):(.*?)(?=\n\nHuman:|\n\nAssistant:|\Z)"
 
 
 def matches(raw: Json) -> bool:
-    """Has a chosen and a rejected side."""
+    """Return whether a row has `chosen` and `rejected`."""
     return "chosen" in raw and "rejected" in raw
 
 
 def read(raw: Json) -> Row:
-    """A preference row {prompt, chosen, rejected}, each a list of messages.
+    """Convert to a preference row {prompt, chosen, rejected}, each a list of messages.
 
-    ValueError when it cannot be told what the prompt is.
+    ValueError when the prompt cannot be determined.
     """
     key = next((name for name in PROMPTS if name in raw), "")
     if key:
@@ -66,24 +65,24 @@ def _with_prompt(raw: Json, key: str) -> tuple[list[Message], list[Message], lis
     chosen, first = side(raw, "chosen", "assistant")
     rejected, second = side(raw, "rejected", "assistant")
     whole = [first > 0 and chosen[: len(prompt)] == prompt, second > 0 and rejected[: len(prompt)] == prompt]
-    if whole[0]:  # UltraFeedback repeats the prompt in both
+    if whole[0]:  # UltraFeedback repeats the prompt in both sides
         chosen = chosen[len(prompt) :]
     if whole[1]:
         rejected = rejected[len(prompt) :]
     if not chosen or not rejected:
-        raise ValueError("a side holds nothing but the prompt")
+        raise ValueError("chosen or rejected contains only the prompt")
     return prompt, chosen, rejected, {"forms": [form, first, second], "whole": whole, "used": used}
 
 
 def _shared(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
-    """The turns that both begin with are the prompt; it ends before an assistant turn."""
+    """Split off the implicit prompt: the longest common prefix of turns that ends before an assistant turn."""
     size = 0
     while size < min(len(chosen), len(rejected)) and chosen[size] == rejected[size]:
         size += 1
     while size and (size >= min(len(chosen), len(rejected)) or chosen[size - 1].role == "assistant"):
         size -= 1
     if not size:
-        raise ValueError("chosen and rejected do not begin with the same turns, so the prompt cannot be told")
+        raise ValueError("chosen and rejected have no common first turns, so there is no implicit prompt")
     return chosen[:size], chosen[size:], rejected[size:]
 
 
@@ -98,7 +97,7 @@ def _human(raw: Json, key: str) -> list[Message]:
 
 
 def write(row: Row) -> Json:
-    """The raw row in its own form; of another origin, prompt and sides as lists of turns."""
+    """Convert to the raw row in its original form; other rows get prompt and both sides as lists of turns."""
     prompt, chosen, rejected = (list(messages_from_json(row[name])) for name in ("prompt", "chosen", "rejected"))
     extra = row.get("extra") or {}
     out = restored(row, "preference")
@@ -107,7 +106,7 @@ def write(row: Row) -> Json:
         turns = [sharegpt.turn_to(m) for m in (*prompt, *chosen, *rejected)]
         return {**out, "conversations": turns[:-2], "chosen": turns[-2], "rejected": turns[-1]}
     if form == "human":
-        complete([*prompt, *chosen, *rejected], "the Human/Assistant shape")
+        complete([*prompt, *chosen, *rejected], "the Human/Assistant format")
         return {**out, "chosen": _as_human([*prompt, *chosen]), "rejected": _as_human([*prompt, *rejected])}
     if form == "turns":
         return {
@@ -117,7 +116,7 @@ def write(row: Row) -> Json:
         }
     forms, whole = extra.get("forms", [0, 0, 0]), extra.get("whole", [False, False])
     sides = [prompt, [*prompt, *chosen] if whole[0] else chosen, [*prompt, *rejected] if whole[1] else rejected]
-    complete([m for turns, kind in zip(sides, forms, strict=True) if kind < 0 for m in turns], "a pair of texts")
+    complete([m for turns, kind in zip(sides, forms, strict=True) if kind < 0 for m in turns], "a pair of strings")
     values = [
         turns[0].content if kind < 0 else messages_to_json(turns) for turns, kind in zip(sides, forms, strict=True)
     ]

@@ -1,6 +1,4 @@
-"""ShareGPT's shape: `conversations`, a list of turns with `from` and `value`, as ShareGPT, Vicuna, OpenHermes and
-LLaMA-Factory have them.
-"""
+"""ShareGPT format: `conversations`, a list of turns with `from` and `value` (Vicuna, OpenHermes, LLaMA-Factory)."""
 
 from __future__ import annotations
 
@@ -30,13 +28,13 @@ NAMES = {"user": "human", "assistant": "gpt", "system": "system", "tool": "obser
 
 
 def matches(raw: Json) -> bool:
-    """`conversations` with turns that have `from`."""
+    """Return whether a row has `conversations` whose turns have `from`."""
     turns = raw.get("conversations")
     return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
 
 
 def read(raw: Json) -> Row:
-    """A chat row. ValueError for an unknown speaker, a value that is no text, or a call that is no JSON."""
+    """Convert to a chat row. ValueError for an unknown speaker, a value that is not a string, or a call not in JSON."""
     turns = raw["conversations"]
     if not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("`conversations` must be a list of turns, each with from and value")
@@ -52,7 +50,7 @@ def read(raw: Json) -> Row:
 
 
 def turn_of(turn: Json, number: int = 1) -> Message:
-    """A turn as a message."""
+    """Convert a turn to a message."""
     speaker = str(turn.get("from"))
     role = ROLES.get(speaker.lower())
     if role is None:
@@ -79,13 +77,13 @@ def turn_of(turn: Json, number: int = 1) -> Message:
         )
     except (ValueError, TypeError, KeyError):
         raise ValueError(
-            f"turn {number} is a function_call, but its value is no JSON object with name and arguments"
+            f"turn {number} is a function_call, but its value is not a JSON object with name and arguments"
         ) from None
     return Message("assistant", "", made, weight=weight)
 
 
 def turn_to(message: Message) -> Json:
-    """A message as a turn."""
+    """Convert a message to a turn."""
     if message.tool_calls:
         calls = [{"name": c.name, "arguments": c.arguments} for c in message.tool_calls]
         return {
@@ -96,11 +94,11 @@ def turn_to(message: Message) -> Json:
 
 
 def write(row: Row) -> Json:
-    """The raw row. ValueError for a turn that has both text and calls, which this shape cannot hold."""
+    """Convert to the raw row. ValueError for a turn with both text and tool calls, which the format cannot hold."""
     messages = list(messages_from_json(row["messages"]))
     if any(m.tool_calls and m.content.strip() for m in messages):
-        raise ValueError("a turn has text and tool calls; ShareGPT's shape has no place for both")
-    complete([replace(m, weight=1) for m in messages], "ShareGPT's shape")  # it has weights
+        raise ValueError("a turn has text and tool calls; the ShareGPT format cannot hold both")
+    complete([replace(m, weight=1) for m in messages], "the ShareGPT format")  # which does hold weights
     extra = row.get("extra") or {}
     out = restored(row, "sharegpt")
     if extra.get("shape") == "sharegpt" and extra.get("system_apart") and messages[0].role == "system":

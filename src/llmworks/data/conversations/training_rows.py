@@ -1,8 +1,4 @@
-"""What a model learns from: conversations, documents, or rows of `prompt` and `completion` as they are, and their token
-ids.
-
-Knows no training.
-"""
+"""Read training rows (conversations, documents, or rows of `prompt` and `completion`) and tokenize them."""
 
 from __future__ import annotations
 
@@ -20,7 +16,7 @@ from llmworks.tokenize.chat.templates import encode, for_template, render_masked
 
 
 def training_rows(data: Dataset) -> list[Row]:
-    """Rows with an id and `messages`, or `text`, or `prompt` and `completion`.
+    """Read rows with an id and `messages`, or `text`, or `prompt` and `completion`.
 
     Errors: DataError for anything else, or rows that cannot be read.
     """
@@ -30,20 +26,18 @@ def training_rows(data: Dataset) -> list[Row]:
     if parquet and _documents(data):
         return [{"id": document.id, "text": document.text} for document in read_documents(data)]
     if parquet and not data.about.get("schema"):
-        return read_chat(data)  # which says what is wrong with it
+        return read_chat(data)  # raises an error that says what is wrong
     rejected, rows = Rejected(), []
     for file, number, row in raw_rows(data.path, rejected):
         where = f"{data.name}: {file} row {number}"
         names = ("prompt", "completion") if "prompt" in row or "completion" in row else ("text",)
         if "messages" in row or "conversations" in row:
-            raise DataError(
-                f"{where}: holds a conversation; make conversations of these rows first, with the stage data.chat"
-            )
+            raise DataError(f"{where}: holds a conversation; convert these rows with the stage data.chat first")
         wrong = next((name for name in names if not isinstance(row.get(name), str)), None)
         if wrong:
             raise DataError(
-                f"{where}: has no text {wrong!r}; a fine-tuning reads conversations (data.chat), documents, or rows of"
-                " `text`, or of `prompt` and `completion`"
+                f"{where}: has no text field {wrong!r}; fine-tuning reads conversations (data.chat), documents, or rows"
+                " of `text`, or of `prompt` and `completion`"
             )
         rows.append({"id": str(row.get("id", number)), **{name: row[name] for name in names}})
     if rejected.rows:
@@ -58,7 +52,7 @@ def training_rows(data: Dataset) -> list[Row]:
 
 
 def _documents(data: Dataset) -> bool:
-    """Whether the Parquet files hold documents."""
+    """Return whether the Parquet files hold documents."""
     import pyarrow.parquet as pq
 
     file = min(data.path.glob("*.parquet"))
@@ -69,9 +63,9 @@ def _documents(data: Dataset) -> bool:
 
 
 def ids_of(tokenizer: Any, row: Row) -> tuple[Sequence[int], Sequence[int]]:
-    """(token ids of a row, 1 where they are learned).
+    """Tokenize a row into (token ids, loss mask: 1 = trained on).
 
-    Errors: RequestError, ModelError or ValueError for what the template refuses.
+    Errors: RequestError, ModelError or ValueError for a row that the chat template rejects.
     """
     if "messages" not in row:
         return _text(tokenizer, row)
@@ -81,12 +75,12 @@ def ids_of(tokenizer: Any, row: Row) -> tuple[Sequence[int], Sequence[int]]:
 
 
 def _text(tokenizer: Any, row: Row) -> tuple[list[int], list[int]]:
-    """A text as it is, ended by the tokenizer's end token: all of it is learned, or what completes a prompt."""
+    """Tokenize plain text with a final EOS token: the loss mask covers all of it, or the completion of a prompt."""
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     bos = tokenizer.bos_token_id
     begin = (
         [bos] if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else []
-    )  # where this tokenizer's texts begin so
+    )  # only for tokenizers that add BOS
     prompt = list(encode(tokenizer, row["prompt"])) if "prompt" in row else []
     said = list(encode(tokenizer, row["completion"] if "prompt" in row else row["text"])) + end
     return begin + prompt + said, [0] * (len(begin) + len(prompt)) + [1] * len(said)

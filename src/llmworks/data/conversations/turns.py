@@ -1,4 +1,4 @@
-"""What can be wrong with the turns of a conversation: their order, empty turns, tool calls and their results.
+"""Validate the turns of a conversation: order, empty turns, tool calls and their results.
 
 Pure functions.
 """
@@ -11,7 +11,7 @@ from llmworks.core.types import Json, Message
 
 
 def problems(messages: Sequence[Message], tools: Sequence[Json] = ()) -> list[str]:
-    """What is wrong, one line each, turns counted from 1; empty for a conversation that a model can learn from."""
+    """List problems, one line each, turns counted from 1; empty for a conversation that can be trained on."""
     found: list[str] = []
     if not messages:
         return ["has no turns"]
@@ -23,9 +23,9 @@ def problems(messages: Sequence[Message], tools: Sequence[Json] = ()) -> list[st
     if not any(m.role == "assistant" for m in messages):
         found.append("has no assistant turn")
     elif messages[-1].role != "assistant":
-        found.append(f"ends with a {messages[-1].role} turn, which nobody answers")
+        found.append(f"ends with a {messages[-1].role} turn without an answer")
     elif not any(m.weight for m in messages if m.role == "assistant"):
-        found.append("every assistant turn has weight 0, so nothing is learned")
+        found.append("every assistant turn has weight 0, so there are no tokens to train on")
     return found
 
 
@@ -35,7 +35,7 @@ def _order(messages: Sequence[Message]) -> list[str]:
     for i, message in enumerate(messages, 1):
         role = message.role
         if role == "system" and i > 1:
-            found.append(f"turn {i} is a system turn, which only the first can be")
+            found.append(f"turn {i} is a system turn; only the first turn can be one")
         elif role == "assistant" and before in ("", "system"):
             found.append(f"turn {i} is an assistant turn before any user turn")
         elif role == before and role in ("user", "assistant"):
@@ -45,7 +45,7 @@ def _order(messages: Sequence[Message]) -> list[str]:
 
 
 def _calls(messages: Sequence[Message], tools: Sequence[Json]) -> list[str]:
-    """Calls without results, results without calls, calls of functions that are not offered."""
+    """Find calls without results, results without calls, and calls of functions that are not among the tools."""
     found: list[str] = []
     functions = {f.get("name"): f for f in (tool.get("function", tool) for tool in tools)}
     waiting: list[str] = []  # ids of calls that have no result yet; "" for a call without an id
@@ -54,7 +54,7 @@ def _calls(messages: Sequence[Message], tools: Sequence[Json]) -> list[str]:
             if not waiting:
                 found.append(f"turn {i} is a tool result without a call")
             elif message.tool_call_id and any(waiting) and message.tool_call_id not in waiting:
-                found.append(f"turn {i} answers the call {message.tool_call_id!r}, which was not made")
+                found.append(f"turn {i} is the result of {message.tool_call_id!r}, which no turn called")
             else:
                 waiting.remove(message.tool_call_id if message.tool_call_id in waiting else waiting[0])
             continue
@@ -84,7 +84,7 @@ def _calls(messages: Sequence[Message], tools: Sequence[Json]) -> list[str]:
 
 
 def merged(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Neighbouring user turns, or assistant turns without calls, joined by an empty line."""
+    """Merge consecutive turns of one role (user, system, or assistant without calls), with an empty line between."""
     out: list[Message] = []
     for message in messages:
         last = out[-1] if out else None

@@ -1,4 +1,4 @@
-"""Which documents belong together: union-find over verified pairs, and which of each cluster stays."""
+"""Clusters of duplicates: union-find over verified pairs, and the choice of the row to keep."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from llmworks.data.text.hashing import Array
 
 
 class Clusters:
-    """Rows that were found to be duplicates of one another (disjoint sets, the smallest row stands for its set)."""
+    """Disjoint sets (union-find) of duplicate rows; the smallest row is the representative of its set."""
 
     def __init__(self, rows: int) -> None:
         self._parent = np.arange(rows)
 
     def find(self, row: int) -> int:
-        """The row that stands for the cluster of `row`."""
+        """Return the representative of the cluster of `row`."""
         parent = self._parent
         root = row
         while parent[root] != root:
@@ -27,13 +27,13 @@ class Clusters:
         return root
 
     def join(self, a: int, b: int) -> None:
-        """Make two clusters one."""
+        """Merge two clusters (union)."""
         a, b = self.find(a), self.find(b)
         if a != b:
             self._parent[max(a, b)] = min(a, b)
 
     def members(self) -> Iterator[list[int]]:
-        """Clusters of more than one row, each in order, by their first row."""
+        """Yield clusters of more than one row, sorted by their first row, rows ascending."""
         joined = np.flatnonzero(self._parent != np.arange(len(self._parent)))
         groups: dict[int, list[int]] = {}
         for row in joined.tolist():
@@ -43,17 +43,17 @@ class Clusters:
             yield sorted(groups[root])
 
     def sizes(self) -> Counter[int]:
-        """How many clusters there are of each size above one."""
+        """Count the clusters of each size above one."""
         return Counter(len(group) for group in self.members())
 
 
 def best(group: list[int], scores: Array) -> int:
-    """The row of a cluster that stays: the highest score, the first of equals."""
+    """Return the row of a cluster to keep: the highest score, ties go to the first."""
     return max(group, key=lambda row: (scores[row], -row))
 
 
 def groups_of_equals(values: Array) -> Iterator[Array]:
-    """Places of equal values, in ascending order, for every value that occurs more than once. Zeros are no values."""
+    """Yield ascending positions of every value that occurs more than once. Zeros are ignored."""
     order = np.argsort(values)
     ordered = values[order]
     edges = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1], [True])))

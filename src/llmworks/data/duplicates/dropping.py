@@ -1,7 +1,7 @@
-"""What becomes of documents that were found to be duplicates: the plan of each part, the writing, the pairs to look at.
+"""Drop duplicate documents: save a plan for each part, write the kept documents, show example pairs.
 
-Shared by the stages that find them. A plan is a file per part that says why a row goes, which document stays for it,
-and how similar they are.
+Shared by the deduplication stages. A plan is a file per part with each dropped row's reason, the document kept instead,
+and their similarity.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHOWN_CHARACTERS = 700
 
 @dataclass(frozen=True)
 class Drop:
-    """Why a row goes: the kind of duplicate, the row that stays for it, and how similar they are."""
+    """Reason to drop a row: the kind of duplicate, the row kept instead, and their similarity."""
 
     reason: str
     kept: int
@@ -37,7 +37,7 @@ class Drop:
 
 
 def save_plan(ctx: Context, parts: Sequence[Span], drops: Mapping[int, Drop]) -> Path:
-    """Write what is dropped, part by part; returns the folder."""
+    """Write the rows to drop, part by part; returns the folder."""
     ids = ids_of(parts, {drop.kept for drop in drops.values()})
     plan = ctx.scratch / "plan"
     plan.mkdir(exist_ok=True)
@@ -52,20 +52,20 @@ def save_plan(ctx: Context, parts: Sequence[Span], drops: Mapping[int, Drop]) ->
 
 
 def read_plan(plan: Path, index: int) -> dict[str, tuple[str, str, float]]:
-    """What goes from a part: (reason, id of what stays, similarity) by place."""
+    """Read the rows to drop of a part: row index in the part -> (reason, id of the kept document, similarity)."""
     found: dict[str, tuple[str, str, float]] = json.loads((plan / f"{index:06d}.json").read_text())
     return found
 
 
 def write_kept(ctx: Context, parts: Sequence[Span], plan: Path, lines: Lines | None = None) -> Done:
-    """Write every part without what its plan drops, and put the parts together."""
+    """Write every part without the rows its plan drops, and combine the parts."""
     done = work(ctx, "write", partial(_write_part, lines, plan), list(enumerate(parts)))
     done.gather(ctx.out)
     return done
 
 
 def ids_of(parts: Sequence[Span], rows: set[int]) -> dict[int, str]:
-    """The ids of some rows."""
+    """Read the ids of rows."""
     found: dict[int, str] = {}
     for part in parts:
         if not any(part.row <= row < part.row + part.rows for row in rows):
@@ -80,7 +80,7 @@ def ids_of(parts: Sequence[Span], rows: set[int]) -> dict[int, str]:
 
 
 def _write_part(repeating: Lines | None, plan: Path, unit: tuple[int, Span], folder: Path) -> Json:
-    """Write a part without its duplicates and repeated lines."""
+    """Write a part without duplicates and repeated lines."""
     import numpy as np
 
     from llmworks.data.duplicates import lines
@@ -128,14 +128,14 @@ def _write_part(repeating: Lines | None, plan: Path, unit: tuple[int, Span], fol
 
 
 def rows_of(table: Any, rows: list[int]) -> Any:
-    """Some rows of a table."""
+    """Select rows of a table."""
     import numpy as np
 
     return table.take(np.array(rows, dtype=np.int64))
 
 
 def texts_of(parts: Sequence[Span], rows: set[int]) -> dict[int, Document]:
-    """Some rows' documents; only the parts that hold them are read."""
+    """Read the documents of rows; only parts that hold them are read."""
     found: dict[int, Document] = {}
     for part in parts:
         if not any(part.row <= row < part.row + part.rows for row in rows):
@@ -150,7 +150,7 @@ def texts_of(parts: Sequence[Span], rows: set[int]) -> dict[int, Document]:
 
 
 def side_by_side(report: ReportBuilder, parts: Sequence[Span], drops: Mapping[int, Drop]) -> None:
-    """Show a few pairs, from the least to the most similar; those that are not quite the same come first."""
+    """Show example pairs in the report, from least to most similar, preferring pairs that are not identical."""
     chosen = _spread([(row, drop) for row, drop in drops.items() if drop.similarity < 1] or list(drops.items()))
     texts = texts_of(parts, {row for row, _ in chosen} | {drop.kept for _, drop in chosen})
     report.pairs(
@@ -164,8 +164,8 @@ def side_by_side(report: ReportBuilder, parts: Sequence[Span], drops: Mapping[in
             for row, drop in chosen
         ],
         note=(
-            "From the least to the most similar; what differs is marked. A similarity below the bound: others of the"
-            " cluster link the two."
+            "From least to most similar; differences are marked. A pair below the threshold is linked by other members"
+            " of its cluster."
         ),
     )
 
@@ -175,7 +175,7 @@ def _shown(label: str, document: Document) -> tuple[str, str]:
 
 
 def _spread(items: list[tuple[int, Drop]]) -> list[tuple[int, Drop]]:
-    """A few, from the least to the most similar, spread evenly."""
+    """Pick SHOWN items evenly spaced from least to most similar."""
     ordered = sorted(items, key=lambda item: (item[1].similarity, item[0]))
     if len(ordered) <= SHOWN:
         return ordered

@@ -1,4 +1,4 @@
-"""Exact duplicates: the same bytes, or the same words whatever their case, spacing and punctuation."""
+"""Exact deduplication: identical bytes, or identical words regardless of case, whitespace and punctuation."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from llmworks.data.text.hashing import Array, Hashed, mix
 
 
 class Exact(Config):
-    """What counts as an exact duplicate."""
+    """Exact deduplication."""
 
     match: Literal["words", "bytes"] = Field(
-        "words", description="words: case, white space and punctuation do not count; bytes: everything does"
+        "words", description="words: ignore case, whitespace and punctuation; bytes: require identical bytes"
     )
 
 
 def hash_texts(column: Any) -> Array:
-    """A 64-bit number (xxh3) of each text's bytes, 0 for the empty text. MissingDependency without the extra."""
+    """Compute a 64-bit hash (xxh3) of each text's bytes, 0 for an empty text. MissingDependency without the extra."""
     import pyarrow as pa
 
     try:
@@ -47,7 +47,7 @@ def hash_texts(column: Any) -> Array:
 
 
 def hash_sequences(words: Hashed) -> Array:
-    """A 64-bit number of each text's words in their order, 0 for a text without words."""
+    """Compute a 64-bit hash of each text's word sequence, 0 for a text without words."""
     place = np.arange(len(words.values), dtype=np.uint64) - np.repeat(words.starts[:-1], words.counts).astype(np.uint64)
     with np.errstate(over="ignore"):
         total = np.concatenate((np.zeros(1, np.uint64), np.cumsum(mix(words.values + mix(place)))))

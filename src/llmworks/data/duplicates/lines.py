@@ -1,5 +1,5 @@
-"""Lines that many documents share, such as menus, licences and signatures: kept where they come first, taken out
-elsewhere.
+"""Line deduplication: lines repeated across documents (menus, licenses, signatures) are kept only where they first
+occur.
 """
 
 from __future__ import annotations
@@ -15,24 +15,22 @@ from llmworks.data.text.hashing import Array
 
 LINES = "lines.npy"
 PAIR = np.dtype([("number", np.uint64), ("row", np.int64)])
-SLICE = 20_000_000  # pairs that are sorted at once
+SLICE = 20_000_000  # pairs sorted in memory at a time
 
 
 class Lines(Config):
-    """Which repeated lines or paragraphs are taken out."""
+    """Line or paragraph deduplication."""
 
-    paragraphs: bool = Field(False, description="look at paragraphs (divided by empty lines) instead of lines")
-    min_characters: int = Field(30, ge=1, description="shorter ones stay")
+    paragraphs: bool = Field(False, description="deduplicate paragraphs (separated by empty lines) instead of lines")
+    min_characters: int = Field(30, ge=1, description="keep shorter lines")
     max_document_frequency: int = Field(
-        3, ge=1, description="a line that more documents have is kept in the first of them only"
+        3, ge=1, description="a line in more documents is kept only in the first of them"
     )
-    min_remaining_characters: int = Field(
-        50, ge=0, description="documents of which fewer characters are left are dropped"
-    )
+    min_remaining_characters: int = Field(50, ge=0, description="drop documents with fewer characters left")
 
 
 def line_numbers(config: Lines, text: str) -> list[int]:
-    """A 64-bit number for each line that is long enough, 0 for others."""
+    """Compute a 64-bit hash of each line that is long enough, 0 for others."""
     from xxhash import xxh3_64_intdigest
 
     return [
@@ -42,14 +40,12 @@ def line_numbers(config: Lines, text: str) -> list[int]:
 
 
 def divided(config: Lines, text: str) -> list[str]:
-    """The lines, or paragraphs, of a text."""
+    """Split a text into lines or paragraphs."""
     return text.split("\n\n" if config.paragraphs else "\n")
 
 
 def repeated_lines(config: Lines, folders: Sequence[Path]) -> tuple[Array, Array]:
-    """(numbers of lines that too many documents have, sorted; the first row of each), from the parts' files of (number,
-    row).
-    """
+    """Find repeated lines in the parts' (hash, row) files; returns (sorted hashes, the first row of each)."""
     parts = [np.load(folder / LINES, mmap_mode="r") for folder in folders]
     slices = 1 + sum(map(len, parts)) // SLICE
     numbers: list[Array] = []
@@ -67,7 +63,7 @@ def repeated_lines(config: Lines, folders: Sequence[Path]) -> tuple[Array, Array
 
 
 def without(config: Lines, text: str, row: int, repeated: Array, first: Array) -> tuple[str, list[str]]:
-    """(the text of a row without lines that came first in another row, those lines)."""
+    """Remove lines that first occur in another row; returns (remaining text, removed lines)."""
     numbers = line_numbers(config, text)
     places = np.minimum(np.searchsorted(repeated, np.array(numbers, dtype=np.uint64)), len(repeated) - 1).tolist()
     kept: list[str] = []

@@ -1,9 +1,8 @@
-"""Near-duplicates by MinHash (Broder 1997) and locality-sensitive hashing, each candidate verified by its true Jaccard
-similarity.
+"""Near-duplicate detection with MinHash (Broder 1997) and LSH; candidates are verified by exact Jaccard similarity.
 
-One permutation gives all minima (Li, Owen and Zhang 2012); empty places are filled from full ones chosen by a fixed
-hash (Shrivastava 2017). Shingles stay on disk, in memory are one band's numbers at a time; so memory grows with the
-documents, not with their text.
+One-permutation hashing (Li, Owen and Zhang 2012) with optimal densification of empty bins (Shrivastava 2017).
+Shingles stay on disk, and only one band's hashes are in memory at a time; memory grows with the number of documents,
+not with their length.
 """
 
 from __future__ import annotations
@@ -24,60 +23,58 @@ from llmworks.data.duplicates.clusters import Clusters, groups_of_equals
 from llmworks.data.text.hashing import Array, Hashed, mix
 
 SHINGLES, STARTS, BANDS = "shingles.u32", "starts.npy", "bands.npy"
-CROWD = 64  # rows of a bucket that are compared each with each; in larger ones, neighbours and the first
-RECALL = 0.8  # wanted chance that a pair at the threshold becomes a candidate
+CROWD = 64  # up to this size, all pairs of a bucket are compared; in larger ones, adjacent rows and the first
+RECALL = 0.8  # target probability that a pair at the threshold becomes a candidate
 
 
 class Near(Config):
-    """What counts as a near-duplicate."""
+    """MinHash near-duplicate deduplication."""
 
-    ngram_size: int = Field(5, ge=1, le=50, description="words of a shingle")
+    ngram_size: int = Field(5, ge=1, le=50, description="words per shingle (word n-gram)")
     threshold: float = Field(
         0.35,
         gt=0,
         le=1,
-        description="Jaccard similarity of the shingle sets, at least; one word in ten changed gives about 0.42",
+        description="minimum Jaccard similarity of the shingle sets; changing one word in ten gives about 0.42",
     )
-    num_perm: int = Field(128, ge=16, le=1024, description="minima of a signature; a power of two")
+    num_perm: int = Field(128, ge=16, le=1024, description="MinHash signature size (number of hashes); a power of two")
     hashes_per_bucket: int = Field(
-        0, ge=0, description="minima of a band; 0: as many as find a pair at the threshold with a chance of 0.8"
+        0, ge=0, description="hashes per LSH band (bucket); 0 = choose for a recall of 0.8 at the threshold"
     )
 
     @model_validator(mode="after")
     def _power_of_two(self) -> Self:
         if self.num_perm & (self.num_perm - 1):
-            raise ValueError(f"permutations is {self.num_perm}, it must be a power of two")
+            raise ValueError(f"num_perm is {self.num_perm}, it must be a power of two")
         if self.hashes_per_bucket > self.num_perm:
-            raise ValueError(
-                f"rows is {self.hashes_per_bucket}, permutations is {self.num_perm}: rows must not be more"
-            )
+            raise ValueError(f"hashes_per_bucket ({self.hashes_per_bucket}) must not exceed num_perm ({self.num_perm})")
         return self
 
     @property
     def band_rows(self) -> int:
-        """Minima of a band."""
+        """Number of hashes per band."""
         return self.hashes_per_bucket or max(
             (r for r in range(1, 17) if found(self.threshold, r, self.num_perm // r) >= RECALL), default=1
         )
 
     @property
     def bands(self) -> int:
-        """How many bands there are."""
+        """Number of bands."""
         return self.num_perm // self.band_rows
 
 
 def found(similarity: float, rows: int, bands: int) -> float:
-    """The chance that a pair of this similarity shares a band (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets,
-    3.4.2).
+    """Compute the probability that a pair becomes an LSH candidate: 1 - (1 - s^rows)^bands.
+
+    Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4.2.
     """
     return float(1 - (1 - similarity**rows) ** bands)
 
 
 def signatures(sets: Hashed, permutations: int) -> Array:
-    """Minima [texts, permutations] of sorted sets of 32-bit numbers; the first bits choose the place, the rest is the
-    value.
+    """Compute MinHash signatures [texts, permutations] of sorted sets of 32-bit hashes.
 
-    A text without shingles has zeros only.
+    The leading bits select the bin, the rest is the value. A text without shingles has only zeros.
     """
     bits = permutations.bit_length() - 1
     place = (sets.values >> np.uint32(32 - bits)).astype(np.int64)
@@ -91,7 +88,7 @@ def signatures(sets: Hashed, permutations: int) -> Array:
 
 
 def _filled(minima: Array, full: Array) -> Array:
-    """Give every empty place the value of a full one, tried in an order that is fixed for the place."""
+    """Densify: give every empty bin the value of a full one, probed in a fixed order for each bin."""
     some: Array = np.any(full, axis=1, keepdims=True)
     empty_row, empty_place = np.nonzero(~full & some)
     for turn in _turns(full.shape[1]):
@@ -106,7 +103,7 @@ def _filled(minima: Array, full: Array) -> Array:
 
 @functools.cache
 def _turns(places: int) -> Array:
-    """For each attempt, the place that each place looks at; every place is looked at once."""
+    """Return, for each attempt, the bin that each bin probes; every bin is probed."""
     random = np.random.Generator(np.random.PCG64(places))
     return np.array(
         [random.permutation(places) for _ in range(4 * places)]
@@ -115,7 +112,7 @@ def _turns(places: int) -> Array:
 
 
 def bands(signature: Array, rows: int) -> Array:
-    """A number for each band [bands, texts]; 0 for texts without shingles."""
+    """Compute a hash for each band [bands, texts]; 0 for texts without shingles."""
     count = signature.shape[1] // rows
     with np.errstate(over="ignore"):
         value = (
@@ -130,7 +127,7 @@ def bands(signature: Array, rows: int) -> Array:
 
 
 class ShingleSets:
-    """The shingle sets of all rows, read from the parts' files as they are needed."""
+    """Shingle sets of all rows, read on demand from the parts' files."""
 
     def __init__(self, folders: Sequence[Path], kept: int = 1024) -> None:
         self._starts = [np.load(folder / STARTS) for folder in folders]
@@ -156,12 +153,12 @@ class ShingleSets:
         return values
 
     def jaccard(self, a: int, b: int) -> float:
-        """The similarity of two rows' sets."""
+        """Compute the Jaccard similarity of two rows."""
         return jaccard(self[a], self[b])
 
 
 def jaccard(a: Array, b: Array) -> float:
-    """The share of common members of two sorted sets."""
+    """Compute the Jaccard similarity of two sorted sets."""
     if not len(a) or not len(b):
         return 0.0
     both = np.concatenate((a, b))
@@ -171,9 +168,9 @@ def jaccard(a: Array, b: Array) -> float:
 
 
 def join_near(config: Near, folders: Sequence[Path], clusters: Clusters, chosen: Array) -> tuple[int, int]:
-    """Join the rows whose similarity is at least the threshold; returns (pairs compared, pairs joined).
+    """Cluster rows whose Jaccard similarity is at least the threshold; returns (pairs compared, pairs joined).
 
-    Only `chosen` rows are looked at.
+    Only `chosen` rows are considered.
     """
     sets = ShingleSets(folders)
     refused: set[tuple[int, int]] = set()
@@ -197,7 +194,7 @@ def join_near(config: Near, folders: Sequence[Path], clusters: Clusters, chosen:
 
 
 def pairs(rows: list[int]) -> Iterator[tuple[int, int]]:
-    """The pairs of a bucket that are compared."""
+    """Yield the pairs of a bucket to compare."""
     if len(rows) <= CROWD:
         for i, a in enumerate(rows):
             for b in rows[i + 1 :]:

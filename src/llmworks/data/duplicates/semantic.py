@@ -1,8 +1,7 @@
-"""Documents that mean the same: vectors near one another, found inside the cells of a k-means partition (SemDeDup,
-Abbas et al. 2023).
+"""Semantic deduplication (SemDeDup, Abbas et al. 2023): cosine similarity of embeddings within k-means clusters.
 
-Up to EXACT documents every pair is compared. Beyond, each document is compared inside the two cells whose centres are
-nearest.
+Up to EXACT documents, every pair is compared. Above that, each document is compared within the two clusters with the
+nearest centroids.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from llmworks.data.duplicates.clusters import Clusters
 from llmworks.data.text.hashing import Array
 
 EXACT = 20_000
-CELL = 2_000  # documents of a cell, about
+CELL = 2_000  # approximate documents per k-means cluster
 BLOCK = 2_000  # rows of one matrix product
 
 
 def join_similar(
     vectors: Array, threshold: float, clusters: Clusters, seed: int = 0, exact: int = EXACT, cell: int = CELL
 ) -> tuple[int, int]:
-    """Join rows whose cosine is at least `threshold`; returns (pairs compared, pairs joined).
+    """Cluster rows whose cosine similarity is at least `threshold`; returns (pairs compared, pairs joined).
 
-    `vectors` [rows, dimensions] are of unit length.
+    `vectors` [rows, dimensions] have unit length.
     """
     compared = joined = 0
     for members in cells(vectors, seed, exact, cell):
@@ -42,7 +41,7 @@ def join_similar(
 
 
 def cells(vectors: Array, seed: int, exact: int, cell: int) -> Iterator[Array]:
-    """Rows that are compared with one another; rows of zeros are in no cell."""
+    """Yield groups of rows to compare with one another; zero vectors are in no group."""
     rows = np.flatnonzero(np.any(vectors, axis=1))
     if len(rows) <= exact:
         yield rows
@@ -60,7 +59,9 @@ def cells(vectors: Array, seed: int, exact: int, cell: int) -> Iterator[Array]:
     nearest: list[Array] = []
     for at in range(0, len(rows), BLOCK * 10):
         near = vectors[rows[at : at + BLOCK * 10]].astype(np.float32) @ means.cluster_centers_.T.astype(np.float32)
-        near -= 0.5 * np.square(means.cluster_centers_).sum(axis=1).astype(np.float32)  # the nearest centre by distance
+        near -= 0.5 * np.square(means.cluster_centers_).sum(axis=1).astype(
+            np.float32
+        )  # nearest centroid by Euclidean distance
         nearest.append(np.argpartition(-near, 1, axis=1)[:, :2])
     both = np.concatenate(nearest)
     for number in range(count):

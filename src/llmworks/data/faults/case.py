@@ -1,4 +1,4 @@
-"""A finding with the rows that have it."""
+"""Findings of the dataset checks, each with the rows it applies to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEVELS = ("error", "warning", "note")
 
 @dataclass
 class Case:
-    """A finding about rows, and the ids of the rows that it is about."""
+    """A finding and the ids of the rows it applies to."""
 
     finding: Finding
     rows: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What is wrong among rows: duplicates, leaked answers, and preference pairs that teach length."""
+"""Check rows against one another: duplicates, leaked answers, and preference pairs with length bias."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from llmworks.data.faults.case import Case, _add
 from llmworks.data.store.rows import Row
 from llmworks.tokenize.chat.template_faults import Finding
 
-FEWEST, BIASED = 20, 0.7  # pairs from which on a preference for length is told, and from which share on
+FEWEST, BIASED = 20, 0.7  # length bias is reported from this many pairs and above this share
 
 if TYPE_CHECKING:
     pass
 
 
-LEAKED = 20  # characters of an answer that may stand in its prompt by chance
+LEAKED = 20  # shorter answers may occur in their prompt by chance
 
 
 OTHER_TURN = re.compile(
@@ -27,9 +27,7 @@ OTHER_TURN = re.compile(
 
 
 def among(rows: Sequence[Row], pairs: bool, cases: dict[str, Case]) -> None:
-    """Faults that show only among rows: the same conversation twice, one question with several answers, pairs of equal
-    sides.
-    """
+    """Find faults across rows: duplicate conversations, contradicting answers, pairs with identical sides."""
     seen: dict[str, str] = {}
     answers: dict[str, tuple[str, str]] = {}
     for row in rows:
@@ -40,8 +38,8 @@ def among(rows: Sequence[Row], pairs: bool, cases: dict[str, Case]) -> None:
                 Finding(
                     "equal-sides",
                     "error",
-                    "chosen and rejected are the same",
-                    "such a pair teaches nothing: take it out",
+                    "chosen and rejected are identical",
+                    "the pair has no training signal: remove it",
                 ),
             )
         turns = row.get("messages") or [*row["prompt"], *row["chosen"]]
@@ -53,8 +51,8 @@ def among(rows: Sequence[Row], pairs: bool, cases: dict[str, Case]) -> None:
                 Finding(
                     "twice",
                     "warning",
-                    "the same row stands more than once",
-                    "data.chat with repeated=drop sets them aside",
+                    "duplicate row",
+                    "data.chat with duplicates=drop removes them",
                 ),
             )
             continue
@@ -65,9 +63,7 @@ def among(rows: Sequence[Row], pairs: bool, cases: dict[str, Case]) -> None:
 
 
 def of_pairs(rows: Sequence[Row], cases: dict[str, Case]) -> None:
-    """Faults of preference pairs: one that another turns round, an answer that stands in its question, a preference for
-    length.
-    """
+    """Find faults of preference pairs: contradicting pairs, answers contained in their prompt, length bias."""
     preferred: dict[str, str] = {}
     longer = [row for row in rows if _length(row["chosen"]) > _length(row["rejected"])]
     for row in rows:
@@ -81,8 +77,8 @@ def of_pairs(rows: Sequence[Row], cases: dict[str, Case]) -> None:
                 Finding(
                     "contradictory-pairs",
                     "error",
-                    "another pair prefers the same two answers the other way round",
-                    "keep one of the two, or neither",
+                    "another pair has the same two answers with the preference reversed",
+                    "keep one of the two pairs, or neither",
                 ),
             )
         preferred[f"{prompt}{good}{bad}"] = row["id"]
@@ -95,8 +91,8 @@ def of_pairs(rows: Sequence[Row], cases: dict[str, Case]) -> None:
                 Finding(
                     "answer-in-prompt",
                     "warning",
-                    "the chosen answer stands in the prompt",
-                    "the model learns to copy: take the answer out of the prompt",
+                    "the prompt contains the chosen answer",
+                    "the model learns to copy: remove the answer from the prompt",
                 ),
             )
     share = len(longer) / max(1, len(rows))
@@ -105,8 +101,8 @@ def of_pairs(rows: Sequence[Row], cases: dict[str, Case]) -> None:
         finding = Finding(
             "length-bias",
             "warning",
-            f"the chosen answer is the longer one in {share:.0%} of the pairs, {ratio:.1f} times as long on average",
-            "the model learns to be long: balance the pairs by length",
+            f"the chosen answer is longer in {share:.0%} of the pairs, {ratio:.1f} times as long on average",
+            "the model learns to write longer answers: balance the pairs by length",
         )
         for row in longer:
             _add(cases, row, finding)

@@ -1,4 +1,4 @@
-"""The page of the doctor: findings, and what is learned of some rows, for a page and for a terminal."""
+"""Write the report of data.doctor: findings, and the loss mask of sample rows, as HTML and terminal output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmworks.data.faults.case import Case
 from llmworks.tokenize import view
 from llmworks.tokenize.chat.templates import Rendered
 
-FIRST, SHOWN = 2, 5  # rows drawn from the beginning; rows named for each finding, and drawn because of one
+FIRST, SHOWN = 2, 5  # first rows shown; rows listed for each finding, and shown because of one
 
 if TYPE_CHECKING:
     from llmworks.core.report import ReportBuilder
@@ -26,13 +26,13 @@ def write_report(
     drawn: list[tuple[str, Rendered]],
     counts: dict[str, int],
 ) -> Report:
-    """The findings as page, terminal text and metrics."""
+    """Write the findings as an HTML page, terminal text and metrics."""
     errors, warnings = (sum(case.finding.level == level for case in found) for level in ("error", "warning"))
     report = ctx.report
     report.title = f"{data.name} for {model.name}"
     report.lead = (
         f"{_count(errors, 'error')}, {_count(warnings, 'warning')} in {_count(counts['rows'], 'row')};"
-        f" {counts['learned']:,} of {counts['tokens']:,} tokens are learned."
+        f" {counts['learned']:,} of {counts['tokens']:,} tokens are trained on."
     )
     report.data = {
         "errors": errors,
@@ -57,21 +57,21 @@ def write_report(
     plain = "\n\n".join(f"{id}\n{view.as_plain(tokenizer, r.ids, r.mask)}" for id, r in drawn)
     if drawn:
         report.drawing(
-            "What is learned",
+            "Loss mask",
             page,
             text=(
-                "The first rows, and some with findings. Green is learned, grey is only read; control tokens are red."
-                " The ids are tooltips."
+                "The first rows, and some with findings. Green tokens are trained on, gray ones are masked; control"
+                " tokens are red. Token ids are tooltips."
             ),
             plain=plain,
         )
     _write_terminal(report, found, drawn, tokenizer)
-    about = {"failed": f"{_count(errors, 'error')}: this data would damage the model"} if errors else {}
+    about = {"failed": f"{_count(errors, 'error')}: training on this data would damage the model"} if errors else {}
     return Report(ctx.out, metrics={"errors": errors, "warnings": warnings, **counts}, about=about)
 
 
 def _describe_findings(found: list[Case], report: ReportBuilder) -> None:
-    """The table of findings, or that there are none."""
+    """Add the table of findings, or state that there are none."""
     if found:
         rows = [
             (
@@ -84,19 +84,18 @@ def _describe_findings(found: list[Case], report: ReportBuilder) -> None:
             )
             for c in found
         ]
-        report.table("Findings", ("level", "code", "what is wrong", "rows", "for example", "what to do"), rows)
+        report.table("Findings", ("level", "code", "problem", "rows", "examples", "fix"), rows)
     else:
         report.text(
             "Findings",
-            "None: the template renders what the rows hold, every answer ends with a learned token that generation"
-            " stops at.",
+            "None: the chat template renders the rows faithfully, and every answer ends with a trained stop token.",
         )
 
 
 def _write_terminal(
     report: ReportBuilder, found: list[Case], drawn: list[tuple[str, Rendered]], tokenizer: Any
 ) -> None:
-    """The findings as coloured text for a terminal."""
+    """Write the findings as colored terminal text."""
     colours = {"error": "\x1b[31m", "warning": "\x1b[33m", "note": "\x1b[36m"}
     lines = [report.lead]
     lines += [
@@ -105,7 +104,9 @@ def _write_terminal(
         + (f"\n        → {c.finding.fix}" if c.finding.fix else "")
         for c in found
     ]
-    lines += [f"\n{id}, learned on green:\n{view.as_ansi(tokenizer, r.ids, r.mask)}" for id, r in drawn[:FIRST]]
+    lines += [
+        f"\n{id}, tokens trained on in green:\n{view.as_ansi(tokenizer, r.ids, r.mask)}" for id, r in drawn[:FIRST]
+    ]
     report.terminal = "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
-"""The rules of C4 (Raffel et al. 2020, section 2.2): lines that are no sentences go, then texts with too few sentences.
+"""C4 quality filter (Raffel et al. 2020, section 2.2): drop lines that are not sentences, then short documents.
 
-Decisions are those of datatrove's C4QualityFilter, which follows c4_utils.py of tensorflow-datasets. The list of bad
-words is not applied.
+Decisions match datatrove's C4QualityFilter, which follows c4_utils.py of tensorflow-datasets. The bad-word list is not
+applied.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "
 
 
 class C4(Config):
-    """C4's rules. They also change a text: only its good lines stay."""
+    """C4 quality filter. It also edits documents: only lines that pass are kept."""
 
     filter_no_terminal_punct: bool = Field(
-        True, description="drop lines that do not end a sentence (FineWeb leaves this rule out)"
+        True, description="drop lines without terminal punctuation (FineWeb disables this rule)"
     )
     min_words_per_line: int = Field(3, ge=0, description="drop lines with fewer words")
     max_word_length: int = Field(1000, gt=0, description="drop lines with a longer word")
-    remove_citations: bool = Field(True, description="take [1], [edit] and [citation needed] out")
-    filter_javascript: bool = Field(True, description="drop lines that speak of Javascript")
+    remove_citations: bool = Field(True, description="remove [1], [edit] and [citation needed]")
+    filter_javascript: bool = Field(True, description="drop lines that mention JavaScript")
     filter_policy: bool = Field(True, description="drop lines about cookies, privacy and terms of use")
-    filter_lorem_ipsum: bool = Field(True, description="drop texts with lorem ipsum")
-    filter_curly_bracket: bool = Field(True, description="drop texts with a curly bracket")
-    min_num_sentences: int = Field(5, ge=0, description="drop texts that have fewer sentences left")
+    filter_lorem_ipsum: bool = Field(True, description="drop documents with lorem ipsum")
+    filter_curly_bracket: bool = Field(True, description="drop documents with a curly bracket")
+    min_num_sentences: int = Field(5, ge=0, description="drop documents with fewer sentences after line filtering")
 
 
 def c4(config: C4, texts: list[str], words: Words) -> tuple[list[str], Judgement, Counter[str]]:
-    """(texts with their good lines, judgement, dropped lines by reason)."""
+    """Filter texts; returns (texts with the lines that pass, decisions, dropped lines by reason)."""
     kept, reasons, sentences = [], [], []
     dropped: Counter[str] = Counter()
     for text in texts:
@@ -63,13 +63,13 @@ def c4(config: C4, texts: list[str], words: Words) -> tuple[list[str], Judgement
 
 
 def _lines(config: C4, text: str, words: Words, dropped: Counter[str]) -> tuple[list[str], str, int]:
-    """(good lines, why the whole text goes or "", sentences, counted no further than needed)."""
+    """Return (lines that pass, drop reason of the whole text or "", sentence count up to the bound)."""
     kept: list[str] = []
     sentences = 0
     for raw in text.splitlines():
         line = raw.strip()
         if not line and (config.filter_no_terminal_punct or config.min_words_per_line):
-            continue  # goes as well, but is no line to be counted
+            continue  # dropped too, but not counted as a line
         if len(line) > config.max_word_length and any(len(chunk) > config.max_word_length for chunk in line.split()):
             dropped["c4: a word too long"] += 1
             continue

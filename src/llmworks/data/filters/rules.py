@@ -1,6 +1,4 @@
-"""What every rule set shares: a judgement of a batch of texts, and how the values it looked at are counted for a
-histogram.
-"""
+"""Shared code of the filters: threshold rules over a batch of texts, and histograms of their values."""
 
 from __future__ import annotations
 
@@ -17,9 +15,9 @@ BINS = 40
 
 @dataclass(frozen=True)
 class Bound:
-    """One rule: texts whose `value` is below `low` or above `high` are dropped for `reason`; None is no bound.
+    """A threshold rule: texts whose `value` is below `low` or above `high` are dropped for `reason` (None = no bound).
 
-    `top` is where the histogram ends; what lies beyond is counted in its last bin.
+    `top` is the upper end of the histogram; larger values are counted in its last bin.
     """
 
     reason: str
@@ -30,7 +28,7 @@ class Bound:
     high: float | None = None
 
     def fails(self) -> Array:
-        """Which texts break the rule."""
+        """Return a boolean mask of the texts that break the rule."""
         broken = np.zeros(len(self.value), dtype=bool)
         if self.low is not None:
             broken |= self.value < self.low
@@ -41,14 +39,14 @@ class Bound:
 
 @dataclass
 class Judgement:
-    """The first broken rule of each text ("" for none), and the histogram of every rule's values."""
+    """Filter decisions: the first broken rule of each text ("" = none), and a histogram of every rule's values."""
 
     reasons: list[str]
     histograms: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def judge(count: int, bounds: Sequence[Bound]) -> Judgement:
-    """Apply rules in their order to `count` texts."""
+    """Apply rules in order to `count` texts."""
     reasons = np.full(count, "", dtype=object)
     histograms: dict[str, dict[str, Any]] = {}
     for bound in bounds:
@@ -65,5 +63,5 @@ def judge(count: int, bounds: Sequence[Bound]) -> Judgement:
 
 
 def share(part: Array, whole: Array) -> Array:
-    """`part / whole`, 0 where there is nothing."""
+    """Compute `part / whole`, 0 where `whole` is 0."""
     return np.divide(part, whole, out=np.zeros(len(whole)), where=whole != 0)

@@ -1,7 +1,7 @@
-"""Texts as arrays of word numbers, and what is known of each word; so that rules count with arrays instead of loops.
+"""Texts as arrays of word ids, and per-word features, so that filters use array operations instead of loops.
 
-A chunk between white space is split once (`english.split_chunk`) and remembered. The vocabulary is dropped when it
-grows past a limit.
+A whitespace-separated chunk is tokenized once (`english.split_chunk`) and cached. The vocabulary is cleared when it
+exceeds a limit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from llmworks.data.filters.english import split_chunk
 
 Array = npt.NDArray[Any]
-LIMIT = 400_000  # chunks that are remembered
+LIMIT = 400_000  # cached chunks
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 SENTENCE_ENDS = frozenset(
     "!.?։؟۔܀܁܂߹।॥၊။።፧፨᙮᜵᜶᠃᠉᥄᥅᪨᪩᪪᪫᭚᭛᭞᭟᰻᰼᱾᱿‼‽⁇⁈⁉⸮⸼꓿꘎꘏꛳꛷꡶꡷꣎꣏꤯꧈꧉꩝꩞꩟꫰꫱꯫﹒﹖﹗！．？𐩖𐩗𑁇𑁈𑂾𑂿𑃀𑃁𑅁𑅂𑅃𑇅𑇆𑇍𑇞𑇟𑈸𑈹𑈻𑈼𑊩𑑋𑑌"
@@ -33,12 +33,12 @@ SYMBOLS = (
     | frozenset("!/—”:％１〈&(、━\\【#%「」，】；+^]~“《„';’{|∶´[=-`*．（–？！：$～«〉,><》)?）。…@_.\"}►»")
     | frozenset(map(chr, (*range(9), *range(11, 32), *range(127, 160))))
 )
-END, PUNCTUATION, WORD = 0, 1, 2  # what a word is to the sentence splitter
+END, PUNCTUATION, WORD = 0, 1, 2  # word kinds for the sentence splitter
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some texts and their words: text `i` has the numbers `ids[starts[i]:starts[i + 1]]`."""
+    """A batch of texts and their word ids: text `i` has `ids[starts[i]:starts[i + 1]]`."""
 
     texts: list[str]
     ids: Array
@@ -46,16 +46,16 @@ class Batch:
 
     @property
     def counts(self) -> Array:
-        """Words of each text."""
+        """Number of words of each text."""
         return np.diff(self.starts)
 
     @property
     def owner(self) -> Array:
-        """The text that each word belongs to."""
+        """Index of the text that each word belongs to."""
         return np.repeat(np.arange(len(self.texts)), self.counts)
 
     def select(self, chosen: Array) -> Batch:
-        """Some of the texts, by their index."""
+        """Select texts by index."""
         parts = [self.ids[self.starts[i] : self.starts[i + 1]] for i in chosen]
         ids = np.concatenate(parts) if parts else self.ids[:0]
         return Batch(
@@ -65,13 +65,13 @@ class Batch:
         )
 
     def sums(self, values: Array) -> Array:
-        """The sum over each text of a value per word."""
+        """Sum a per-word value over each text."""
         total = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
         return total[self.starts[1:]] - total[self.starts[:-1]]
 
 
 class _Chunks(dict[str, tuple[int, ...]]):
-    """The words of chunks by their numbers; a chunk that is not known is split."""
+    """Cache of chunk -> word ids; a missing chunk is tokenized."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
@@ -86,13 +86,13 @@ class _Chunks(dict[str, tuple[int, ...]]):
                 self.words.append(word)
             ids.append(number)
         found = tuple(ids)
-        if len(chunk) < 100:  # longer ones do not come again
+        if len(chunk) < 100:  # longer ones rarely recur
             self[chunk] = found
         return found
 
 
 class Words:
-    """Splits texts and numbers their words; the arrays tell what is known of a word by its number."""
+    """Word tokenizer with a vocabulary; the arrays hold features of each word, indexed by word id."""
 
     def __init__(self) -> None:
         self._forget()
@@ -104,7 +104,7 @@ class Words:
         self.kinds = bytearray()
 
     def encode(self, texts: Sequence[str]) -> Batch:
-        """The words of some texts. Numbers hold until the next call that finds the vocabulary too large."""
+        """Tokenize texts. Word ids are valid until the next call that clears a too large vocabulary."""
         if len(self.chunks) > LIMIT:
             self._forget()
         flat: list[int] = []
@@ -119,7 +119,7 @@ class Words:
         return chain.from_iterable(map(self.chunks.__getitem__, text.split()))
 
     def _describe(self) -> None:
-        """Extend the arrays by the words that are new."""
+        """Extend the feature arrays with new words."""
         new = self.chunks.words[self._known :]
         if not new:
             return
@@ -135,7 +135,7 @@ class Words:
         self.kinds.extend(map(kind_of, new))
 
     def sentences(self, text: str) -> int:
-        """How many sentences a line has: a new one begins with the first word after a mark that ends one."""
+        """Count the sentences of a line: a sentence starts at the first word after a sentence-final mark."""
         ids = list(self._ids(text))
         self._describe()
         kinds = bytes(map(self.kinds.__getitem__, ids)).translate(None, bytes([PUNCTUATION]))
@@ -143,7 +143,7 @@ class Words:
 
 
 def kind_of(word: str) -> int:
-    """Whether a word ends a sentence, is other punctuation, or neither."""
+    """Classify a word as sentence-final punctuation (END), other punctuation (PUNCTUATION), or neither (WORD)."""
     if word in SENTENCE_ENDS:
         return END
     return PUNCTUATION if all(unicodedata.category(c)[0] == "P" for c in word) else WORD

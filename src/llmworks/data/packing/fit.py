@@ -1,4 +1,4 @@
-"""Best-fit-decreasing bin packing: pieces of text into rows of one capacity, nothing cut. Knows no tokens.
+"""Best-fit-decreasing (BFD) bin packing of sequences into rows of one capacity, without truncation.
 
 Johnson (1974); for training data Ding et al. (2024), "Fewer Truncations Improve Language Modeling".
 """
@@ -10,12 +10,12 @@ from typing import Any
 
 
 def best_fit(lengths: Sequence[int] | Any, capacity: int, seed: int) -> tuple[Any, Any]:
-    """(order, ends): the pieces' numbers row after row, and where in `order` each row ends.
+    """Pack sequences; returns (order, ends): sequence indices row by row, and where in `order` each row ends.
 
-    Rows, and equal lengths, are shuffled by the seed.
+    Rows, and sequences of equal length, are shuffled by the seed.
 
-    Every length is from 1 to `capacity`. Each piece, the longest first, goes where it leaves least free: a row is found
-    by the lowest set bit of an integer in which bit n says that some row has n free.
+    Every length is from 1 to `capacity`. Each sequence, longest first, goes into the row with the least sufficient free
+    space. That row is found by the lowest set bit of an integer in which bit n means that some row has n free.
     """
     import numpy as np
 
@@ -24,7 +24,7 @@ def best_fit(lengths: Sequence[int] | Any, capacity: int, seed: int) -> tuple[An
     shuffled = generator.permutation(len(sizes))
     descending = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
     rows: list[list[int]] = []
-    having: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by what they have free
+    having: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by free space
     free_sizes = 0
     for piece, size in zip(descending.tolist(), sizes[descending].tolist(), strict=True):
         fitting = free_sizes >> size
@@ -43,7 +43,7 @@ def best_fit(lengths: Sequence[int] | Any, capacity: int, seed: int) -> tuple[An
                 free_sizes |= 1 << left
             having[left].append(row)
     mixed = [rows[i] for i in generator.permutation(len(rows)).tolist()]
-    # within a row too, or the longest would always stand first
+    # shuffle within rows too, or the longest sequence would always come first
     order = np.array(
         [piece for row in mixed for piece in (row if len(row) == 1 else generator.permutation(row).tolist())],
         dtype=np.int64,

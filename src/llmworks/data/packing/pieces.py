@@ -1,5 +1,5 @@
-"""Conversations and documents as pieces of tokens: one part of the input at a time, written to files that are mapped
-again to be packed.
+"""Tokenize conversations and documents into sequences: one part of the input at a time, written to files that the
+packing step memory-maps.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from llmworks.tokenize.chat.encode import ConversationEncoder
 from llmworks.tokenize.chat.named import Template, use_template
 from llmworks.tokenize.load import load_tokenizer
 
-NOTHING = "no assistant token to learn"
+NOTHING = "no assistant token to train on"
 
 
 @dataclass(frozen=True)
 class How:
-    """How text becomes tokens: the tokenizer's directory and template, the longest piece, and what stands around a
+    """Tokenization settings: tokenizer directory, chat template, maximum sequence length, and tokens before and after a
     document.
     """
 
@@ -34,12 +34,12 @@ class How:
     longest: int
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
-    control: bool = False  # whether control tokens may stand in somebody's text
+    control: bool = False  # whether control tokens are allowed in message content
 
 
 @dataclass
 class Pieces:
-    """What is collected of one part. `learned` stays empty for documents, of which everything is learned."""
+    """Tokenized sequences of one part. `learned` (the loss mask) stays empty for documents: every token counts."""
 
     tokens: array[int] = field(default_factory=lambda: array("I"))
     learned: bytearray = field(default_factory=bytearray)
@@ -48,7 +48,7 @@ class Pieces:
     rejected: list[Json] = field(default_factory=list)
 
     def add(self, origin: int, ids: Sequence[int], mask: bytes | bytearray = b"") -> None:
-        """One piece; its first token is never learned, since nothing of its own predicts it."""
+        """Add a sequence; its first token is always masked, since no token of its own precedes it."""
         self.tokens.extend(ids)
         self.lengths.append(len(ids))
         self.origins.append(origin)
@@ -57,11 +57,11 @@ class Pieces:
             self.learned[-len(mask)] = 0
 
     def reject(self, origin: int, id: str, reason: str) -> None:
-        """Set a row aside."""
+        """Record a rejected row."""
         self.rejected.append({"row": origin, "id": id, "reason": reason})
 
     def write(self, folder: Path) -> None:
-        """Write the arrays, and what was set aside."""
+        """Write the arrays, and the rejected rows."""
         import numpy as np
 
         for name, values, kind in (
@@ -81,18 +81,18 @@ class Pieces:
 
 @functools.lru_cache(maxsize=1)
 def _encoder(how: How) -> ConversationEncoder:
-    """Made once in each worker."""
+    """Load the encoder, once in each worker."""
     tokenizer = load_tokenizer(how.tokenizer)
     use_template(tokenizer, how.template)
     return ConversationEncoder(tokenizer, frozen=True, strict=not how.control)
 
 
 def encode_chats(how: How, part: Span, folder: Path) -> Json:
-    """One part of a data set of conversations.
+    """Tokenize one part of a dataset of conversations.
 
-    A row that is too long, teaches nothing, or is refused by the template is set aside, never cut.
+    A row that is too long, has no trainable token, or fails to render is rejected, never truncated.
 
-    So is one with a control token in somebody's text, unless `how` allows it.
+    So is one with a control token in message content, unless `how` allows it.
     """
     encoder = _encoder(how)
     pieces = Pieces()
@@ -111,7 +111,7 @@ def encode_chats(how: How, part: Span, folder: Path) -> Json:
                     )
                     ids, mask = encoder.encode(messages, row["tools"])
                 reason = (
-                    f"longer than length ({len(ids)} tokens)"
+                    f"longer than max_length ({len(ids)} tokens)"
                     if len(ids) > how.longest
                     else NOTHING
                     if mask.find(1, 1) < 0
@@ -135,9 +135,9 @@ def encode_chats(how: How, part: Span, folder: Path) -> Json:
 
 
 def encode_documents(how: How, part: Span, folder: Path) -> Json:
-    """One part of a data set of documents; longer ones are divided.
+    """Tokenize one part of a dataset of documents; long documents are split.
 
-    Control tokens that stand in the text are encoded as text.
+    Control tokens in the text are encoded as plain text.
     """
     encoder = _encoder(how)
     pieces = Pieces()
@@ -149,7 +149,7 @@ def encode_documents(how: How, part: Span, folder: Path) -> Json:
         pieces.add(origin, ids[: how.longest])
         for start in range(
             how.longest - 1, len(ids) - 1, how.longest - 1
-        ):  # from the last token on, so that the one after it is learned too
+        ):  # chunks overlap by one token, masked in the second, so that no token is lost from the loss
             pieces.add(origin, ids[start : start + how.longest])
     pieces.write(folder)
     return {
@@ -161,7 +161,7 @@ def encode_documents(how: How, part: Span, folder: Path) -> Json:
 
 
 class Plain(NamedTuple):
-    """A conversation of roles and contents only."""
+    """A conversation that has only roles and contents."""
 
     id: str
     roles: tuple[str, ...]
@@ -183,7 +183,7 @@ def _uses(roles: tuple[str, ...]) -> set[str]:
 
 
 def _rows(table: Any) -> Iterator[Plain | Json]:
-    """A table's rows; those without tools, calls, names and weights by columns, which is much faster."""
+    """Yield a table's rows; rows without tools, calls, names and weights are read by columns, which is much faster."""
     import numpy as np
 
     for batch in table.to_batches():
@@ -198,7 +198,7 @@ def _rows(table: Any) -> Iterator[Plain | Json]:
             "role"
         ).is_null().to_numpy(zero_copy_only=False)
         before = np.cumsum(odd)
-        # roles that are no plain ones are left to the rows' own reader, which knows other names and refuses the rest
+        # other roles are left to the row reader, which maps aliases and rejects the rest
         plain = (
             (before[offsets[1:]] == before[offsets[:-1]])
             & (batch.column("tools").to_numpy(zero_copy_only=False) == "[]")

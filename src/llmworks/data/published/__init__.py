@@ -1,1 +1,1 @@
-"""Published sets whose files are of no usual shape: one reader each, `rows(path, rejected)`, that gives chat rows."""
+"""Readers of published datasets in formats of their own: each has `rows(path, rejected)`, which returns chat rows."""

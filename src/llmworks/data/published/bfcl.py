@@ -1,5 +1,4 @@
-"""Rows of the Berkeley function calling leaderboard: its type names to JSON schema, its accepted answers to one right
-call.
+"""Read the Berkeley Function Calling Leaderboard (BFCL): types become JSON schema, accepted answers one tool call.
 
 Source: the BFCL v4 data files (`question`, `function`, `ground_truth`).
 """
@@ -16,11 +15,11 @@ from llmworks.data.store.jsonl import Rejected, read_jsonl
 from llmworks.data.store.rows import Row
 
 _TYPES = {"dict": "object", "float": "number", "tuple": "array"}
-OMITTED = ""  # among the accepted values of an argument, this says that it may be left out
+OMITTED = ""  # among an argument's accepted values: the argument is optional
 
 
 def rows(folder: Path, rejected: Rejected) -> list[Row]:
-    """Chat rows of a BFCL category: the question, the functions, the right call."""
+    """Read chat rows of a BFCL category: question, functions and the expected call."""
     if not folder.is_dir():
         raise DataError(f"{folder}: format bfcl takes a directory with questions.jsonl and answers.jsonl")
     answers = {answer.get("id"): answer for _, answer in read_jsonl(folder / "answers.jsonl", rejected)}
@@ -38,7 +37,7 @@ def rows(folder: Path, rejected: Rejected) -> list[Row]:
             )
             continue
         if question["id"] in seen:
-            rejected.add("questions.jsonl", line, f"the id {question['id']!r} stands twice", str(question))
+            rejected.add("questions.jsonl", line, f"duplicate id {question['id']!r}", str(question))
             continue
         seen.add(question["id"])
         full = messages_to_json((*messages, Message("assistant", "", (call,))))
@@ -56,7 +55,7 @@ def rows(folder: Path, rejected: Rejected) -> list[Row]:
 
 
 def json_schema(spec: Any) -> Any:
-    """A BFCL parameter description as JSON schema: dict, float, tuple and any are Python's names there."""
+    """Convert a BFCL parameter description to JSON schema; BFCL uses Python's names dict, float, tuple and any."""
     if not isinstance(spec, dict):
         return spec
     out: Json = {}
@@ -74,11 +73,10 @@ def json_schema(spec: Any) -> Any:
 
 
 def right_call(accepted: Json, function: Json, question: str = "") -> ToolCall:
-    """One call out of the accepted ones: the first listed value of every argument; one that may be left out is, unless
-    the question states it.
+    """Choose one call among the accepted ones: the first listed value of every argument.
 
-    To leave out what the question states would teach that a stated value may be dropped, which is wrong where the
-    answer needs it.
+    An optional argument is omitted unless the question states its value. Otherwise a model trained on the rows would
+    drop stated values that an answer needs.
     """
     ((name, arguments),) = accepted.items()
     required = function["parameters"].get("required", [])
@@ -96,14 +94,14 @@ def right_call(accepted: Json, function: Json, question: str = "") -> ToolCall:
 
 
 def _states(question: str, value: Any) -> bool:
-    """Whether a text or number stands in the question as a word of its own."""
+    """Return whether a string or number occurs in the question as a whole word."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         return False
     return re.search(rf"(?<![\w.]){re.escape(str(value))}(?!\w|\.\d)", question, re.IGNORECASE) is not None
 
 
 def _plain(value: Any) -> Any:
-    """Inside objects, BFCL lists the accepted values of every key: take the first, leave optional keys out."""
+    """Take the first accepted value of every key inside an object, where BFCL lists them; omit optional keys."""
     if isinstance(value, dict):
         return {
             k: _plain(v[0]) if isinstance(v, list) and v else v
@@ -116,7 +114,7 @@ def _plain(value: Any) -> Any:
 
 
 def chat_row(question: Json, answer: Json) -> tuple[tuple[Message, ...], list[Json], ToolCall, Json]:
-    """(messages without the answer, functions as JSON schema, the right call, accepted calls) of one question."""
+    """Return (messages without the answer, functions as JSON schema, expected call, accepted calls) of one question."""
     functions = [{**f, "parameters": json_schema(f["parameters"])} for f in question["function"]]
     messages = messages_from_json([turn for turns in question["question"] for turn in turns])
     accepted = answer["ground_truth"][0]

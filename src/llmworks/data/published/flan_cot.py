@@ -1,9 +1,9 @@
-"""Worked multiple-choice examples as FLAN writes them: `Q: ... (A) ... (B) ... A: Let's think step by step.
+"""Read multiple-choice chain-of-thought examples in FLAN's format.
 
-... The answer is (C).`
+`Q: ... (A) ... (B) ... A: Let's think step by step. ... The answer is (C).`
 
-One JSON object of subject -> text with several examples, as lm-evaluation-harness has for MMLU (Hendrycks et al. 2021;
-Wei et al. 2022).
+The file is one JSON object of subject -> text with several examples, as in lm-evaluation-harness for MMLU (Hendrycks
+et al. 2021; Wei et al. 2022).
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ OPTION = re.compile(r"\(([A-Z])\)")
 
 
 def rows(path: Path, rejected: Rejected) -> list[Row]:
-    """Chat rows: question with its options, reasoning that ends with the answer's letter; the letter is the key, the
-    subject the group.
+    """Read chat rows: question with options, reasoning ending in the answer letter.
+
+    The letter is the row's `answer`, the subject its `group`.
     """
     files = [path] if path.is_file() else sorted(path.glob("[!.]*.json"))
     if not files:
@@ -36,17 +37,17 @@ def rows(path: Path, rejected: Rejected) -> list[Row]:
             assert isinstance(subjects, dict)
             assert all(isinstance(text, str) for text in subjects.values())
         except (ValueError, AssertionError):
-            raise DataError(f"{file}: must be a JSON object of subjects, each a text of examples") from None
+            raise DataError(f"{file}: must be a JSON object that maps subjects to strings of examples") from None
         for line, (subject, text) in enumerate(subjects.items(), 1):
             examples = EXAMPLE.findall(text)
             if not examples:
-                rejected.add(file.name, line, "no example (Q: and A: at the beginning of lines)", text)
+                rejected.add(file.name, line, "no example (lines beginning with Q: and A:)", text)
             for number, (asked, said) in enumerate(examples, 1):
                 asked, said = asked.strip(), said.strip()
                 letter = ANSWER.search(said)
                 if letter is None or letter[1] not in OPTION.findall(asked):
                     rejected.add(
-                        file.name, line, "an example does not end with one of its options", f"Q: {asked}\nA: {said}"
+                        file.name, line, "an example's answer is not one of its options", f"Q: {asked}\nA: {said}"
                     )
                     continue
                 turns = (Message("user", asked), Message("assistant", said))

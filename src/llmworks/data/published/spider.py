@@ -1,9 +1,8 @@
-"""Spider's text-to-SQL questions as OpenAI's evals have them: tables and columns, a question, the query; and data to
-run queries on.
+"""Read Spider text-to-SQL questions in OpenAI evals' format (schema, question, gold query) and build test databases.
 
-The set comes without databases, so each question gets one: rows of small numbers and of the words that the query names,
-drawn until the query gives something (the idea of distilled test suites, Zhong et al. 2020). So two queries that differ
-in meaning mostly differ in what they give.
+The dataset ships without databases, so each question gets a synthetic one: rows of small numbers and of literals from
+the query, resampled until the query returns a result (the idea of distilled test suites, Zhong et al. 2020). Queries
+that differ in meaning then mostly differ in their results.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ ROWS, TRIES = 12, 60
 
 
 def rows(path: Path, rejected: Rejected) -> list[Row]:
-    """Chat rows: tables and question, the query; `answer` has the query and the database that it is checked on."""
+    """Read chat rows: tables and question, gold query; `answer` has the query and the database to execute it on."""
     files = [path] if path.is_file() else sorted(path.glob("[!.]*.jsonl"))
     if not files:
         raise DataError(f"{path}: format spider takes a JSONL file")
@@ -43,7 +42,7 @@ def rows(path: Path, rejected: Rejected) -> list[Row]:
                 rejected.add(
                     file.name,
                     line,
-                    str(error) if isinstance(error, ValueError) else "not a question with tables and a query",
+                    str(error) if isinstance(error, ValueError) else "not a question with tables and a gold query",
                     str(raw),
                 )
                 continue
@@ -63,12 +62,12 @@ def rows(path: Path, rejected: Rejected) -> list[Row]:
 
 
 def tables_of(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(name, [(column, type)]) of every table that a question lists. ValueError when it lists none."""
+    """Parse (name, [(column, type)]) of every table that a question lists. ValueError when it lists none."""
     found = []
     for name, columns in TABLE.findall(text):
         parts = [COLUMN.fullmatch(part) for part in re.split(r", (?=[^,()]+ \(\w+\))", columns)]
         if not all(parts):
-            raise ValueError(f"the columns of table {name!r} cannot be read")
+            raise ValueError(f"the columns of table {name!r} cannot be parsed")
         found.append((name, [(part[1], part[2]) for part in parts if part]))
     if not found:
         raise ValueError("lists no tables")
@@ -76,20 +75,20 @@ def tables_of(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def database(tables: list[tuple[str, list[tuple[str, str]]]], query: str, seed: int) -> str:
-    """SQL that makes tables in which the query finds something. ValueError when it finds nothing in any of so many."""
+    """Generate SQL that fills tables so that the query returns rows. ValueError when TRIES attempts fail."""
     words = [a or b for a, b in LITERAL.findall(query)]
     words = [w.strip("%") for w in words if w.strip("%")]
     numbers = [float(n) if "." in n else int(n) for n in NUMBER.findall(query) if float(n) < 1e9]
-    failure = "gives nothing on made-up data"
+    failure = "returns nothing on synthetic data"
     for attempt in range(TRIES):
         draw = random.Random(f"{seed}/{attempt}")
         lines = []
         for number, (name, columns) in enumerate(tables):
-            if name.startswith("sqlite_"):  # SQLite makes these itself
+            if name.startswith("sqlite_"):  # SQLite creates these itself
                 continue
             names = ", ".join(f'"{column}" {_type(kind)}' for column, kind in columns)
             lines.append(f'CREATE TABLE "{name}" ({names});')
-            for place in range(ROWS + number):  # else all tables would have as many rows
+            for place in range(ROWS + number):  # otherwise all tables would have equally many rows
                 values = ", ".join(
                     _value(draw, kind, words, numbers, place, first=i == 0) for i, (_, kind) in enumerate(columns)
                 )
@@ -115,7 +114,7 @@ def _type(kind: str) -> str:
 
 def _value(draw: random.Random, kind: str, words: list[str], numbers: list[Any], place: int, *, first: bool) -> str:
     if first and kind == "number":
-        return str(place + 1)  # a key, most often
+        return str(place + 1)  # usually a primary key
     if kind == "number":
         some = (
             draw.choice(numbers) + draw.choice((-1, 0, 0, 1))

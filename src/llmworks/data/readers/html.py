@@ -1,4 +1,4 @@
-"""A page's main content as text, without navigation and boilerplate (trafilatura), or all its text."""
+"""Extract the main content of an HTML page without navigation and boilerplate (trafilatura), or all its text."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Part = Literal["main", "all"]
 
 
 def page_text(data: bytes, part: Part) -> tuple[str, str]:
-    """(text, title) of an HTML page; the text is empty where there is no content.
+    """Extract (text, title) from an HTML page; the text is empty when there is no content.
 
-    NotText for bytes that are no page.
+    NotText for bytes that are not HTML.
     """
     try:
         import trafilatura
@@ -26,12 +26,12 @@ def page_text(data: bytes, part: Part) -> tuple[str, str]:
         text, _ = decode(data)
         tree = trafilatura.load_html(text)
         if tree is None:
-            raise NotText("no HTML page")
+            raise NotText("not an HTML page")
     title = " ".join(
         "".join(node.itertext()) for node in tree.iter("title") if isinstance(node, etree._Element)
     ).strip()
     if part == "all":
         return trafilatura.html2txt(tree).strip(), title
-    # dates and authors are left to others: finding them depends on today's date
+        # no metadata: trafilatura's date extraction depends on today's date
     found = trafilatura.extract(tree, include_comments=False, include_tables=True, with_metadata=False)
     return (found or "").strip(), title

@@ -1,4 +1,4 @@
-"""The text layer of a PDF, page by page (pdfium). Scanned pages have none: that is told, not guessed."""
+"""Read the text layer of PDF files (pdfium). Does not do OCR: a scanned PDF without a text layer is rejected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llmworks.data.readers.text import read_limited, too_long
 
 
 def read_pdf(source: Source, limit: int) -> Iterator[Document | Unusable]:
-    """One document: the pages' text, an empty line between pages."""
+    """Read one document: the text of all pages, separated by empty lines."""
     try:
         import pypdfium2
         import pypdfium2.raw

@@ -1,6 +1,6 @@
-"""R's lazy-load data bases (`.rdb`): each stored vector of strings is one document, its elements are lines.
+"""Read R lazy-load databases (`.rdb`): each stored character vector is one document, its elements are lines.
 
-Objects are zlib streams behind their length; inside is R's XDR serialization (R Internals, section 1.8). Only strings
+Objects are length-prefixed zlib streams of R's XDR serialization (R Internals, section 1.8). Only character vectors
 are read.
 """
 
@@ -19,7 +19,7 @@ STRINGS, STRING, MISSING = 16, 9, 0xFFFFFFFF  # SEXP types STRSXP and CHARSXP, t
 
 
 def read_rdb(source: Source, limit: int) -> Iterator[Document | Unusable]:
-    """One document per object that is a vector of strings."""
+    """Read one document per object that is a character vector."""
     with source.open() as stream:
         data = read_limited(stream, limit)
     if data is None:
@@ -32,24 +32,24 @@ def read_rdb(source: Source, limit: int) -> Iterator[Document | Unusable]:
         try:
             value = unpack.decompress(data[at + 4 :], limit)
         except zlib.error as error:
-            yield Unusable(source.name, number, f"the rest of the file is no R data base ({error})")
+            yield Unusable(source.name, number, f"the rest of the file is not an R database ({error})")
             return
         if not unpack.eof:
-            yield Unusable(source.name, number, "cut short, or longer than max_document_mb")
+            yield Unusable(source.name, number, "truncated, or longer than max_document_mb")
             return
         at = len(data) - len(unpack.unused_data)
         try:
             lines = strings(value)
         except (struct.error, ValueError) as error:
-            yield Unusable(source.name, number, f"an object that is no vector of strings ({error})")
+            yield Unusable(source.name, number, f"an object that is not a character vector ({error})")
             continue
         yield Document(f"{source.name}#{number}", "\n".join(lines), source.name)
 
 
 def strings(value: bytes) -> list[str]:
-    """The elements of a serialized vector of strings.
+    """Parse the elements of a serialized character vector.
 
-    ValueError for anything else, struct.error when it is cut short.
+    ValueError for anything else, struct.error when it is truncated.
     """
     if value[:2] != b"X\n":
         raise ValueError("not in XDR format")
@@ -71,7 +71,7 @@ def strings(value: bytes) -> list[str]:
             continue
         raw = value[at : at + size]
         if len(raw) < size:
-            raise ValueError("cut short")
-        found.append(raw.decode("latin-1" if kind & 0x4000 else "utf-8", "replace"))  # bit 2 of the levels says Latin-1
+            raise ValueError("truncated")
+        found.append(raw.decode("latin-1" if kind & 0x4000 else "utf-8", "replace"))  # bit 2 of the levels: Latin-1
         at += size
     return found

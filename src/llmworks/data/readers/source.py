@@ -1,11 +1,9 @@
-"""Where bytes come from: files below a directory, what compressed files and archives hold.
+"""Find input files below a directory and stream the contents of compressed files and archives.
 
-Streams; unpacks nothing to disk but what
+Nothing is unpacked to disk except formats that need random access.
 
-must be read from its end.
-
-A member's name is its file's with `!` between: `books.zip!austen/emma.txt`. Everything that is expanded is metered, so
-that an archive bomb ends with a reason. Knows no document format.
+An archive member is named FILE!MEMBER: `books.zip!austen/emma.txt`. Decompressed bytes are metered, so that an archive
+bomb is rejected with a reason. Does not parse document formats.
 """
 
 from __future__ import annotations
@@ -36,29 +34,29 @@ BROKEN = (
     NotImplementedError,
     RuntimeError,
 )
-DEPTH = 3  # archives inside archives
+DEPTH = 3  # maximum nesting of archives
 
 
 class TooLarge(Exception):
-    """More bytes than allowed came out of a compressed file."""
+    """A compressed file that expands to more bytes than allowed."""
 
 
 @dataclass
 class Meter:
-    """How many bytes may still come out of one compressed file or archive."""
+    """Byte budget of the decompressed contents of one compressed file or archive."""
 
     limit: int
     used: int = 0
 
     def count(self, n: int) -> None:
-        """Add bytes that were read. TooLarge past the limit."""
+        """Add bytes that were read. TooLarge above the limit."""
         self.used += n
         if self.used > self.limit:
             raise TooLarge(f"expands to more than {self.limit >> 20} MB")
 
 
 class Metered(io.RawIOBase):
-    """A stream whose bytes are counted. Closing it closes the streams it was made of."""
+    """A stream whose bytes are counted by a meter. Closing it closes the underlying streams."""
 
     def __init__(self, meter: Meter, *streams: IO[bytes]) -> None:
         self.meter, self.streams = meter, streams
@@ -71,7 +69,7 @@ class Metered(io.RawIOBase):
         super().close()
 
     def readable(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
@@ -84,15 +82,15 @@ class Metered(io.RawIOBase):
 
 @dataclass(frozen=True)
 class Source:
-    """One file or archive member. `open` gives a fresh stream (of an archive member: once)."""
+    """One file or archive member. `open` returns a fresh stream (for an archive member only once)."""
 
     name: str
     open: Callable[[], IO[bytes]] = field(repr=False)
-    path: Path | None = None  # where it is an ordinary file that can be read from any place
+    path: Path | None = None  # set for an ordinary, seekable file
 
     @property
     def suffix(self) -> str:
-        """The suffix that tells the format, compression left out, in lower case."""
+        """The lowercase suffix that determines the format, without compression suffixes."""
         suffixes = [s.lower() for s in PurePosixPath(self.name.rpartition("!")[2]).suffixes]
         while suffixes and suffixes[-1] in COMPRESSED:
             suffixes.pop()
@@ -100,25 +98,25 @@ class Source:
 
 
 def find_files(root: Path, skip: Callable[[Path], bool] = lambda path: False) -> list[Path]:
-    """Every file below a directory (or the file itself), sorted by name; hidden files and manifests are left out."""
+    """Find every file below a directory (or the file itself), sorted by name, without hidden files and manifests."""
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
     return [p for p in files if not _hidden(name_of(root, p)) and name_of(root, p) != "manifest.json" and not skip(p)]
 
 
 def name_of(root: Path, path: Path) -> str:
-    """A file's name as documents carry it: its place below `root`."""
+    """Return a file's name as recorded in documents: its path relative to `root`."""
     return path.relative_to(root.parent if root.is_file() else root).as_posix()
 
 
 def source(root: Path, path: Path) -> Source:
-    """A file below `root` as a source."""
+    """Wrap a file below `root` as a source."""
     return Source(name_of(root, path), lambda: path.open("rb"), path)
 
 
 def expand(source: Source, limit: int, depth: int = 0) -> Iterator[Source | Unusable]:
-    """The source itself, or what it holds when it is compressed or an archive.
+    """Yield the source itself, or its contents when it is compressed or an archive.
 
-    `limit`: bytes that may come out of it.
+    `limit`: maximum number of decompressed bytes.
     """
     return _expand(source, Meter(limit), depth)
 
@@ -131,7 +129,7 @@ def _expand(source: Source, meter: Meter, depth: int) -> Iterator[Source | Unusa
         yield source
         return
     if depth >= DEPTH:
-        yield Unusable(source.name, 0, f"archives inside archives, more than {DEPTH} deep")
+        yield Unusable(source.name, 0, f"archives nested more than {DEPTH} deep")
         return
     members = _zip_members if source.suffix == ".zip" else _tar_members
     try:
@@ -168,14 +166,14 @@ def _decompressed(source: Source, meter: Meter) -> Source:
 
 
 def _buffered(meter: Meter, *streams: IO[bytes]) -> IO[bytes]:
-    """A stream that is metered and read in blocks; the first is the innermost, the others are closed with it."""
+    """Wrap streams in a metered, buffered one; the first is read from, the others are closed with it."""
     return io.BufferedReader(Metered(meter, *streams), 1 << 16)
 
 
 def seekable(source: Source) -> IO[bytes]:
-    """A stream that can be read from any place: the file itself, or a temporary copy.
+    """Open a seekable stream: the file itself, or a temporary copy.
 
-    May raise what reading the source raises.
+    Raises whatever reading the source raises.
     """
     if source.path is not None:
         return source.path.open("rb")

@@ -1,6 +1,6 @@
-"""Rows that hold a text each: JSONL, JSON, CSV, Parquet, Arrow (what Hugging Face `datasets` saves).
+"""Read documents from tables, one per row: JSONL, JSON, CSV, Parquet, Arrow (as saved by Hugging Face `datasets`).
 
-One field is the text, the others become metadata. A row that gives no text is set aside with its number.
+One field is the text, the others become metadata. A row without text is rejected with its row number.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from llmworks.data.readers.text import SAMPLE, NotText, encoding_of, read_limite
 
 @dataclass(frozen=True)
 class Fields:
-    """Which field holds the text, which the id ("" for the row's place), how long a text may be, in bytes, and which
-    others to keep.
+    """Field mapping: the text field, the id field ("" = use the row number), the text size limit in bytes, and the
+    metadata fields to keep (None = all).
     """
 
     text: str
@@ -34,18 +34,18 @@ class Fields:
 
 
 def row_document(row: Mapping[str, Any], source: str, number: int, fields: Fields) -> Document | Unusable:
-    """A row's document, or why it gives none. `number` counts from 1."""
+    """Convert a row to a document, or to the reason it is rejected. `number` counts from 1."""
     text = row.get(fields.text)
     if fields.text not in row:
         return Unusable(source, number, f"no field {fields.text!r} (it has {', '.join(map(str, row))})", _shown(row))
     if not isinstance(text, str):
-        return Unusable(source, number, f"field {fields.text!r} is no text ({type(text).__name__})", _shown(row))
+        return Unusable(source, number, f"field {fields.text!r} is not a string ({type(text).__name__})", _shown(row))
     if not text.strip():
         return Unusable(source, number, "empty", _shown(row))
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
-        return Unusable(source, number, "a lone surrogate, which is no text", ascii(text[:2000]))
+        return Unusable(source, number, "a lone surrogate, which is not valid text", ascii(text[:2000]))
     if size > fields.limit:
         return Unusable(source, number, too_long(fields.limit), text[:2000])
     given = row.get(fields.id) if fields.id else None
@@ -61,7 +61,7 @@ def _shown(row: Mapping[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value of a row as plain JSON."""
+    """Convert a value of a row to plain JSON."""
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
@@ -78,7 +78,7 @@ def plain(value: Any) -> Any:
 
 
 def lines(stream: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """(number, line) with None for a line of more than `limit` bytes, which is skipped without being held."""
+    """Yield (number, line), with None for a line of more than `limit` bytes, which is skipped without buffering it."""
     number = 0
     while line := stream.readline(limit + 1):
         number += 1
@@ -91,9 +91,9 @@ def lines(stream: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | None]]:
 
 
 def read_jsonl_rows(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
-    """One document per line."""
+    """Read one document per line."""
     with source.open() as stream:
-        for number, line in lines(stream, fields.limit * 2):  # escapes may double a text
+        for number, line in lines(stream, fields.limit * 2):  # JSON escapes can double the size
             if line is None:
                 yield Unusable(source.name, number, too_long(fields.limit))
             elif line.strip():
@@ -113,11 +113,11 @@ def _json_row(line: bytes, name: str, number: int, fields: Fields) -> Document |
 
 
 def read_json(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
-    """One document per object: the file is an object, or a list of objects. It is read whole."""
+    """Read one document per object from a file that is an object or a list of objects. The whole file is loaded."""
     with source.open() as stream:
         data = read_limited(stream, fields.limit)
     if data is None:
-        yield Unusable(source.name, 0, too_long(fields.limit) + "; write it as JSONL to read it line by line")
+        yield Unusable(source.name, 0, too_long(fields.limit) + "; convert it to JSONL, which is read line by line")
         return
     try:
         value = json.loads(data)
@@ -133,7 +133,7 @@ def read_json(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
 
 
 def read_csv(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
-    """One document per row; the first row names the fields."""
+    """Read one document per row; the first row is the header."""
     with source.open() as stream:
         head = stream.read(SAMPLE)
     with source.open() as stream:
@@ -158,7 +158,7 @@ def read_csv(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
                     yield Unusable(
                         source.name,
                         number,
-                        f"not as many fields as the first row ({len(names)})",
+                        f"number of fields differs from the header ({len(names)})",
                         str(list(row.values()))[:2000],
                     )
                 else:
@@ -170,7 +170,7 @@ def read_csv(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
 
 
 def read_parquet(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
-    """One document per row, read in batches."""
+    """Read one document per row, in batches."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -185,7 +185,7 @@ def read_parquet(source: Source, fields: Fields) -> Iterator[Document | Unusable
 
 
 def read_arrow(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
-    """One document per row of an Arrow stream or file."""
+    """Read one document per row of an Arrow stream or file."""
     import pyarrow as pa
 
     with seekable(source) as stream:

@@ -1,4 +1,4 @@
-"""Text of unknown encoding: BOM, UTF-8, else the best guess; what is not text is told from what is."""
+"""Decode text of unknown encoding: BOM, UTF-8, else detection; binary data is rejected."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# 8-bit encodings of the Latin script differ in few letters, too few for a general guesser: those of each language
-# decide, the first of equals
+# 8-bit encodings of the Latin script differ in too few letters for a general detector: the letters of each language
+# decide, ties go to the first
 LETTERS = {
     "cp1252": "àâæçéèêëîïôœùûüÿñ äöüßéà áéíóúüñçàòï ãáâàçéêíóôõúü àèéìíòóù åäöæøéà ëïéóüèêö áéíóúýþæöð",
     "cp1250": "ąćęłńóśźż áčďéěíňóřšťúůýž áäčďéíĺľňóôŕšťúýž áéíóöőúüű ăâîşţșț čćđšž",
@@ -33,16 +33,16 @@ _CONTROL = frozenset(range(32)) - frozenset(b"\t\n\r\f\x08\x1b")
 
 
 class NotText(ValueError):
-    """Bytes that are no text in any encoding that is known here."""
+    """Bytes that are not text in any supported encoding."""
 
 
 def encoding_of(data: bytes) -> str:
-    """The encoding of a text's beginning. NotText for binary data."""
+    """Detect the encoding from the beginning of a text. NotText for binary data."""
     for bom, name in BOMS:
         if data.startswith(bom):
             return name
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(data)  # a character that is cut off at the end is no error
+        codecs.getincrementaldecoder("utf-8")().decode(data)  # a character truncated at the end is not an error
     except UnicodeDecodeError:
         pass
     else:
@@ -55,9 +55,7 @@ def encoding_of(data: bytes) -> str:
 
 
 def _guess(data: bytes) -> str:
-    """The most likely encoding, judged by the lines that are not ASCII: the others say nothing and would water it
-    down.
-    """
+    """Detect the most likely encoding from the non-ASCII lines; ASCII lines carry no evidence."""
     from charset_normalizer import from_bytes
 
     telling = b"\n".join(line for line in data.splitlines() if not line.isascii())
@@ -65,7 +63,7 @@ def _guess(data: bytes) -> str:
     sample = telling[max(0, first - 1000) : first + SAMPLE]
     best = from_bytes(sample).best()
     if best is None:
-        raise NotText("text in no known encoding")
+        raise NotText("text in an unknown encoding")
     if not any("LATIN" in unicodedata.name(char, "") for char in str(best) if char > "\x7f"):
         return best.encoding
     covered = {encoding: _covered(sample, encoding) for encoding in LETTERS}
@@ -74,7 +72,7 @@ def _guess(data: bytes) -> str:
 
 
 def _covered(data: bytes, encoding: str) -> float:
-    """The share of a text's characters beyond ASCII that one language of an encoding can account for."""
+    """Return the fraction of non-ASCII characters that the best-matching language of an encoding uses."""
     try:
         beyond = [char for char in data.decode(encoding).lower() if char > "\x7f" and char not in MARKS]
     except UnicodeDecodeError:
@@ -94,7 +92,7 @@ def _binary(data: bytes) -> bool:
 
 
 def read_limited(stream: IO[bytes], limit: int) -> bytes | None:
-    """The whole stream, or None when it has more than `limit` bytes."""
+    """Read the whole stream; None when it has more than `limit` bytes."""
     blocks: list[bytes] = []
     size = 0
     while block := stream.read(1 << 20):
@@ -106,27 +104,27 @@ def read_limited(stream: IO[bytes], limit: int) -> bytes | None:
 
 
 def decode(data: bytes) -> tuple[str, str]:
-    """(text, encoding) of a whole document. NotText for binary data."""
+    """Decode a whole document to (text, encoding). NotText for binary data."""
     encoding = encoding_of(data[:SAMPLE])
     try:
         return data.decode(encoding), encoding
-    except UnicodeDecodeError:  # the beginning was ASCII, what follows is not UTF-8
+    except UnicodeDecodeError:  # the sample was ASCII, the rest is not UTF-8
         if _binary(data):
             raise NotText("binary data, not text") from None
         encoding = _guess(data)
         try:
             return data.decode(encoding), encoding
         except UnicodeDecodeError:
-            raise NotText("text in no known encoding") from None
+            raise NotText("text in an unknown encoding") from None
 
 
 def too_long(limit: int) -> str:
-    """The reason for a document that is longer than allowed."""
+    """Return the reject reason for a document above the size limit."""
     return f"longer than {limit >> 20} MB (max_document_mb)"
 
 
 def read_text(source: Source, limit: int) -> Iterator[Document | Unusable]:
-    """One document: the whole file as it stands, line ends made one."""
+    """Read one document: the whole file, with line ends normalized."""
     with source.open() as stream:
         data = read_limited(stream, limit)
     if data is None:

@@ -1,4 +1,4 @@
-"""Pages of a web archive: every HTML or text response, with its address (warcio)."""
+"""Read web archives (WARC, with warcio): every HTML or text response, with its URL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmworks.data.readers.text import NotText, decode, read_limited, too_long
 
 
 def read_warc(source: Source, limit: int, part: Part) -> Iterator[Document | Unusable]:
-    """One document per good response. Other records are no documents; pages without content are set aside."""
+    """Read one document per response with status 200. Other records are skipped; pages without content are rejected."""
     try:
         from warcio.archiveiterator import ArchiveIterator
         from warcio.exceptions import ArchiveLoadFailed
@@ -26,7 +26,7 @@ def read_warc(source: Source, limit: int, part: Part) -> Iterator[Document | Unu
     with source.open() as stream:
         if (
             not cast(io.BufferedReader, stream).peek(5).startswith(b"WARC/")
-        ):  # warcio takes any text for an old ARC file
+        ):  # warcio accepts any text as an old ARC file
             yield Unusable(source.name, 0, "no WARC records")
             return
         try:

@@ -1,6 +1,6 @@
-"""Read JSONL line by line.
+"""Read JSONL line by line and collect rejected rows.
 
-A broken line is set aside with its number and reason, never dropped silently and never fatal alone.
+A malformed line is recorded with line number and reason; it is neither dropped silently nor fatal.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from llmworks.core.errors import DataError
 
 @dataclass
 class Rejected:
-    """Rows that could not be used, with where they stood and why."""
+    """Rejected rows with their location and reason."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, file: str, line: int, reason: str, content: Any) -> None:
-        """Set a row aside, whole; of what is only text, the beginning."""
+        """Record a rejected row: the whole object, or the first 2000 characters of a string."""
         kept = {"text": content[:2000]} if isinstance(content, str) else {"row": content}
         self.rows.append({"file": file, "line": line, "reason": reason, **kept})
 
     def write(self, out: Path, say: Callable[[str], None]) -> None:
-        """Write `rejected.jsonl` when there is anything to write, and say how many and the first reason."""
+        """Write `rejected.jsonl` when there are rejected rows, and log their count and the first reason."""
         if not self.rows:
             return
         (out / "rejected.jsonl").write_text(
@@ -36,13 +36,13 @@ class Rejected:
         )
         first = self.rows[0]
         say(
-            f"{len(self.rows):,} row{'s' if len(self.rows) > 1 else ''} set aside in rejected.jsonl, the first:"
+            f"{len(self.rows):,} row{'s' if len(self.rows) > 1 else ''} rejected, see rejected.jsonl; the first:"
             f" {first['file']} line {first['line']}: {first['reason']}"
         )
 
 
 def read_jsonl(path: Path, rejected: Rejected) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) for every good line. DataError for a missing or empty file."""
+    """Yield (line number, object) for every valid line. DataError for a missing or empty file."""
     if not path.exists():
         raise DataError(f"{path}: no such file")
     if path.stat().st_size == 0:

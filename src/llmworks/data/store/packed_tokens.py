@@ -1,9 +1,8 @@
-"""Packed tokens on disk: shards that are mapped, not read, and an order of reading that can go on where it stopped.
+"""Packed tokens on disk: memory-mapped shards, read in a shuffled order that can be resumed.
 
-A shard is a safetensors file: `tokens` of all rows one after the other; `rows` and `pieces`, where each begins (and
-where the last ends);
-`origins`, the row of the input that each piece came from; `learned`, 1 for labels (missing: all but the first token of
-a piece).
+A shard is a safetensors file: `tokens` of all rows, concatenated; `rows` and `pieces`, the start offsets of rows and
+sequences (and the end of the last); `origins`, the input row of each sequence; `learned`, the loss mask, 1 = label
+token (missing: all but the first token of a sequence).
 """
 
 from __future__ import annotations
@@ -22,10 +21,9 @@ TYPES = {"U16": "<u2", "U32": "<u4", "U8": "|u1", "I64": "<i8"}
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row, numpy arrays of its length: ids, whether each token is learned, positions that begin again with each
-    piece, and the piece's number.
+    """One packed row: arrays of token ids, loss mask, position ids that restart at each sequence, and segment ids.
 
-    `origins` has a number for each piece.
+    `origins` has the input row of each sequence.
     """
 
     ids: Any
@@ -37,21 +35,21 @@ class PackedRow:
 
 @dataclass(frozen=True)
 class Place:
-    """Where reading is: `row` rows of `epoch` have been read, by all readers together."""
+    """Position of a data reader: all readers together have read `row` rows of `epoch`."""
 
     epoch: int = 0
     row: int = 0
 
 
 class Packed:
-    """The rows of a data set of packed tokens."""
+    """A packed dataset: random access to its rows."""
 
     def __init__(self, dataset: Dataset) -> None:
         import numpy as np
 
         files = sorted(dataset.path.glob("*.safetensors")) if dataset.path.is_dir() else []
         if not files:
-            raise DataError(f"{dataset.path}: has no shards of tokens; make them with the stage data.pack")
+            raise DataError(f"{dataset.path}: has no shards of packed tokens; create them with the stage data.pack")
         self.shards = [map_shard(file) for file in files]
         self._first = np.cumsum([0, *(len(shard["rows"]) - 1 for shard in self.shards)])
 
@@ -85,16 +83,16 @@ def read(
     reader: int = 0,
     readers: int = 1,
 ) -> Iterator[tuple[Place, PackedRow]]:
-    """Rows in an order shuffled by seed and epoch, each with the place to start from to read what comes after it.
+    """Yield rows shuffled by seed and epoch, each with the position to resume from after it.
 
-    One of several readers gets every `readers`-th row; rows that are left over at the end of an epoch are read by
-    nobody, so that all get as many. A place holds for any number of readers that divides its row.
+    Each of several readers gets every `readers`-th row; remaining rows at the end of an epoch are skipped, so that all
+    readers get equally many. A position is valid for any number of readers that divides its `row`.
     """
     import numpy as np
 
     place = start or Place()
     if len(packed) < readers:
-        raise DataError(f"{len(packed)} rows are too few for {readers} readers")
+        raise DataError(f"{len(packed)} packed rows are too few for {readers} readers")
     while epochs is None or place.epoch < epochs:
         order = np.random.default_rng([seed, place.epoch]).permutation(len(packed))
         while place.row + readers <= len(packed):
@@ -105,9 +103,9 @@ def read(
 
 
 def stack(rows: Sequence[PackedRow], length: int, pad: int = 0) -> dict[str, Any]:
-    """A batch, arrays [rows, length]: input_ids, position_ids, segment_ids, learned.
+    """Collate rows into a batch of arrays [rows, length]: input_ids, position_ids, segment_ids, learned (loss mask).
 
-    Padding is a segment of its own, not learned.
+    Padding is a segment of its own (-1) and masked from the loss.
     """
     import numpy as np
 
@@ -132,7 +130,7 @@ def stack(rows: Sequence[PackedRow], length: int, pad: int = 0) -> dict[str, Any
 
 
 def map_shard(path: Path) -> dict[str, Any]:
-    """The tensors of a shard, mapped. DataError for a file that is cut short or of another kind."""
+    """Memory-map the tensors of a shard. DataError for a file that is truncated or of another kind."""
     import numpy as np
 
     size = path.stat().st_size
@@ -140,7 +138,7 @@ def map_shard(path: Path) -> dict[str, Any]:
         with path.open("rb") as stream:
             begin = 8 + int.from_bytes(stream.read(8), "little")
             if not 8 < begin <= size:
-                raise ValueError("its header is cut short")
+                raise ValueError("its header is truncated")
             header: dict[str, Any] = json.loads(stream.read(begin - 8))
         header.pop("__metadata__", None)
         whole = np.memmap(path, np.uint8, "r")
@@ -148,12 +146,12 @@ def map_shard(path: Path) -> dict[str, Any]:
         for name, entry in header.items():
             low, high = (begin + at for at in entry["data_offsets"])
             if high > size:
-                raise ValueError(f"it is cut short: {size:,} bytes, {high:,} expected")
+                raise ValueError(f"it is truncated: {size:,} bytes, {high:,} expected")
             tensors[name] = whole[low:high].view(TYPES[entry["dtype"]])
         if missing := {"tokens", "rows", "pieces", "origins"} - set(tensors):
             raise ValueError(f"it has no {min(missing)!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path}: is no shard of packed tokens ({error}); make it again with the stage data.pack"
+            f"{path}: is not a shard of packed tokens ({error}); create it again with the stage data.pack"
         ) from None
     return tensors

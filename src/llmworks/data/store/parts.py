@@ -1,7 +1,7 @@
-"""Work in parts: planned from the input alone, each done once, put together in order.
+"""Parallel, resumable processing in parts: planned from the input alone, each processed once, combined in order.
 
-A part writes into a folder of its own in scratch and leaves a summary last, so that a killed run goes on with the parts
-that are missing, and the bytes of the result do not depend on how many workers there were.
+A part writes into its own scratch folder and writes a summary last, so an interrupted run resumes with the missing
+parts. The bytes of the result do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Work = Callable[[Part, Path], Json]
 
 @dataclass(frozen=True)
 class Span:
-    """Row groups `first` up to `last` of one shard; `row` is the place of their first document in the data set."""
+    """Row groups `first` to `last` (exclusive) of one shard; `row` is the dataset index of their first document."""
 
     file: Path
     first: int
@@ -38,22 +38,22 @@ class Span:
     rows: int
 
     def tables(self, columns: tuple[str, ...] = COLUMNS) -> Iterator[Any]:
-        """The row groups as tables."""
+        """Read the row groups as tables."""
         return read_tables(self.file, self.first, self.last, columns)
 
     def documents(self) -> Iterator[Document]:
-        """The documents."""
+        """Read the documents."""
         for table in self.tables():
             yield from table_documents(table)
 
 
 def spans(dataset: Dataset, part_bytes: int = PART_BYTES) -> list[Span]:
-    """A data set of documents as parts of about `part_bytes`. DataError when it is none."""
+    """Split a dataset of documents into parts of about `part_bytes`. DataError when it holds no documents."""
     return file_spans(shard_files(dataset), open_shard, part_bytes)
 
 
 def file_spans(files: Sequence[Path], open_file: Callable[[Path], Any], part_bytes: int = PART_BYTES) -> list[Span]:
-    """Parquet files as parts of about `part_bytes`."""
+    """Split Parquet files into parts of about `part_bytes`."""
     found: list[Span] = []
     row = 0
     for file in files:
@@ -71,26 +71,26 @@ def file_spans(files: Sequence[Path], open_file: Callable[[Path], Any], part_byt
 
 @dataclass(frozen=True)
 class Done:
-    """What all parts made: their folders and summaries, in the parts' order."""
+    """Outputs of all parts: folders and summaries, in part order."""
 
     folders: list[Path]
     summaries: list[Json]
 
     def total(self, key: str) -> Counter[str]:
-        """The sum of the counts that each summary has under `key`."""
+        """Sum the counters under `key` of all summaries."""
         counts: Counter[str] = Counter()
         for summary in self.summaries:
             counts.update(summary.get(key, {}))
         return counts
 
     def sum(self, key: str) -> int:
-        """The sum of the numbers that each summary has under `key`."""
+        """Sum the numbers under `key` of all summaries."""
         return sum(summary.get(key, 0) for summary in self.summaries)
 
     def gather(self, out: Path) -> None:
-        """Put what the parts made into `out`: shards numbered on, also those in folders of a part, side files joined.
+        """Combine the parts' outputs in `out`: shards (also in subfolders) are renumbered, JSONL files concatenated.
 
-        Files are linked, not moved: a run that is killed here finds its parts whole.
+        Files are hard-linked, not moved: an interrupted run still finds its parts complete.
         """
         numbers: Counter[str] = Counter()
         for folder in self.folders:
@@ -107,23 +107,23 @@ class Done:
 
 
 def link(file: Path, target: Path) -> None:
-    """Put a file in a second place, without its bytes being written twice where that can be."""
+    """Hard-link a file to `target`, or copy it where links are not possible."""
     try:
         target.hardlink_to(file)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or one without hard links
         shutil.copyfile(file, target)
 
 
 def work(ctx: Context, label: str, function: Work[Part], parts: Sequence[Part]) -> Done:
-    """Do every part that is not done yet, on the context's pool.
+    """Process every part that is not done yet, on the context's worker pool.
 
-    `function(part, folder)` is a module's own function or a partial of one, and returns a JSON object.
+    `function(part, folder)` is a module-level function or a partial of one, and returns a JSON object.
     """
-    plan = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]  # parts planned otherwise are not these parts
+    plan = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]  # another plan must not reuse these folders
     folders = [ctx.scratch / f"{label}-{plan}" / f"{i:06d}" for i in range(len(parts))]
     left = [i for i, folder in enumerate(folders) if not (folder / SUMMARY).exists()]
     if len(left) < len(parts):
-        ctx.progress.say(f"{label}: goes on, {len(parts) - len(left)} of {len(parts)} parts were done before")
+        ctx.progress.say(f"{label}: resuming, {len(parts) - len(left)} of {len(parts)} parts are already done")
     with ctx.progress.bar(label, len(parts), "parts") as bar:
         bar.resume(len(parts) - len(left))
         for _ in ctx.pool.map(partial(_do, function), [(parts[i], folders[i]) for i in left]):
@@ -133,9 +133,9 @@ def work(ctx: Context, label: str, function: Work[Part], parts: Sequence[Part]) 
 
 def _do(function: Work[Part], unit: tuple[Part, Path]) -> None:
     part, folder = unit
-    if (folder / SUMMARY).exists():  # done by a pool that was lost before it could say so
+    if (folder / SUMMARY).exists():  # done by a worker pool that died before reporting it
         return
-    if folder.exists():  # cut off before
+    if folder.exists():  # interrupted before
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     summary = function(part, folder)

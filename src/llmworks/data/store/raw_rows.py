@@ -1,6 +1,4 @@
-"""Rows of raw files as JSON objects, one at a time: JSONL, JSON, Parquet, Arrow, CSV, compressed or not, one file or a
-directory of them.
-"""
+"""Stream rows of raw files as JSON objects: JSONL, JSON, Parquet, Arrow, CSV; compressed or not, file or directory."""
 
 from __future__ import annotations
 
@@ -18,15 +16,15 @@ from llmworks.data.readers.source import BROKEN, expand, find_files, seekable, s
 from llmworks.data.readers.tables import lines, plain
 from llmworks.data.store.jsonl import Rejected
 
-LIMIT = 64 << 20  # bytes of one row
+LIMIT = 64 << 20  # maximum bytes of one row
 EXPANDED = 1 << 36
 KNOWN = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv")
 
 
 def raw_rows(path: Path, rejected: Rejected) -> Iterator[tuple[str, int, Json]]:
-    """(file, number of the row from 1, row).
+    """Yield (file, row number from 1, row).
 
-    Rows that are none are set aside. DataError for a file of no known kind, or none at all.
+    Rows that are not objects are rejected. DataError for an unsupported file type, or when there are no files.
     """
     count = 0
     for file in find_files(path):
@@ -39,7 +37,9 @@ def raw_rows(path: Path, rejected: Rejected) -> Iterator[tuple[str, int, Json]]:
                 rejected.add(item.file, item.line, item.reason, item.text)
                 continue
             if item.suffix not in KNOWN:
-                raise DataError(f"{item.name}: conversations are read from {', '.join(KNOWN)}, compressed or not")
+                raise DataError(
+                    f"{item.name}: unsupported file type; supported are {', '.join(KNOWN)}, compressed or not"
+                )
             count += 1
             for number, row in _rows(item, rejected):
                 if isinstance(row, dict):
@@ -47,7 +47,7 @@ def raw_rows(path: Path, rejected: Rejected) -> Iterator[tuple[str, int, Json]]:
                 else:
                     rejected.add(item.name, number, "not a JSON object", row)
     if not count:
-        raise DataError(f"{path}: has no file of conversations ({', '.join(KNOWN)})")
+        raise DataError(f"{path}: has no conversation files ({', '.join(KNOWN)})")
 
 
 def _rows(item: Any, rejected: Rejected) -> Iterator[tuple[int, Any]]:
@@ -113,7 +113,7 @@ def _batches(stream: IO[bytes], suffix: str) -> Iterator[Any]:
 
 
 def without_nulls(value: Any) -> Any:
-    """A row of a table as plain JSON: a table gives every row every field, empty where the row has none."""
+    """Convert a table row to plain JSON without nulls: a table fills fields that a row does not have with null."""
     if isinstance(value, dict):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
     return [without_nulls(v) for v in value] if isinstance(value, list) else plain(value)

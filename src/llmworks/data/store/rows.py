@@ -1,8 +1,8 @@
-"""Rows of a Dataset artifact: written as Parquet with a fixed schema, read back as plain dictionaries.
+"""Rows of a Dataset artifact: written as Parquet with a fixed schema, read back as dictionaries.
 
 A chat row is {id, group, messages, tools, answer, extra}; a preference row has prompt, chosen and rejected instead of
-messages. tools, answer and extra are kept as JSON text, since every row has its own shape; extra is what the row had
-besides.
+messages. tools, answer and extra are stored as JSON strings, since their structure differs between rows; extra holds
+the row's other fields.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llmworks.core.types import Message, messages_from_json
 from llmworks.tokenize.chat.templates import flatten_tools
 
 Row = dict[str, Any]
-GROUP_ROWS = 4096  # of one row group, which is what work in parts divides
+GROUP_ROWS = 4096  # rows of one row group, the smallest unit of parallel processing
 TURNS = {"chat": ("messages",), "preference": ("prompt", "chosen", "rejected")}
 WHAT = {"chat": "conversations", "preference": "preference pairs"}
 
@@ -85,28 +85,28 @@ def _write(out: Path, rows: Sequence[Row], kind: str) -> None:
 
 
 def read_chat(dataset: Dataset) -> list[Row]:
-    """All chat rows of a dataset. DataError when it is of another schema or cannot be read."""
+    """Read all chat rows of a dataset. DataError when it has another schema or cannot be read."""
     return _read(dataset, "chat")
 
 
 def read_preference(dataset: Dataset) -> list[Row]:
-    """All preference rows of a dataset. DataError when it is of another schema or cannot be read."""
+    """Read all preference rows of a dataset. DataError when it has another schema or cannot be read."""
     return _read(dataset, "preference")
 
 
 def flat_messages(row: Row) -> tuple[Message, ...]:
-    """A chat row's conversation with its tools in the system turn and its calls as text, for whom knows no tools."""
+    """Return a chat row's messages with tools in the system turn and calls as text, for templates without tools."""
     return flatten_tools(messages_from_json(row["messages"]), row.get("tools") or ())
 
 
 def schema_of(dataset: Dataset) -> str:
-    """ "chat" or "preference", by what the files hold; "" for anything else."""
+    """Detect the schema of a dataset from its columns: "chat", "preference", or "" for anything else."""
     names = _columns(dataset)
     return next((kind for kind, turns in TURNS.items() if set(turns) <= names), "")
 
 
 def converted(dataset: Dataset) -> str:
-    """The same for rows that have every column of the schema, not the turns alone."""
+    """Detect the schema as `schema_of`, but require every column of the schema, not only the turns."""
     names = _columns(dataset)
     return next((kind for kind in TURNS if set(_schema(kind).names) <= names), "")
 
@@ -119,19 +119,19 @@ def _columns(dataset: Dataset) -> set[str]:
     try:
         return set(pq.read_schema(files[0]).names) if files else set()
     except (pa.ArrowInvalid, OSError):
-        return set()  # told when it is read
+        return set()  # reported when the rows are read
 
 
 def row_files(dataset: Dataset, kind: str) -> list[Path]:
-    """The Parquet files of a data set of "chat" or "preference" rows. DataError when there are none."""
+    """List the Parquet files of a dataset of "chat" or "preference" rows. DataError when there are none."""
     files = sorted(dataset.path.glob("*.parquet")) if dataset.path.is_dir() else []
     if not files:
-        raise DataError(f"{dataset.path}: has no Parquet files of {WHAT[kind]}; make them with the stage data.chat")
+        raise DataError(f"{dataset.path}: has no Parquet files of {WHAT[kind]}; create them with the stage data.chat")
     return files
 
 
 def open_rows(file: Path, kind: str) -> Any:
-    """An open `ParquetFile` of "chat" or "preference" rows. DataError when it is something else."""
+    """Open a `ParquetFile` of "chat" or "preference" rows. DataError when it is something else."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -144,13 +144,13 @@ def open_rows(file: Path, kind: str) -> Any:
     if missing:
         opened.close()
         raise DataError(
-            f"{file}: has no column {missing[0]!r}, so it holds no {WHAT[kind]}; make them with the stage data.chat"
+            f"{file}: has no column {missing[0]!r}, so it holds no {WHAT[kind]}; create them with the stage data.chat"
         )
     return opened
 
 
 def row_tables(file: Path, kind: str, first: int = 0, last: int | None = None) -> Iterator[Any]:
-    """A file's row groups from `first` up to `last` as tables, one at a time."""
+    """Read a file's row groups from `first` to `last` (exclusive) as tables, one at a time."""
     import pyarrow as pa
 
     with open_rows(file, kind) as opened:
@@ -162,11 +162,11 @@ def row_tables(file: Path, kind: str, first: int = 0, last: int | None = None) -
 
 
 def table_rows(table: Any, kind: str) -> Iterator[Row]:
-    """A table's rows. DataError for one that has no turns where they must be."""
+    """Convert a table to rows. DataError for a row without turns in a required column."""
     for row in table.to_pylist():
         if any(row[name] is None or None in row[name] for name in TURNS[kind]):
             raise DataError(
-                f"row {row['id']!r}: {' or '.join(TURNS[kind])} is empty; make {WHAT[kind]} with the stage data.chat"
+                f"row {row['id']!r}: {' or '.join(TURNS[kind])} is empty; create {WHAT[kind]} with the stage data.chat"
             )
         turns = {name: [{k: v for k, v in turn.items() if v is not None} for turn in row[name]] for name in TURNS[kind]}
         try:
@@ -177,8 +177,8 @@ def table_rows(table: Any, kind: str) -> Iterator[Row]:
             }
         except ValueError as error:
             raise DataError(
-                f"row {row['id']!r}: tools, answer or extra is no JSON ({error}); make {WHAT[kind]} with the stage"
-                " data.chat"
+                f"row {row['id']!r}: tools, answer or extra is not JSON ({error}); create {WHAT[kind]} with the"
+                " stage data.chat"
             ) from None
         yield {**row, **turns, **loaded}
 
@@ -191,5 +191,5 @@ def _read(dataset: Dataset, kind: str) -> list[Row]:
     if len(set(ids)) < len(ids):
         seen: set[str] = set()
         twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
-        raise DataError(f"{dataset.path}: the id {twice!r} stands twice; answers could not be told apart")
+        raise DataError(f"{dataset.path}: duplicate id {twice!r}; ids must be unique")
     return rows

@@ -1,4 +1,4 @@
-"""The rows of evaluation sets as texts, whatever their schema: documents, conversations, or raw JSON rows."""
+"""Read rows of evaluation sets as plain text, for any schema: documents, conversations, or raw JSON rows."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ LIMIT = 64 << 20
 
 
 def test_rows(dataset: Dataset) -> Iterator[tuple[str, str]]:
-    """(id, text) of every row; of a conversation all turns and the answer, of a JSON row all its strings.
+    """Yield (id, text) of every row: for a conversation all turns and the answer, for a JSON row all its strings.
 
-    Errors: DataError for a data set that is none of these, or has no rows.
+    Errors: DataError for a dataset of another schema, or without rows.
     """
     count = 0
     for id, text in _rows(dataset):
         count += 1
         yield id, text
     if not count:
-        raise DataError(f"{dataset.name}: has no rows that could be compared")
+        raise DataError(f"{dataset.name}: has no rows to compare")
 
 
 def _rows(dataset: Dataset) -> Iterator[tuple[str, str]]:
@@ -53,8 +53,8 @@ def _raw(dataset: Dataset) -> Iterator[tuple[str, str]]:
         for item in expand(source(dataset.path, file), 1 << 30):
             if isinstance(item, Unusable) or item.suffix not in RAW:
                 raise DataError(
-                    f"{file}: rows can be compared from documents, conversations or JSON; make documents with the stage"
-                    " data.read"
+                    f"{file}: only documents, conversations and JSON rows can be compared; create documents with the"
+                    " stage data.read"
                 )
             with item.open() as stream:
                 try:
@@ -72,7 +72,7 @@ def _raw(dataset: Dataset) -> Iterator[tuple[str, str]]:
 
 
 def strings(value: Any) -> list[str]:
-    """Every string in a JSON value, keys left out."""
+    """Collect every string in a JSON value, without keys."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):

@@ -1,8 +1,8 @@
-"""Texts as sparse vectors of hashed words and word pairs, and a linear model over them.
+"""Hashed word unigram and bigram features of texts, and a logistic regression classifier over them.
 
-Fast, and the same on every machine.
+Fast and deterministic across machines.
 
-Hashing trick: Weinberger et al. 2009. Values are square roots of counts, rows have unit length.
+Feature hashing (hashing trick): Weinberger et al. 2009. Values are square roots of counts; rows have unit L2 norm.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 from llmworks.data.text.hashing import Array, Hashed, hash_words, shingles
 
 BITS = 20  # features: 2**BITS
-CHARACTERS = 20_000  # of a text that are looked at
+CHARACTERS = 20_000  # of each text that are used
 
 
 def features(column: Any) -> Any:
-    """A CSR matrix [texts, 2**BITS] of a string column."""
+    """Return the CSR feature matrix [texts, 2**BITS] of a string column."""
     import pyarrow.compute as pc
     from scipy.sparse import vstack
 
@@ -46,34 +46,34 @@ def _rows(words: Hashed) -> Any:
 
 @dataclass(frozen=True)
 class Linear:
-    """Logistic regression: the chance that a text is of the good kind."""
+    """Logistic regression classifier: probability that a text belongs to the positive class."""
 
     weights: Array
     bias: float
 
     def chances(self, column: Any) -> Array:
-        """A number between 0 and 1 for every text."""
+        """Return the positive-class probability of every text, between 0 and 1."""
         return chances(self, features(column))
 
     def save(self, path: Path) -> None:
-        """Write it to a file."""
+        """Save the weights to an npz file."""
         np.savez(path, weights=self.weights, bias=self.bias)
 
     @staticmethod
     def load(path: Path) -> Linear:
-        """Read it from a file."""
+        """Load the weights from an npz file."""
         with np.load(path) as saved:
             return Linear(saved["weights"], float(saved["bias"]))
 
 
 def chances(model: Linear, matrix: Any) -> Array:
-    """The logistic function of a matrix of features under the model."""
+    """Compute positive-class probabilities of a feature matrix (sigmoid of the logits)."""
     found: Array = 1 / (1 + np.exp(-(matrix @ model.weights + model.bias)))
     return found
 
 
 def fit(matrix: Any, labels: Array, strength: float, seed: int) -> Linear:
-    """Logistic regression with an L2 penalty (scikit-learn); classes weigh the same whatever their size."""
+    """Fit a logistic regression with an L2 penalty (scikit-learn) and balanced class weights."""
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=strength, class_weight="balanced", max_iter=300, random_state=seed)
@@ -82,7 +82,7 @@ def fit(matrix: Any, labels: Array, strength: float, seed: int) -> Linear:
 
 
 def telling(model: Linear, texts: list[str], count: int) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
-    """(what speaks most for the good kind, most against it) among the words and pairs of some texts."""
+    """Return (terms with the largest positive weights, with the largest negative ones) among unigrams and bigrams."""
     import re
 
     import pyarrow as pa

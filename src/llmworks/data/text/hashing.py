@@ -1,8 +1,8 @@
-"""Words as 64-bit numbers, for whole columns of text at once: what duplicates, overlaps and the classifier count with.
+"""Vectorized 64-bit word hashes of whole text columns, for deduplication, n-gram overlap and the quality classifier.
 
-A word is a run of ASCII letters, digits or characters beyond ASCII; case is folded. Its number is a polynomial of its
-bytes modulo 2**64, so that one running sum over a column gives every word's number as a difference (Karp and Rabin
-1987), then mixed. The same everywhere.
+A word is a run of ASCII letters, digits or non-ASCII characters, case-folded. Its hash is a polynomial rolling hash of
+its bytes modulo 2**64 (Karp and Rabin 1987), so one cumulative sum over a column gives every word's hash as a
+difference; a finalizer mixes the bits. Hashes are the same on every machine.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
+BASE = 0x9E3779B97F4A7C15  # odd, so it is invertible modulo 2**64
 PIECE = 1 << 20
-BLOCK = 1 << 17  # bytes of text that are hashed together; fits a processor's cache
+BLOCK = 1 << 17  # bytes of text hashed together; fits in the CPU cache
 
 
 @dataclass(frozen=True)
 class Hashed:
-    """Numbers of some texts: text `i` has `values[starts[i]:starts[i + 1]]`."""
+    """Hashes of a batch of texts: text `i` has `values[starts[i]:starts[i + 1]]`."""
 
     values: Array
     starts: Array
@@ -36,20 +36,20 @@ class Hashed:
 
     @property
     def counts(self) -> Array:
-        """How many numbers each text has."""
+        """Number of hashes of each text."""
         return np.diff(self.starts)
 
     @property
     def owner(self) -> Array:
-        """The text that each number belongs to."""
+        """Index of the text that each hash belongs to."""
         return np.repeat(np.arange(len(self)), self.counts)
 
 
 @functools.cache
 def _tables() -> tuple[Array, Array]:
-    """(a number for each byte, 0 for what divides words; whether a byte is part of a word).
+    """Return (a random number for each byte, 0 for separators; whether a byte is part of a word).
 
-    Capital letters are as small ones.
+    Uppercase letters have the numbers of lowercase ones.
     """
     random = np.random.Generator(np.random.PCG64(20240601))
     numbers = random.integers(1, 2**63, 256, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
@@ -63,7 +63,7 @@ def _tables() -> tuple[Array, Array]:
 
 @functools.cache
 def _powers(size: int) -> tuple[Array, Array]:
-    """(BASE**i, BASE**-i) modulo 2**64 for i below `size`."""
+    """Return (BASE**i, BASE**-i) modulo 2**64 for i below `size`."""
     with np.errstate(over="ignore"):
         ups = np.full(size, BASE, dtype=np.uint64)
         downs = np.full(size, pow(BASE, -1, 2**64), dtype=np.uint64)
@@ -72,7 +72,7 @@ def _powers(size: int) -> tuple[Array, Array]:
 
 
 def mix(values: Array) -> Array:
-    """Spread 64-bit numbers over all their bits (the finalizer of MurmurHash3)."""
+    """Mix the bits of 64-bit hashes (the MurmurHash3 finalizer)."""
     with np.errstate(over="ignore"):
         values = values ^ (values >> np.uint64(33))
         values *= np.uint64(0xFF51AFD7ED558CCD)
@@ -83,14 +83,14 @@ def mix(values: Array) -> Array:
 
 
 def hash_words(column: Any) -> Iterator[Hashed]:
-    """The words of a string column (Arrow array or chunked array), some rows at a time, in order."""
+    """Yield word hashes of a string column (Arrow array or chunked array), a block of rows at a time, in order."""
     import pyarrow as pa
 
     for chunk in _pieces(column.chunks if isinstance(column, pa.ChunkedArray) else [column]):
         data, offsets = _bytes(chunk)
         first = 0
         while first < len(chunk):
-            # as many rows as fit a block, one at least
+            # as many rows as fit in a block, at least one
             last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + BLOCK, side="right")) - 1)
             last = min(last, len(chunk))
             yield _hash_block(data[offsets[first] : offsets[last]], offsets[first : last + 1] - offsets[first])
@@ -98,7 +98,7 @@ def hash_words(column: Any) -> Iterator[Hashed]:
 
 
 def _pieces(chunks: list[Any]) -> Iterator[Any]:
-    """Slices of about PIECE bytes, so that folding case copies no more at once."""
+    """Yield slices of about PIECE bytes, which bounds the copies that case folding makes."""
     for chunk in chunks:
         rows = max(1, PIECE * len(chunk) // max(1, chunk.nbytes))
         for first in range(0, len(chunk), rows):
@@ -106,7 +106,7 @@ def _pieces(chunks: list[Any]) -> Iterator[Any]:
 
 
 def _bytes(chunk: Any) -> tuple[Array, Array]:
-    """(bytes, offsets) of a string array with case folded beyond ASCII; ASCII letters are folded by the table."""
+    """Return (bytes, offsets) of a string array, non-ASCII text lowercased; the byte table folds ASCII letters."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -120,13 +120,13 @@ def _bytes(chunk: Any) -> tuple[Array, Array]:
 
 def _hash_block(data: Array, offsets: Array) -> Hashed:
     numbers, inside = _tables()
-    size = 1 << max(17, len(data).bit_length())  # few different sizes, so that the powers are made once
+    size = 1 << max(17, len(data).bit_length())  # few distinct sizes, so cached powers are reused
     ups, downs = _powers(size)
     part = inside[data]
     begins = part.copy()
     begins[1:] &= ~part[:-1]
     edges = offsets[:-1][offsets[:-1] < len(data)]
-    begins[edges] = part[edges]  # a word does not go on into the next text
+    begins[edges] = part[edges]  # a word does not continue into the next text
     ends = part.copy()
     ends[:-1] &= ~part[1:]
     tails = offsets[1:][offsets[1:] > 0] - 1
@@ -143,7 +143,7 @@ def _hash_block(data: Array, offsets: Array) -> Hashed:
 
 
 def shingles(words: Hashed, n: int) -> Hashed:
-    """Numbers of every run of `n` words inside one text; a text of fewer words has one, of all of them."""
+    """Hash the word n-grams (shingles) of each text; a text of fewer than `n` words has one shingle of all words."""
     counts = words.counts
     many = np.maximum(counts - n + 1, np.minimum(counts, 1))
     starts = np.concatenate(([0], np.cumsum(many)))
@@ -166,12 +166,12 @@ def shingles(words: Hashed, n: int) -> Hashed:
 
 @functools.cache
 def _coefficient(index: int) -> Any:
-    """An odd number for each place of a shingle, so that the order of words counts."""
+    """Return an odd multiplier for a position in a shingle, so that word order matters."""
     return mix(np.array([index * 2 + 1], dtype=np.uint64))[0] | np.uint64(1)
 
 
 def unique(hashed: Hashed) -> Hashed:
-    """Each text's numbers as a sorted set of 32-bit numbers."""
+    """Reduce each text's hashes to a sorted set of 32-bit hashes."""
     keys = (hashed.owner.astype(np.uint64) << np.uint64(32)) | (hashed.values >> np.uint64(32))
     keys.sort()
     if len(keys):

@@ -1,4 +1,4 @@
-"""What a set of conversations or preference pairs is like: turns, lengths, roles, languages, duplicates, other fields.
+"""Dataset statistics of conversations or preference pairs: turns, lengths, roles, languages, duplicates, other fields.
 
 Pure functions.
 """
@@ -15,25 +15,25 @@ from llmworks.core.types import Json
 from llmworks.data.store.rows import Row
 
 SHARES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-VALUES = 12  # of a field that are told
-SAMPLED = 2000  # rows whose language is found
+VALUES = 12  # of a field that are reported
+SAMPLED = 2000  # rows whose language is identified
 
 
 def turns_of(row: Row) -> list[Json]:
-    """All turns of a row; of a pair the prompt, the chosen side, then the rejected one."""
+    """Return all turns of a row; for a preference pair prompt, chosen, then rejected."""
     return list(row["messages"]) if "messages" in row else [*row["prompt"], *row["chosen"], *row["rejected"]]
 
 
 def question_of(row: Row) -> str:
-    """What is asked, without case and white space."""
+    """Return the user turns of a row as text, lowercased, with whitespace collapsed."""
     turns = row["prompt"] if "prompt" in row else [m for m in row["messages"] if m["role"] != "assistant"]
     return " ".join("\n".join(m.get("content") or "" for m in turns if m["role"] != "system").lower().split())
 
 
 def describe(rows: Sequence[Row], identify: Callable[[str], tuple[str, float]] | None = None) -> Json:
-    """Counts and quantiles.
+    """Compute counts and quantiles.
 
-    `identify` gives (code, score) of a text's language; of large sets every n-th row is asked about.
+    `identify` returns (code, score) of a text's language; for large datasets only every n-th row is identified.
     """
     lengths: dict[str, list[int]] = {}
     turns: Counter[int] = Counter()
@@ -73,7 +73,7 @@ def describe(rows: Sequence[Row], identify: Callable[[str], tuple[str, float]] |
 
 
 def tags(row: Row) -> dict[str, str]:
-    """The short fields that a row has beside those of the schema, by which rows can be told apart."""
+    """Return a row's short extra fields outside the schema, by which rows can be grouped."""
     found = {"shape": str(row["extra"]["shape"])} if row.get("extra", {}).get("shape") else {}
     for name, value in (row.get("extra") or {}).get("fields", {}).items():
         if isinstance(value, (str, int, float, bool)) and len(str(value)) <= 60:
@@ -84,7 +84,7 @@ def tags(row: Row) -> dict[str, str]:
 
 
 def quantiles(sizes: Sequence[int]) -> dict[str, int]:
-    """Sizes at some shares."""
+    """Compute quantiles of sizes."""
     import numpy as np
 
     return {f"{share:.0%}": int(np.quantile(np.array(sizes), share)) for share in SHARES}
@@ -95,7 +95,7 @@ def _words(row: Row) -> str:
 
 
 def repeated(rows: Sequence[Row]) -> tuple[set[str], set[str]]:
-    """(ids of rows that stand more than once, ids of rows whose question does)."""
+    """Return (ids of duplicated rows, ids of rows whose question is duplicated)."""
     whole: dict[str, list[str]] = {}
     asked: dict[str, list[str]] = {}
     for row in rows:

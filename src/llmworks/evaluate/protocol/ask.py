@@ -1,7 +1,6 @@
-"""Put a task's questions to an engine: prompts encoded, options scored, answers written, all kept in scratch as it
-comes.
+"""Run a task's questions on an engine: encode prompts, score options, generate answers; cache everything in scratch.
 
-Knows no metric.
+Does not compute metrics.
 """
 
 from __future__ import annotations
@@ -28,11 +27,10 @@ NEEDS = {"choice": "score", "likelihood": "score", "perplexity": "score"}
 
 @dataclass(frozen=True)
 class Answered:
-    """What an engine did with one question: options found, or answers written.
+    """An engine's result for one question: scored continuations, or generated answers.
 
-    `cut`: tokens of the prompt that were left out; `refused`: why it was not
-
-    answered; `read`: what tells the tokens that were read from others, where the engine shows them.
+    `truncated_tokens`: prompt tokens cut from the left; `rejection`: why the engine rejected the request;
+    `prompt_hash`: hash of the prompt tokens, where the engine exposes them.
     """
 
     question: Question
@@ -45,9 +43,9 @@ class Answered:
 
 @dataclass
 class Asker:
-    """One task on one engine.
+    """Runs one task on one engine.
 
-    `protocol` is filled while asking: what decided the prompts, for who compares two runs.
+    `protocol`, filled by `run`, records the settings that determine the prompts, so that two runs can be compared.
     """
 
     task: Task
@@ -58,20 +56,20 @@ class Asker:
     protocol: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Whether this engine can be asked this task at all. UserError or ModelError in one line."""
+        """Check that the engine supports the task. UserError or ModelError in one line."""
         needed = NEEDS.get(self.task.kind, "ids" if self.task.prompt == "plain" else "")
         if needed and needed not in self.engine.can:
             why = {
-                "score": "needs log-probabilities of given text",
-                "ids": "goes on with plain text, which needs an engine that takes token ids",
+                "score": "needs loglikelihoods",
+                "ids": "continues plain text, which needs an engine that accepts token ids",
             }[needed]
             how = (
-                "; ask it with prompt: chat"
+                "; use prompt_format: chat"
                 if needed == "ids"
-                else "; take a task of kind generate, or an engine that can score"
+                else "; use a task of kind generate, or an engine that can score"
             )
             raise UserError(
-                f"the task {self.task.name!r} {why}, and {self.engine.name} offers"
+                f"task {self.task.name!r} {why}, but {self.engine.name} offers"
                 f" {', '.join(sorted(self.engine.can)) or 'none'}{how}"
             )
         if (
@@ -81,8 +79,8 @@ class Asker:
             and not self._tokenizer.chat_template
         ):
             raise ModelError(
-                f"{self.engine.name} has no chat template, and the task {self.task.name!r} asks in turns; use prompt:"
-                " plain"
+                f"{self.engine.name} has no chat template, but task {self.task.name!r} uses chat prompts; use"
+                " prompt_format: plain"
             )
 
     @property
@@ -94,7 +92,7 @@ class Asker:
         return int(getattr(self.engine, "context", UNBOUNDED))
 
     def ask(self, questions: Sequence[Question]) -> list[Answered]:
-        """All questions, in their order."""
+        """Run all questions; results are in their order."""
         self._describe()
         if self.task.kind == "perplexity":
             return self._texts(questions)
@@ -121,7 +119,7 @@ class Asker:
         if dtype is not None:
             self.protocol["dtype"] = str(dtype).removeprefix("torch.")
 
-    # given text
+            # loglikelihood requests
 
     def _options(self, questions: Sequence[Question]) -> list[Answered]:
         tokenizer = self._tokenizer
@@ -149,7 +147,7 @@ class Asker:
         ]
 
     def _before(self, question: Question) -> str:
-        """What stands between prompt and option."""
+        """Return the delimiter between prompt and option (lm-eval's target_delimiter)."""
         return "" if question.prefix and question.prefix[-1].isspace() else self.task.before_answer
 
     def _texts(self, questions: Sequence[Question]) -> list[Answered]:
@@ -157,7 +155,7 @@ class Asker:
         beginning = beginning_of(tokenizer)
         if beginning is None:
             raise ModelError(
-                f"{self.engine.name} has no token that begins or ends a text, which a text has to begin with"
+                f"{self.engine.name} has neither a BOS nor an EOS token, one of which is needed to start a document"
             )
         window = min(self.task.window, self._longest)
         self.protocol |= {"window": window, "stride": min(self.task.stride or window, window), "beginning": beginning}
@@ -174,10 +172,10 @@ class Asker:
         ]
 
     def _scored(self, given: Sequence[Given]) -> Mapping[str, Found]:
-        with self.progress.bar(f"score on {self.engine.name}", len(given), "texts") as bar:
+        with self.progress.bar(f"score on {self.engine.name}", len(given), "requests") as bar:
             return ask(given, self.engine, self.scratch / "scores.jsonl", bar, self.memory)
 
-    # written answers
+            # generation requests
 
     def _write(self, questions: Sequence[Question]) -> list[Answered]:
         requests: dict[str, Request] = {}
@@ -199,7 +197,7 @@ class Asker:
         }
         with (
             Journal(self.scratch / "answers.jsonl", lambda: self.engine) as journal,
-            self.progress.bar(f"ask {self.engine.name}", len(requests), "answers") as bar,
+            self.progress.bar(f"generate on {self.engine.name}", len(requests), "answers") as bar,
         ):
             marks = {place: request_id(request) for place, request in requests.items()}
             remembered = self.memory.recall(marks.values()) if self.memory else {}
@@ -219,7 +217,7 @@ class Asker:
                 )
         refused = [answer for answer in answers.values() if isinstance(answer, RequestError)]
         if len(refused) == len(answers):
-            raise refused[0]  # it is not for the questions' sake
+            raise refused[0]  # the cause is not the questions
         out: list[Answered] = []
         for question in questions:
             found = [answers[self._place(question, number)] for number in range(self.task.samples)]
@@ -232,7 +230,7 @@ class Asker:
         return out
 
     def _read(self, request: Request) -> str:
-        """A mark of the tokens that an engine reads for a request; empty where it does not show them."""
+        """Hash the prompt tokens of a request; empty where the engine does not expose them."""
         show = getattr(self.engine, "prompt_ids", None)
         if request.ids or show is None:
             return _mark(request.ids) if request.ids else ""
@@ -255,13 +253,13 @@ class Asker:
         )
 
     def _request(self, question: Question) -> tuple[Request, int]:
-        """(what is sent, how many tokens of a plain prompt were left out in front so that the answer has room)."""
+        """Return (the request, number of tokens cut from the left of a plain prompt to leave room for the answer)."""
         if self.task.prompt == "chat" and not question.prefix:
             return Request(question.turns[0]), 0
         if self._tokenizer is None or "ids" not in self.engine.can:
             raise UserError(
-                f"the task {self.task.name!r} begins the answer for the model, which needs an engine that takes token"
-                f" ids; {self.engine.name} does not"
+                f"task {self.task.name!r} prefills the answer, which needs an engine that accepts token ids;"
+                f" {self.engine.name} does not"
             )
         if self.task.prompt == "chat":
             ids = list(encode(self._tokenizer, render_text(self._tokenizer, question.turns[0]) + question.prefix))

@@ -1,4 +1,4 @@
-"""From what a model wrote to its answer, step by step. Pure functions on text."""
+"""Extract the answer from generated text, filter by filter. Pure functions on text."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from llmworks.core.errors import UserError
 from llmworks.evaluate.protocol.task import Step
 from llmworks.score.extract import code_block, final_answer
 
-SECONDS = 2.0  # of one pattern on one answer
+SECONDS = 2.0  # timeout of one pattern on one answer
 
 
 class Slow(Exception):
-    """A pattern that takes too long on an answer; it has no match then."""
+    """Timeout of a pattern on an answer; counts as no match."""
 
 
 def extract(steps: Sequence[Step], said: str) -> str:
-    """Apply the steps in their order. Slow for a pattern that takes too long."""
+    """Apply the filter steps in order. Raises Slow when a pattern times out."""
     for step in steps:
         said = _apply(step, said)
     return said
@@ -41,15 +41,13 @@ def _apply(step: Step, said: str) -> str:
 
 
 def match(step: Step, said: str) -> str:
-    """The match of a pattern that is picked: its first group that matched, or all of it; white space around it
-    removed.
-    """
+    """Return the picked match of a pattern, stripped: its first group that matched, or the whole match."""
     try:
         found = expressions.findall(step.pattern, said, timeout=SECONDS)
     except TimeoutError:
-        raise Slow(f"the pattern takes longer than {SECONDS:g} s") from None
+        raise Slow(f"the pattern timed out after {SECONDS:g} s") from None
     except expressions.error as error:
-        raise UserError(f"extract: {step.pattern!r} is no regular expression ({error})") from None
+        raise UserError(f"extract: {step.pattern!r} is not a valid regular expression ({error})") from None
     if not -len(found) <= step.pick < len(found):
         return step.fallback
     picked = found[step.pick]

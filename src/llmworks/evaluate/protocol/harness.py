@@ -1,6 +1,6 @@
-"""Tasks of the lm-evaluation-harness as tasks of this project, and back: the subset that is data.
+"""Convert lm-evaluation-harness tasks to tasks of this project: the declarative subset.
 
-What is code in them is refused by name.
+Python code in them (`!function`) is rejected by name.
 
 Reference: lm_eval 0.4.13, `config/task.py` and its documentation of task files.
 """
@@ -19,8 +19,8 @@ KINDS = {
     "loglikelihood_rolling": "perplexity",
     "generate_until": "generate",
 }
-LENGTH = 256  # tokens of an answer where the file says nothing
-PLAIN = {  # fields that change nothing that is asked here
+LENGTH = 256  # default max_gen_toks
+PLAIN = {  # fields that do not change the requests here
     "tag",
     "task_alias",
     "group",
@@ -74,9 +74,9 @@ METRICS = {
 
 
 def load_yaml(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A task file with what it includes.
+    """Load a task file with its includes.
 
-    Functions that it names are kept as a mark, to be refused where they matter.
+    Functions that it names are kept as a marker, to be rejected where they matter.
     """
     import yaml
 
@@ -102,7 +102,7 @@ def load_yaml(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
     includes = values.pop("include", [])
     includes = [includes] if isinstance(includes, str) else includes
     if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
-        raise UserError(f"{path}: include must be the name of a file, or a list of them")
+        raise UserError(f"{path}: include must be a file name or a list of file names")
     for name in reversed(includes):
         values = {**load_yaml(path.parent / name, (*within, path.resolve())), **values}
     return values
@@ -113,14 +113,12 @@ class _Function(str):
 
 
 def from_harness(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Our fields of a harness's task. UserError for what needs its code, or that is unknown here."""
+    """Convert a harness task to Task fields. UserError for Python code and unsupported fields."""
     for field, given in values.items():
         if _has_function(given):
-            raise UserError(
-                f"{path}: {field} is a function; only tasks that are data can be read here, write it as a template"
-            )
+            raise UserError(f"{path}: {field} is a Python function, which is not supported; write it as a template")
         if field not in READ | PLAIN:
-            raise UserError(f"{path}: the field {field!r} of the lm-evaluation-harness is not known here")
+            raise UserError(f"{path}: the lm-evaluation-harness field {field!r} is not supported")
     kind = KINDS.get(str(values.get("output_type", "generate_until")))
     if kind is None:
         raise UserError(f"{path}: unknown output_type {values.get('output_type')!r}; known: {', '.join(KINDS)}")
@@ -147,7 +145,7 @@ def from_harness(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if values.get("doc_to_choice") is not None:
         choices = values["doc_to_choice"]
         out["choices"] = list(choices.values()) if isinstance(choices, dict) else choices
-    if kind == "likelihood":  # the harness scores the target as it is, and divides only worked examples
+    if kind == "likelihood":  # the harness scores the target as is; target_delimiter applies only to few-shot examples
         out |= {
             "before_answer": "",
             "example_answer": (
@@ -166,7 +164,7 @@ def from_harness(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
         out["temperature"] = float(generation.get("temperature", 1.0)) if sampled else 0.0
         unknown = set(generation) - {"until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_p"}
         if unknown:
-            raise UserError(f"{path}: generation_kwargs.{sorted(unknown)[0]} is not known here")
+            raise UserError(f"{path}: generation_kwargs.{sorted(unknown)[0]} is not supported")
     return out
 
 
@@ -184,10 +182,10 @@ def _shots(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     config = dict(values.get("fewshot_config") or {})
     unknown = set(config) - {"sampler", "samples", "split"}
     if unknown:
-        raise UserError(f"{path}: fewshot_config.{sorted(unknown)[0]} is not known here")
+        raise UserError(f"{path}: fewshot_config.{sorted(unknown)[0]} is not supported")
     choose = {"default": "each", "first_n": "first"}.get(str(config.get("sampler", "default")))
     if choose is None:
-        raise UserError(f"{path}: fewshot_config.sampler {config['sampler']!r} is not known here")
+        raise UserError(f"{path}: fewshot_config.sampler {config['sampler']!r} is not supported")
     return {"count": int(values.get("num_fewshot") or 0), "choose": choose, "rows": config.get("samples") or []}
 
 
@@ -202,10 +200,10 @@ def _metrics(values: Mapping[str, Any], kind: str, path: Path) -> list[dict[str,
     for item in values.get("metric_list") or [{"metric": name} for name in default]:
         name = str(item.get("metric"))
         if name not in METRICS:
-            raise UserError(f"{path}: metric_list: {name!r} is not known here; known: {', '.join(sorted(METRICS))}")
+            raise UserError(f"{path}: metric_list: {name!r} is not supported; supported: {', '.join(sorted(METRICS))}")
         unknown = set(item) - {"metric", "aggregation", "higher_is_better", "weight_by_size", *IGNORES}
         if unknown:
-            raise UserError(f"{path}: metric_list: the option {sorted(unknown)[0]!r} of {name} is not known here")
+            raise UserError(f"{path}: metric_list: the option {sorted(unknown)[0]!r} of {name} is not supported")
         out.append({"name": name, **{ours: item[theirs] for theirs, ours in IGNORES.items() if item.get(theirs)}})
     return out
 
@@ -229,7 +227,7 @@ def _extract(values: Mapping[str, Any], path: Path) -> dict[str, list[dict[str, 
                 steps.append({"how": FILTERS[function]})
             elif function != "take_first":
                 raise UserError(
-                    f"{path}: filter_list: the filter {function!r} is not known here; known: regex, take_first,"
+                    f"{path}: filter_list: the filter {function!r} is not supported; supported: regex, take_first,"
                     f" {', '.join(FILTERS)}"
                 )
         out["" if way.get("name") in (None, "none") else str(way["name"])] = steps
@@ -237,9 +235,7 @@ def _extract(values: Mapping[str, Any], path: Path) -> dict[str, list[dict[str, 
 
 
 def _data(values: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """References of the rows that are asked and of the examples: local files as the harness names them, or a set of the
-    Hub with its splits.
-    """
+    """Return references of the evaluated rows and the few-shot rows: local files, or a Hub dataset with its splits."""
     source, options = str(values.get("dataset_path") or ""), dict(values.get("dataset_kwargs") or {})
     test = str(values.get("test_split") or values.get("validation_split") or "")
     shots = str(values.get("fewshot_split") or values.get("training_split") or values.get("validation_split") or "")

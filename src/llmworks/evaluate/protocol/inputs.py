@@ -1,4 +1,4 @@
-"""The rows that a task names: its data set, and that of its examples, converted where it reads conversations."""
+"""Load the dataset that a task names and its few-shot dataset, converted where the task reads conversations."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from llmworks.evaluate.protocol.task import Task
 
 
 class Load(Protocol):
-    """Resolves a reference, see `runtime.session.Session.load`."""
+    """Resolver of references, see `runtime.session.Session.load`."""
 
     def __call__(self, ref: Artifact | str, *, schema: str = "", format: str = "") -> Artifact:
-        """The artifact, converted to `schema`."""
+        """Load the artifact, converted to `schema`."""
         ...
 
 
 def task_inputs(config: Config, given: dict[str, Any], load: Load) -> dict[str, Any]:
-    """Inputs of an evaluation, with the rows that its task names where none are given. UserError if it names none."""
+    """Return the inputs of `evaluate`, with the task's dataset where `data` is missing. UserError if it has none."""
     if "data" in given:
         return given
     task = load_task(str(getattr(config, "task", "")))
@@ -29,7 +29,7 @@ def task_inputs(config: Config, given: dict[str, Any], load: Load) -> dict[str, 
 
 
 def practice_inputs(config: Config, given: dict[str, Any], load: Load) -> dict[str, Any]:
-    """Inputs of what is made of an evaluation, with the rows that its task asked. UserError where it names none."""
+    """Return the inputs of `evaluate.to_training`, with the task's own dataset where `data` is missing."""
     if "data" in given or "evaluation" not in given:
         return given
     evaluation = given["evaluation"]
@@ -38,17 +38,17 @@ def practice_inputs(config: Config, given: dict[str, Any], load: Load) -> dict[s
 
 
 def named_data(task: Task) -> str:
-    """The data set that a task names. UserError where it names none."""
+    """Return the reference of a task's dataset. UserError where it has none."""
     if not task.data:
-        raise UserError(f"--data is missing, and the task {task.name!r} names no data set of its own")
+        raise UserError(f"--data is missing, and task {task.name!r} has no dataset of its own")
     return task.data
 
 
 def rows_of(task: Task, ref: str, load: Load) -> Dataset:
-    """The data set behind a reference as the task reads it. UserError for anything else."""
+    """Load a reference as the dataset that the task reads. UserError for anything else."""
     found = load(ref)
     if not isinstance(found, Dataset):
-        raise UserError(f"{ref}: is a {found.kind}, and the task {task.name!r} wants rows")
+        raise UserError(f"{ref}: is a {found.kind}, but task {task.name!r} needs a dataset")
     if task.rows == "chat" and not converted(found):
         found = load(found, schema="chat", format=task.format)
     assert isinstance(found, Dataset)

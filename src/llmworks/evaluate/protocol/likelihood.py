@@ -1,7 +1,7 @@
-"""How probable an engine finds given texts: encoding, windows, and asking with everything written down as it comes.
+"""Loglikelihood requests: encoding, rolling windows, and scoring with every result cached as it arrives.
 
-Context and continuation are encoded together and then divided, white space at the end of the context moved over, as the
-lm-evaluation-harness does: so that a word is the tokens that it is in running text. Knows no task.
+Context and continuation are encoded together and then split, with trailing whitespace of the context moved to the
+continuation, as in the lm-evaluation-harness, so that words keep the tokens of running text. Does not know tasks.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ from llmworks.core.progress import Bar, write_whole
 from llmworks.core.types import Engine
 from llmworks.evaluate.protocol.response_cache import Memory
 
-CHUNK_TOKENS = 8192  # that an engine is given at once, shared beginnings counted once; what a kill loses at most
+CHUNK_TOKENS = 8192  # tokens per engine call, shared prefixes counted once; the most that an interruption loses
 Encode = Callable[[str], Sequence[int]]
 
 
 @dataclass(frozen=True)
 class Given:
-    """Token ids, of which those from `begin` on are scored; `cut`: tokens that were left out in front, because the
-    engine reads no more.
-    """
+    """Token ids, scored from index `target_start`; `truncated_tokens`: tokens cut from the left to fit the context."""
 
     ids: tuple[int, ...]
     begin: int
@@ -36,14 +34,14 @@ class Given:
 
     @property
     def key(self) -> str:
-        """What tells it from others."""
+        """Cache key."""
         return hashlib.sha256(f"{self.begin}:{','.join(map(str, self.ids))}".encode()).hexdigest()[:24]
 
 
 @dataclass(frozen=True)
 class Found:
-    """Summed log-probability in nats of the scored tokens, how many they are, whether greedy decoding writes them, and
-    the seconds it took.
+    """Summed log-probability in nats of the scored tokens, their number, whether greedy decoding produces them, and the
+    seconds taken.
     """
 
     key: str
@@ -54,15 +52,15 @@ class Found:
 
 
 def pair(encode: Encode, context: str, continuation: str, longest: int, beginning: int | None) -> Given:
-    """A continuation after its context; after the beginning-of-text token where the context is empty.
+    """Encode a context and its continuation; an empty context becomes the BOS (or EOS) token `start_token`.
 
-    Too long ones lose their beginning.
+    Requests longer than `max_length`, the engine's context length, are truncated from the left.
 
-    `longest`: tokens that the engine reads. Errors: DataError for a continuation of no tokens, or of more than that.
+    Errors: DataError for a continuation without tokens, or longer than that.
     """
     if not context:
         if beginning is None:
-            raise DataError("an empty context, and the tokenizer has no token that begins or ends a text")
+            raise DataError("the context is empty, and the tokenizer has neither a BOS nor an EOS token")
         ids = list(encode(continuation))
         ids = ids if ids and ids[0] == beginning else [beginning, *ids]
         return _cut(ids, 1, longest, continuation)
@@ -75,23 +73,21 @@ def pair(encode: Encode, context: str, continuation: str, longest: int, beginnin
 
 def _cut(ids: list[int], begin: int, longest: int, continuation: str) -> Given:
     if not 0 < begin < len(ids):
-        raise DataError(
-            f"the text {continuation[:60]!r} adds no token to what stands before it, so it cannot be scored"
-        )
+        raise DataError(f"the continuation {continuation[:60]!r} adds no tokens to its context, so it cannot be scored")
     cut = max(0, len(ids) - longest - 1)
     if begin <= cut:
         raise DataError(
-            f"the text {continuation[:60]!r} has {len(ids) - begin} tokens, more than the {longest} that the engine"
-            " reads"
+            f"the continuation {continuation[:60]!r} has {len(ids) - begin} tokens, more than the engine's context"
+            f" length {longest}"
         )
     return Given(tuple(ids[cut:]), begin - cut, cut)
 
 
 def windows(ids: Sequence[int], beginning: int, window: int, stride: int = 0) -> list[Given]:
-    """A whole text in windows of at most `window` tokens of context, every token scored once.
+    """Split a whole document into rolling windows of at most `window` context tokens, every token scored once.
 
-    The first window begins with the beginning-of-text token. Each later one scores `stride` tokens (0: `window`), the
-    last one what is left, with as many before them as fit: the lm-evaluation-harness's rolling windows.
+    The first window starts with the BOS token. Each later one scores `stride` tokens (0: `window`), the last one the
+    rest, with as much left context as fits: the lm-evaluation-harness's rolling windows.
     """
     out = [Given((beginning, *ids[:window]), 1)] if ids else []
     done = min(window, len(ids))
@@ -106,25 +102,23 @@ def windows(ids: Sequence[int], beginning: int, window: int, stride: int = 0) ->
 def ask(
     wanted: Sequence[Given], engine: Engine, file: Path, bar: Bar, memory: Memory | None = None
 ) -> dict[str, Found]:
-    """How probable all are, by key.
+    """Score all requests; return the results by key.
 
-    What the file or the memory holds is not asked again; new findings are added to the file, chunk by chunk.
+    Results in the file or the cache are reused; new ones are appended to the file, chunk by chunk.
     """
     known = read_found(file)
     remembered = memory.recall(given.key for given in wanted) if memory else {}
     known = {**{key: Found(**value) for key, value in remembered.items()}, **known}
     todo = {given.key: given for given in wanted if given.key not in known}
     bar.resume(bar.done + sum(given.key in known for given in wanted))
-    order = sorted(todo.values(), key=lambda given: given.ids)  # neighbours share most
+    order = sorted(todo.values(), key=lambda given: given.ids)  # neighbors share the longest prefixes
     with file.open("a", encoding="utf-8") as stream:
         for chunk in _chunks(order):
             began = time.monotonic()
             scores = engine.score([given.ids for given in chunk], [given.begin for given in chunk])
             seconds = (time.monotonic() - began) / len(chunk)
             if any(math.isnan(chance) for scored in scores for chance in scored.logprobs):
-                raise ModelError(
-                    f"{engine.name} gives no number (NaN) as the probability of a token; its weights are broken"
-                )
+                raise ModelError(f"{engine.name} returns NaN as a token's log-probability; its weights are broken")
             for given, scored in zip(chunk, scores, strict=True):
                 found = Found(given.key, sum(scored.logprobs), len(scored.logprobs), scored.greedy, seconds)
                 known[given.key] = found
@@ -137,7 +131,7 @@ def ask(
 
 
 def _chunks(order: Sequence[Given]) -> list[list[Given]]:
-    """Neighbours together, up to so many tokens that are read."""
+    """Group neighbors into chunks of up to CHUNK_TOKENS tokens, shared prefixes counted once."""
     out: list[list[Given]] = []
     tokens = CHUNK_TOKENS
     before: tuple[int, ...] = ()
@@ -155,7 +149,7 @@ def _chunks(order: Sequence[Given]) -> list[list[Given]]:
 
 
 def read_found(file: Path) -> dict[str, Found]:
-    """Findings of an earlier, interrupted run; a last line cut short is dropped from the file too."""
+    """Read the results of an interrupted run; a truncated last line is also dropped from the file."""
     if not file.exists():
         return {}
     good: list[dict[str, Any]] = []
@@ -169,9 +163,7 @@ def read_found(file: Path) -> dict[str, Found]:
 
 
 def texts_of(tokenizer: Any) -> Encode:
-    """Encode running text as the model wants it: with the beginning-of-text token where its tokenizer adds one, never a
-    second.
-    """
+    """Return an encoder of running text: with the BOS token where the tokenizer adds one, never a second."""
     bos = tokenizer.bos_token
 
     def encode(text: str) -> Sequence[int]:
@@ -185,6 +177,6 @@ def texts_of(tokenizer: Any) -> Encode:
 
 
 def beginning_of(tokenizer: Any) -> int | None:
-    """The token that stands before a text of its own: that of the beginning, else that of the end."""
+    """Return the token that starts a document: BOS, else EOS."""
     token: int | None = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return token

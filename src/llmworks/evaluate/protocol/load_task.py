@@ -1,4 +1,4 @@
-"""Find and read a task: a built-in one by its name, a YAML file of ours, or one of the lm-evaluation-harness."""
+"""Load a task: built-in by name, from one of our YAML files, or from an lm-evaluation-harness file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmworks.evaluate.protocol.task import Task
 
 
 def task_names() -> list[str]:
-    """Names of the built-in tasks."""
+    """List the built-in tasks."""
     return sorted(
         p.name.removesuffix(".yaml")
         for p in resources.files("llmworks.evaluate").joinpath("tasks").iterdir()
@@ -23,9 +23,9 @@ def task_names() -> list[str]:
 
 
 def load_task(name: str) -> Task:
-    """A built-in task by its name, or a YAML file of ours or of the lm-evaluation-harness.
+    """Load a built-in task by name, or a YAML file of ours or of the lm-evaluation-harness.
 
-    UserError for one that is neither, or broken.
+    UserError for one that is neither, or invalid.
     """
     import yaml
 
@@ -52,15 +52,15 @@ def load_task(name: str) -> Task:
         AttributeError,
         KeyError,
         RecursionError,
-    ) as error:  # foreign files have anything anywhere
+    ) as error:  # external files may contain anything
         raise UserError(
-            f"{name}: is no task of the lm-evaluation-harness that can be read ({type(error).__name__}:"
+            f"{name}: is not a readable lm-evaluation-harness task ({type(error).__name__}:"
             f" {' '.join(str(error).split())[:120]})"
         ) from None
 
 
 def beside(task: Task, path: Path) -> Task:
-    """The task with files of data that lie beside its own file found there, whatever the current directory is."""
+    """Resolve the task's data files relative to its own file, independent of the current directory."""
     found = {
         field: str(path.parent / ref)
         for field in ("data", "examples")
@@ -70,7 +70,7 @@ def beside(task: Task, path: Path) -> Task:
 
 
 def checked(name: str, values: Any) -> Task:
-    """A task of parsed YAML. UserError naming the first wrong field."""
+    """Validate a task from parsed YAML. UserError naming the first invalid field."""
     from llmworks.evaluate.statistics.metrics import check_measure
 
     if not isinstance(values, dict):

@@ -1,6 +1,6 @@
-"""Rows as questions: templates filled, worked examples in front, options and right answers known.
+"""Turn rows into questions: render templates, prepend few-shot examples, find options and right answers.
 
-Plain text or turns; knows no tokenizer.
+Plain text or chat turns; does not tokenize.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from llmworks.evaluate.protocol.task import Task
 from llmworks.evaluate.protocol.templates import listed, text, value
 
 Row = dict[str, Any]
-NAMES = ("id", "task_id", "question_id", "key")  # fields that name a row
+NAMES = ("id", "task_id", "question_id", "key")  # fields that may hold a row's id
 
 
 @dataclass(frozen=True)
 class Question:
-    """One row, ready to be asked: as plain texts or as turns (several where the options differ before the answer), and
-    what is right.
+    """One row as a question: plain text or chat turns (several where the options differ before the answer), and the
+    right answer.
 
-    `options`: what is scored after the prompt, `choices`: the same as the task names them; `gold`: places of the right
+    `options`: the continuations to score; `choices`: the same as the task names them; `gold`: indices of the right
     choices; `references`: right answers as text; `row`: what score functions read.
     """
 
@@ -50,9 +50,9 @@ class Question:
 
 
 def read_rows(task: Task, data: Dataset, split: str) -> list[Row]:
-    """All rows, each with an `id` of its own.
+    """Read all rows, each with a unique `id`.
 
-    DataError when there are none, or one cannot be read: scores of a part would not be comparable.
+    DataError when there are none, or one cannot be read: scores of a subset would not be comparable.
     """
     if task.rows == "chat":
         rows = read_chat(data)
@@ -72,14 +72,16 @@ def read_rows(task: Task, data: Dataset, split: str) -> list[Row]:
 
 
 def kept(task: Task, rows: Sequence[Row], name: str) -> list[Row]:
-    """The rows that the task is for. DataError when there are none."""
+    """Filter the rows by the task's `only`. DataError when none are left."""
     found = (
         [row for row in rows if text(task.only, row).strip() not in ("", "False", "0", "None")]
         if task.only
         else list(rows)
     )
     if not found:
-        raise DataError(f"{name}: none of the {len(rows)} rows is for the task {task.name!r} (`only`: {task.only})")
+        raise DataError(
+            f"{name}: none of the {len(rows)} rows passes the filter of task {task.name!r} (`only`: {task.only})"
+        )
     return found
 
 
@@ -88,12 +90,12 @@ def _files(path: Path, split: str) -> list[Path]:
         return [path]
     found = [file for file in find_files(path) if file.name.split(".")[0].split("-")[0] == split]
     if not found:
-        raise DataError(f"{path}: has no file of the split {split!r} ({split}.jsonl, {split}-00000-of-00001.parquet)")
+        raise DataError(f"{path}: has no file of split {split!r} ({split}.jsonl, {split}-00000-of-00001.parquet)")
     return found
 
 
 def _with_ids(rows: list[Row]) -> list[Row]:
-    """Rows with an id: the one that they have where it is theirs alone, else their number."""
+    """Add an id to each row: its own where unique, else its row number."""
     for name in NAMES:
         ids = [str(row[name]) for row in rows if isinstance(row.get(name), (str, int))]
         if len(ids) == len(rows) == len(set(ids)):
@@ -102,27 +104,28 @@ def _with_ids(rows: list[Row]) -> list[Row]:
 
 
 def one_side(rows: Sequence[Row], side: str, task: Task) -> list[Row]:
-    """One half of the rows, by what they say and not by their ids or order; rows of one group, and rows that say the
-    same, are on one side.
+    """Return one half of the rows, split by a hash of their content, not by ids or order; rows of one group, and
+    identical rows, are in the same half.
     """
     if side == "all":
         return list(rows)
     found = [row for row in rows if side_of(row, text(task.group, row)) == side]
     if not found:
-        raise DataError(f"none of the {len(rows)} rows is on the side {side!r}; there are too few to be divided")
+        raise DataError(f"none of the {len(rows)} rows is in the half {side!r}; there are too few rows to split")
     return found
 
 
 def side_of(row: Row, group: str) -> str:
-    """ "dev" or "test"."""
+    """Return the row's half: "dev" or "test"."""
     said = group or json.dumps({k: v for k, v in row.items() if k not in NAMES}, sort_keys=True, default=str)
     return "dev" if hashlib.sha256(" ".join(said.lower().split()).encode()).digest()[0] % 2 else "test"
 
 
 def questions(task: Task, rows: Sequence[Row], pool: Sequence[Row], *, same_pool: bool) -> list[Question]:
-    """All rows as questions.
+    """Convert all rows to questions.
 
-    `pool`: where worked examples come from; `same_pool`: it is the rows themselves, so that none is its own example.
+    `pool`: rows to draw few-shot examples from; `same_pool`: it is the rows themselves, so a row must not be its own
+    example.
 
     Errors: UserError for too few examples; DataError for a row without a right answer, or that does not fit a template.
     """
@@ -132,22 +135,22 @@ def questions(task: Task, rows: Sequence[Row], pool: Sequence[Row], *, same_pool
 
 
 def says_the_same(one: Row, other: Row) -> bool:
-    """Whether two rows are the same but for their names: neither may be the other's example."""
+    """Return whether two rows are equal except for their ids; neither may be the other's example."""
     return one is other or {k: v for k, v in one.items() if k not in NAMES} == {
         k: v for k, v in other.items() if k not in NAMES
     }
 
 
 class _Draw:
-    """Draws worked examples.
+    """Sampler of few-shot examples.
 
-    `each` draws as the lm-evaluation-harness does: one generator over all questions, one more row where its own may be
-    among them.
+    `each` samples as the lm-evaluation-harness does: one generator over all questions, one extra row where the
+    question's own may be among them.
     """
 
     def __init__(self, task: Task, pool: Sequence[Row], same_pool: bool) -> None:
         self.task, self.shots = task, task.shots
-        self.extra = same_pool and not self.shots.rows  # a row's own may be drawn
+        self.extra = same_pool and not self.shots.rows  # the row itself may be drawn
         self.random = random.Random(self.shots.seed)
         self.pools: dict[str, list[Row]] = {}
         self.drawn: dict[str, list[Row]] = {}
@@ -158,7 +161,7 @@ class _Draw:
         return text(self.task.group, row) if self.shots.same_group else ""
 
     def examples(self, row: Row) -> list[Row]:
-        """Examples for a row. UserError when there are too few."""
+        """Sample few-shot examples for a row. UserError when there are too few."""
         if not self.shots.count:
             return []
         group, count = self._group(row), self.shots.count + self.extra
@@ -166,8 +169,8 @@ class _Draw:
         if len(pool) < count:
             where = f" of the group {group!r}" if self.shots.same_group else ""
             raise UserError(
-                f"shots is {self.shots.count}, but there are {len(pool)} rows{where} to take examples from"
-                + (", the one that is asked among them" if self.extra else "")
+                f"num_fewshot is {self.shots.count}, but there are only {len(pool)} rows{where} to draw examples from"
+                + (", including the row itself" if self.extra else "")
             )
         if self.shots.choose == "each":
             found, more = self.random.sample(pool, count), self.random
@@ -183,7 +186,7 @@ class _Draw:
         rest = [other for other in pool if not says_the_same(other, row)]
         if len(rest) < self.shots.count:
             raise UserError(
-                f"shots is {self.shots.count}, but only {len(rest)} rows to take examples from say something else than"
+                f"num_fewshot is {self.shots.count}, but only {len(rest)} of the rows to draw examples from differ from"
                 f" row {row['id']!r}"
             )
         if self.shots.choose == "each":
@@ -214,7 +217,7 @@ def _question(task: Task, row: Row, draw: _Draw) -> Question:
         options: tuple[str, ...] = (ending,)
         if not ending:
             raise DataError(
-                f"row {row['id']!r}: `question` is empty; with `contexts` it is what is scored after each of them"
+                f"row {row['id']!r}: `question` is empty; with `contexts` it is the continuation of each of them"
             )
     else:
         options = tuple(choices) if task.kind == "choice" else references if task.kind == "likelihood" else ()
@@ -272,7 +275,7 @@ def _conversation(row: Row) -> tuple[Message, ...]:
 
 
 def placed(task: Task, row: Row, right: Any) -> Any:
-    """A right answer; digits that a template writes are a place, whatever the choices are called, as in the
+    """Return the right answer; digits written by a template are an index, whatever the choices are named, as in the
     lm-evaluation-harness.
     """
     written = isinstance(right, str) and isinstance(task.answer, str) and task.answer not in row
@@ -280,7 +283,7 @@ def placed(task: Task, row: Row, right: Any) -> Any:
 
 
 def gold_places(row: Row, right: Any, choices: Sequence[str]) -> tuple[int, ...]:
-    """Places of the right choices, given as numbers, texts, or a list of either.
+    """Return the indices of the right choices, given as indices, texts, or a list of either.
 
     DataError when one is not among the choices.
     """
@@ -310,7 +313,7 @@ def _references(right: Any) -> tuple[str, ...]:
 
 
 def _example(task: Task, row: Row) -> tuple[str, str]:
-    """(what is asked, what is answered) of a worked example."""
+    """Return (question, answer) of a few-shot example."""
     prefix = text(task.prefix, row)
     if task.contexts:
         contexts, place = (
@@ -323,7 +326,7 @@ def _example(task: Task, row: Row) -> tuple[str, str]:
     else:
         right = value(task.answer, row)
         if isinstance(right, Mapping):
-            raise UserError(f"{task.name}: worked examples need `example_answer`, since `answer` is made of fields")
+            raise UserError(f"{task.name}: few-shot examples need `example_answer`, because `answer` is a mapping")
         if task.choices and (task.kind == "choice" or isinstance(right, int)):
             choices = listed(task.choices, row)
             right = choices[gold_places(row, placed(task, row, right), choices)[0]]
@@ -332,7 +335,7 @@ def _example(task: Task, row: Row) -> tuple[str, str]:
 
 
 def _front(task: Task, row: Row, examples: Sequence[Row]) -> str:
-    """What stands before the question in a plain prompt."""
+    """Build the description and few-shot examples of a plain prompt."""
     out = text(task.description, row)
     for example in examples:
         asked, answered = _example(task, example)

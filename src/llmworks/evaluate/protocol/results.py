@@ -1,4 +1,4 @@
-"""From answers to metrics, samples and a report. Knows no engine."""
+"""Turn responses into metrics, stored samples and a report. Does not call an engine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHOWN, FEW = 40, 20
 
 @dataclass(frozen=True)
 class Measured:
-    """All metrics of a run with their intervals, the first being the score, and every sample as it is stored."""
+    """All metrics of a run with their intervals (the first is the score), and the stored samples."""
 
     metrics: dict[str, Metric]
     values: dict[str, Interval]
@@ -34,9 +34,9 @@ class Measured:
 
 
 def measure(task: Task, answered: Sequence[Answered], asked: Sequence[Question]) -> Measured:
-    """Score what was answered.
+    """Score the responses.
 
-    Without answers only the rows are checked: DataError for one whose own reference cannot be scored.
+    Without responses only the rows are checked: DataError for one whose own reference cannot be scored.
     """
     names = score_functions(task.metrics) if task.kind == "generate" else []
     if not answered:
@@ -76,7 +76,7 @@ def measure(task: Task, answered: Sequence[Answered], asked: Sequence[Question])
 
 
 def _alone(metric: Metric, numbers: Sequence[float]) -> float:
-    """A metric's value of one sample."""
+    """Compute a metric on a single sample."""
     import numpy as np
 
     return float(metric.value(np.asarray(numbers, dtype=float)))
@@ -87,12 +87,12 @@ def _prompt(question: Question) -> tuple[Message, ...]:
 
 
 def _judged(task: Task, one: Answered, steps: Sequence[Any], names: Sequence[str]) -> tuple[Any, str]:
-    """(what the metrics read, why it is wrong)."""
+    """Return (the input of the metrics, the reason why the sample is wrong)."""
     question = one.question
     if task.kind == "choice":
         return Choice([f.logprob for f in one.found], question.choices, question.gold), ""
     if task.kind != "generate":
-        if task.kind == "likelihood":  # of several right answers the most probable
+        if task.kind == "likelihood":  # of several right answers, the most probable one
             best = max(one.found, key=lambda f: f.logprob)
             return (
                 Text(
@@ -118,7 +118,7 @@ def _judged(task: Task, one: Answered, steps: Sequence[Any], names: Sequence[str
 
 
 def _sample(task: Task, one: Answered) -> dict[str, Any]:
-    """One sample as it is stored: what was asked, what came back, and what it cost."""
+    """Build the stored record of one sample: question, response and cost."""
     question = one.question
     sample: dict[str, Any] = {
         "id": question.id,
@@ -180,7 +180,7 @@ def _sample(task: Task, one: Answered) -> dict[str, Any]:
 def write_report(
     task: Task, model: Model | Adapter, made: Measured, protocol: Mapping[str, Any], ctx: Context
 ) -> Report:
-    """Fill the report and make the artifact's metrics."""
+    """Write the report and return it with its metrics."""
     samples, name = made.samples, next(iter(made.values))
     metric, score = made.metrics[name], made.values[name]
     seconds = sum(s["seconds"] for s in samples)
@@ -199,13 +199,13 @@ def write_report(
         metrics["prompts_cut"] = cut
     value, between = _shown(metric, score)
     shots = (
-        f", {task.shots.count} worked example{'s' if task.shots.count > 1 else ''} in the prompt"
+        f", {task.shots.count} few-shot example{'s' if task.shots.count > 1 else ''} in the prompt"
         if task.shots.count
         else ""
     )
     report = ctx.report
     report.title = f"{task.name} on {model.name}{shots}"
-    report.lead = f"{task.what or name}: {value} (95% interval {between}) of {len(samples)} samples."
+    report.lead = f"{task.what or name}: {value} (95% interval {between}) on {len(samples)} samples."
     report.data = {
         "task": task.name,
         "model": model.name,
@@ -227,11 +227,11 @@ def write_report(
         _how(made, samples),
     )
     _by_group(made, name, report)
-    report.table("Figures", ("what", "value"), list(metrics.items()))
+    report.table("Summary", ("name", "value"), list(metrics.items()))
     if task.kind != "perplexity":
         _wrong(samples, report)
     report.samples("Samples", [_page(s) for s in samples[:SHOWN]])
-    report.table("What decided the prompts", ("what", "value"), [(k, str(v)) for k, v in protocol.items()])
+    report.table("Prompt settings", ("setting", "value"), [(k, str(v)) for k, v in protocol.items()])
     return Report(ctx.out, metrics=metrics, about={"task": task.name, "shots": task.shots.count, "model": model.digest})
 
 
@@ -261,12 +261,12 @@ def _how(made: Measured, samples: Sequence[Mapping[str, Any]]) -> str:
     groups = {s["group"] for s in samples}
     if not groups - {""}:
         return "Intervals by bootstrap over samples."
-    few = "" if len(groups) >= FEW else "; so few groups give rough intervals only"
-    return f"Intervals by bootstrap; rows of one of the {len(groups)} groups are drawn together{few}."
+    few = "" if len(groups) >= FEW else "; with so few groups the intervals are rough"
+    return f"Intervals by clustered bootstrap over {len(groups)} groups{few}."
 
 
 def _by_group(made: Measured, name: str, report: Any) -> None:
-    """A table of the score by group, where there are some groups of several rows."""
+    """Add a table of the score by group, where groups have several rows."""
     groups: dict[str, list[float]] = {}
     for sample in made.samples:
         groups.setdefault(sample["group"], []).append(sample["score"])
@@ -313,6 +313,6 @@ def _page(sample: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _line(question: str) -> str:
-    """A question on one line: its beginning and, where it is long, its end."""
+    """Format a question on one line: its beginning and, where it is long, its end."""
     words = " ".join(question.split())
     return words if len(words) <= 130 else f"{words[:60]} … {words[-66:]}"

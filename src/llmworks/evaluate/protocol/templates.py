@@ -1,6 +1,6 @@
-"""Fill a task's templates from a row: Jinja as the lm-evaluation-harness has it, in a sandbox.
+"""Render a task's templates from a row: Jinja as in the lm-evaluation-harness, sandboxed.
 
-Knows no task and no model.
+Does not know tasks or models.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import regex as expressions
 
 from llmworks.core.errors import DataError
 
-SECONDS = 2.0  # of one regular expression in a template
+SECONDS = 2.0  # timeout of one regular expression in a template
 NAME = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -37,7 +37,7 @@ def _compiled(template: str) -> Any:
 
 
 def fill(template: str, row: Mapping[str, Any]) -> Any:
-    """A template filled from a row; the name of a field gives that field's value, of whatever type.
+    """Render a template from a row; the name of a field returns that field's value, of whatever type.
 
     DataError naming row and template.
     """
@@ -47,34 +47,36 @@ def fill(template: str, row: Mapping[str, Any]) -> Any:
         return row[template]
     if NAME.fullmatch(template):
         raise DataError(
-            f"row {row.get('id', '?')!r}: has no field {template!r}; it has {', '.join(sorted(map(str, row)))[:160]}"
+            f"row {row.get('id', '?')!r}: has no field {template!r}; fields: {', '.join(sorted(map(str, row)))[:160]}"
         )
     try:
         return _compiled(template).render(**row)
-    except Exception as error:  # a template is a program: it may fail in any way
+    except Exception as error:  # a template is a program and may fail in any way
         raise DataError(
-            f"row {row.get('id', '?')!r}: the template {template[:60]!r} cannot be filled"
+            f"row {row.get('id', '?')!r}: the template {template[:60]!r} cannot be rendered"
             f" ({' '.join(str(error).split())[:160]})"
         ) from None
 
 
 def text(template: str, row: Mapping[str, Any]) -> str:
-    """A template filled as text."""
+    """Render a template as text."""
     value = fill(template, row) if template else ""
     return _whole(value if isinstance(value, str) else str(value), row)
 
 
 def _whole(text: str, row: Mapping[str, Any]) -> str:
-    """A text that can be written as UTF-8. DataError for half a character, as broken exports have them."""
+    """Check that a text can be encoded as UTF-8. DataError for lone surrogates, as in broken exports."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise DataError(f"row {row.get('id', '?')!r}: has half of a surrogate pair, which is no character") from None
+        raise DataError(
+            f"row {row.get('id', '?')!r}: contains a lone surrogate, which is not a valid character"
+        ) from None
     return text
 
 
 def listed(template: str | list[str], row: Mapping[str, Any]) -> list[str]:
-    """A list of texts: given, a field of the row, or the Python or JSON list that a template writes.
+    """Render a list of strings: given as is, a field of the row, or a Python or JSON list that a template writes.
 
     DataError for anything else.
     """
@@ -84,13 +86,13 @@ def listed(template: str | list[str], row: Mapping[str, Any]) -> list[str]:
     value = _literal(value) if isinstance(value, str) else value
     if not isinstance(value, list) or not value or not all(isinstance(v, (str, int, float)) for v in value):
         raise DataError(
-            f"row {row.get('id', '?')!r}: {template[:60]!r} gives no list of texts, but {str(value)[:60]!r}"
+            f"row {row.get('id', '?')!r}: {template[:60]!r} must give a list of strings, but gives {str(value)[:60]!r}"
         )
     return [_whole(str(v), row) for v in value]
 
 
 def value(template: Any, row: Mapping[str, Any]) -> Any:
-    """A template filled, lists and digits read as such; of a mapping all its templates."""
+    """Render a template and parse lists; of a mapping, render all its templates."""
     if isinstance(template, dict):
         return {
             key: value(item, row) if isinstance(item, dict) else fill(item, row) if isinstance(item, str) else item

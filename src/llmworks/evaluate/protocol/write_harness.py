@@ -1,4 +1,4 @@
-"""Write a task as the lm-evaluation-harness's YAML has it."""
+"""Export a task as lm-evaluation-harness YAML."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from llmworks.evaluate.protocol.task import Task
 
 
 def to_harness(task: Task) -> dict[str, Any]:
-    """A task as the harness's YAML has it. UserError for what it cannot say."""
+    """Convert a task to the harness's YAML fields. UserError for what it cannot express."""
     _refuse_unwritable(task)
     unknown = [m.name for m in task.metrics if m.name not in METRICS]
     if unknown:
         raise UserError(
-            f"{task.name}: the metric {unknown[0]!r} cannot be written for the lm-evaluation-harness without code"
+            f"{task.name}: metric {unknown[0]!r} cannot be exported to the lm-evaluation-harness without Python code"
         )
     choose = {"each": "default", "first": "first_n"}.get(task.shots.choose)
     if task.shots.count and choose is None:
         raise UserError(
-            f"{task.name}: the lm-evaluation-harness draws other examples for every question; set shots.choose to each,"
+            f"{task.name}: the lm-evaluation-harness samples new examples for every question; set shots.choose to each"
             " or first"
         )
     out: dict[str, Any] = {
@@ -70,7 +70,7 @@ def to_harness(task: Task) -> dict[str, Any]:
 
 
 def _refuse_unwritable(task: Task) -> None:
-    """UserError for what a file of the harness cannot say."""
+    """Raise UserError for what the harness's YAML cannot express."""
     if task.rows == "chat" or task.contexts or isinstance(task.answer, dict) or task.group:
         what = (
             "conversations"
@@ -78,12 +78,12 @@ def _refuse_unwritable(task: Task) -> None:
             else (
                 "`contexts`"
                 if task.contexts
-                else "an `answer` of fields"
+                else "a mapping as `answer`"
                 if isinstance(task.answer, dict)
                 else "`group`"
             )
         )
-        raise UserError(f"{task.name}: {what} cannot be written for the lm-evaluation-harness without code")
+        raise UserError(f"{task.name}: {what} cannot be exported to the lm-evaluation-harness without Python code")
 
 
 def _metric(measure: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _filter(step: Mapping[str, Any]) -> dict[str, Any]:
         }
     names = {ours: theirs for theirs, ours in FILTERS.items()}
     if step["how"] not in names:
-        raise UserError(f"extract: {step['how']!r} cannot be written for the lm-evaluation-harness without code")
+        raise UserError(f"extract: {step['how']!r} cannot be exported to the lm-evaluation-harness without Python code")
     return {"function": names[step["how"]]}
 
 

@@ -1,6 +1,6 @@
-"""How far judges agree, and what sways them. Pure functions on verdicts.
+"""Inter-judge agreement and judge biases. Pure functions on verdicts.
 
-Kappa: Cohen 1960; several raters: Fleiss 1971. Position and length bias of judges: Zheng et al. 2023
+Kappa: Cohen 1960; several raters: Fleiss 1971. Position and length (verbosity) bias of judges: Zheng et al. 2023
 (arXiv:2306.05685), section 3.3.
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Hashable, Mapping, Sequence
 
 
 def kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
-    """Cohen's kappa of two raters' labels of the same items: 1 is full agreement, 0 that of chance.
+    """Compute Cohen's kappa of two raters' labels of the same items: 1 is full agreement, 0 chance agreement.
 
-    NaN where both only ever say one and the same.
+    NaN where both raters use a single, identical label.
     """
     n = len(a)
     observed = sum(x == y for x, y in zip(a, b, strict=True)) / n
@@ -23,7 +23,7 @@ def kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
 
 
 def weighted_kappa(a: Sequence[float], b: Sequence[float]) -> float:
-    """Cohen's kappa for grades: a disagreement weighs as the square of its size (Cohen 1968).
+    """Compute quadratic-weighted kappa for grades: disagreements are weighted by their square (Cohen 1968).
 
     NaN where all grades are the same.
     """
@@ -35,17 +35,17 @@ def weighted_kappa(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def merged(first: str, swapped: str) -> str:
-    """One verdict of two, the answers being shown in both orders: "A", "B" or "C" for a tie; a judge that changes with
-    the order has none: a tie.
+    """Merge the verdicts of both answer orders into "A", "B" or "C" (tie); a verdict that changes with the order is a
+    tie.
 
-    `first`, `swapped`: what was said of A before B, and of B before A, both in terms of A and B.
+    `first`, `swapped`: verdicts with A shown first and with B shown first, both in terms of A and B.
     """
     return first if first == swapped else "C"
 
 
 def position(firsts: Sequence[str], swapped: Sequence[str]) -> Mapping[str, float]:
-    """Shares of pairs: `consistent` in both orders; `prefers_first`, `prefers_second`: of the others, won by whichever
-    stood there.
+    """Return shares of pairs: `consistent` in both orders; `prefers_first`, `prefers_second`: position bias, where the
+    answer in that position won in both orders.
     """
     n = max(1, len(firsts))
     first = sum(x == "A" and y == "B" for x, y in zip(firsts, swapped, strict=True))
@@ -55,12 +55,12 @@ def position(firsts: Sequence[str], swapped: Sequence[str]) -> Mapping[str, floa
 
 
 def length(verdicts: Sequence[str], lengths: Sequence[tuple[int, int]]) -> tuple[float, int]:
-    """(share of decided pairs of unequal length that the longer answer won, how many there are)."""
+    """Return (share of decided pairs of unequal length won by the longer answer, number of such pairs)."""
     decided = [(v, a, b) for v, (a, b) in zip(verdicts, lengths, strict=True) if v in ("A", "B") and a != b]
     return (sum((v == "A") == (a > b) for v, a, b in decided) / len(decided) if decided else float("nan")), len(decided)
 
 
 def majority(votes: Sequence[str]) -> str:
-    """What most say; a tie where nobody has the most."""
+    """Return the majority verdict; "C" (tie) where there is none."""
     counted = Counter(votes).most_common(2)
     return counted[0][0] if len(counted) == 1 or counted[0][1] > counted[1][1] else "C"

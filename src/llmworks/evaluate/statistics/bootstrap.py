@@ -1,7 +1,7 @@
-"""Confidence intervals and paired tests by resampling. Pure functions on numbers.
+"""Bootstrap confidence intervals and paired tests. Pure functions on numbers.
 
 A metric's value is a function of sums over samples, so a resample is a weighted sum: samples are drawn with
-replacement, or whole groups of them where rows belong together (the clustered bootstrap). Source: Efron & Tibshirani,
+replacement, or whole groups of them where rows belong together (clustered bootstrap). Source: Efron & Tibshirani,
 An Introduction to the Bootstrap (1993), chapters 13 and 16; Davison & Hinkley 1997, section 3.8 for groups; Koehn 2004
 for the paired form; Hesterberg 2015 (arXiv:1411.5279), section 5.3 for small samples.
 """
@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-RESAMPLES, DRAWS = 10_000, 20_000_000  # draws of samples in all: many samples need fewer resamples
+RESAMPLES, DRAWS = 10_000, 20_000_000  # cap on draws in total: many samples need fewer resamples
 Value = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95% interval."""
+    """A value with its 95% confidence interval."""
 
     value: float
     low: float
@@ -26,13 +26,13 @@ class Interval:
 
 
 def grouped(numbers: Any, groups: Sequence[str]) -> Any:
-    """Rows [samples, k] summed by group: [groups, k]. Without groups (empty names) every row is its own."""
+    """Sum rows [samples, k] by group: [groups, k]. A row without a group (empty name) is its own."""
     import numpy as np
 
     data = np.asarray(numbers, dtype=float)
     if not groups or not any(groups):
         return data
-    own = [name or (number,) for number, name in enumerate(groups)]  # a row without a group is its own
+    own = [name or (number,) for number, name in enumerate(groups)]  # a row without a group is its own group
     names = {name: place for place, name in enumerate(dict.fromkeys(own))}
     out = np.zeros((len(names), data.shape[1]))
     np.add.at(out, [names[name] for name in own], data)
@@ -40,8 +40,8 @@ def grouped(numbers: Any, groups: Sequence[str]) -> Any:
 
 
 def resampled(numbers: Any, seed: int, resamples: int) -> Any:
-    """Sums [resamples, k] over draws with replacement of the rows of `numbers` [n, k]; a few draws at a time, so memory
-    stays small.
+    """Compute sums [resamples, k] over draws with replacement of the rows of `numbers` [n, k], in batches to bound
+    memory.
     """
     import numpy as np
 
@@ -55,8 +55,8 @@ def resampled(numbers: Any, seed: int, resamples: int) -> Any:
 
 
 def tails(n: int) -> tuple[float, float]:
-    """Percentiles of a 95% interval, widened for n draws as Student's t is against the normal (the expanded percentile
-    interval).
+    """Return the percentiles of a 95% interval, widened for n draws by Student's t relative to the normal (expanded
+    percentile interval).
     """
     from statistics import NormalDist
 
@@ -67,8 +67,8 @@ def tails(n: int) -> tuple[float, float]:
 
 
 def student(degrees: int) -> float:
-    """The 97.5% quantile of Student's t (Cornish-Fisher expansion, Abramowitz & Stegun 26.7.5; exact for 1 and 2
-    degrees).
+    """Compute the 97.5% quantile of Student's t (Cornish-Fisher expansion, Abramowitz & Stegun 26.7.5; exact for 1 and
+    2 degrees of freedom).
     """
     if degrees == 1:
         return 12.706204736432095
@@ -86,9 +86,9 @@ def student(degrees: int) -> float:
 def interval(
     numbers: Any, value: Value, *, groups: Sequence[str] = (), seed: int = 0, resamples: int = RESAMPLES
 ) -> Interval:
-    """A metric over samples with its 95% interval.
+    """Compute a metric over samples with its 95% bootstrap interval.
 
-    `numbers` [samples, k] are summed over samples (and groups), `value` is of the sums.
+    `numbers` [samples, k] are summed over samples (and groups); `value` maps the sums to the metric.
     """
     import numpy as np
 
@@ -101,7 +101,7 @@ def interval(
 def mean_interval(
     values: Sequence[float], *, groups: Sequence[str] = (), seed: int = 0, resamples: int = RESAMPLES
 ) -> Interval:
-    """The mean of per-sample scores and its 95% interval."""
+    """Compute the mean of per-sample scores and its 95% interval."""
     return interval(
         [(v, 1.0) for v in values],
         lambda sums: sums[..., 0] / sums[..., 1],
@@ -113,8 +113,8 @@ def mean_interval(
 
 @dataclass(frozen=True)
 class Paired:
-    """The mean difference b - a over paired samples, its 95% interval, and how often resampling finds it on the other
-    side of zero.
+    """The mean difference b - a over paired samples, its 95% interval, and the shares of resamples on either side of
+    zero.
     """
 
     difference: Interval
@@ -125,7 +125,7 @@ class Paired:
 def paired_difference(
     a: Sequence[float], b: Sequence[float], *, groups: Sequence[str] = (), seed: int = 0, resamples: int = RESAMPLES
 ) -> Paired:
-    """Paired bootstrap of b - a: samples are drawn together.
+    """Compute the paired bootstrap of b - a: paired samples are drawn together.
 
     p_not_better is the share of resamples with a difference <= 0.
     """
@@ -142,7 +142,7 @@ def paired_difference(
 
 
 def certain(found: Interval, draws: int) -> Interval:
-    """An interval of a share that is 0 or 1 in all draws, which resampling gives no width: the exact binomial one
+    """Replace the zero-width bootstrap interval of a share that is 0 or 1 in all draws by the exact binomial interval
     (Clopper & Pearson 1934).
     """
     if found.low == found.high == found.value and found.value in (0.0, 1.0) and draws:
@@ -154,10 +154,10 @@ def certain(found: Interval, draws: int) -> Interval:
 def sign_flip(
     a: Sequence[float], b: Sequence[float], *, groups: Sequence[str] = (), seed: int = 0, flips: int = 10_000
 ) -> float:
-    """Two-sided p of b - a: how often the differences, each with a sign drawn anew, sum up to as much (Fisher's
-    randomization test; groups keep one sign).
+    """Compute the two-sided p of b - a by a sign-flip permutation test (Fisher's randomization test): how often
+    randomly signed differences sum to at least as much. Groups share one sign.
 
-    Exact up to twelve differences that are not zero; else by drawing, and then never below 1 / flips.
+    Exact for up to twelve nonzero differences; otherwise sampled, and then never below 1 / flips.
     """
     import itertools
 
@@ -176,7 +176,7 @@ def sign_flip(
 
 
 def holm(chances: Sequence[float]) -> list[float]:
-    """p-values of several tests, made larger so that one in twenty families of tests errs at 5% (Holm 1979)."""
+    """Adjust p-values for multiple testing, controlling the family-wise error rate (Holm 1979)."""
     order = sorted(range(len(chances)), key=lambda i: chances[i])
     out, highest = [0.0] * len(chances), 0.0
     for rank, i in enumerate(order):
@@ -186,10 +186,10 @@ def holm(chances: Sequence[float]) -> list[float]:
 
 
 def detectable(spread: float, samples: int) -> float:
-    """The smallest difference that a two-sided test at 5% finds in 80% of runs, for per-sample scores of such a
-    standard deviation.
+    """Compute the smallest difference that a two-sided test at 5% detects with 80% power, given the standard deviation
+    of per-sample scores.
 
-    Source: (1.96 + 0.84) * sd / sqrt(n), Cohen 1988, chapter 2; for two independent runs of n samples each the spread
-    is sqrt(2) * sd.
+    Source: (1.96 + 0.84) * sd / sqrt(n), Cohen 1988, chapter 2; for two independent runs of n samples each,
+    `standard_deviation` is sqrt(2) * sd.
     """
     return float((1.959963984540054 + 0.8416212335729143) * spread / max(1, samples) ** 0.5)

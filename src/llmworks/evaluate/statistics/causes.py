@@ -1,5 +1,4 @@
-"""Why two runs of a task say different things of one sample: the first cause, in the order in which a prompt becomes a
-score.
+"""Explain why two runs of a task differ on a sample: the first cause, in the order from prompt to score.
 
 Pure functions on what evaluations store: `definition` and `protocol` of the runs, and their samples.
 """
@@ -10,30 +9,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Run = Mapping[str, Any]
-IGNORED = {"what", "data", "examples"}  # of a task: they decide no prompt and no score
-CLOSE = 0.1  # nats between the best two options, below which rounding may choose
+IGNORED = {"what", "data", "examples"}  # fields of a task that affect neither prompts nor scores
+CLOSE = 0.1  # nats between the best two options, below which rounding may decide
 
 CAUSES = {
-    "worked examples": "other examples stand in the prompt, or another number of them",
-    "prompt style": "one asks in turns of the model's template, the other in plain text",
-    "prompt text": "question, description or what stands between differ",
-    "beginning token": "the same text; one begins with a beginning-of-text token, the other does not",
-    "template": "the same turns, written by another chat template",
-    "truncation": "a part of the prompt was left out because the engine reads fewer tokens",
-    "tokenizer": "the same text, divided into other tokens",
-    "refused": "one was not answered",
-    "normalisation": "the same text was said, and read or scored otherwise",
-    "answer cut off": "one answer reached its limit of tokens and is the beginning of the other",
-    "stop string": "one answer ended at a string that does not end the other",
-    "end token": "one answer ended at a token that does not end the other",
-    "sampling": "answers are drawn, not the most probable",
-    "close call": f"the best two options are less than {CLOSE:g} nats apart: rounding may choose",
-    "numbers": "the same tokens were read, and the model's numbers differ: other weights, or another precision",
+    "worked examples": "the few-shot examples or their number differ",
+    "prompt style": "one uses the model's chat template, the other plain text",
+    "prompt text": "question, description or delimiters differ",
+    "beginning token": "the same text; one starts with a BOS token, the other does not",
+    "template": "the same turns, rendered by another chat template",
+    "truncation": "the prompt was truncated because the engine's context length is shorter",
+    "tokenizer": "the same text, tokenized differently",
+    "refused": "one request was rejected",
+    "normalisation": "the same text was generated, but extracted or scored differently",
+    "answer cut off": "one answer reached max_tokens and is a prefix of the other",
+    "stop string": "one answer ended at a stop string that the other run does not have",
+    "end token": "one answer ended at a stop token that the other run does not have",
+    "sampling": "answers are sampled, not greedy",
+    "close call": f"the best two options are less than {CLOSE:g} nats apart: rounding may decide",
+    "numbers": "the same prompt tokens, but the model's logits differ: other weights or precision",
 }
 
 
 def cause(a: Run, b: Run, left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
-    """The first cause that is seen for a sample on which two runs differ."""
+    """Return the first cause found for a sample on which two runs differ."""
     one, other = a["definition"], b["definition"]
     if left.get("asked") != right.get("asked"):
         if one["shots"] != other["shots"]:
@@ -55,7 +54,7 @@ def cause(a: Run, b: Run, left: Mapping[str, Any], right: Mapping[str, Any]) -> 
 
 
 def _reading(a: Run, b: Run, left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
-    """Why the same text became other tokens."""
+    """Explain why the same text was tokenized differently."""
     if a.get("bos") != b.get("bos") or a.get("beginning") != b.get("beginning"):
         return "beginning token"
     if a.get("template") != b.get("template") and a.get("prompt") == "chat":
@@ -64,14 +63,14 @@ def _reading(a: Run, b: Run, left: Mapping[str, Any], right: Mapping[str, Any]) 
 
 
 def _choosing(left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
-    """Why another option was chosen."""
+    """Explain why another option was chosen."""
     if left.get("chosen") == right.get("chosen"):
         return "normalisation"
     return "close call" if min(margin(left["logprobs"]), margin(right["logprobs"])) < CLOSE else "numbers"
 
 
 def _ending(a: Run, b: Run, left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
-    """Why another text was written."""
+    """Explain why another text was generated."""
     (short, _), (long, _) = sorted(((left, a), (right, b)), key=lambda pair: len(pair[0]["text"]))
     if long["text"].startswith(short["text"].rstrip()):
         if short["finish"] == "length":
@@ -84,13 +83,13 @@ def _ending(a: Run, b: Run, left: Mapping[str, Any], right: Mapping[str, Any]) -
 
 
 def margin(logprobs: Sequence[float]) -> float:
-    """Nats between the best two."""
+    """Compute the margin between the best two, in nats."""
     best = sorted(logprobs, reverse=True)
     return best[0] - best[1] if len(best) > 1 else float("inf")
 
 
 def settings(a: Run, b: Run) -> list[tuple[str, str, str]]:
-    """(what, before, after) for everything that decided prompts and scores and is not the same in both runs."""
+    """List (setting, before, after) for all differing settings that affect prompts or scores."""
     out: list[tuple[str, str, str]] = []
     for part, skip in (("definition", IGNORED), ("protocol", {"rows", "asked"})):
         for key in sorted({*a[part], *b[part]} - skip):
@@ -101,9 +100,9 @@ def settings(a: Run, b: Run) -> list[tuple[str, str, str]]:
 
 
 def changes(a: Run, b: Run) -> list[str]:
-    """What a person changed between two runs: the model, the engine and its precision, fields of the task.
+    """List what a person changed between two runs: the model, the engine and its precision, fields of the task.
 
-    What follows from those, as a template, is not counted.
+    Consequences of those, such as the chat template, are not counted.
     """
     out = ["model"] if a.get("model") != b.get("model") else []
     out += ["engine"] if any(a["protocol"].get(key) != b["protocol"].get(key) for key in ("engine", "dtype")) else []

@@ -1,4 +1,4 @@
-"""What judges have in common with one another and with people: agreement, and biases of place, length and self."""
+"""Judge statistics: agreement with each other and with people; position, length and self-preference bias."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Judged:
-    """What one judge said: by sample, a grade (0 to 1, or a reward) or a verdict A, B or C; `unparsed`: where it said
-    neither.
+    """One judge's verdicts: by sample, a grade (0 to 1, or a reward) or A, B or C; `unparsable`: number of
+    responses without a verdict.
     """
 
     name: str
@@ -38,7 +38,7 @@ def _biases(
     against: Report | None,
     page: Any,
 ) -> None:
-    """Place, length and kinship, by judge."""
+    """Add position, length and self-preference bias by judge."""
     rows = []
     for one in found:
         ids = list(one.verdicts)
@@ -60,7 +60,7 @@ def _biases(
             share = _share(one.verdicts.values(), kin)
             outside = [v for o in rest for i, v in o.verdicts.items() if i in one.verdicts]
             own = f"{share:.0%} for its own answers" + (
-                f"; the others {_share(outside, kin):.0%}" if outside else "; no other judge to compare with"
+                f"; other judges {_share(outside, kin):.0%}" if outside else "; no other judge to compare with"
             )
         told = {k: f"{place[k]:.0%}" if place else "–" for k in ("consistent", "prefers_first", "prefers_second")}
         rows.append(
@@ -74,11 +74,11 @@ def _biases(
             )
         )
     page.table(
-        "What sways the judges",
-        ("judge", "same in both orders", "the first wins", "the second wins", "the longer wins", "its own answers"),
+        "Judge biases",
+        ("judge", "consistent in both orders", "prefers first", "prefers second", "longer wins", "self-preference"),
         rows,
-        "Pairs are shown in both orders; a judge that changes with the order has decided nothing. Of pairs decided"
-        " between answers of unequal length, how many the longer won.",
+        "Pairs are shown in both orders; a verdict that changes with the order counts as a tie. Longer wins: share of"
+        " decided pairs of unequal length won by the longer answer.",
     )
 
 
@@ -96,7 +96,7 @@ def _kappa(one: Sequence[Any], other: Sequence[Any]) -> float:
 
 
 def _among(found: Sequence[Judged], page: Any) -> None:
-    """Agreement of every two judges."""
+    """Add the pairwise agreement of judges."""
     rows = []
     for place, one in enumerate(found):
         for other in found[place + 1 :]:
@@ -113,13 +113,13 @@ def _among(found: Sequence[Judged], page: Any) -> None:
                     )
                 )
     if rows:
-        page.table("Agreement of judges", ("judge", "judge", "samples", "same verdict", "kappa"), rows)
+        page.table("Inter-judge agreement", ("judge", "judge", "samples", "same verdict", "kappa"), rows)
 
 
 def _with_people(
     found: Sequence[Judged], jury: Mapping[str, Any], people: Mapping[str, Any], page: Any, *, pairs: bool
 ) -> dict[str, Any]:
-    """Agreement with people's labels, by judge and as a jury."""
+    """Add the agreement with human labels, by judge and of the jury."""
     rows: list[tuple[Any, ...]] = []
     out: dict[str, Any] = {}
     sides: list[tuple[str, Mapping[str, Any]]] = [
@@ -137,12 +137,12 @@ def _with_people(
         if name == "the jury" and not math.isnan(value):
             out = {"kappa": value, "labelled": len(ids)}
     page.table(
-        "Agreement with people",
-        ("judge", "labelled samples", "same verdict" if pairs else "1 - distance of grades", "95% interval", "kappa"),
-        rows or [("none of the labelled samples has a verdict", "", "", "", "")],
+        "Agreement with human labels",
+        ("judge", "labeled samples", "same verdict" if pairs else "1 - distance of grades", "95% interval", "kappa"),
+        rows or [("none of the labeled samples has a verdict", "", "", "", "")],
     )
     return out
 
 
 def _told(value: float) -> str:
-    return "– (all say the same)" if math.isnan(value) else f"{value:.2f}"
+    return "– (all labels are the same)" if math.isnan(value) else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""What people said of answers: rows of {id, label}, with `rater` where several people judged. Knows no judge."""
+"""Read human labels of answers: rows of {id, label}, with `rater` where several people judged."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from llmworks.score.judge import BEST
 
 
 def read_labels(data: Dataset, known: set[str], *, pairs: bool) -> dict[str, Any]:
-    """By sample a verdict A, B or C, or a grade brought to 0 to 1; of several raters the majority, or the mean.
+    """Return by sample a verdict A, B or C, or a grade scaled to 0..1; of several raters the majority, or the mean.
 
-    Errors: DataError for a label of another form, of an unknown sample, or two of one rater for one sample.
+    Errors: DataError for a malformed label, an unknown sample, or two labels of one rater for one sample.
     """
     rejected = Rejected()
     given: dict[str, dict[str, Any]] = {}
@@ -23,7 +23,7 @@ def read_labels(data: Dataset, known: set[str], *, pairs: bool) -> dict[str, Any
         where = f"{data.name}: {file} row {number}"
         id, rater = str(row.get("id", "")), str(row.get("rater") or "")
         if id not in known:
-            raise DataError(f"{where}: the id {id!r} is no sample of this evaluation")
+            raise DataError(f"{where}: the id {id!r} is not a sample of this evaluation")
         if rater in given.get(id, {}):
             raise DataError(
                 f"{where}: {f'{rater!r} labels' if rater else 'there are two labels for'} the sample"
@@ -45,12 +45,12 @@ def _label(value: Any, where: str, *, pairs: bool) -> Any:
     if pairs:
         letter = {"TIE": "C"}.get(str(value).strip().upper(), str(value).strip().upper())
         if letter not in ("A", "B", "C"):
-            raise DataError(f"{where}: the label {value!r} is none of A, B, C (a tie)")
+            raise DataError(f"{where}: the label {value!r} must be A, B or C (a tie)")
         return letter
     try:
         grade = float(value)
     except (TypeError, ValueError):
         grade = 0.0
     if not 1 <= grade <= BEST:
-        raise DataError(f"{where}: the label {value!r} is no grade from 1 to {BEST}")
+        raise DataError(f"{where}: the label {value!r} is not a grade from 1 to {BEST}")
     return (grade - 1) / (BEST - 1)

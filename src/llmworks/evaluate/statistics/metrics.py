@@ -1,7 +1,7 @@
-"""What samples are worth: each metric turns a sample into a few numbers, and the sums of those numbers into its value.
+"""Metrics: each maps a sample to a few numbers, and the sums of those numbers over samples to its value.
 
-That form holds for means, ratios (perplexity) and corpus scores (BLEU) alike, so that all can be resampled. Knows no
-engine and no file.
+That form covers means, ratios (perplexity) and corpus scores (BLEU), so that all can be bootstrapped. Does not call
+engines or read files.
 """
 
 from __future__ import annotations
@@ -22,14 +22,12 @@ from llmworks.evaluate.protocol.task import Kind, Measure
 from llmworks.score.rouge import rouge_l, rouge_n, words
 
 Numbers = tuple[float, ...]
-SECONDS = 2.0  # of one pattern on one text
+SECONDS = 2.0  # timeout of one pattern on one text
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What an engine found of a question's options: log-probabilities in nats, the options' texts, the places of the
-    right ones.
-    """
+    """Scores of a question's options: log-probabilities in nats, the options' texts, the indices of the right ones."""
 
     logprobs: Sequence[float]
     choices: Sequence[str]
@@ -38,7 +36,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Text:
-    """Log-probability in nats of a given text, its tokens, whether greedy decoding writes it, and the text."""
+    """Log-probability of a text in nats, its tokens, whether greedy decoding produces it, and the text."""
 
     logprob: float
     tokens: int
@@ -48,9 +46,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Written:
-    """Answers that were written to one question, after extraction, the references, and what each score function said of
-    every answer.
-    """
+    """Extracted answers generated for one question, the references, and each score function's score of every answer."""
 
     answers: Sequence[str]
     references: Sequence[str]
@@ -59,7 +55,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Metric:
-    """`numbers` of one sample are summed over samples; `value` is of the sums, an array [..., numbers]."""
+    """A metric: `sample_statistics` of the samples are summed; `aggregate` maps the sums [..., k] to the metric."""
 
     name: str
     numbers: Callable[[Any], Numbers]
@@ -70,11 +66,10 @@ class Metric:
 
 
 def mean(name: str, of: Callable[[Any], float], **more: Any) -> Metric:
-    """A metric that is the mean of a value of every sample."""
+    """Build a metric that is the mean of a per-sample value."""
     return Metric(name, lambda sample: (float(of(sample)), 1.0), lambda sums: sums[..., 0] / sums[..., 1], **more)
 
-
-# options by log-probability
+    # multiple choice by log-probability
 
 
 def _right(sample: Choice, lengths: Sequence[float]) -> float:
@@ -96,7 +91,7 @@ CHOICE = {
 }
 
 
-# given text
+# loglikelihood
 
 
 def _ratio(name: str, below: Callable[[Text], float], value: Callable[[Any], Any]) -> Metric:
@@ -125,12 +120,12 @@ PERPLEXITY = {
 }
 
 
-# written text
+# generated text
 
 
 def exact_match(measure: Measure, said: str, reference: str) -> float:
-    """1 when both are the same, but for what is ignored, in this order: patterns, case, punctuation (as Hugging Face's
-    `evaluate`).
+    """Return 1 when both texts are equal after removing, in this order: ignored patterns, case, punctuation (as Hugging
+    Face's `evaluate`).
     """
     return float(_plain(measure, said) == _plain(measure, reference))
 
@@ -146,7 +141,7 @@ def _plain(measure: Measure, said: str) -> str:
 
 
 def f1(said: str, reference: str) -> float:
-    """Overlap of words, without articles, case and punctuation (SQuAD, Rajpurkar et al. 2016)."""
+    """Compute token-level F1, without articles, case and punctuation (SQuAD, Rajpurkar et al. 2016)."""
     given, wanted = (
         re.sub(r"\b(a|an|the)\b", " ", re.sub(f"[{re.escape(string.punctuation)}]", "", t.lower())).split()
         for t in (said, reference)
@@ -156,14 +151,14 @@ def f1(said: str, reference: str) -> float:
 
 
 def pass_at(n: int, right: int, k: int) -> float:
-    """Chance that one of k tries is right, unbiased, from n tries of which some were (Chen et al. 2021,
-    arXiv:2107.03374, equation 1).
+    """Estimate pass@k without bias: the probability that one of k samples passes, from n samples of which `right` pass
+    (Chen et al. 2021, arXiv:2107.03374, equation 1).
     """
     return 1.0 if n - right < k else 1.0 - math.prod(1.0 - k / i for i in range(n - right + 1, n + 1))
 
 
 def _best(of: Callable[[str, str], float]) -> Callable[[Written], float]:
-    """The mean over answers of the best over references."""
+    """Average over answers the best score over references."""
     return lambda s: (
         sum(max(of(answer, reference) for reference in s.references) for answer in s.answers) / len(s.answers)
     )
@@ -179,7 +174,7 @@ def _sacre(name: str) -> Any:
 
 
 def _corpus(name: str) -> Metric:
-    """A corpus score of sacrebleu (Post 2018), from its own counts of each sample. 0 to 100."""
+    """Build a corpus metric of sacrebleu (Post 2018) from its per-sample statistics. Range 0 to 100."""
 
     def numbers(sample: Written) -> Numbers:
         (counts,) = _sacre(name)._extract_corpus_statistics(
@@ -219,7 +214,7 @@ GIVEN: dict[Kind, Mapping[str, Metric]] = {"choice": CHOICE, "likelihood": LIKEL
 
 
 def check_measure(kind: Kind, measure: Measure, task: str) -> None:
-    """UserError for a metric that a kind of task does not have."""
+    """Raise UserError for a metric that a kind of task does not support."""
     from llmworks.score import SCORES
 
     known = sorted([*WRITTEN, *SCORES, "pass_at"] if kind == "generate" else GIVEN[kind])
@@ -227,18 +222,18 @@ def check_measure(kind: Kind, measure: Measure, task: str) -> None:
         raise UserError(f"{task}: a task of kind {kind} has no metric {measure.name!r}; known: {', '.join(known)}")
     if measure.name == "pass_at" and measure.of not in SCORES:
         raise UserError(
-            f"{task}: pass_at needs `of`, the score function that says which try is right; known:"
+            f"{task}: pass_at needs `of`, the score function that decides which samples pass; known:"
             f" {', '.join(sorted(SCORES))}"
         )
 
 
 def score_functions(measures: Sequence[Measure]) -> list[str]:
-    """The score functions that these metrics are made of."""
+    """List the score functions that these metrics use."""
     return list(dict.fromkeys(m.of if m.name == "pass_at" else m.name for m in measures if m.name not in WRITTEN))
 
 
 def metric_of(kind: Kind, measure: Measure) -> Metric:
-    """The metric that a task names; score functions, which a task's samples carry, are means of what they said."""
+    """Return the metric that a task names; a score function becomes the mean of its scores."""
     if kind != "generate":
         return GIVEN[kind][measure.name]
     if measure.name in WRITTEN:

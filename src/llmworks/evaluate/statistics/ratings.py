@@ -1,9 +1,9 @@
-"""Ratings from votes between two: Bradley-Terry by maximum likelihood, with a covariate for style, and Elo.
+"""Ratings from pairwise votes: Bradley-Terry by maximum likelihood, with a style covariate, and Elo.
 
 Pure functions on numbers.
 
 Sources: Bradley & Terry 1952; Elo 1978; Chiang et al. 2024, Chatbot Arena (arXiv:2403.04132), section 5, and its style
-control: the difference of the answers' lengths as a further term of the logistic regression.
+control: the difference of the answers' lengths is an extra term of the logistic regression.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 SCALE, CENTRE = 400 / math.log(10), 1000.0
-RIDGE = 1e-3  # of a vote: keeps ratings finite where one has won all its votes
+RIDGE = 1e-3  # ridge (L2) penalty, in votes: keeps ratings finite where a model wins all its votes
 
 
 @dataclass(frozen=True)
 class Vote:
-    """One vote: places of two models, what the first won (1, 0, 0.5 for a tie), how much longer its answer was, and
-    what question it was.
+    """One vote: indices of two models, the score of the first (1 win, 0 loss, 0.5 tie), its relative answer length, and
+    the question.
     """
 
     a: int
@@ -31,13 +31,13 @@ class Vote:
 
 
 def style_of(a: int, b: int) -> float:
-    """How much longer the first of two answers is: (a - b) / (a + b), from -1 to 1."""
+    """Compute the relative length difference of two answers: (a - b) / (a + b), from -1 to 1."""
     return (a - b) / (a + b) if a + b else 0.0
 
 
 def bradley_terry(votes: Sequence[Vote], models: int, weights: Any = None, *, style: bool = False) -> tuple[Any, float]:
-    """(ratings [models] on Elo's scale with the mean 1000, weight of style in nats; 0 without it) that make the votes
-    most likely.
+    """Fit (ratings [models] on the Elo scale with mean 1000, style weight in nats or 0 without style) by maximum
+    likelihood.
 
     P(a wins) = sigmoid(strength_a - strength_b + weight * style); a tie is half a vote for each. Newton's method.
     """
@@ -68,8 +68,8 @@ def bradley_terry(votes: Sequence[Vote], models: int, weights: Any = None, *, st
 def resampled(
     votes: Sequence[Vote], models: int, *, style: bool = False, seed: int = 0, resamples: int = 500
 ) -> tuple[Any, int]:
-    """(ratings [resamples, models], how many independent draws each is of); votes on one question are drawn
-    together.
+    """Bootstrap the ratings: (ratings [resamples, models], number of independent draws); votes on one question are
+    drawn together.
     """
     import numpy as np
 
@@ -88,7 +88,7 @@ def resampled(
 
 
 def intervals(drawn: Any, count: int) -> tuple[Any, Any]:
-    """(low, high) that hold 95% of resampled values [resamples, ...] of `count` independent draws."""
+    """Return the 95% interval (low, high) of resampled values [resamples, ...] of `count` independent draws."""
     import numpy as np
 
     from llmworks.evaluate.statistics.bootstrap import tails
@@ -98,7 +98,7 @@ def intervals(drawn: Any, count: int) -> tuple[Any, Any]:
 
 
 def elo(votes: Sequence[Vote], models: int, k: float = 4.0) -> list[float]:
-    """Elo ratings after the votes in their order, all beginning with 1000."""
+    """Compute Elo ratings over the votes in order, all starting at 1000."""
     ratings = [CENTRE] * models
     for vote in votes:
         expected = 1 / (1 + 10 ** ((ratings[vote.b] - ratings[vote.a]) / 400))

@@ -1,6 +1,6 @@
-"""A reward model as a judge: a model with one number at its end says how good an answer is.
+"""Reward model as a judge: a sequence classifier with one output scores an answer.
 
-Knows no prompt of a judge.
+Does not use judge prompts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llmworks.tokenize.load import load_tokenizer, quiet_transformers, read_json
 
 
 def is_reward(model: Model) -> bool:
-    """Whether a model's directory holds a sequence classifier."""
+    """Return whether a model's directory holds a sequence classifier."""
     config = model.path / "config.json"
     return (
         model.format not in ("http", "gguf")
@@ -34,11 +34,11 @@ class Reward:
         quiet_transformers()
         self.model = AutoModelForSequenceClassification.from_pretrained(path).eval()
         if self.model.config.num_labels != 1:
-            raise ModelError(f"{path}: has {self.model.config.num_labels} outputs; a reward model has one")
+            raise ModelError(f"{path}: has {self.model.config.num_labels} outputs, but a reward model must have one")
         self.tokenizer = load_tokenizer(path)
 
     def of(self, prompt: Sequence[Message], answer: str) -> float:
-        """How good an answer to a conversation is; larger is better, there is no scale."""
+        """Compute the reward of an answer to a conversation; larger is better, unbounded."""
         import torch
 
         ids = encode(

@@ -1,6 +1,4 @@
-"""Evaluations as they lie on disk, read again: whoever reads a report's data finds in it what it needs, or says in one
-line what is missing.
-"""
+"""Read stored evaluations and check that they have the fields that the reader needs, with a one-line error if not."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from llmworks.core.errors import DataError
 
 
 class _Open(BaseModel):
-    """Fields that are there have these types; more are allowed."""
+    """Base model: present fields must have these types; extra fields are allowed."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -61,35 +59,35 @@ WHOLE = ("task", "model", "metric", "shots", "percent", "better", "protocol", "d
 
 
 def read_evaluation(report: Report, *needs: str, of_samples: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The data of an evaluation.
+    """Read the data of an evaluation.
 
-    DataError for a report that is none, or lacks what is needed, of itself or of every sample, or has two samples of
-    one id.
+    DataError for a report that is not an evaluation, lacks needed fields (its own or of any sample), or has duplicate
+    sample ids.
     """
     data = report.read()
     missing = next((k for k in ("samples", *needs) if k not in data or (k == "samples" and not data[k])), None)
     if missing:
         raise DataError(
-            f"{report.name}: is no evaluation of a task (`llmworks evaluate`), or of an older form: it has no"
-            f" `{missing}`; make it again"
+            f"{report.name}: is not a task evaluation (`llmworks evaluate`), or has an old format without `{missing}`;"
+            " run the evaluation again"
         )
     try:
         _Evaluation.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(
-            f"{report.name}: report.json was changed by hand or is broken: {'.'.join(map(str, first['loc']))}:"
-            f" {first['msg']}; make it again"
+            f"{report.name}: report.json was edited or is corrupt: {'.'.join(map(str, first['loc']))}: {first['msg']};"
+            " run the evaluation again"
         ) from None
     for number, sample in enumerate(data["samples"], 1):
         lacks = next((k for k in of_samples if k not in sample), None)
         if lacks:
             raise DataError(
-                f"{report.name}: sample {sample['id']!r} (number {number}) has no `{lacks}`; make the evaluation again"
+                f"{report.name}: sample {sample['id']!r} (number {number}) has no `{lacks}`; run the evaluation again"
             )
     twice = [id for id, count in Counter(s["id"] for s in data["samples"]).items() if count > 1]
     if twice:
-        raise DataError(f"{report.name}: two samples have the id {twice[0]!r}; make the evaluation again")
+        raise DataError(f"{report.name}: two samples have the id {twice[0]!r}; run the evaluation again")
     if "metric" in needs and data["metric"] not in data.get("intervals", {data["metric"]: 0}):
-        raise DataError(f"{report.name}: has no interval of its metric {data['metric']!r}; make it again")
+        raise DataError(f"{report.name}: has no interval of its metric {data['metric']!r}; run the evaluation again")
     return data

@@ -1,4 +1,4 @@
-"""Answers held to a JSON schema: which tokens may come next. The automaton is llguidance's; knows no model."""
+"""Constrained decoding to a JSON schema: masks the tokens that may not come next. The automaton is llguidance's."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ FORM: Any = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
-}  # else a model may write spaces for ever
+}  # else a model may generate whitespace without end
 
 
 def check_schema(schema: Json) -> None:
-    """RequestError for what is no JSON schema, or is not whole by itself."""
+    """Raise RequestError for an invalid JSON schema, or one with external references."""
     import jsonschema_rs
 
     try:
         jsonschema_rs.validator_for(schema, offline=True)
     except jsonschema_rs.ValidationError as error:
-        raise RequestError(f"this is no JSON schema: {error.message}") from None
+        raise RequestError(f"this is not a valid JSON schema: {error.message}") from None
 
 
 class Grammars:
-    """Makes masks for one tokenizer. `vocabulary`: width of the logits, which may be above the tokenizer's size."""
+    """Compiles schemas for one tokenizer. `vocabulary`: size of the logits, which may exceed the tokenizer's."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[int], vocabulary: int) -> None:
         import llguidance.hf
@@ -39,7 +39,7 @@ class Grammars:
         self.tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=sorted(stops))
 
     def start(self, schema: Json) -> Grammar:
-        """One answer's state. RequestError for a schema that is none, or asks for what cannot be enforced."""
+        """Return the initial state of one completion. RequestError for an invalid or unsupported schema."""
         from llguidance import LLMatcher
 
         try:
@@ -47,20 +47,20 @@ class Grammars:
                 self.tokenizer, LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=FORM), log_level=0
             )
         except ValueError as error:
-            raise RequestError(f"the JSON schema cannot be held to: {' '.join(str(error).split())[:200]}") from None
+            raise RequestError(f"the JSON schema cannot be enforced: {' '.join(str(error).split())[:200]}") from None
         if matcher.is_error():
-            raise RequestError(f"the JSON schema cannot be held to: {' '.join(matcher.get_error().split())[:200]}")
+            raise RequestError(f"the JSON schema cannot be enforced: {' '.join(matcher.get_error().split())[:200]}")
         return Grammar(matcher, self.vocabulary)
 
 
 class Grammar:
-    """Where one answer stands in its grammar."""
+    """State of one completion in its grammar."""
 
     def __init__(self, matcher: Any, vocabulary: int) -> None:
         self.matcher, self.vocabulary = matcher, vocabulary
 
     def allow(self, logits: Tensor) -> Tensor:
-        """Logits [vocabulary] with -inf for every token that may not come next."""
+        """Return logits [vocabulary] with -inf for every token that may not come next."""
         import numpy as np
         import torch
 
@@ -70,5 +70,5 @@ class Grammar:
         return logits.masked_fill(torch.from_numpy(bits == 0), float("-inf"))
 
     def take(self, token: int) -> None:
-        """Go on with a token that was allowed."""
+        """Advance by a generated token."""
         self.matcher.consume_token(token)

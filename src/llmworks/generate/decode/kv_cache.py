@@ -1,6 +1,4 @@
-"""A key-value cache that grows in place: room is reserved ahead, so that a token costs its own bytes, not a copy of
-everything.
-"""
+"""A KV cache that grows in place: space is reserved ahead, so that appending a token does not copy the cache."""
 
 from __future__ import annotations
 
@@ -11,19 +9,19 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 64  # tokens reserved ahead
+ROOM = 64  # tokens of space reserved ahead
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """One layer's keys and values: views [rows, heads, length, dim] into a buffer with room behind them."""
+    """One layer's keys and values: views [rows, heads, length, dim] into a larger buffer."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Start empty."""
+        """Initialize without a buffer."""
         super().lazy_initialization(key_states, value_states)
         self.buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append new keys and values; returns all of them."""
+        """Append new keys and values; return all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length, new = self.get_seq_length(), key_states.shape[-2]
@@ -58,12 +56,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 def cache_for(model: Any) -> Any:
-    """An empty cache for a model: its own kind where it has one, else growing keys and values."""
+    """Return an empty cache for a model: its own type if it has one, else a growing KV cache."""
     return model.new_cache() if hasattr(model, "new_cache") else growing_cache()
 
 
 def growing_cache() -> DynamicCache:
-    """An empty cache of growing layers, one made for every layer of the model that uses it."""
+    """Return an empty cache that creates a growing layer for every attention layer."""
     cache = DynamicCache()
     cache.layer_class_to_replicate = GrowingLayer
     return cache

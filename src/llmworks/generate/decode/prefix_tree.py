@@ -1,10 +1,8 @@
-"""Log-probabilities of many given texts, each beginning that some of them share computed once: the texts as a tree of
-tokens, read branch by branch.
+"""Score many sequences as a prefix tree: each shared prefix is computed once.
 
-Worked examples in front of every question are read once for all questions, a question once for all its choices.
-Branches that fit are read in one row, under a mask by which a token sees its own ancestors only (tree attention:
-SpecInfer, Miao et al. 2023, arXiv:2305.09781, section 4.2); nothing is padded and no cache is copied. Knows no request
-and no tokenizer.
+Few-shot examples are computed once for all questions, a question once for all its choices. Branches that fit are
+computed in one row under a tree attention mask, by which a token attends to its own ancestors only (SpecInfer, Miao et
+al. 2023, arXiv:2305.09781, section 4.2); nothing is padded and no cache is copied.
 """
 
 from __future__ import annotations
@@ -18,17 +16,17 @@ import torch
 
 from llmworks.core.types import Scored
 
-ROW = 512  # tokens of branches that are read at once
-Part = tuple["Branch", int, int]  # tokens of a branch from the first number up to the second
+ROW = 512  # tokens per forward pass
+Part = tuple["Branch", int, int]  # branch, start, end (exclusive) of its tokens
 
 
 @dataclass
 class Branch:
-    """Tokens that follow one another without a fork, and what goes on from them.
+    """A run of tokens without a fork, and its children.
 
-    `depth`: tokens before them; `asked`: the first place, counted from the root, that is asked for in a text through
-    here; `size`: tokens to read from here on;
-    `chances`: of each token, NaN where nobody asked; `best`: whether no other token was more probable there.
+    `depth`: number of tokens before it. `asked`: first position, counted from the root, that any sequence through this
+    branch scores. `size`: tokens to compute from here on. `chances`: log-probability of each token, NaN where not
+    scored. `best`: whether no other token was more probable there.
     """
 
     ids: list[int]
@@ -41,12 +39,12 @@ class Branch:
 
     @property
     def read(self) -> int:
-        """How many of its tokens are read: what follows the last token of a text nobody asks."""
+        """Number of its tokens to compute: the last token of a sequence predicts nothing that is scored."""
         return len(self.ids) - (not self.children)
 
 
 def grow(texts: Sequence[Sequence[int]], begins: Sequence[int]) -> list[Branch]:
-    """The tree of the texts, its first branches in the order of their tokens."""
+    """Build the prefix tree of the sequences; roots are in token order."""
     order = sorted((i for i in range(len(texts)) if texts[i]), key=lambda i: tuple(texts[i]))
     roots: list[Branch] = []
     todo = [(order, 0, roots)]
@@ -59,7 +57,10 @@ def grow(texts: Sequence[Sequence[int]], begins: Sequence[int]) -> list[Branch]:
             while last + 1 < len(members) and texts[members[last + 1]][depth] == texts[members[at]][depth]:
                 last += 1
             group = members[at : last + 1]
-            first, final = texts[group[0]], texts[group[-1]]  # in order: what these two share, all between them share
+            first, final = (
+                texts[group[0]],
+                texts[group[-1]],
+            )  # sorted: the prefix these two share is shared by all between them
             end = depth + 1
             while end < min(len(first), len(final)) and first[end] == final[end]:
                 end += 1
@@ -71,7 +72,7 @@ def grow(texts: Sequence[Sequence[int]], begins: Sequence[int]) -> list[Branch]:
             if rest:
                 todo.append((rest, end, branch.children))
             at = last + 1
-    for branch in reversed(made):  # children are made after their parents
+    for branch in reversed(made):  # children are created after their parents
         branch.size = branch.read + sum(child.size for child in branch.children)
     return roots
 
@@ -79,10 +80,10 @@ def grow(texts: Sequence[Sequence[int]], begins: Sequence[int]) -> list[Branch]:
 def score(
     model: Any, cache: Any, texts: Sequence[Sequence[int]], begins: Sequence[int], row: int = ROW
 ) -> list[Scored]:
-    """Each text's tokens from its begin (1 or more) on, given all before.
+    """Compute the log-probabilities of each sequence's tokens from its begin (1 or more) on.
 
-    `cache`: empty, of the model's kind; it can be cropped. `row`: tokens that are read at once, and the most whose
-    logits exist.
+    `cache`: an empty cache of the model that can be cropped. `row`: tokens per forward pass, and the most positions
+    whose logits exist.
     """
     roots = grow(texts, begins)
     with torch.inference_mode():
@@ -91,8 +92,9 @@ def score(
 
 
 def fits(model: Any, longest: int) -> bool:
-    """Whether a model can be read under such a mask: a transformer that is told positions, and sees all before a token
-    in texts of so many tokens.
+    """Return whether the model supports tree attention masks for sequences of this length.
+
+    It must be a transformer that takes position ids and attends to all earlier tokens.
     """
     known = inspect.signature(model.forward).parameters
     config = model.config
@@ -107,7 +109,7 @@ def fits(model: Any, longest: int) -> bool:
 
 
 def _read(model: Any, cache: Any, branches: list[Branch], row: int) -> None:
-    """Read branches and all that follows them; what is before them is in the cache, which is left as it was."""
+    """Compute branches and all their descendants; their prefix is in the cache, which is restored."""
     before = cache.get_seq_length()
     waiting: list[Branch] = []
     for branch in sorted(branches, key=lambda b: b.size, reverse=True):
@@ -128,13 +130,13 @@ def _read(model: Any, cache: Any, branches: list[Branch], row: int) -> None:
 
 
 def _back(cache: Any, tokens: int) -> None:
-    """Forget all but the first tokens."""
+    """Truncate the cache to its first `tokens` tokens."""
     if cache.get_seq_length() > tokens:
         cache.crop(tokens - cache.get_seq_length())
 
 
 def _whole(branch: Branch) -> Iterator[Part]:
-    """A branch and all that follows it, parents first."""
+    """Yield a branch and all its descendants, parents first."""
     todo = [branch]
     while todo:
         here = todo.pop()
@@ -144,7 +146,7 @@ def _whole(branch: Branch) -> Iterator[Part]:
 
 
 def _forward(model: Any, cache: Any, parts: list[Part]) -> None:
-    """Read parts of branches in one row, and note the chances of what follows each token."""
+    """Compute parts of branches in one row, and store the log-probabilities of the tokens that follow."""
     if not parts:
         return
     ids = [token for branch, start, end in parts for token in branch.ids[start:end]]
@@ -165,11 +167,11 @@ def _forward(model: Any, cache: Any, parts: list[Part]) -> None:
                 end - start, end - start, dtype=torch.bool
             ).tril()
             above = parent.get(id(branch))
-            if above is not None and id(above) in begins:  # all that its parent's last token sees
+            if above is not None and id(above) in begins:  # all that its parent's last token attends to
                 last = begins[id(above)] + len(above.ids) - 1
                 sees[at : at + end - start] |= sees[last]
         mask = torch.cat([torch.ones(total, past, dtype=torch.bool), sees], 1)[None, None]
-    wanted: list[tuple[int, Branch, int]] = []  # (place in the row, branch and place in it of the token that follows)
+    wanted: list[tuple[int, Branch, int]] = []  # (position in the row, branch and index in it of the next token)
     for branch, start, end in parts:
         at = begins[id(branch)]
         for i in range(start, end):
@@ -204,7 +206,7 @@ def _forward(model: Any, cache: Any, parts: list[Part]) -> None:
 
 
 def _found(roots: list[Branch], text: Sequence[int], begin: int) -> Scored:
-    """What was found of a text's tokens from its begin on."""
+    """Collect a sequence's log-probabilities from its begin on."""
     chances: list[float] = []
     best: list[bool] = []
     branches = roots

@@ -1,4 +1,4 @@
-"""A request as the token ids that a model in this process reads. Knows no engine."""
+"""Turn a request into the token ids of its prompt, for engines in this process."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from llmworks.tokenize.chat.templates import render_prompt
 
 
 def ids_of_request(request: Request, tokenizer: Any, longest: int, name: str, *, tools: bool) -> list[int]:
-    """The prompt's ids.
+    """Return the prompt's token ids.
 
-    RequestError for tools that the template drops, an empty request, a schema that is none, or a prompt that leaves no
-    room.
+    RequestError for tools that the chat template ignores, an empty request, an invalid schema, or a prompt that fills
+    the context.
     """
     if request.tools and not tools:
         raise RequestError(
-            f"the chat template of {name} ignores tools; use a model with a tool-aware template, or put the functions"
-            " into the system message"
+            f"the chat template of {name} ignores tools; use a model whose template supports tools, or describe"
+            " the functions in the system message"
         )
     if not request.ids and not request.messages:
-        raise RequestError("the request is empty: it has neither messages nor ids")
+        raise RequestError("the request is empty: it has neither messages nor token ids")
     if request.schema is not None:
         check_schema(request.schema)
     ids = list(request.ids) or list(render_prompt(tokenizer, request.messages, tools=request.tools))
     if len(ids) >= longest:
-        raise RequestError(f"the prompt has {len(ids)} tokens, {name} reads {longest} at most here")
+        raise RequestError(f"the prompt has {len(ids)} tokens, the context of {name} is {longest} here")
     return ids

@@ -1,7 +1,4 @@
-"""What engines that score given text have in common: what can be asked, and how logits become scores.
-
-Pure functions on numbers.
-"""
+"""Shared by the engines that score given token ids: input checks, and log-probabilities from logits."""
 
 from __future__ import annotations
 
@@ -13,22 +10,25 @@ from llmworks.core.types import Scored
 
 
 def check_score(ids: Sequence[Sequence[int]], begins: Sequence[int], longest: int, name: str) -> None:
-    """RequestError for a sequence that is too long, or that has nothing to score.
+    """Raise RequestError for a sequence that is too long, or has nothing to score.
 
-    The last token is not read, so a text may be one longer.
+    The last token is not an input, so a sequence may be one token longer than the context.
     """
     for sequence, begin in zip(ids, begins, strict=True):
         if len(sequence) > longest + 1:
-            raise RequestError(f"{len(sequence)} tokens to score, {name} reads {longest} at most")
+            raise RequestError(f"{len(sequence)} tokens to score, the context of {name} is {longest}")
         if not 1 <= begin < len(sequence):
             raise RequestError(
-                f"nothing to score from token {begin} of {len(sequence)}: at least one token must stand before what is"
-                " scored"
+                f"nothing to score from token {begin} of {len(sequence)}: at least one token must precede the"
+                " scored ones"
             )
 
 
 def scored(logits: Any, ids: Sequence[int], begin: int) -> Scored:
-    """Score tokens from `begin` on by the logits [at least len(ids) - 1, vocabulary] after each token before."""
+    """Compute log-probabilities of tokens from `begin` on, given logits [at least len(ids) - 1, vocabulary].
+
+    Row i of the logits predicts token i + 1.
+    """
     import numpy as np
 
     rows = np.asarray(logits[begin - 1 : len(ids) - 1], dtype=np.float64)

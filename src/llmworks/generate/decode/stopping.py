@@ -1,4 +1,4 @@
-"""Find stop strings in text that arrives in pieces: what may be shown already, and where the answer ends."""
+"""Find stop strings in streamed text: how much can be shown, and where the completion ends."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """The text before the first stop string, and whether there was one."""
+    """Return the text before the first stop string, and whether there was one."""
     at = min((i for i in (text.find(s) for s in stop if s) if i >= 0), default=-1)
     return (text[:at], True) if at >= 0 else (text, False)
 
 
 def safe_length(text: str, stop: Sequence[str]) -> int:
-    """How many characters can be shown: not the beginning of a stop string, nor of a character whose bytes are
-    incomplete.
+    """Return how many characters can be shown.
+
+    Excluded: the possible start of a stop string, and a character whose bytes are incomplete.
     """
     end = len(text.rstrip("\ufffd"))
     for s in stop:

@@ -1,9 +1,9 @@
 """The llama.cpp engine: a GGUF file.
 
-xllamacpp generates (parallel slots, continuous batching), cyllama scores given text.
+xllamacpp generates (parallel slots, continuous batching), cyllama scores given token ids.
 
-Prompts are rendered by the file's own template and tokenizer, read from its metadata, and passed as ids: the same path
-as the torch engine, so that the same conversation is the same ids in both.
+Prompts are rendered with the chat template and tokenizer in the file's metadata and passed as ids, as in the torch
+engine, so that a conversation gives the same ids in both.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ SCORE_TOKENS = 2048
 
 
 class LlamaCppEngine:
-    """Engine over one GGUF file. The scoring context is opened only when it is asked for."""
+    """Engine over one GGUF file. The scoring context is opened on first use."""
 
     def __init__(
         self, path: Path, *, name: str = "", threads: int | None = None, slots: int = SLOTS, adapter: Path | None = None
     ) -> None:
-        meta = metadata(open_reader(path))  # says what is wrong with a broken file before native code sees it
+        meta = metadata(open_reader(path))  # reports a broken file before native code reads it
         self.path, self.name = path, name or path.stem
         self.threads = threads or int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1)
         self.slots, self.adapter = slots, adapter
@@ -49,7 +49,7 @@ class LlamaCppEngine:
         tools = {"tools"} if self.tokenizer.chat_template and renders_tools(self.tokenizer) else set()
         self.can = frozenset(
             {"ids", "schema", "parallel", *(() if adapter else ("score", "logits")), *tools}
-        )  # what scores given text puts no adapter on
+        )  # the scoring context does not load adapters
         self._server: Any = None
         self._scorer: Any = None
         self._lock = threading.Lock()
@@ -64,12 +64,12 @@ class LlamaCppEngine:
                 p.n_ctx, p.n_parallel, p.warmup, p.verbosity = self.context * self.slots, self.slots, False, -1
                 p.cpuparams.n_threads = p.cpuparams_batch.n_threads = self.threads
                 p.cpuparams.poll = p.cpuparams_batch.poll = (
-                    0  # never spin: a busy core elsewhere would stall every token
+                    0  # no busy-waiting: another process on the cores would stall every token
                 )
-                p.cache_ram_mib = 0  # saving every prompt's state costs more than it gives here
+                p.cache_ram_mib = 0  # saving every prompt's state costs more than it saves here
                 p.cache_type_k = p.cache_type_v = (
                     xllamacpp.ggml_type.GGML_TYPE_F32
-                )  # as torch computes, and as the scorer does
+                )  # as in the torch engine and the scorer
                 p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
                 p.n_gpu_layers, p.port, p.ctx_shift = 0, 0, False
                 if self.adapter is not None:
@@ -79,15 +79,15 @@ class LlamaCppEngine:
             return self._server
 
     def prompt_ids(self, request: Request) -> list[int]:
-        """The request's prompt as ids. RequestError for what cannot be asked."""
+        """Return the request's prompt as token ids. RequestError for an unsupported request."""
         return ids_of_request(request, self.tokenizer, self.context, self.name, tools="tools" in self.can)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer all requests, `slots` at a time, in their order."""
+        """Return the completions of all requests in order, `slots` computed in parallel."""
         return in_order(self.each(requests), len(requests))
 
     def each(self, requests: Sequence[Request]) -> Iterator[Answered]:
-        """Answers as they come, `slots` at a time."""
+        """Yield completions as they finish, `slots` computed in parallel."""
         return each_in_threads(self._answer, requests, self.slots)
 
     def _answer(self, request: Request) -> Completion:
@@ -101,7 +101,7 @@ class LlamaCppEngine:
         return Completion(text, _finish(choice, stopped), tuple(ids), tuple(logprobs), len(prompt), len(ids))
 
     def next_tokens(self, ids: Sequence[int], count: int) -> dict[int, float]:
-        """The most probable tokens after `ids`, and their log-probabilities."""
+        """Return the `count` most probable next tokens with their log-probabilities."""
         reply = self._generator().handle_completions(
             {
                 "prompt": list(ids),
@@ -114,7 +114,7 @@ class LlamaCppEngine:
         )
         content = (_choice(reply, self.name).get("logprobs") or {}).get("content") or []
         if not content:
-            raise EngineError(f"{self.name}: llama.cpp said no probabilities")
+            raise EngineError(f"{self.name}: llama.cpp returned no log-probabilities")
         return {int(one["id"]): float(one["logprob"]) for one in content[0]["top_logprobs"]}
 
     def _without_stop(self, ids: list[int]) -> list[int]:
@@ -123,8 +123,9 @@ class LlamaCppEngine:
         return ids
 
     def _logprobs(self, prompt: list[int], ids: list[int]) -> list[float]:
-        """llama.cpp reports tokens that share a character as one: then their log-probabilities are taken from the
-        scorer.
+        """Compute log-probabilities with the scorer.
+
+        llama.cpp reports tokens that share one character as one token.
         """
         return list(self.score([[*prompt, *ids]], [len(prompt)])[0].logprobs) if ids else []
 
@@ -154,7 +155,7 @@ class LlamaCppEngine:
         return body
 
     def stream(self, request: Request) -> Iterator[Delta]:
-        """Answer one request as it is decoded; closing the iterator stops it at the next token."""
+        """Stream one completion; closing the iterator stops decoding at the next token."""
         prompt = self.prompt_ids(request)
         server = self._generator()
         pieces: queue.Queue[Any] = queue.Queue()
@@ -168,7 +169,7 @@ class LlamaCppEngine:
             try:
                 server.handle_completions({**self._body(prompt, request), "stream": True}, receive)
                 pieces.put(None)
-            except Exception as error:  # reaches the reader below
+            except Exception as error:  # re-raised by the reader below
                 pieces.put(error)
 
         worker = threading.Thread(target=run, daemon=True)
@@ -190,7 +191,7 @@ class LlamaCppEngine:
                     count = int((piece.get("usage") or {}).get("completion_tokens", len(ids)))
                     whole = count == len(
                         ids
-                    )  # else some characters took several tokens, of which only the last is told
+                    )  # else some characters took several tokens, of which only the last is reported
                     kept = self._without_stop(ids) if whole else []
                     count -= len(ids) - len(kept) if whole else 0
                     done = Completion(
@@ -200,11 +201,12 @@ class LlamaCppEngine:
                     return
         finally:
             cancelled.set()
-            worker.join()  # native code must not outlive the process that waits for it
+            worker.join()  # native code must not outlive this process
 
     def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[Scored]:
-        """How probable the tokens from each begin on are, or all after the first; what a sequence begins with like the
-        one before is read once.
+        """Compute the log-probabilities of tokens from each begin on (default: all after the first).
+
+        Sequences are sorted, so that a prefix shared with the previous one is computed once.
         """
         begins = begins or [1] * len(ids)
         check_score(ids, begins, SCORE_TOKENS, self.name)
@@ -224,17 +226,17 @@ class LlamaCppEngine:
         return self._scorer
 
     def logits(self, ids: Sequence[int]) -> Any:
-        """Next-token logits after every position: numpy [len(ids), vocabulary]. At most 2048 ids."""
+        """Return next-token logits after every position: numpy [len(ids), vocabulary]. At most 2048 ids."""
         import numpy as np
 
         if len(ids) > SCORE_TOKENS:
-            raise RequestError(f"{len(ids)} tokens to score, {self.name} scores {SCORE_TOKENS} at once")
+            raise RequestError(f"{len(ids)} tokens to score, {self.name} scores at most {SCORE_TOKENS} per sequence")
         with self._lock, _silence():
             return np.stack(self._open_scorer().rows(ids, 0))
 
     def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        """Not offered: what a causal model says of a text is no good vector of it."""
-        raise RequestError(f"{self.name} gives no vectors of texts; use a sentence encoder")
+        """Raise RequestError: a causal model's hidden states are not good sentence embeddings."""
+        raise RequestError(f"{self.name} does not compute embeddings; use a sentence encoder")
 
     def close(self) -> None:
         """Stop the server and free the model."""
@@ -244,18 +246,18 @@ class LlamaCppEngine:
 
 
 def stop_ids_of(meta: dict[str, Any]) -> list[int]:
-    """Ids that end a turn, from GGUF metadata."""
+    """Return the end-of-turn token ids in GGUF metadata."""
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
     ids = sorted({int(meta[key]) for key in keys if key in meta})
     if not ids:
-        raise ModelError("the GGUF file names no end-of-sequence token")
+        raise ModelError("the GGUF file has no end-of-sequence token")
     return ids
 
 
 def _choice(reply: Any, name: str) -> dict[str, Any]:
     if not isinstance(reply, dict) or not reply.get("choices"):
         message = reply.get("error", reply.get("message", reply)) if isinstance(reply, dict) else reply
-        raise EngineError(f"{name}: llama.cpp answered {str(message)[:200]}")
+        raise EngineError(f"{name}: llama.cpp returned {str(message)[:200]}")
     choice: dict[str, Any] = reply["choices"][0]
     return choice
 
@@ -271,7 +273,7 @@ def _sampled(choice: dict[str, Any]) -> tuple[list[int], list[float]]:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep native code from writing to standard output and error while it loads."""
+    """Suppress native output to stdout and stderr."""
     import sys
 
     sys.stdout.flush()

@@ -1,6 +1,6 @@
-"""Logits of given text from llama.cpp, through cyllama: what the generating binding cannot do.
+"""Logits of given token ids from llama.cpp, through cyllama: the binding used for generation does not return them.
 
-Knows no request and no tokenizer.
+Does not tokenize.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 from cyllama.llama import llama_cpp as cy
 
-F32 = 0  # ggml_type: keys and values are kept as they are computed
+F32 = 0  # ggml_type: the KV cache is not quantized
 PLAIN = 0  # llama_flash_attn_type: the fused kernel rounds to fp16
 
 
 class _Model(cy.LlamaModel):  # type: ignore[misc]
-    """cyllama reads a model's `n_vocab` when logits are asked for, and does not define it."""
+    """A cyllama model with `n_vocab`, which cyllama reads when logits are requested but does not define."""
 
     @property
     def n_vocab(self) -> int:
-        """Size of the vocabulary."""
+        """Vocabulary size."""
         return int(self.get_vocab().n_vocab)
 
 
 class Scorer:
-    """One GGUF file, ready to read up to `tokens` ids at once."""
+    """Scoring context over one GGUF file for up to `tokens` ids per sequence."""
 
     def __init__(self, path: Path, tokens: int, threads: int) -> None:
         model_params = cy.LlamaModelParams()
@@ -39,19 +39,19 @@ class Scorer:
         self.params.n_threads = self.params.n_threads_batch = threads
 
         self.context = cy.LlamaContext(self.model, self.params)
-        self.held: list[int] = []  # what the context has read
+        self.held: list[int] = []  # ids in the KV cache
 
     def rows(self, ids: Sequence[int], first: int) -> list[Any]:
-        """Next-token logits after every position from `first` on: one fp32 array [vocabulary] each.
+        """Return next-token logits after every position from `first` on: one fp32 array [vocabulary] each.
 
-        What the last text began with alike is not read again.
+        A prefix shared with the previous sequence is not computed again.
         """
         same = 0
         while same < min(len(self.held), len(ids), first) and self.held[same] == ids[same]:
             same += 1
         if same < len(self.held) and not self.context.memory_seq_rm(
             0, same, -1
-        ):  # recurrent states cannot be taken back in part
+        ):  # recurrent states cannot be truncated
             self.context.kv_cache_clear()
             same = 0
         self.held = []

@@ -1,10 +1,8 @@
-"""The remote engine: a model behind HTTP, whichever provider's API it speaks.
+"""The remote engine: a model behind an HTTP API of any supported provider.
 
-Knows no model file and no provider's format.
-
-Asks several at once, keeps to the limits of its reference, sends again what failed for a reason that may pass, and
-keeps an account. A remote engine tells no ids, and scores given text only where the server can and its tokenizer is at
-hand.
+Sends several requests in parallel, keeps to rate limits, retries transient failures, and counts tokens and cost.
+Returns no token ids. Scores given text only where the server supports it and its tokenizer is available. Does not read
+model files.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from llmworks.generate.remote.rate_limit import Pace, back_off
 from llmworks.generate.remote.usage import Account
 
 WIRES: dict[Api, Callable[[], Wire]] = {"openai": OpenAI, "anthropic": Anthropic, "google": Google, "cohere": Cohere}
-PASSING = {408, 409, 425, 429}  # and everything from 500 on
+PASSING = {408, 409, 425, 429}  # and all 5xx
 CLOSED = {
     401,
     402,
@@ -42,16 +40,16 @@ CLOSED = {
     405,
     410,
     498,
-}  # key, credit, model or address: no other request will do better; 498: a token that Cohere does not know
+}  # key, credit, model or URL: fails for every request; 498: Cohere's invalid token
 CLOSED_WORDS = (
     "insufficient_quota",
     "API_KEY_INVALID",
     "credit balance is too low",
-)  # the same, under a status that says less
+)  # the same, under a less specific status
 SAMPLING_WORDS = re.compile(r"temperature|top_p|top_k|topP|topK")
-LONGEST_PAUSE = 600.0  # a server that asks for more is given up
-CHARACTERS_PER_TOKEN = 4  # to guess a prompt's tokens before the server has counted them
-TEXTS = 64  # vectors asked for at once
+LONGEST_PAUSE = 600.0  # seconds; no retry if the server asks for more
+CHARACTERS_PER_TOKEN = 4  # estimate of a prompt's tokens before the server counts them
+TEXTS = 64  # texts per embedding request
 UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError)
 T = TypeVar("T")
 
@@ -74,8 +72,8 @@ class RemoteEngine:
         self._key = api_key(url, self.options, self.wire.key)
         if not self._key.isascii():
             raise UserError(
-                f"{self.url}: the key in ${self.options.key or self.wire.key} has characters that no header can have;"
-                " set it again"
+                f"{self.url}: the key in ${self.options.key or self.wire.key} contains non-ASCII characters, which"
+                " are not valid in a header; set it again"
             )
         self.client = httpx.Client(
             timeout=httpx.Timeout(self.options.timeout, connect=10.0, pool=None),
@@ -90,23 +88,23 @@ class RemoteEngine:
 
         if self.api != "openai":
             raise UserError(
-                f"{self.url}: option 'tokenizer' is for servers that speak OpenAI's API; {self.api}'s cannot score"
+                f"{self.url}: option 'tokenizer' needs an OpenAI-compatible server; {self.api}'s API cannot score"
                 " given text"
             )
         self.tokenizer = load_tokenizer(path)
         self.can |= {"score", "ids"}
 
     def _body(self, request: Request, stream: bool) -> tuple[str, Json]:
-        """(path, body) of a request. RequestError for one that this API cannot be asked."""
+        """Return (path, body) of a request. RequestError for what this API does not offer."""
         if not request.ids and not request.messages:
-            raise RequestError("the request is empty: it has neither messages nor ids")
+            raise RequestError("the request is empty: it has neither messages nor token ids")
         if request.schema is not None:
             check_schema(request.schema)
         if request.ids:
             if "ids" not in self.can or stream:
                 raise RequestError(
-                    f"{self.name} is remote: it takes messages, not token ids; with the option `tokenizer` it takes"
-                    " ids, unless streamed"
+                    f"{self.name} is remote and takes messages, not token ids; with the option `tokenizer` it"
+                    " takes ids, except for streaming"
                 )
             return "/completions", completion_body(self.model, request.ids, request.sampling, self.plain)
         return self.wire.address(self.model, stream=stream), self.wire.body(
@@ -114,11 +112,14 @@ class RemoteEngine:
         )
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer all requests, some at once, in their order; the first error is raised when all others are answered."""
+        """Return the completions of all requests in order, several computed in parallel.
+
+        The first error is raised once all others have finished.
+        """
         return in_order(self.each(requests), len(requests))
 
     def each(self, requests: Sequence[Request]) -> Iterator[Answered]:
-        """Answers and errors as they come; once the server is closed to all requests, the others are not sent."""
+        """Yield completions and errors as they finish; after a fatal access error no further request is sent."""
         self._closed = None
         return each_in_threads(self._answer, requests, self.options.concurrency, leave=True)
 
@@ -143,9 +144,9 @@ class RemoteEngine:
         guess: int,
         counts: Callable[[T], tuple[int, int]],
     ) -> T:
-        """One reply, asked for until it comes or there is no attempt left.
+        """Send one request, with retries.
 
-        `body` is made anew for each: a server may have taught it another form.
+        `body` is rebuilt for each attempt: the API's form may have been adapted.
         """
         for attempt in range(self.options.retries + 1):
             if self._closed is not None:
@@ -161,9 +162,9 @@ class RemoteEngine:
         raise AssertionError("the last attempt raises")
 
     def _again(self, attempt: int, error: Passing) -> None:
-        """Wait for the next attempt. EngineError when there is none."""
+        """Wait before the next attempt. EngineError when there is none."""
         if attempt >= self.options.retries or error.pause > LONGEST_PAUSE:
-            tries = f", tried {attempt + 1} times" if attempt else ""
+            tries = f", after {attempt + 1} attempts" if attempt else ""
             asked = f"; the server asks to wait {error.pause:.0f} s" if error.pause > LONGEST_PAUSE else ""
             raise EngineError(f"{self.url}: {error}{tries}{asked}") from None
         self.account.retry()
@@ -180,10 +181,10 @@ class RemoteEngine:
         except (httpx.TransportError, httpx.DecodingError) as error:
             raise self._lost(error) from None
         except UNREADABLE:
-            raise Passing(f"the reply makes no sense: {self._redacted(' '.join(reply.text.split()))[:80]!r}") from None
+            raise Passing(f"malformed reply: {self._redacted(' '.join(reply.text.split()))[:80]!r}") from None
 
     def _go(self, guess: int) -> list[float]:
-        """Wait for a request's turn. EngineError when the budget is spent."""
+        """Wait for the rate limit. EngineError when the budget is spent."""
         self.account.check()
         return self.pace.go(guess)
 
@@ -193,9 +194,9 @@ class RemoteEngine:
         self.account.add(prompt_tokens, completion_tokens)
 
     def stream(self, request: Request) -> Iterator[Delta]:
-        """Answer one request piece by piece; closing the iterator closes the connection.
+        """Stream one completion; closing the iterator closes the connection.
 
-        Sent again only while nothing has come.
+        Retried only while no text has arrived.
         """
         for attempt in range(self.options.retries + 1):
             said = ""
@@ -207,7 +208,7 @@ class RemoteEngine:
             except Passing as error:
                 if said:
                     raise EngineError(
-                        f"{self.url}: the stream broke off after {len(said)} characters: {error}"
+                        f"{self.url}: the stream was interrupted after {len(said)} characters: {error}"
                     ) from None
                 self._again(attempt, error)
 
@@ -236,24 +237,24 @@ class RemoteEngine:
         except (httpx.TransportError, httpx.DecodingError) as error:
             raise self._lost(error) from None
         except UNREADABLE as error:
-            raise Passing(f"the stream makes no sense ({error!r})") from None
+            raise Passing(f"malformed stream ({error!r})") from None
         self._settle(entry, done.prompt_tokens, done.completion_tokens)
         yield Delta(rest, done)
 
     def _lost(self, error: httpx.RequestError) -> Exception:
-        """What a broken connection is: final when the server has never answered, else it may pass."""
+        """Classify a broken connection: fatal when the server has never answered, else transient."""
         if isinstance(error, (httpx.UnsupportedProtocol, httpx.ProxyError)) or (
             isinstance(error, httpx.ConnectError) and not self.account.requests
         ):
             return EngineError(f"{self.url}: {type(error).__name__}: {error}; is the server running?")
-        return Passing(f"{type(error).__name__}: {str(error) or 'no answer'}")
+        return Passing(f"{type(error).__name__}: {str(error) or 'no response'}")
 
     def _redacted(self, said: str) -> str:
-        """What a server said, without the key, which some repeat."""
+        """Remove the key from a server's message; some servers repeat it."""
         return said.replace(self._key, "(the key)") if self._key else said
 
     def _check(self, reply: httpx.Response) -> None:
-        """Raise for a status that is no success: Passing where another attempt may help."""
+        """Raise for an error status: Passing where a retry may help."""
         status = reply.status_code
         if status < 400:
             return
@@ -263,14 +264,14 @@ class RemoteEngine:
             message = reply.text.strip()[:200]
         message = self._redacted(message)
         said = f"{status}: {message}"
-        # some forbid a single request for what it says, which shows once others were answered
+        # some servers return 403 for the content of a single request: then others have succeeded before
         if (
             status in CLOSED
             or any(word in reply.text for word in CLOSED_WORDS)
             or (status == 403 and not self.account.requests)
         ):
             about_key = (
-                f"; is the key in ${self.options.key or self.wire.key} right?"
+                f"; check the key in ${self.options.key or self.wire.key}"
                 if status in (401, 403, 498) or "API_KEY_INVALID" in reply.text
                 else ""
             )
@@ -282,19 +283,19 @@ class RemoteEngine:
             raise Passing(said, pause=_pause(reply))
         hint = ""
         if status in (400, 422) and not self.plain and SAMPLING_WORDS.search(message):
-            hint = "; for a model that takes no sampling parameters write ?sampling=default behind its name"
+            hint = "; for a model that takes no sampling parameters append ?sampling=default to its name"
         kind = RequestError if status in (400, 403, 413, 422) else EngineError
         raise kind(f"{self.url}: {said}{hint}")
 
     def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[Scored]:
-        """How probable the tokens from each begin on are, or all after the first.
+        """Compute the log-probabilities of tokens from each begin on (default: all after the first).
 
-        RequestError where the server cannot say.
+        RequestError where the server does not offer it.
         """
         if "score" not in self.can:
             raise RequestError(
-                f"{self.name} is remote: it cannot score given text, unless its server has OpenAI's completions API"
-                " with `echo` and the option `tokenizer` names its tokenizer"
+                f"{self.name} is remote and cannot score given text; this needs a server with OpenAI's completions"
+                " API and `echo`, and the option `tokenizer`"
             )
         begins = begins or [1] * len(ids)
         check_score(ids, begins, 1 << 30, self.name)
@@ -320,13 +321,13 @@ class RemoteEngine:
         return [found[i] for i in range(len(todo))]
 
     def logits(self, ids: Sequence[int]) -> Any:
-        """Not offered: no API gives them."""
-        raise RequestError(f"{self.name} is remote: it gives no logits")
+        """Raise RequestError: no API returns them."""
+        raise RequestError(f"{self.name} is remote and returns no logits")
 
     def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        """Vectors, asked for many texts at once. RequestError where the API has none."""
+        """Return embeddings, requested in batches. RequestError where the API has none."""
         if "embed" not in self.can:
-            raise RequestError(f"{self.name}: {self.api}'s API gives no vectors of texts")
+            raise RequestError(f"{self.name}: {self.api}'s API has no embeddings")
         self._closed = None
         out: list[list[float]] = []
         for start in range(0, len(texts), TEXTS):
@@ -342,17 +343,17 @@ class RemoteEngine:
     def _vectors(self, reply: Any, count: int) -> list[list[float]]:
         vectors = self.wire.vectors(reply)
         if len(vectors) != count:
-            raise ValueError(f"{len(vectors)} vectors for {count} texts")
+            raise ValueError(f"{len(vectors)} embeddings for {count} texts")
         return vectors
 
     def close(self) -> None:
-        """Close the connections and wake who waits for its turn."""
+        """Close the connections and wake waiting threads."""
         self.pace.close()
         self.client.close()
 
 
 def _error_text(data: Any) -> str:
-    """What an error object says; servers put it in several places."""
+    """Return the message of an error object; servers put it in several places."""
     error = data.get("error", data.get("detail", data.get("message", data))) if isinstance(data, dict) else data
     if isinstance(error, dict):
         error = error.get("message", error)
@@ -360,10 +361,9 @@ def _error_text(data: Any) -> str:
 
 
 def _pause(reply: httpx.Response) -> float:
-    """Seconds that a server asks to wait: `retry-after-ms`, `retry-after` in seconds or as a date, Google's
-    `retryDelay`.
+    """Return the seconds a server asks to wait; 0 when it gives no readable value.
 
-    0 when it says nothing that can be read.
+    Read from `retry-after-ms`, `retry-after` in seconds or as a date, or Google's `retryDelay`.
     """
     from datetime import UTC, datetime
 

@@ -1,6 +1,6 @@
-"""The torch engine: a Hugging Face model, batched with a key-value cache, the prompts' common beginning computed once.
+"""The torch engine: a Hugging Face model with batched decoding, a KV cache and shared-prefix prefill.
 
-Rows are sorted by length and left-padded; rows that are done leave the batch. Knows no HTTP and no file format.
+Rows are sorted by length and left-padded; finished rows leave the batch. Does not read file formats.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from llmworks.tokenize.load import load_tokenizer, stop_ids
 
 BATCH_ROWS = 64
 SHARED_PREFIX_MIN = 16
-IDLE_SHARE = 0.25  # finished rows stay in the batch until they are this share of it: leaving copies the cache
+IDLE_SHARE = 0.25  # finished rows are removed once they are this share of the batch: removal copies the cache
 
 
 class TorchEngine:
-    """Engine over a causal model and its tokenizer, both loaded."""
+    """Engine over a loaded causal model and its tokenizer."""
 
     def __init__(self, model: Any, tokenizer: Any, stops: Sequence[int], name: str) -> None:
         self.model, self.tokenizer, self.stops, self.name = model, tokenizer, frozenset(stops), name
@@ -43,8 +43,10 @@ class TorchEngine:
 
     @classmethod
     def open(cls, path: Path, *, adapter: Path | None = None, name: str = "") -> TorchEngine:
-        """Load a Hugging Face directory; an adapter is folded into the weights, a soft prompt put before every text,
-        their tokenizer and template are used.
+        """Load a Hugging Face directory, with an optional adapter.
+
+        A LoRA adapter is merged into the weights, a soft prompt is prepended to every sequence. The adapter's tokenizer
+        and chat template are used if it has them.
         """
         model: Any = load_model(path, low_bit=adapter is None)
         source = path
@@ -62,31 +64,34 @@ class TorchEngine:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         found: torch.device = getattr(self.model, "device", torch.device("cpu"))
         return found
 
     @property
     def context(self) -> int:
-        """How many tokens prompt and answer may have together."""
+        """Maximum number of prompt and completion tokens together."""
         return int(self.model.config.max_position_embeddings) - getattr(self.model, "virtual", 0)
 
     def grammar(self, schema: Json) -> Grammar:
-        """The state of an answer that is held to a JSON schema. RequestError for a schema that cannot be enforced."""
+        """Return the grammar state of a completion constrained to a JSON schema.
+
+        RequestError for a schema that cannot be enforced.
+        """
         if self._grammars is None:
             self._grammars = Grammars(self.tokenizer, sorted(self.stops), int(self.model.config.vocab_size))
         return self._grammars.start(schema)
 
     def prompt_ids(self, request: Request) -> list[int]:
-        """The request's prompt as ids. RequestError for what cannot be asked."""
+        """Return the request's prompt as token ids. RequestError for an unsupported request."""
         return ids_of_request(request, self.tokenizer, self.context, self.name, tools="tools" in self.can)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer all requests, in their order."""
+        """Return the completions of all requests, in order."""
         return in_order(self.each(requests), len(requests))
 
     def each(self, requests: Sequence[Request]) -> Iterator[Answered]:
-        """Answers batch by batch, prompts of similar length together."""
+        """Yield completions batch by batch; prompts of similar length share a batch."""
         rows: dict[int, _Row] = {}
         for i, request in enumerate(requests):
             try:
@@ -118,9 +123,7 @@ class TorchEngine:
         return [row.completion() for row in rows]
 
     def _forward(self, ids: Tensor, cache: Any, positions: Tensor | None, attention: Tensor | None) -> Tensor:
-        """Logits [rows, vocabulary] after the last of `ids` [rows, length]; the cache takes in their keys and
-        values.
-        """
+        """Return logits [rows, vocabulary] after the last of `ids` [rows, length]; updates the KV cache."""
         out = self.model(
             input_ids=ids.to(self.device),
             attention_mask=attention,
@@ -129,14 +132,14 @@ class TorchEngine:
             use_cache=True,
             logits_to_keep=1,
         )
-        logits: Tensor = out.logits[:, -1].float().cpu()  # where generators are
+        logits: Tensor = out.logits[:, -1].float().cpu()  # sampling generators are on the CPU
         return logits
 
     def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, Any, Tensor, Tensor]:
-        """Read the prompts: (logits [rows, vocabulary], cache, attention mask, position of the last token)."""
+        """Prefill the prompts: (logits [rows, vocabulary], cache, attention mask, position of the last token)."""
         cache = cache_for(self.model)
         alone = list(dict.fromkeys(map(tuple, prompts)))
-        if len(alone) < len(prompts):  # several answers to one prompt, which is read once
+        if len(alone) < len(prompts):  # several completions of one prompt: prefill it once
             logits, cache, mask, last = self._prefill([list(prompt) for prompt in alone])
             index = torch.tensor([alone.index(tuple(prompt)) for prompt in prompts], device=mask.device)
             cache.batch_select_indices(index)
@@ -160,7 +163,7 @@ class TorchEngine:
         return logits, cache, mask, position_ids[:, -1]
 
     def stream(self, request: Request) -> Iterator[Delta]:
-        """Answer one request token by token; closing the iterator stops the work."""
+        """Stream one completion token by token; closing the iterator stops it."""
         row = _Row(self, request)
         shown = 0
         with torch.inference_mode():
@@ -180,9 +183,9 @@ class TorchEngine:
                 logits = self._forward(torch.tensor([[token]]), cache, position[:, None], None)
 
     def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[Scored]:
-        """How probable the tokens from each begin on are, or all after the first.
+        """Compute the log-probabilities of tokens from each begin on (default: all after the first).
 
-        What sequences begin with alike is read once.
+        Shared prefixes are computed once.
         """
         begins = begins or [1] * len(ids)
         check_score(ids, begins, self.context, self.name)
@@ -193,7 +196,7 @@ class TorchEngine:
         ]
 
     def logits(self, ids: Sequence[int]) -> Any:
-        """Next-token logits after every position: numpy [len(ids), vocabulary]."""
+        """Return next-token logits after every position: numpy [len(ids), vocabulary]."""
         with torch.inference_mode():
             return (
                 self.model(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=False)
@@ -204,16 +207,16 @@ class TorchEngine:
             )
 
     def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        """Not offered: what a causal model says of a text is no good vector of it."""
-        raise RequestError(f"{self.name} gives no vectors of texts; use a sentence encoder")
+        """Raise RequestError: a causal model's hidden states are not good sentence embeddings."""
+        raise RequestError(f"{self.name} does not compute embeddings; use a sentence encoder")
 
     def close(self) -> None:
-        """Drop the model."""
+        """Free the model."""
         self.model = None
 
 
 class _Row:
-    """One answer in the making: takes logits, keeps ids, knows when it ends."""
+    """One sequence being decoded: samples from logits, collects ids, detects the end."""
 
     def __init__(self, engine: TorchEngine, request: Request) -> None:
         self.engine, self.prompt, self.sampling = engine, engine.prompt_ids(request), request.sampling
@@ -232,7 +235,7 @@ class _Row:
                 self.generator.manual_seed(self.sampling.seed)
 
     def take(self, logits: Tensor) -> int:
-        """Sample the next token from logits [vocabulary] and note whether the answer ends with it."""
+        """Sample the next token from logits [vocabulary] and check whether it ends the completion."""
         s = self.sampling
         allowed = logits if self.grammar is None else self.grammar.allow(logits)
         token = choose(allowed, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, generator=self.generator)
@@ -253,11 +256,11 @@ class _Row:
         return str(self.engine.tokenizer.decode(self.ids, skip_special_tokens=True))
 
     def text(self) -> str:
-        """The answer so far, cut at a stop string."""
+        """Return the text so far, cut at a stop string."""
         return cut_at_stop(self._decoded(), self.sampling.stop)[0]
 
     def completion(self) -> Completion:
-        """The finished answer."""
+        """Return the finished completion."""
         return Completion(
             self.text(),
             self.finish or "cancelled",

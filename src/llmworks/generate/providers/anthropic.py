@@ -14,13 +14,18 @@ from llmworks.generate.providers.protocol import Call, Passing, count, finish, f
 
 VERSION, VERSION_WITH_SAMPLING = "2026-10-21", "2023-06-01"
 INPUT = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
-PASSES = {"overloaded_error", "rate_limit_error", "api_error", "timeout_error"}  # kinds of an error within a stream
+PASSES = {
+    "overloaded_error",
+    "rate_limit_error",
+    "api_error",
+    "timeout_error",
+}  # error types within a stream that are retried
 
 
 class Anthropic:
-    """It takes no seed, and since its newest models no temperature, top_p and top_k: answers cannot be repeated.
+    """The Messages API. It takes no seed; newer models take no temperature, top_p or top_k either.
 
-    Older models may be asked to.
+    Completions of newer models cannot be reproduced. Older models accept sampling parameters.
     """
 
     key = "ANTHROPIC_API_KEY"
@@ -28,22 +33,22 @@ class Anthropic:
     can = frozenset({"tools", "schema"})
 
     def headers(self, key: str, *, plain: bool) -> dict[str, str]:
-        """The key, and the version of the API: the newest that knows what is sent."""
+        """Return the key header and the API version: the newest one that accepts what is sent."""
         return {"anthropic-version": VERSION if plain else VERSION_WITH_SAMPLING, **({"x-api-key": key} if key else {})}
 
     def address(self, model: str, *, stream: bool) -> str:
-        """The same for all models."""
+        """Return the path, which is the same for all models."""
         return "/messages"
 
     def body(self, model: str, request: Request, *, stream: bool, plain: bool) -> Json:
-        """System apart, turns as blocks.
+        """Build the request: the system prompt as its own field, turns as content blocks.
 
-        Only one of temperature and top_p may be given to newer models: top_p is sent where it is not 1.
+        Newer models accept only one of temperature and top_p: top_p is sent where it is not 1.
         """
         s = request.sampling
         system, turns = without_system(request.messages)
         if not turns:
-            raise RequestError("the request has no message but the system's; this API wants a user's")
+            raise RequestError("the request has only a system message; this API needs a user message")
         body: Json = {
             "model": model,
             "max_tokens": s.max_tokens,
@@ -74,33 +79,33 @@ class Anthropic:
         return body
 
     def read(self, reply: Json) -> Completion:
-        """All text blocks, then the calls."""
+        """Return all text blocks, then the tool calls."""
         blocks = reply["content"]
         text = "".join(str(b["text"]) for b in blocks if b["type"] == "text")
         calls = [Call(str(b["name"]), b["input"]) for b in blocks if b["type"] == "tool_use"]
         return _completion(text + written(calls), reply["stop_reason"], reply.get("usage") or {})
 
     def stream(self) -> AnthropicStream:
-        """A reader of one stream."""
+        """Return a reader for one stream."""
         return AnthropicStream()
 
     def adapt(self, message: str) -> bool:
-        """Nothing to adapt."""
+        """Return False: this API has no alternative form."""
         return False
 
     def embedding(self, model: str, texts: Sequence[str]) -> tuple[str, Json]:
-        """Not offered."""
+        """Raise RequestError: not offered."""
         raise RequestError("this API has no embeddings")
 
     def vectors(self, reply: Json) -> list[list[float]]:
-        """Not offered."""
+        """Raise RequestError: not offered."""
         raise RequestError("this API has no embeddings")
 
 
 class AnthropicStream:
-    """message_start, blocks with deltas, message_delta with the reason, message_stop.
+    """A stream of message_start, blocks with deltas, message_delta with the stop reason, message_stop.
 
-    Unknown events are passed over, as the API asks.
+    Unknown events are ignored, as the API asks.
     """
 
     def __init__(self) -> None:
@@ -111,7 +116,7 @@ class AnthropicStream:
         self.whole = False
 
     def take(self, event: Json) -> str:
-        """The text of a text_delta."""
+        """Return the text of a text_delta."""
         kind = event["type"]
         if kind == "error":
             error = event["error"]
@@ -136,9 +141,9 @@ class AnthropicStream:
         return ""
 
     def end(self) -> tuple[str, Completion]:
-        """The calls, and all."""
+        """Return (tool calls, whole completion)."""
         if not self.whole:
-            raise Passing("it ended without message_stop")
+            raise Passing("the stream ended without message_stop")
         calls = written([call for _, call in sorted(self.calls.items())])
         return calls, _completion(self.text + calls, self.reason, self.usage)
 
@@ -155,7 +160,7 @@ def _turn(message: Message) -> Json:
 
 
 def _merged(turns: list[Json]) -> list[Json]:
-    """Turns of one role that follow one another as one: results of several calls must come together."""
+    """Merge consecutive turns of one role: results of parallel calls must arrive in one turn."""
     out: list[Json] = []
     for turn in turns:
         if out and out[-1]["role"] == turn["role"]:

@@ -12,24 +12,24 @@ AGAIN = ("ERROR", "TIMEOUT")
 
 
 class Cohere:
-    """Messages are OpenAI's; how to sample is named otherwise."""
+    """Messages are OpenAI's; sampling parameters have other names."""
 
     key = "CO_API_KEY"
     plain = False
     can = frozenset({"tools", "schema", "embed"})
 
     def headers(self, key: str, *, plain: bool) -> dict[str, str]:
-        """The key as a bearer token."""
+        """Return the key as a bearer token."""
         return {"Authorization": f"Bearer {key}"} if key else {}
 
     def address(self, model: str, *, stream: bool) -> str:
-        """The same for all models."""
+        """Return the path, which is the same for all models."""
         return "/chat"
 
     def body(self, model: str, request: Request, *, stream: bool, plain: bool) -> Json:
-        """Temperature, `p` and `k`; `k` 0 is off there too.
+        """Build the request with temperature, `p` and `k`; `k` 0 is off there too.
 
-        The API defaults p to 0.75 and bounds it to 0.99, which is sent for 1.
+        The API defaults p to 0.75 and caps it at 0.99, which is sent for 1.
         """
         s = request.sampling
         messages = [
@@ -54,10 +54,10 @@ class Cohere:
         return body
 
     def read(self, reply: Json) -> Completion:
-        """The text blocks of the message, then the calls."""
+        """Return the message's text blocks, then the tool calls."""
         message, reason = reply["message"], reply["finish_reason"]
         if reason in AGAIN:
-            raise Passing(f"it ended with the reason {reason}")
+            raise Passing(f"the completion ended with the reason {reason}")
         text = "".join(
             str(block["text"]) for block in message.get("content") or [] if block.get("type", "text") == "text"
         )
@@ -68,15 +68,15 @@ class Cohere:
         return _completion(text + written(calls), reason, reply.get("usage"))
 
     def stream(self) -> CohereStream:
-        """A reader of one stream."""
+        """Return a reader for one stream."""
         return CohereStream()
 
     def adapt(self, message: str) -> bool:
-        """Nothing to adapt."""
+        """Return False: this API has no alternative form."""
         return False
 
     def embedding(self, model: str, texts: Sequence[str]) -> tuple[str, Json]:
-        """The embed API; texts are compared with one another here, none is a query."""
+        """Build a request of the embed API; input type clustering, since no text is a search query."""
         return "/embed", {
             "model": model,
             "texts": list(texts),
@@ -86,12 +86,12 @@ class Cohere:
         }
 
     def vectors(self, reply: Json) -> list[list[float]]:
-        """The vectors of 32-bit numbers."""
+        """Return the float32 vectors."""
         return [[float(x) for x in vector] for vector in reply["embeddings"]["float"]]
 
 
 class CohereStream:
-    """content-delta, tool-call-start, tool-call-delta, message-end; others are passed over."""
+    """A stream of content-delta, tool-call-start, tool-call-delta, message-end; other events are ignored."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -100,7 +100,7 @@ class CohereStream:
         self.usage: Any = None
 
     def take(self, event: Json) -> str:
-        """The text of a content-delta, thoughts left out."""
+        """Return the text of a content-delta, without thinking."""
         kind = event["type"]
         if kind == "content-delta":
             new = str(event["delta"]["message"]["content"].get("text") or "")
@@ -116,13 +116,13 @@ class CohereStream:
         elif kind == "message-end":
             self.reason, self.usage = event["delta"]["finish_reason"], event["delta"].get("usage")
             if self.reason in AGAIN:
-                raise Passing(str(event["delta"].get("error") or f"it ended with the reason {self.reason}"))
+                raise Passing(str(event["delta"].get("error") or f"the stream ended with the reason {self.reason}"))
         return ""
 
     def end(self) -> tuple[str, Completion]:
-        """The calls, and all."""
+        """Return (tool calls, whole completion)."""
         if not self.reason:
-            raise Passing("it ended without message-end")
+            raise Passing("the stream ended without message-end")
         calls = written([call for _, call in sorted(self.calls.items())])
         return calls, _completion(self.text + calls, self.reason, self.usage)
 

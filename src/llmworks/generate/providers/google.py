@@ -26,26 +26,26 @@ OUTPUT = ("candidatesTokenCount", "thoughtsTokenCount")
 
 
 class Google:
-    """Thoughts that a model shows are not part of its answer, and are paid for."""
+    """The Gemini API. Thinking that a model returns is not part of its completion, but is billed."""
 
     key = "GEMINI_API_KEY"
     plain = False
     can = frozenset({"tools", "schema", "embed"})
 
     def headers(self, key: str, *, plain: bool) -> dict[str, str]:
-        """The key, which must not stand in the address."""
+        """Return the key header; the key must not be in the URL."""
         return {"x-goog-api-key": key} if key else {}
 
     def address(self, model: str, *, stream: bool) -> str:
-        """The model is part of it."""
+        """Return the path, which contains the model."""
         return f"/models/{model}:" + ("streamGenerateContent?alt=sse" if stream else "generateContent")
 
     def body(self, model: str, request: Request, *, stream: bool, plain: bool) -> Json:
-        """System apart, turns as parts of user and model."""
+        """Build the request: the system prompt as its own field, turns as parts of the user and the model."""
         s = request.sampling
         system, turns = without_system(request.messages)
         if not turns:
-            raise RequestError("the request has no message but the system's; this API wants a user's")
+            raise RequestError("the request has only a system message; this API needs a user message")
         config: Json = {"maxOutputTokens": s.max_tokens}
         if not plain:
             config |= {"temperature": s.temperature, "topP": s.top_p, **({"topK": s.top_k} if s.top_k else {})}
@@ -63,32 +63,32 @@ class Google:
         return body
 
     def read(self, reply: Json) -> Completion:
-        """The first candidate; a prompt that was blocked is a filtered answer."""
+        """Return the first candidate; a blocked prompt gives a filtered completion."""
         stream = GoogleStream()
         stream.take(reply)
         return stream.end()[1]
 
     def stream(self) -> GoogleStream:
-        """A reader of one stream."""
+        """Return a reader for one stream."""
         return GoogleStream()
 
     def adapt(self, message: str) -> bool:
-        """Nothing to adapt."""
+        """Return False: this API has no alternative form."""
         return False
 
     def embedding(self, model: str, texts: Sequence[str]) -> tuple[str, Json]:
-        """All texts in one request."""
+        """Build one batch request for all texts."""
         return f"/models/{model}:batchEmbedContents", {
             "requests": [{"model": f"models/{model}", "content": {"parts": [{"text": text}]}} for text in texts]
         }
 
     def vectors(self, reply: Json) -> list[list[float]]:
-        """The values of each."""
+        """Return the values of each embedding."""
         return [[float(x) for x in item["values"]] for item in reply["embeddings"]]
 
 
 class GoogleStream:
-    """Every event is a whole reply with the parts that are new."""
+    """A stream whose events are whole replies, each with the new parts only."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -97,7 +97,7 @@ class GoogleStream:
         self.usage: Any = None
 
     def take(self, event: Json) -> str:
-        """The text of its parts, thoughts left out."""
+        """Return the text of the new parts, without thinking."""
         self.usage = event.get("usageMetadata") or self.usage
         blocked = (event.get("promptFeedback") or {}).get("blockReason")
         if blocked:
@@ -115,10 +115,12 @@ class GoogleStream:
         return new
 
     def end(self) -> tuple[str, Completion]:
-        """The calls, and all."""
+        """Return (tool calls, whole completion)."""
         if self.reason not in ENDED:
             raise Passing(
-                f"it ended with the reason {self.reason}" if self.reason else "it ended without a finish reason"
+                f"the stream ended with the reason {self.reason}"
+                if self.reason
+                else "the stream ended without a finish reason"
             )
         calls = written(self.calls)
         why = finish(self.reason, ["MAX_TOKENS"], FILTERED)
@@ -150,7 +152,7 @@ def _turn(message: Message) -> Json:
 
 
 def _merged(turns: list[Json]) -> list[Json]:
-    """Turns of one role that follow one another as one: results of several calls must come together."""
+    """Merge consecutive turns of one role: results of parallel calls must arrive in one turn."""
     out: list[Json] = []
     for turn in turns:
         if out and out[-1]["role"] == turn["role"]:

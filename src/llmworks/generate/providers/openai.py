@@ -1,6 +1,6 @@
-"""The OpenAI chat completions API, as OpenAI, vLLM, Ollama, LM Studio, OpenRouter, Together and many others speak it.
+"""The OpenAI chat completions API, also spoken by vLLM, Ollama, LM Studio, OpenRouter, Together and many others.
 
-Reference: platform.openai.com/docs/api-reference/chat; given text is scored by the older completions API with `echo`,
+Reference: platform.openai.com/docs/api-reference/chat. Given text is scored by the older completions API with `echo`,
 as vLLM offers it.
 """
 
@@ -14,7 +14,7 @@ from llmworks.generate.providers.protocol import Call, Passing, count, finish, f
 
 
 class OpenAI:
-    """Remembers by which name a server knows the limit of an answer."""
+    """The chat completions API. Remembers the name a server uses for the completion's token limit."""
 
     key = "OPENAI_API_KEY"
     plain = False
@@ -24,15 +24,15 @@ class OpenAI:
         self._limit = "max_tokens"
 
     def headers(self, key: str, *, plain: bool) -> dict[str, str]:
-        """The key as a bearer token."""
+        """Return the key as a bearer token."""
         return {"Authorization": f"Bearer {key}"} if key else {}
 
     def address(self, model: str, *, stream: bool) -> str:
-        """The same for all models."""
+        """Return the path, which is the same for all models."""
         return "/chat/completions"
 
     def body(self, model: str, request: Request, *, stream: bool, plain: bool) -> Json:
-        """Messages as they are stored here, which is this API's form."""
+        """Build the request. Messages are stored in this API's format."""
         s = request.sampling
         body: Json = {
             "model": model,
@@ -53,7 +53,7 @@ class OpenAI:
         return body
 
     def read(self, reply: Json) -> Completion:
-        """The first choice."""
+        """Return the first choice."""
         choice, usage = reply["choices"][0], reply.get("usage")
         message = choice["message"]
         calls = [
@@ -68,29 +68,29 @@ class OpenAI:
         )
 
     def stream(self) -> OpenAIStream:
-        """A reader of one stream."""
+        """Return a reader for one stream."""
         return OpenAIStream()
 
     def adapt(self, message: str) -> bool:
-        """Newer models know the limit by another name only."""
+        """Switch to `max_completion_tokens`, the only name newer models accept for the limit."""
         if self._limit == "max_tokens" and "max_completion_tokens" in message:
             self._limit = "max_completion_tokens"
             return True
         return False
 
     def embedding(self, model: str, texts: Sequence[str]) -> tuple[str, Json]:
-        """The embeddings API."""
+        """Build a request of the embeddings API."""
         return "/embeddings", {"model": model, "input": list(texts), "encoding_format": "float"}
 
     def vectors(self, reply: Json) -> list[list[float]]:
-        """In the order of their indices."""
+        """Return the vectors in the order of their indices."""
         return [
             [float(x) for x in item["embedding"]] for item in sorted(reply["data"], key=lambda item: int(item["index"]))
         ]
 
 
 class OpenAIStream:
-    """Chunks with a delta; usage comes in one without choices."""
+    """A stream of chunks with a delta; usage comes in a chunk without choices."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -99,7 +99,7 @@ class OpenAIStream:
         self.usage: Any = None
 
     def take(self, event: Json) -> str:
-        """The delta's content."""
+        """Return the delta's content."""
         new = ""
         self.usage = event.get("usage") or self.usage
         for choice in event.get("choices", []):
@@ -111,41 +111,41 @@ class OpenAIStream:
         return new
 
     def end(self) -> tuple[str, Completion]:
-        """The calls, and all."""
+        """Return (tool calls, whole completion)."""
         if not self.reason:
-            raise Passing("it ended without a finish reason")
+            raise Passing("the stream ended without a finish reason")
         calls = written([call for _, call in sorted(self.calls.items())])
         return calls, _completion(self.text + calls, self.reason, self.usage)
 
 
 def completion_body(model: str, prompt: Sequence[int], sampling: Sampling, plain: bool) -> Json:
-    """The completions API: go on from ids."""
+    """Build a request of the completions API that continues token ids."""
     return {"model": model, "prompt": list(prompt), "max_tokens": sampling.max_tokens, **_sampling(sampling, plain)}
 
 
 def read_completion(reply: Json) -> Completion:
-    """The first choice of the completions API."""
+    """Return the first choice of the completions API."""
     choice = reply["choices"][0]
     return _completion(str(choice["text"]), choice.get("finish_reason"), reply.get("usage"))
 
 
 def score_body(model: str, ids: Sequence[int]) -> Json:
-    """The completions API, asked for log-probabilities of what it is given.
+    """Build a request of the completions API for the log-probabilities of the prompt itself.
 
-    Servers that refuse an answer of no tokens are given one.
+    One token is generated, since some servers refuse to generate none.
     """
     return {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
 
 
 def read_scores(reply: Json, tokens: int) -> list[tuple[float, bool]]:
-    """For each given token but the first: (log-probability in nats, whether no token is more probable).
+    """Return for each given token but the first (log-probability in nats, whether it is the most probable).
 
-    ValueError when the server tells fewer.
+    ValueError when the server returns fewer.
     """
     told = reply["choices"][0]["logprobs"]
     chances, best = told["token_logprobs"], told.get("top_logprobs") or []
     if len(chances) < tokens or any(chance is None for chance in chances[1:tokens]):
-        raise ValueError(f"log-probabilities of {len(chances)} tokens, {tokens} were given")
+        raise ValueError(f"log-probabilities for {len(chances)} tokens, expected {tokens}")
     tops = [*best, *[None] * (tokens - len(best))]
     return [
         (float(chance), bool(top) and float(chance) >= max(map(float, top.values())))
@@ -154,7 +154,7 @@ def read_scores(reply: Json, tokens: int) -> list[tuple[float, bool]]:
 
 
 def collect_calls(calls: dict[int, Call], fragments: Sequence[Json]) -> None:
-    """Add a stream's fragments of tool calls, told apart by index, to what came before."""
+    """Add a stream's fragments of tool calls, identified by index, to the calls collected so far."""
     for fragment in fragments:
         call = calls.setdefault(int(fragment.get("index", 0)), Call())
         function = fragment.get("function") or {}

@@ -1,8 +1,8 @@
-"""What tells one provider's API from another: addresses, headers, bodies, replies and events of a stream.
+"""The interface of a provider's API: paths, headers, bodies, replies and stream events.
 
-Knows no connection and no retry.
+Does not handle connections and retries.
 
-Every provider answers in one form here: text, in which tool calls stand as the models of this project write them.
+Every provider's reply becomes the same form: text in which tool calls are written as this project's models write them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmworks.tokenize.chat.templates import CALL_CLOSE, CALL_OPEN, render_call
 
 
 class Passing(Exception):
-    """A failure that may be gone at the next attempt; `pause` is what the server asked for, in seconds."""
+    """A transient failure: a retry may succeed. `pause` is the wait the server asked for, in seconds."""
 
     def __init__(self, why: str, pause: float = 0.0) -> None:
         super().__init__(why)
@@ -25,28 +25,28 @@ class Passing(Exception):
 
 
 class Stream(Protocol):
-    """Puts the events of one stream together."""
+    """Assembles the events of one stream."""
 
     def take(self, event: Json) -> str:
-        """The new text of an event.
+        """Return an event's new text.
 
-        KeyError, TypeError, ValueError or AttributeError for an event that makes no sense.
+        KeyError, TypeError, ValueError or AttributeError for a malformed event.
         """
         ...
 
     def end(self) -> tuple[str, Completion]:
-        """(text that was not told yet, the whole answer). Passing when the last event has not come."""
+        """Return (text not yet streamed, whole completion). Passing when the last event is missing."""
         ...
 
 
 class Wire(Protocol):
-    """One API.
+    """One provider's API.
 
-    Bodies and replies are parsed JSON; what cannot be read raises KeyError, IndexError, TypeError, ValueError or
+    Bodies and replies are parsed JSON; malformed ones raise KeyError, IndexError, TypeError, ValueError or
     AttributeError.
 
-    `key`: the environment variable that usually holds its key; `can`: what an engine over it offers; `plain`: it takes
-    no temperature today.
+    `key`: environment variable that usually holds the API key. `can`: capabilities of an engine over it. `plain`:
+    whether the API takes no sampling parameters today.
     """
 
     key: str
@@ -54,48 +54,48 @@ class Wire(Protocol):
     can: frozenset[str]
 
     def headers(self, key: str, *, plain: bool) -> dict[str, str]:
-        """What goes with every request."""
+        """Return the headers of every request."""
         ...
 
     def address(self, model: str, *, stream: bool) -> str:
-        """Path behind the base URL."""
+        """Return the path after the base URL."""
         ...
 
     def body(self, model: str, request: Request, *, stream: bool, plain: bool) -> Json:
-        """What is sent; `plain` leaves out how to sample. RequestError for what the API cannot be asked."""
+        """Build the request body; `plain` omits sampling parameters. RequestError for what the API does not offer."""
         ...
 
     def read(self, reply: Json) -> Completion:
-        """The answer in a reply."""
+        """Return the completion in a reply."""
         ...
 
     def stream(self) -> Stream:
-        """A reader of one stream."""
+        """Return a reader for one stream."""
         ...
 
     def adapt(self, message: str) -> bool:
-        """Whether a body that was refused with this message can be sent in another form from now on."""
+        """Return whether a body refused with this message is sent in another form from now on."""
         ...
 
     def embedding(self, model: str, texts: Sequence[str]) -> tuple[str, Json]:
-        """(path behind the base URL, body) that ask for vectors of texts. RequestError where the API has none."""
+        """Return (path after the base URL, body) of an embedding request. RequestError where the API has none."""
         ...
 
     def vectors(self, reply: Json) -> list[list[float]]:
-        """One vector for each text, in their order."""
+        """Return one vector per text, in order."""
         ...
 
 
 @dataclass
 class Call:
-    """A tool call in the making: its arguments are JSON as text, or parsed."""
+    """A partially received tool call: its arguments are JSON text, or parsed."""
 
     name: str = ""
     arguments: Any = ""
 
 
 def written(calls: Sequence[Call]) -> str:
-    """Tool calls as text. One whose arguments are not JSON is kept as the model wrote it, and will not parse."""
+    """Render tool calls as text. Arguments that are not valid JSON stay as the model wrote them, and will not parse."""
     out: list[str] = []
     for call in calls:
         arguments = call.arguments or {}
@@ -108,28 +108,29 @@ def written(calls: Sequence[Call]) -> str:
 
 
 def finish(reason: Any, length: Sequence[str], filtered: Sequence[str]) -> FinishReason:
-    """Why an answer ended: by its limit, by a filter, else by itself."""
+    """Map a provider's finish reason: token limit, content filter, else stop."""
     return "length" if reason in length else "filtered" if reason in filtered else "stop"
 
 
 def count(usage: Mapping[str, Any] | None, *names: str) -> int:
-    """The sum of these counts; 0 for what is not told."""
+    """Return the sum of these usage counts; a missing one counts 0."""
     return sum(int((usage or {}).get(name) or 0) for name in names)
 
 
 def functions(tools: Sequence[Json]) -> list[Json]:
-    """The functions of tools, which may be given bare or as OpenAI wraps them."""
+    """Return the functions of tools, given bare or wrapped as OpenAI does."""
     return [tool.get("function", tool) for tool in tools]
 
 
 def without_system(messages: Sequence[Message]) -> tuple[str, list[Message]]:
-    """(all system messages as one text, the others), for APIs that keep them apart."""
+    """Return (all system messages joined, the other messages), for APIs with a separate system field."""
     return "\n\n".join(m.content for m in messages if m.role == "system"), [m for m in messages if m.role != "system"]
 
 
 def named(messages: Sequence[Message]) -> list[Message]:
-    """The same messages, every tool call with an id and every result with the id and the name of its call: as given,
-    else in their order.
+    """Return the messages with an id on every tool call, and the call's id and name on every tool result.
+
+    Missing ids are matched in order.
     """
     waiting: list[ToolCall] = []
     names: dict[str, str] = {}

@@ -1,8 +1,8 @@
-"""How a remote model is asked, as its reference says:
+"""Options of a remote model in its reference:
 `https://HOST/v1#MODEL?key=GROQ_API_KEY&concurrency=8&requests_per_minute=30`.
 
-Three hosts are known to speak an API of their own; every other is taken to speak OpenAI's, unless `api` says otherwise:
-`https://api.anthropic.com/v1#MODEL`, `https://generativelanguage.googleapis.com/v1beta#MODEL`,
+Four hosts have an API of their own (see `HOSTS`); every other host is assumed to be OpenAI-compatible, unless `api`
+says otherwise: `https://api.anthropic.com/v1#MODEL`, `https://generativelanguage.googleapis.com/v1beta#MODEL`,
 `https://api.cohere.com/v2#MODEL`.
 """
 
@@ -29,65 +29,65 @@ HOSTS: dict[str, Api] = {
 
 
 class RemoteOptions(Config):
-    """What stands behind the `?` of a remote reference. Nothing of it but `sampling` changes what a model answers."""
+    """Options after the `?` of a remote reference. Only `sampling` changes what a model generates."""
 
     api: Literal["", "openai", "anthropic", "google", "cohere"] = Field(
-        "", description="what the server speaks; default: what its host is known for, else openai"
+        "", description="API of the server; default: that of a known host, else openai"
     )
     key: str = Field(
         "",
         pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$",
         description=(
-            "environment variable that holds the API key; default that of the API (OPENAI_API_KEY, ANTHROPIC_API_KEY,"
-            " GEMINI_API_KEY, CO_API_KEY), which is sent over https or to this machine only; one that is named here is"
-            " sent wherever the reference leads"
+            "environment variable that holds the API key; default: OPENAI_API_KEY, ANTHROPIC_API_KEY,"
+            " GEMINI_API_KEY or CO_API_KEY, sent only over https or to localhost; a variable named here is sent"
+            " to any host"
         ),
     )
     sampling: Literal["", "asked", "default"] = Field(
         "",
         description=(
-            "`default` sends no temperature, top_p and top_k, for models that refuse them, `asked` sends them; default:"
-            " asked, but for Anthropic's API, which takes none today"
+            "`default`: omit temperature, top_p and top_k, for models that refuse them; `asked`: send them;"
+            " unset: asked, except for Anthropic's API, which takes none today"
         ),
     )
     tokenizer: str = Field(
         "",
         description=(
-            "directory of the model's own tokenizer: then given text can be scored, where the server has OpenAI's"
+            "directory of the model's own tokenizer; enables scoring of given text where the server has OpenAI's"
             " completions API with `echo` (vLLM)"
         ),
     )
-    concurrency: int = Field(4, gt=0, le=256, description="requests at once")
-    requests_per_minute: int = Field(0, ge=0, description="at most; 0: no limit")
-    tokens_per_minute: int = Field(0, ge=0, description="prompt and answer together, at most; 0: no limit")
+    concurrency: int = Field(4, gt=0, le=256, description="parallel requests")
+    requests_per_minute: int = Field(0, ge=0, description="request rate limit; 0: no limit")
+    tokens_per_minute: int = Field(0, ge=0, description="token rate limit, prompt and completion together; 0: no limit")
     timeout: float = Field(
-        600.0, gt=0, description="seconds without a byte after which a request is given up and sent again"
+        600.0, gt=0, description="seconds without a byte after which a request is aborted and retried"
     )
     retries: int = Field(
-        6, ge=0, le=50, description="attempts after the first, after 429, 5xx, timeouts, broken and senseless replies"
+        6, ge=0, le=50, description="attempts after the first, on 429, 5xx, timeouts, broken and malformed replies"
     )
-    input_price: float = Field(0.0, ge=0, description="price of a million prompt tokens")
-    output_price: float = Field(0.0, ge=0, description="price of a million answer tokens")
-    budget: float = Field(0.0, ge=0, description="stop when so much is spent; 0: no bound")
+    input_price: float = Field(0.0, ge=0, description="price per million prompt tokens")
+    output_price: float = Field(0.0, ge=0, description="price per million completion tokens")
+    budget: float = Field(0.0, ge=0, description="maximum cost; stop when it is reached; 0: no limit")
 
 
 def parse_remote(ref: str) -> tuple[str, str, RemoteOptions]:
-    """(URL, model, options) of a remote reference. UserError for a missing model or an unknown option."""
+    """Return (URL, model, options) of a remote reference. UserError for a missing model or an unknown option."""
     url, _, rest = ref.partition("#")
     model, _, query = rest.partition("?")
     if not model:
-        raise UserError(f"{ref}: name the model behind the URL, as in {url}#MODEL")
+        raise UserError(f"{ref}: no model; append it to the URL: {url}#MODEL")
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise UserError(f"{url}: is no address ({error})") from None
+        raise UserError(f"{url}: not a valid URL ({error})") from None
     if not host:
-        raise UserError(f"{ref}: has no host; write https://HOST/v1#MODEL")
+        raise UserError(f"{ref}: no host; write https://HOST/v1#MODEL")
     if parts.username or parts.password:
         raise UserError(
-            f"{parts.scheme}://...@{host}: an address with a password would stand in every manifest; put the key into"
-            " an environment variable and name it: ?key=NAME"
+            f"{parts.scheme}://...@{host}: a URL with a password would be stored in every manifest; put the key in"
+            " an environment variable and use ?key=NAME"
         )
     try:
         return url, model, RemoteOptions.model_validate(dict(parse_qsl(query, keep_blank_values=True)))
@@ -108,19 +108,19 @@ def parse_remote(ref: str) -> tuple[str, str, RemoteOptions]:
 
 
 def api_of(url: str, options: RemoteOptions) -> Api:
-    """What a server speaks."""
+    """Return the API a server speaks."""
     return options.api or HOSTS.get(urlsplit(url).hostname or "", "openai")
 
 
 def identity(url: str, model: str, options: RemoteOptions) -> str:
-    """What tells a remote model from another."""
+    """Return the string that identifies a remote model."""
     return f"{url}#{model}" + (f"?sampling={options.sampling}" if options.sampling else "")
 
 
 def api_key(url: str, options: RemoteOptions, usual: str) -> str:
-    """The key to send, or ""; `usual` is the API's own variable.
+    """Return the key to send, or ""; `usual` is the API's default variable.
 
-    UserError when the variable that was named is not set.
+    UserError when the variable named in the options is not set.
     """
     if options.key:
         if not os.environ.get(options.key):
@@ -130,7 +130,7 @@ def api_key(url: str, options: RemoteOptions, usual: str) -> str:
 
 
 def _is_safe(url: str) -> bool:
-    """Whether nobody on the way can read what is sent."""
+    """Return whether the connection cannot be read by others: https or loopback."""
     parts = urlsplit(url)
     if parts.scheme == "https" or parts.hostname == "localhost":
         return True

@@ -1,7 +1,4 @@
-"""Answers that were paid for: kept in a file as they come, so that a run that was killed asks nothing twice.
-
-Knows no task.
-"""
+"""A journal of completions: written to a file as they arrive, so that an interrupted run repeats no paid request."""
 
 from __future__ import annotations
 
@@ -18,12 +15,12 @@ from llmworks.core.errors import LlmworksError, RequestError
 from llmworks.core.progress import Bar, write_whole
 from llmworks.core.types import Engine, Request, messages_to_json
 
-CHUNK = 64  # requests that an engine is given at once
+CHUNK = 64  # requests per engine call
 
 
 @dataclass(frozen=True)
 class Record:
-    """One answer: its text, why it ended, its tokens, and the seconds between it and the one before."""
+    """One completion: text, finish reason, token counts, and the seconds since the previous one."""
 
     id: str
     text: str
@@ -34,7 +31,7 @@ class Record:
 
 
 class Journal:
-    """The answers in one file, and an engine that is opened when something is missing."""
+    """The completions in one file, and an engine that is opened only when one is missing."""
 
     def __init__(self, file: Path, open_engine: Callable[[], Engine]) -> None:
         self._file, self._open = file, open_engine
@@ -51,15 +48,14 @@ class Journal:
             self._engine.close()
 
     def ask(self, requests: Mapping[str, Request], bar: Bar) -> dict[str, Record | RequestError]:
-        """The answer to every request, by the id that it has here; a request that cannot be answered as asked gives its
-        error.
+        """Return the completion of every request by its id here; a request that cannot be answered gives its error.
 
-        Errors: the first other error, after the answers that are under way are written down.
+        Errors: the first other error, raised after the running requests are recorded.
         """
         todo = [id for id in requests if id not in self.known]
         todo.sort(
             key=lambda id: sum(len(m.content) for m in requests[id].messages)
-        )  # alike lengths together: less padding
+        )  # similar lengths together: less padding
         bar.resume(bar.done + len(requests) - len(todo))
         refused: dict[str, RequestError] = {}
         if todo:
@@ -73,7 +69,7 @@ class Journal:
                         if isinstance(answer, Record):
                             self.known[id] = answer
                             stream.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
-                            stream.flush()  # what was paid for is kept, whatever happens next
+                            stream.flush()  # paid completions survive a crash
                         elif isinstance(answer, RequestError):
                             refused[id] = answer
                         else:
@@ -106,7 +102,7 @@ class Journal:
 
 
 def request_id(request: Request, turn: int = 0) -> str:
-    """What tells a request from others; `turn` tells repeated ones apart."""
+    """Return the hash that identifies a request; `turn` distinguishes repeated ones."""
     content = [
         messages_to_json(request.messages),
         list(request.ids),
@@ -119,13 +115,13 @@ def request_id(request: Request, turn: int = 0) -> str:
 
 
 def read_records(file: Path) -> dict[str, Record]:
-    """Answers of an earlier, interrupted run; a last line cut short is dropped from the file too."""
+    """Read the completions of an interrupted run; a truncated last line is also removed from the file."""
     if not file.exists():
         return {}
     good: list[dict[str, Any]] = []
     for line in file.read_text(encoding="utf-8", errors="replace").split(
         "\n"
-    ):  # not splitlines: answers hold other separators
+    ):  # not splitlines: completions contain other separators
         try:
             good.append(json.loads(line))
         except ValueError:

@@ -1,4 +1,4 @@
-"""Answers as they come: several threads over one engine, and the batch put in order again. Knows no engine."""
+"""Run requests in threads over one engine, and restore their order."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ Answered = tuple[int, Completion | LlmworksError]
 def each_in_threads(
     answer: Callable[[Request], Completion], requests: Sequence[Request], threads: int, *, leave: bool = False
 ) -> Iterator[Answered]:
-    """(place, answer or the error of that request) as they are ready.
+    """Yield (index, completion or the error of that request) as they finish.
 
-    Closing the iterator, or an interrupt, starts no further request.
-
-    Requests that are under way then are waited for, unless `leave`: a server that hangs must not hold up the end of the
-    program.
+    Closing the iterator, or an interrupt, starts no further request. Running requests are then waited for, unless
+    `leave`: a server that hangs must not block the end of the program.
     """
     todo: queue.SimpleQueue[tuple[int, Request]] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, Completion | BaseException]] = queue.SimpleQueue()
@@ -56,7 +54,7 @@ def each_in_threads(
 
 
 def _wait(done: queue.SimpleQueue[Any]) -> Any:
-    """The next item. Waits in short turns: a signal that comes just before a wait begins is seen only after it."""
+    """Return the next item. Polls: a signal that arrives just before a blocking wait would be handled only after it."""
     while True:
         try:
             return done.get(timeout=1.0)
@@ -65,7 +63,7 @@ def _wait(done: queue.SimpleQueue[Any]) -> Any:
 
 
 def in_order(answers: Iterable[Answered], count: int) -> list[Completion]:
-    """All answers in the order of their requests; the error of the first that failed is raised."""
+    """Return all completions in the order of their requests; raise the first error."""
     found = dict(answers)
     done: list[Completion] = []
     for i in range(count):

@@ -1,7 +1,6 @@
-"""When a remote server may be asked: limits per minute, pauses that a server asks for, and growing delays after
-failures.
+"""Rate limits of a remote server: requests and tokens per minute, server-requested pauses, exponential backoff.
 
-Knows no HTTP. One pace is shared by all threads that ask one server.
+One limiter is shared by all threads that use one server.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0
 
 
 class Pace:
-    """Requests and tokens of the last minute, kept below their limits (0: no limit)."""
+    """Sliding window over the last minute's requests and tokens (limit 0: none)."""
 
     def __init__(self, requests: int = 0, tokens: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self.requests, self.tokens, self._clock = requests, tokens, clock
         self._lock = threading.Lock()
-        self._recent: deque[list[float]] = deque()  # [when, tokens]
+        self._recent: deque[list[float]] = deque()  # [time, tokens]
         self._not_before = 0.0
         self._closed = threading.Event()
 
     def go(self, tokens: int) -> list[float]:
-        """Wait until a request of about so many tokens may be sent.
+        """Wait until a request of about this many tokens may be sent; return the entry for `settle`.
 
-        What it returns is given to `settle`. EngineError when closed meanwhile.
+        EngineError when closed meanwhile.
         """
         while True:
             with self._lock:
@@ -43,12 +42,12 @@ class Pace:
             self.sleep(delay)
 
     def settle(self, entry: list[float], tokens: int) -> None:
-        """Correct a request's tokens to what was used."""
+        """Correct a request's tokens to the actual usage."""
         with self._lock:
             entry[1] = float(tokens)
 
     def hold(self, seconds: float) -> None:
-        """Nobody asks for so long: the server said so."""
+        """Block all requests for this many seconds, as the server asked."""
         with self._lock:
             self._not_before = max(self._not_before, self._clock() + seconds)
 
@@ -58,11 +57,11 @@ class Pace:
             raise EngineError("the engine was closed")
 
     def close(self) -> None:
-        """Wake all who wait."""
+        """Wake all waiting threads."""
         self._closed.set()
 
     def _delay(self, tokens: int) -> float:
-        """Seconds until a request may go; the lock is held."""
+        """Return the seconds until a request may be sent; the lock is held."""
         now = self._clock()
         while self._recent and self._recent[0][0] <= now - MINUTE:
             self._recent.popleft()
@@ -76,13 +75,11 @@ class Pace:
                 over -= used
                 if over <= 0:
                     return when + MINUTE - now
-            if over > 0:  # more than a minute's worth alone: goes when nothing else does
+            if over > 0:  # larger than a minute's limit: sent when the window is empty
                 return self._recent[-1][0] + MINUTE - now
         return 0.0
 
 
 def back_off(attempt: int) -> float:
-    """Seconds before the next attempt: doubled each time, and drawn anew so that many clients do not come back
-    together.
-    """
+    """Return the seconds before the next attempt: exponential backoff with jitter."""
     return float(min(LONGEST_DELAY, FIRST_DELAY * 2**attempt) * random.uniform(0.5, 1.0))

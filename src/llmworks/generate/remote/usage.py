@@ -1,6 +1,6 @@
-"""What asking costs: requests, tokens and money, counted by all threads of an engine.
+"""Usage of a remote engine: requests, tokens and cost, counted across threads.
 
-Money is counted where prices are given.
+Cost is counted where prices are given.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MILLION = 1_000_000
 
 @dataclass
 class Account:
-    """Prices are per million tokens, in any currency; `budget` is the most that may be spent (0: no bound)."""
+    """Prices are per million tokens, in any currency; `budget` is the maximum cost (0: no limit)."""
 
     input_price: float = 0.0
     output_price: float = 0.0
@@ -28,29 +28,29 @@ class Account:
 
     @property
     def cost(self) -> float:
-        """What was spent."""
+        """Cost so far."""
         return self.price(self.prompt_tokens, self.completion_tokens)
 
     def price(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """What so many tokens cost."""
+        """Return the cost of these tokens."""
         return (prompt_tokens * self.input_price + completion_tokens * self.output_price) / MILLION
 
     def add(self, prompt_tokens: int, completion_tokens: int) -> None:
-        """Count an answer."""
+        """Count a completion."""
         with self._lock:
             self.requests += 1
             self.prompt_tokens += prompt_tokens
             self.completion_tokens += completion_tokens
 
     def retry(self) -> None:
-        """Count a request that has to be sent again."""
+        """Count a retry."""
         with self._lock:
             self.retries += 1
 
     def check(self) -> None:
-        """EngineError when the budget is spent."""
+        """Raise EngineError when the budget is spent."""
         if self.budget and self.cost >= self.budget:
             raise EngineError(
-                f"the budget of {self.budget:g} is spent ({self.cost:.4g}); raise `budget` in the model's reference to"
-                " go on"
+                f"the budget of {self.budget:g} is spent ({self.cost:.4g}); raise `budget` in the model's"
+                " reference to continue"
             )

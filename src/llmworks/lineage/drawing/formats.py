@@ -1,6 +1,6 @@
-"""Draw a family: as a tree of lines for the terminal, in layers as SVG, PNG and Mermaid.
+"""Draw a lineage graph: as a text tree for the terminal, as a layered graph in SVG, PNG and Mermaid.
 
-Knows only `family.Family` and where its boxes stand; the page that can be searched is `page.py`'s.
+Depends only on `family.Family` and the layout; the searchable page is in `page.py`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ COLORS = {
 
 
 def draw_text(family: Family) -> str:
-    """Roots on the left, children indented below; a node with several parents stands below the one it is made of, the
-    rest are named.
+    """Draw the lineage as an indented text tree; a node with several parents is listed below its primary parent, the
+    other parents are named in its line.
     """
     lines: list[str] = []
     primary = {node.digest: _primary_parent(node) for node in family.nodes.values()}
@@ -39,7 +39,7 @@ def draw_text(family: Family) -> str:
         )
         extra = f"  + {', '.join(dict.fromkeys(others))}" if others else ""
         told = [role for role, digest in node.parents if digest in family.nodes and line_of(node, role) == "dotted"]
-        if len(told) > 1 and all(role.startswith(BY) for role in told):  # all parents with their shares
+        if len(told) > 1 and all(role.startswith(BY) for role in told):  # list all parents with their shares
             told = [
                 BY
                 + "; ".join(
@@ -49,13 +49,7 @@ def draw_text(family: Family) -> str:
                 )
             ]
         own = next((role for role, digest in node.parents if digest == primary[node.digest]), "")
-        by = (
-            f"  ({told[0]})"
-            if told
-            else "  (its tokenizer alone)"
-            if own == "tokenizer" and node.kind == "model"
-            else ""
-        )
+        by = f"  ({told[0]})" if told else "  (tokenizer only)" if own == "tokenizer" and node.kind == "model" else ""
         digest = "" if node.digest.startswith("claimed:") else f" {node.digest[:12]}"
         lines.append(f"{prefix}{joint}{node.label}  {node.kind}{digest}{made}{by}{extra}{_facts(node)}")
         below = [child for child in family.nodes.values() if primary[child.digest] == node.digest]
@@ -69,7 +63,7 @@ def draw_text(family: Family) -> str:
 
 
 def _primary_parent(node: Node) -> str:
-    """The parent that a node is made of: a model before an adapter before data; for a comparison, the last."""
+    """Return the primary parent: model before adapter before data; otherwise the last."""
     for role in ("model", "adapter", "data"):
         for name, digest in node.parents:
             if name == role:
@@ -88,8 +82,8 @@ def _facts(node: Node) -> str:
 
 
 def line_of(node: Node, role: str) -> str:
-    """How an edge to a node is drawn: solid where it can be derived again, dashed where it is declared, dotted where a
-    file claims it or weights say so.
+    """Return the edge style: solid where reproducible, dashed where declared, dotted where claimed by a file or
+    inferred from weights.
     """
     return (
         "dotted" if role.startswith(BY) or " says: " in role else "dashed" if node.derivation == "declared" else "solid"
@@ -100,16 +94,16 @@ DASHES = {"solid": "", "dashed": ' stroke-dasharray="5 3"', "dotted": ' stroke-d
 
 
 def told(node: Node) -> tuple[str, str, str]:
-    """What stands in a node's box."""
+    """Return the text lines of a node's box."""
     return (
         node.label,
         " ".join([node.stage or node.ref or "from outside", *_how(node)]),
-        f"{node.kind} {node.digest[:8] if not node.digest.startswith('claimed:') else 'known by its name'}",
+        f"{node.kind} {node.digest[:8] if not node.digest.startswith('claimed:') else 'known by name only'}",
     )
 
 
 def _how(node: Node) -> list[str]:
-    """What tells a stage's results apart: the method of a merge, the bits or the type of what is quantized."""
+    """Describe a stage's result: merge method, quantization bits or type."""
     if node.artifact is None or node.artifact.manifest is None or not node.stage.startswith(("merge", "quantize.")):
         return []
     about = node.artifact.about
@@ -125,7 +119,7 @@ def _how(node: Node) -> list[str]:
 
 
 def draw_svg(family: Family) -> str:
-    """Boxes by kind, `placed`; edges by `line_of`."""
+    """Draw the graph as SVG; box colors by kind, edge styles by `edge_style`."""
     at = placed(family)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{at.width:.0f}" height="{at.height:.0f}" viewBox="0 0'
@@ -159,7 +153,7 @@ def draw_svg(family: Family) -> str:
 
 
 def draw_png(family: Family, file: Path) -> None:
-    """The same as a picture."""
+    """Draw the graph as PNG."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyBboxPatch, PathPatch
@@ -213,7 +207,7 @@ def draw_png(family: Family, file: Path) -> None:
 
 
 def draw_mermaid(family: Family) -> str:
-    """As Mermaid, which GitHub and the Hub draw in Markdown."""
+    """Draw the graph as Mermaid, which GitHub and the Hub render in Markdown."""
     names = {digest: f"n{number}" for number, digest in enumerate(family.nodes)}
 
     def safe(text: str) -> str:

@@ -1,7 +1,7 @@
-"""Where the boxes of a family's drawing stand, and the ways of its lines. Knows only `family.Family`; draws nothing.
+"""Layered layout of a lineage graph: box positions and edge paths. Depends only on `family.Family`; draws nothing.
 
-Layers from top to bottom by distance from the roots (Sugiyama et al. 1981). A layer with many boxes has several rows,
-so that the whole is about as wide as a screen; lines to rows but the first run between the columns.
+Layers from top to bottom by distance from the roots (Sugiyama et al. 1981). A layer with many boxes is wrapped into
+rows, so that the drawing has about screen proportions; edges to lower rows run between the columns.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 from llmworks.lineage.family import Family
 
 BOX_W, BOX_H, GAP_X, GAP_Y, GAP_ROW, PAD = 176, 52, 26, 46, 12, 14
-SHAPE = 1.7  # how many times as wide as high a drawing is, if it can be
-FEW = 8  # boxes that always stand in one row
+SHAPE = 1.7  # target aspect ratio (width / height)
+FEW = 8  # up to this many boxes stay in one row
 
-Way = tuple[tuple[str, tuple[float, ...]], ...]  # of SVG's commands M, L and C with their coordinates
+Way = tuple[tuple[str, tuple[float, ...]], ...]  # SVG path commands M, L and C with their coordinates
 
 
 @dataclass(frozen=True)
 class Edge:
-    """From a parent to a child, as what it was used, along a way."""
+    """An edge from a parent to a child, with its role and path."""
 
     parent: str
     child: str
@@ -31,7 +31,7 @@ class Edge:
 
 @dataclass(frozen=True)
 class Placed:
-    """Where nodes stand, by digest, their upper left corner; the edges; the size of it all."""
+    """Computed layout: upper-left corner of each box by digest, the edges and the total size."""
 
     boxes: dict[str, tuple[float, float]]
     edges: list[Edge]
@@ -40,7 +40,7 @@ class Placed:
 
 
 def placed(family: Family) -> Placed:
-    """Each node is below its parents, as far as there is room; of those in a column the ones with children stand
+    """Lay out the graph: each node below its parents as far as there is room; in a column, nodes with children come
     last.
     """
     import networkx
@@ -58,7 +58,7 @@ def placed(family: Family) -> Placed:
     most = widest([len(layer) for layer in layers])
     width = (
         max((_columns(len(layer), most) for layer in layers), default=1) * (BOX_W + GAP_X) + 2 * PAD
-    )  # with a gap left of the first column, for lines
+    )  # with a gap left of the first column, for edges
     boxes: dict[str, tuple[float, float]] = {}
     tops: dict[str, float] = {}
     y = float(PAD)
@@ -82,7 +82,7 @@ def placed(family: Family) -> Placed:
 
 
 def widest(sizes: list[int]) -> int:
-    """How many boxes a row has at most, for layers of so many: the drawing is then nearest to SHAPE."""
+    """Return the maximum boxes per row, given layer sizes, that brings the drawing closest to SHAPE."""
 
     def apart(most: int) -> float:
         width = max(_columns(size, most) for size in sizes) * (BOX_W + GAP_X)
@@ -98,7 +98,7 @@ def _columns(count: int, most: int) -> int:
 
 
 def _wanted(graph: Any, layer: list[str], boxes: dict[str, tuple[float, float]], order: list[str]) -> dict[str, float]:
-    """Where each node would stand: below its parents; roots in the order of their children."""
+    """Compute each node's preferred position: below its parents; roots in the order of their children."""
     if all(graph.in_degree(d) for d in layer):
         return {d: sum(boxes[p][0] for p in graph.predecessors(d)) / graph.in_degree(d) for d in layer}
     places = {d: at for at, d in enumerate(order)}
@@ -106,8 +106,8 @@ def _wanted(graph: Any, layer: list[str], boxes: dict[str, tuple[float, float]],
 
 
 def _spread(wanted: list[list[float]], width: float, *, top: bool) -> list[float]:
-    """Where columns begin, from left to right: each at the mean of what its nodes want, no two in one place; of the
-    topmost layer evenly.
+    """Compute the x positions of columns from left to right: each at the mean preferred position of its nodes, without
+    overlap; the top layer is spaced evenly.
     """
     low, high, step = float(PAD + GAP_X), width - PAD - BOX_W, BOX_W + GAP_X
     if top:
@@ -118,16 +118,16 @@ def _spread(wanted: list[list[float]], width: float, *, top: bool) -> list[float
         )
     else:
         xs = [min(max(low, sum(column) / len(column)), high) for column in wanted]
-    for at in range(1, len(xs)):  # those to the right move on
+    for at in range(1, len(xs)):  # shift overlapping columns right
         xs[at] = max(xs[at], xs[at - 1] + step)
-    for at in range(len(xs) - 1, -1, -1):  # and back, where there is no more room
+    for at in range(len(xs) - 1, -1, -1):  # then back left where they exceed the width
         xs[at] = min(xs[at], high - (len(xs) - 1 - at) * step)
     return xs
 
 
 def _way(parent: tuple[float, float], child: tuple[float, float], top: float) -> Way:
-    """From below a parent to above a child; where a row stands above the child, down beside its column and into its
-    left side.
+    """Route an edge from the bottom of a parent to the top of a child; to a lower row, down beside its column and into
+    the box's left side.
     """
     a, b, x, y = parent[0] + BOX_W / 2, parent[1] + BOX_H, *child
     if y == top:

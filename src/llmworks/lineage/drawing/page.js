@@ -10,7 +10,7 @@ const el=(t,p,x)=>{const e=document.createElement(t);if(x!==undefined)e.textCont
 const link=(p,id)=>{const a=el('a',p,data[id]?data[id].name:id);a.onclick=()=>choose(id);return a};
 const rows=(p,o)=>{const t=el('table',p);for(const[a,b]of Object.entries(o)){const r=el('tr',t);el('td',r,a);el('td',r,typeof b==='object'?JSON.stringify(b):String(b))}};
 const choose=id=>{const d=data[id],all=new Set([...kin(id,true),...kin(id,false)]);nodes.forEach(n=>{n.classList.toggle('chosen',n.dataset.id===id);n.classList.toggle('dim',!all.has(n.dataset.id))});edges.forEach(e=>e.classList.toggle('dim',!(all.has(e.dataset.from)&&all.has(e.dataset.to))));
-side.replaceChildren();side.classList.add('open');el('h2',side,d.name);rows(side,d.facts);for(const[h,l]of[['Made from',d.parents],['What was made of it',d.children]])if(l.length){el('h3',side,h);const t=el('table',side);l.forEach(([r,i])=>{const c=el('tr',t);el('td',c,r);link(el('td',c),i)})}
+side.replaceChildren();side.classList.add('open');el('h2',side,d.name);rows(side,d.facts);for(const[h,l]of[['Parents',d.parents],['Children',d.children]])if(l.length){el('h3',side,h);const t=el('table',side);l.forEach(([r,i])=>{const c=el('tr',t);el('td',c,r);link(el('td',c),i)})}
 for(const[h,o]of Object.entries(d.more))if(Object.keys(o).length){el('h3',side,h);rows(side,o)}};
 const clear=()=>{side.classList.remove('open');[...nodes,...edges].forEach(e=>e.classList.remove('dim','chosen'))};
 nodes.forEach(n=>n.addEventListener('click',e=>{if(moved<6){e.stopPropagation();choose(n.dataset.id)}}));view.addEventListener('click',()=>{if(moved<6)clear()});

@@ -1,7 +1,6 @@
-"""A family as one page that needs nothing from outside: drag and zoom, search, a click shows what is known of an
-artifact.
+"""Draw a lineage graph as one self-contained HTML page: pan and zoom, search, and details of an artifact on click.
 
-Knows only `family.Family` and its drawing.
+Depends only on `family.Family` and its drawing.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ SCRIPT = "\n" + Path(__file__).with_name("page.js").read_text(encoding="utf-8")
 
 
 def draw_page(family: Family, title: str, licences: Mapping[str, str], warnings: Sequence[str]) -> str:
-    """The page. `licences`: by digest; `warnings`: lines above the drawing."""
+    """Render the page. `licenses`: by digest; `warnings`: lines above the drawing."""
     data = {digest: _known(family, node, licences) for digest, node in family.nodes.items()}
     kinds = [kind for kind in COLORS if any(node.kind == kind for node in family.nodes.values())]
     key = (
         "".join(f'<span><i style="border-color:{COLORS[kind]}"></i>{kind}</span>' for kind in kinds)
-        + "<span>solid: can be derived again; dashed: declared; dotted: claimed by a file, or told by weights</span>"
+        + "<span>solid: reproducible; dashed: declared; dotted: claimed by a file, or inferred from weights</span>"
     )
     warned = (
         f'<div class="warn">{"".join(f"<div>{html.escape(line)}</div>" for line in warnings)}</div>' if warnings else ""
@@ -37,14 +36,14 @@ def draw_page(family: Family, title: str, licences: Mapping[str, str], warnings:
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
         f"<body><header><h1>{html.escape(title)}</h1><p>{len(family.nodes)} artifacts</p>"
         '<input type="search" placeholder="search names, stages, digests" aria-label="search">'
-        f'<button id="fit">all of it</button><div class="key">{key}</div></header>{warned}'
+        f'<button id="fit">fit</button><div class="key">{key}</div></header>{warned}'
         f'<main><div id="view">{draw_svg(family)}</div><aside></aside></main>'
         f'<script type="application/json" id="data">{script}</script><script>{SCRIPT}</script></body></html>\n'
     )
 
 
 def _known(family: Family, node: Node, licences: Mapping[str, str]) -> dict[str, Any]:
-    """What the page shows of a node, and what its search looks through."""
+    """Collect a node's details for the page and its searchable text."""
     manifest = node.artifact.manifest if node.artifact is not None else None
     facts: dict[str, Any] = {
         "kind": node.kind,

@@ -1,7 +1,7 @@
-"""The tensors of a merge that are computed: inputs read where they lie, or as another vocabulary has them, and a
-method's results as bytes.
+"""The tensors of a merge that are computed: read inputs as stored or mapped to another vocabulary, apply the method,
+return bytes.
 
-Knows no method and no file of the result.
+Does not know the methods or the files of the result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from llmworks.model.io.safetensors_io import FLOATS, TORCH
 
 
 class Blocks:
-    """`given`: tensors that come from no model, by name; `notes`: what methods count."""
+    """Computes a merge's tensors block by block. `extra_tensors`: tensors that come from no model, by name; `notes`:
+    what methods count.
+    """
 
     def __init__(
         self,
@@ -46,7 +48,7 @@ class Blocks:
         )
 
     def pieces(self, job: Job, pool: ThreadPoolExecutor) -> Iterator[Callable[[], memoryview]]:
-        """What computes the bytes of a tensor of the result, block after block."""
+        """Yield functions that compute a result tensor's bytes, block after block."""
         if job.name in self.given:
             tensor = self.given[job.name].to(getattr(torch, TORCH[job.out_dtype])).contiguous()
             yield lambda: bytes_of(tensor)
@@ -66,7 +68,7 @@ class Blocks:
     def piece(
         self, job: Job, group: Group, method: Future[Piece] | Piece, number: int, start: int, count: int
     ) -> memoryview:
-        """The bytes of one block. ModelError for values that are no numbers."""
+        """Return the bytes of one block. ModelError for NaN or infinite values."""
         function = method.result() if isinstance(method, Future) else method
         blocks = group.read(start, count)
         made = function(blocks, number)
@@ -81,17 +83,17 @@ class Blocks:
         return octets
 
     def blame(self, job: Job, blocks: Sequence[Tensor]) -> UserError:
-        """Where values that are no numbers come from: of a model's, or of the merge's numbers."""
+        """Return the error for NaN or infinite values: from a model's tensor, or from the merge itself."""
         for (model, tensor), block in zip(job.sources, blocks, strict=True):
             if not torch.isfinite(block).all():
                 return ModelError(broken(model, tensor))
         return UserError(
-            f"{job.name}: the merge makes values that are no numbers, or that {TORCH[job.out_dtype]} cannot hold; look"
-            " at its weights, or give out_dtype: float32"
+            f"{job.name}: the merge produces NaN or infinite values, or values that {TORCH[job.out_dtype]} cannot"
+            " represent; check its weights, or set out_dtype: float32"
         )
 
     def group(self, job: Job) -> Group:
-        """A tensor as a method sees it."""
+        """Return a job's tensor as a method sees it."""
         dtype = getattr(torch, TORCH[job.dtype])
 
         def read(first: int, count: int) -> list[Tensor]:
@@ -100,7 +102,7 @@ class Blocks:
         return Group(job.name, job.shape, dtype, job.base, job.shared, job.each, read, self.seed)
 
     def read(self, model: str, tensor: str, first: int, count: int, job: Job) -> Tensor:
-        """Numbers of a tensor, flat; of tokens as the result has them."""
+        """Read flat values of a tensor; token rows in the order of the result's vocabulary."""
         if self.vocabulary is None or not job.tokens:
             return self.numbers(model, tensor, first, count)
         width = int(np.prod(job.shape[1:], dtype=np.int64))
@@ -118,7 +120,7 @@ class Blocks:
         return rows.reshape(-1)[first - low * width : first - low * width + count]
 
     def numbers(self, model: str, tensor: str, first: int, count: int) -> Tensor:
-        """Numbers of a tensor as they lie in the file."""
+        """Read flat values of a tensor as stored in the file."""
         shards = self.models[model].shards
         made = torch.empty(count, dtype=getattr(torch, TORCH[shards.places[tensor].dtype]))
         if count:
@@ -126,7 +128,7 @@ class Blocks:
         return made
 
     def rows(self, model: str, tensor: str, low: int, high: int, width: int, job: Job) -> Tensor:
-        """Rows of tokens [rows, width]: a model's own, or what stands for them."""
+        """Return token rows [rows, hidden size]: the model's own, or their substitutes."""
         assert self.vocabulary is not None
         take = self.vocabulary.take[model][low : max(low, high)]
         made = torch.zeros(len(take), width, dtype=getattr(torch, TORCH[job.dtype]))
@@ -152,7 +154,7 @@ class Blocks:
         return made
 
     def mean(self, model: str, tensor: str, width: int, job: Job) -> Tensor:
-        """The mean of a model's rows [1, width], which rows without a token get (Hewitt 2021)."""
+        """Return the mean of a model's rows [1, hidden size], for rows without a token (Hewitt 2021)."""
         assert self.vocabulary is not None
         total, each = torch.zeros(width, dtype=torch.float64), max(1, BLOCK // width)
         for low in range(0, self.vocabulary.tokens, each):
@@ -161,19 +163,18 @@ class Blocks:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's memory as bytes."""
+    """Return a tensor's memory as bytes."""
     octets: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(octets)
 
 
 def alike(job: Job) -> Piece:
-    """Of whole numbers: they must be the same in all models."""
+    """Return a method for integer tensors: they must be equal in all models."""
 
     def piece(blocks: Sequence[Tensor], _: int) -> Tensor:
         if not all(torch.equal(blocks[0], block) for block in blocks[1:]):
             raise ModelError(
-                f"{job.name}: holds {TORCH[job.dtype]} numbers that differ between the models, and such cannot be"
-                " merged"
+                f"{job.name}: holds {TORCH[job.dtype]} values that differ between the models; integers cannot be merged"
             )
         return blocks[0]
 

@@ -1,5 +1,4 @@
-"""The tensors of a merge that are a model's own, to the last bit: their bytes, looked at for values that are no
-numbers.
+"""The tensors of a merge that are copied from one model unchanged, checked for NaN and infinite values.
 
 Imports no torch.
 """
@@ -23,13 +22,13 @@ EXPONENTS: dict[str, tuple[Any, int]] = {
     "F64": (np.uint64, 0x7FF0000000000000),
     "F8_E5M2": (np.uint8, 0x7C),
     "F8_E4M3": (np.uint8, 0x7F),
-    # all bits of one are set in NaN and infinite values (IEEE 754; of F8_E4M3 all bits but the sign, in NaN:
-    # Micikevicius et al. 2022)
+    # exponent bits, all set in NaN and infinite values (IEEE 754); F8_E4M3: all bits but the sign, set in NaN
+    # (Micikevicius et al. 2022)
 }
 
 
 def is_copy(job: Job, models: Mapping[str, Layout]) -> bool:
-    """Whether a tensor has one source, of the same number format, and no parameter."""
+    """Return whether a tensor has one source of the same dtype and no parameters."""
     if len(job.sources) != 1 or any(value is not None for value in (*job.shared.values(), *job.each[0].values())):
         return False
     model, tensor = job.sources[0]
@@ -37,7 +36,7 @@ def is_copy(job: Job, models: Mapping[str, Layout]) -> bool:
 
 
 def copies(job: Job, models: Mapping[str, Layout]) -> Iterator[Callable[[], memoryview]]:
-    """What reads a tensor's bytes, block after block."""
+    """Yield functions that read a tensor's bytes, block after block."""
     (model, tensor), shards = job.sources[0], models[job.sources[0][0]].shards
     count = shards.places[tensor].count
 
@@ -53,7 +52,7 @@ def copies(job: Job, models: Mapping[str, Layout]) -> Iterator[Callable[[], memo
 
 
 def finite(octets: Any, dtype: str) -> bool:
-    """Whether the bytes of numbers hold neither NaN nor infinite values."""
+    """Return whether the values hold neither NaN nor infinite values."""
     if dtype not in EXPONENTS or not len(octets):
         return True
     kind, exponent = EXPONENTS[dtype]
@@ -61,5 +60,5 @@ def finite(octets: Any, dtype: str) -> bool:
 
 
 def broken(model: str, tensor: str) -> str:
-    """What is said of a tensor with values that are no numbers."""
-    return f"{model}: {tensor} holds values that are no numbers (NaN or infinite)"
+    """Return the error message for a tensor with NaN or infinite values."""
+    return f"{model}: {tensor} holds NaN or infinite values"

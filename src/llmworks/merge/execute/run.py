@@ -1,4 +1,4 @@
-"""From models and a configuration to a directory: the plan, the tokenizer, the weights, the config, what has to replay.
+"""Run a merge: plan, tokenizer, weights, config, golden tokens and report.
 
 See `merge.py`.
 """
@@ -37,16 +37,16 @@ RECIPE = "mergekit_config.yml"
 
 
 def run(config: MergeConfig, models: Mapping[str, Model], ctx: Context) -> Model:
-    """The stage's work."""
+    """Run the stage."""
     layouts = layouts_of(config, models)
     donor, vocabulary, plan = prepared(config, layouts)
     if plan.unused:
         ctx.progress.say(
-            f"{config.merge_method} has no parameter {', '.join(plan.unused)}, which the configuration gives"
+            f"{config.merge_method} has no parameter {', '.join(plan.unused)}, which the configuration sets"
         )
     for part in plan.idle:
         ctx.progress.say(
-            f"no tensor's name holds {part}, which a filter asks for; one is {plan.jobs[len(plan.jobs) // 2].name}"
+            f"filter {part} matches no tensor name; an example of a name is {plan.jobs[len(plan.jobs) // 2].name}"
         )
     write_config(config, layouts[donor], plan, vocabulary, ctx.out, layouts)
     source = write_tokenizer(config, layouts, donor, vocabulary, ctx.out)
@@ -58,8 +58,8 @@ def run(config: MergeConfig, models: Mapping[str, Model], ctx: Context) -> Model
     )
     if bare:
         ctx.progress.say(
-            f"warning: {len(bare)} tokens have a row of zeros in tensors of models that do not have them; give"
-            " tokenizer.tokens with what stands for them, or another tokenizer_source"
+            f"warning: {len(bare)} tokens have a row of zeros in tensors of models that do not have them; give a"
+            " source for them in tokenizer.tokens, or another tokenizer_source"
         )
     stream = Stream(plan, layouts, vocabulary, ctx.seed)
     size = written(stream, config.max_shard_size, layouts, ctx)
@@ -73,8 +73,7 @@ def run(config: MergeConfig, models: Mapping[str, Model], ctx: Context) -> Model
     if stream.notes.get("tied", 0) > 0.01 * weights:
         ctx.progress.say(
             f"{stream.notes['tied'] / weights:.1%} of the weights changed by exactly as much as the last change that"
-            " was kept, in numbers of so few bits; which of them are kept is by their order (dtype: float32 tells them"
-            " apart)"
+            " was kept, because the dtype has few bits; ties are kept in tensor order (dtype: float32 separates them)"
         )
     recorded = golden.record(*read, logits_at(ctx.out)) if read else None
     describe(config, models, plan, metrics, ctx, donor)
@@ -92,9 +91,9 @@ def run(config: MergeConfig, models: Mapping[str, Model], ctx: Context) -> Model
 
 
 def written(stream: Stream, most: int, layouts: Mapping[str, Layout], ctx: Context) -> int:
-    """Write the weights, in files of at most so many bytes; what was written before a kill is kept.
+    """Write the weights in files of at most `max_bytes`; files written before an interruption are kept.
 
-    How many bytes they are.
+    Return the total number of bytes.
     """
     shards = stream.shards(most)
     folder = ctx.scratch / "shards"
@@ -112,19 +111,17 @@ def written(stream: Stream, most: int, layouts: Mapping[str, Layout], ctx: Conte
 
 
 def placed(file: Path, target: Path) -> None:
-    """A file of scratch in its place, as a link: what is still to be done may be killed, and the file is not to be made
-    again.
-    """
+    """Link a file of the scratch folder into its final place, so that an interrupted run need not write it again."""
     try:
         os.link(file, target)
-    except OSError:  # a file system without links
+    except OSError:  # a file system without hard links
         shutil.move(file, target)
 
 
 @contextlib.contextmanager
 def workers(stream: Stream) -> Iterator[int]:
-    """How many threads make blocks: torch's, each of which then computes alone, but for a method that looks at whole
-    tensors; one that copies, without torch.
+    """Yield the number of threads that compute blocks: torch's, each then single-threaded; one for methods that need
+    whole tensors; one, without torch, if all tensors are copied.
     """
     if not stream.computes:
         yield 1
@@ -141,18 +138,20 @@ def workers(stream: Stream) -> Iterator[int]:
 
 
 def layouts_of(config: MergeConfig, models: Mapping[str, Model]) -> dict[str, Layout]:
-    """The headers of all models that the configuration names.
+    """Read the headers of all models that the configuration names.
 
-    UserError for models that it does not name, or does not have.
+    UserError for models that it does not name; ModelError for models that are not Hugging Face directories.
     """
     spare = [name for name in models if name not in config.named()]
     if spare:
-        raise UserError(f"the model {spare[0]!r} is given, and the configuration names {', '.join(config.named())}")
+        raise UserError(
+            f"the model {spare[0]!r} is given, but the configuration names only {', '.join(config.named())}"
+        )
     for name, model in models.items():
         if model.format != "hf":
             raise ModelError(
-                f"{name}: is a {model.format} file; Hugging Face directories are merged (llmworks model from_gguf makes"
-                " one)"
+                f"{name}: is a {model.format} file; only Hugging Face directories can be merged (llmworks model"
+                " from_gguf makes one)"
             )
     return {name: layout_of(name, models[name].path) for name in config.named() if name in models}
 
@@ -165,10 +164,10 @@ def write_config(
     out: Path,
     models: Mapping[str, Layout] | None = None,
 ) -> None:
-    """config.json: the donor's, with the layers, tokens and number format that the result has; lists with an entry for
-    each layer have those of the `models` that layers come from.
+    """Write config.json: the base model's, with the layers, vocabulary size and dtype of the result. Lists with one
+    entry per layer take the entries of the `models` that the layers come from.
 
-    ModelError where one has no such list.
+    ModelError if one has no such list.
     """
     made = json.loads(json.dumps(donor.config))
     text = made["text_config"] if isinstance(made.get("text_config"), dict) else made
@@ -204,12 +203,12 @@ def write_config(
 
 
 def _entry(model: Layout, key: str, layer: int) -> Any:
-    """What a model's config has of a layer in a list."""
+    """Return a layer's entry of a per-layer list in a model's config."""
     found = model.text.get(key)
     if not isinstance(found, list) or layer >= len(found):
         raise ModelError(
-            f"{model.name}: its config.json has no {key} of layer {layer}, which others have; their layers cannot stand"
-            " in one model"
+            f"{model.name}: its config.json has no {key} for layer {layer}, which other models have; their layers"
+            " cannot be combined in one model"
         )
     return found[layer]
 
@@ -217,7 +216,7 @@ def _entry(model: Layout, key: str, layer: int) -> Any:
 def describe(
     config: MergeConfig, models: Mapping[str, Model], plan: Plan, metrics: Mapping[str, Any], ctx: Context, donor: str
 ) -> None:
-    """The page, the card, and the configuration beside the weights, by which others see what it was made of."""
+    """Write the report, the model card, and the merge configuration beside the weights (shows the parents)."""
     said = config.model_dump(mode="json", exclude_defaults=True)
     text = yaml.safe_dump(said, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
     (ctx.out / RECIPE).write_text(text, encoding="utf-8")
@@ -232,7 +231,7 @@ def describe(
     page.title, page.lead = f"Merge of {', '.join(models)}", lead
     page.table(
         "Models",
-        ("name", "what", "digest", "reference"),
+        ("name", "role", "digest", "reference"),
         [
             (name, "base" if name == config.base_model else "", model.digest[:12], model.ref)
             for name, model in models.items()
@@ -242,13 +241,13 @@ def describe(
         "Layers",
         ("stack", "layers", "from"),
         [(stack, len(origins), ", ".join(spans(origins))) for stack, origins in plan.layers.items()],
-        "Each layer's first source; a method mixes all sources of a slice.",
+        "Each layer's first source; a method combines all sources of a slice.",
     )
     if metrics.get("tied_at_a_threshold"):
         page.text(
             "Ties",
-            f"{metrics['tied_at_a_threshold']:,} changes were as large as the last one that was kept, some of them kept"
-            " and some not: the first in each tensor's order. A sort that is not stable may keep others of them.",
+            f"{metrics['tied_at_a_threshold']:,} changes were as large as the last one that was kept; ties are kept"
+            " in tensor order. An unstable sort may keep others.",
         )
     page.drawing("Configuration", f"<pre>{html.escape(text)}</pre>", plain=text)
     page.data = {
@@ -264,7 +263,7 @@ def describe(
 def _write_card(
     models: Mapping[str, Model], config: MergeConfig, donor: str, text: str, names: list[str], ctx: Context
 ) -> None:
-    """Write README.md: licence, parents, tags, and the configuration."""
+    """Write README.md: license, parents, tags, and the configuration."""
     fronts = [front_of(model) for model in models.values()]
     licences = {str(front.get("license", "")) for front in fronts}
     front = {
@@ -283,14 +282,14 @@ def _write_card(
         f"# {name}",
         "",
         f"A merge of {', '.join(models)} by {config.merge_method}"
-        + (f", measured from {config.base_model}." if config.base_model else "."),
+        + (f", with base model {config.base_model}." if config.base_model else "."),
         "",
     ]
     if len(licences) > 1:
         lines += [
-            "Its parents have different licences: "
+            "Its parents have different licenses: "
             + "; ".join(f"{one}: {f.get('license', 'none stated')}" for one, f in zip(models, fronts, strict=True))
-            + ". Which terms hold for the result is not settled here.",
+            + ". Which terms apply to the result is not determined here.",
             "",
         ]
     lines += [
@@ -298,7 +297,9 @@ def _write_card(
         text.rstrip(),
         "```",
         "",
-        "The tokens, mask and stop tokens of its tokenizer's model were replayed on these files." if names else "",
+        "The token ids, loss mask and stop tokens of its tokenizer's model were replayed on these files."
+        if names
+        else "",
         "",
     ]
     write(ctx.out, front, lines)

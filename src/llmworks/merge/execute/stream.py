@@ -1,10 +1,9 @@
-"""A merge, tensor by tensor and block by block: read, computed and written at once, files that are whole are kept
-through a kill.
+"""Run a merge tensor by tensor and block by block; complete files survive an interruption.
 
-In memory are some blocks, or, for methods that look at a tensor as one, that tensor.
+Memory holds a few blocks, or, for methods that need a whole tensor, that tensor.
 
-Knows no method and imports no torch: what is only copied needs none. Threads make blocks, each on one core; this thread
-writes them in their order, and digests what it writes.
+Does not know the methods and imports no torch: tensors that are only copied need none. Worker threads compute blocks,
+one core each; the main thread writes them in order and hashes what it writes.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Stream:
-    """One merge. `given`: tensors that come from no model, by name; `notes`: what methods counted."""
+    """One merge. `extra_tensors`: tensors that come from no model, by name; `notes`: what methods counted."""
 
     def __init__(
         self,
@@ -46,13 +45,13 @@ class Stream:
 
     @cached_property
     def blocks(self) -> Blocks:
-        """What computes."""
+        """Return the object that computes tensors; imports torch."""
         from llmworks.merge.execute.blocks import Blocks
 
         return Blocks(self.plan.method, self.models, self.vocabulary, self.seed, self.given, self.notes)
 
     def copied(self, job: Job) -> bool:
-        """Whether a tensor is that of a model, to the last bit."""
+        """Return whether a tensor is copied from one model unchanged."""
         return (
             job.name not in self.given
             and self.plan.method.plain
@@ -62,20 +61,20 @@ class Stream:
 
     @property
     def computes(self) -> bool:
-        """Whether there is any tensor that is not copied."""
+        """Return whether any tensor is not copied."""
         return not all(self.copied(job) for job in self.plan.jobs)
 
     def shards(self, most: int) -> list[Shard]:
-        """The files of the result."""
+        """Return the files of the result."""
         return divided([Slot(job.name, job.out_dtype, job.shape) for job in self.plan.jobs], most)
 
     def write(
         self, shards: Sequence[Shard], folder: Path, threads: int, told: Callable[[int], None]
     ) -> dict[str, FileEntry]:
-        """Write those files that are not in `folder` yet, and the index where there are several; digests and sizes by
+        """Write the files that are not in `folder` yet, and the index if there are several. Return digests and sizes by
         name.
 
-        `told` hears of bytes that are written.
+        `on_bytes_written` is called with the number of bytes written.
         """
         jobs = {job.name: job for job in self.plan.jobs}
         entries = self._found(folder)
@@ -96,7 +95,7 @@ class Stream:
         return entries
 
     def _note(self, folder: Path, entries: Mapping[str, FileEntry]) -> None:
-        """Say which files are whole, and what was counted on the way."""
+        """Record which files are complete, and the counts so far."""
         new = folder / "done.new"
         new.write_text(
             json.dumps({"files": {name: entry.model_dump() for name, entry in entries.items()}, "notes": self.notes})
@@ -104,7 +103,7 @@ class Stream:
         new.replace(folder / "done.json")
 
     def _found(self, folder: Path) -> dict[str, FileEntry]:
-        """What was said by a run that was killed; of a note that cannot be read nothing."""
+        """Return the files recorded by an interrupted run; nothing if the record cannot be read."""
         try:
             said = json.loads((folder / "done.json").read_text())
             entries = {name: FileEntry(**entry) for name, entry in said["files"].items()}
@@ -114,13 +113,13 @@ class Stream:
         return entries
 
     def pieces(self, jobs: Sequence[Job], pool: ThreadPoolExecutor) -> Iterator[Callable[[], memoryview]]:
-        """What makes the bytes of the result, block after block."""
+        """Yield functions that produce the result's bytes, block after block."""
         for job in jobs:
             yield from copies(job, self.models) if self.copied(job) else self.blocks.pieces(job, pool)
 
 
 def ordered(pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], Any]], threads: int) -> Iterator[Any]:
-    """Results in the order of tasks, of which a few more than there are threads are under way."""
+    """Yield results in the order of tasks; at most two more tasks than threads are in flight."""
     waiting: deque[Future[Any]] = deque()
     try:
         for task in tasks:

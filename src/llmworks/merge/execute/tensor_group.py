@@ -1,8 +1,8 @@
-"""One tensor of several models as a method sees it: read block by block as often as it wants, or whole.
+"""One tensor of several models as a merge method sees it: read block by block, as often as needed, or whole.
 
-Knows no method and no file format.
+Does not know the methods or the file format.
 
-Blocks are the same each time, so that what is counted in one reading is right in the next.
+Blocks are the same in each pass, so that counts of one pass hold in the next.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from torch import Tensor
 
 from llmworks.merge.plan.plan import BLOCK
 
-Piece = Callable[
-    [Sequence[Tensor], int], Tensor
-]  # (blocks of all inputs, the block's number) -> the block of the result
+Piece = Callable[[Sequence[Tensor], int], Tensor]  # (blocks of all inputs, block index) -> block of the result
 
 
 @dataclass(frozen=True)
 class Group:
-    """`base`: which input is the base; `shared`, `each`: parameters, of the tensor and of each input.
+    """`base`: index of the base model's input; `tensor_parameters`, `input_parameters`: parameters of the tensor and of
+    each input.
 
-    `read(first, count)`: all inputs from a number on, flat, in `dtype`. `notes`: counted for the report.
+    `read(first, count)`: `count` flat values of all inputs from `first` on, in `dtype`. `notes`: counts for the report.
     """
 
     name: str
@@ -42,37 +41,37 @@ class Group:
 
     @property
     def count(self) -> int:
-        """Numbers of the tensor."""
+        """Return the number of elements."""
         return torch.Size(self.shape).numel()
 
     @property
     def others(self) -> list[int]:
-        """Inputs beside the base."""
+        """Return the indices of the inputs other than the base."""
         return [at for at in range(len(self.each)) if at != self.base]
 
     def weights(self, name: str = "weight") -> list[float]:
-        """A parameter of each input beside the base."""
+        """Return a parameter of each input other than the base."""
         return [float(self.each[at][name]) for at in self.others]
 
     @property
     def pieces(self) -> int:
-        """Blocks."""
+        """Return the number of blocks."""
         return -(-self.count // BLOCK)
 
     def blocks(self) -> Iterator[list[Tensor]]:
-        """All inputs, block after block."""
+        """Yield all inputs, block after block."""
         for start in range(0, self.count, BLOCK):
             yield self.read(start, min(BLOCK, self.count - start))
 
     def generator(self, source: int, block: int) -> torch.Generator:
-        """Random numbers of a block of an input: by seed, tensor, input and block alone, so that they are the same in
-        each reading and on any number of threads.
+        """Return a random generator for a block of an input, seeded by seed, tensor, input and block alone, so that
+        it is the same in each pass and on any number of threads.
         """
         return torch.Generator().manual_seed(self._seed(source, block))
 
     def words(self, source: int, block: int, count: int) -> Any:
-        """Random words of 64 bits, a numpy array, under the same rule; from a small fast generator (Doty-Humphrey's
-        SFC64), whose stream numpy keeps.
+        """Return random 64-bit words as a numpy array, seeded the same way; from a small fast generator
+        (Doty-Humphrey's SFC64), whose stream numpy guarantees.
         """
         return np.random.SFC64(self._seed(source, block)).random_raw(count)
 
@@ -82,7 +81,7 @@ class Group:
 
 
 def deltas(group: Group, blocks: Sequence[Tensor]) -> list[Tensor]:
-    """What the inputs beside the base differ by from it."""
+    """Return the task vectors: differences of the inputs from the base."""
     assert group.base is not None
     base = blocks[group.base]
     return [blocks[at] - base for at in group.others]

@@ -10,7 +10,7 @@ from llmworks.core.artifact import Config
 
 
 class CombineAdaptersConfig(Config):
-    """How adapters become one."""
+    """Config of `merge.combine_adapters`."""
 
     combination_type: Literal[
         "cat",
@@ -26,31 +26,32 @@ class CombineAdaptersConfig(Config):
     ] = Field(
         "cat",
         description=(
-            "cat: their sum, exactly, with as many ranks as all together; linear: the mean of their factors, of one"
-            " rank (as peft has it; what one's A does to another's B is in it); svd and others: their products merged,"
-            " then the largest singular vectors"
+            "cat: concatenation of the factors, which is exactly the sum of the products, with the sum of all ranks;"
+            " linear: weighted sum of the factors, all of one rank (as peft; contains cross terms of one adapter's A"
+            " and another's B); svd and others: merge the products B A, then truncate by SVD"
         ),
     )
-    weights: dict[str, float] = Field({}, description="weight of each adapter by its name; 1 where none is given")
+    weights: dict[str, float] = Field({}, description="weight of each adapter by its name; default 1")
     density: float = Field(
-        0.5, gt=0, le=1, description="share of each product's weights that is kept, of the methods that drop some"
+        0.5, gt=0, le=1, description="fraction of each product's weights that is kept, for the methods that drop some"
     )
-    normalize: bool = Field(False, description="divided by the sum of weights (ties: of those that agree)")
+    normalize: bool = Field(False, description="divide by the sum of weights (ties: of those that agree in sign)")
     svd_rank: int = Field(
-        0, ge=0, description="rank of the result, of methods on products; 0: the largest of the adapters'"
+        0, ge=0, description="rank of the result, for methods on products; 0: the largest rank of the adapters"
     )
 
 
 class ExtractConfig(Config):
-    """How much of the difference."""
+    """Config of `merge.extract`."""
 
-    max_rank: int = Field(32, gt=0, description="rank of the adapter at most")
+    max_rank: int = Field(32, gt=0, description="maximum LoRA rank")
     min_energy: float = Field(
         1.0,
         gt=0,
         le=1,
         description=(
-            "share of each matrix's change (sum of squares) that is enough: fewer ranks where it is kept by fewer"
+            "fraction of each matrix's squared change to keep: the rank is reduced where fewer singular vectors"
+            " suffice; 1: always `max_rank`"
         ),
     )
-    exclude_modules: list[str] = Field([], description="layers that are left out, by a part of their names")
+    exclude_modules: list[str] = Field([], description="layers to leave out, by a part of their names")

@@ -1,4 +1,4 @@
-"""A LoRA adapter of what a model differs by from its base: the largest singular values of each matrix's change."""
+"""Extract a LoRA adapter from a model and its base: a truncated SVD of each matrix's difference."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from llmworks.merge.lora.merge_lora import Pairs, _golden, write_adapter
 from llmworks.merge.plan.layout import LAYER, Layout, layout_of
 from llmworks.model.io.safetensors_io import FLOATS, TORCH
 
-TURNED = ("gpt2", "openai-gpt")  # kinds of models with Conv1D
+TURNED = ("gpt2", "openai-gpt")  # model types with Conv1D
 
 
 def extracted(config: ExtractConfig, model: Model, base: Model, ctx: Context) -> Adapter:
-    """The stage's work."""
+    """Run the stage."""
     for one in (model, base):
         if one.format != "hf":
             raise ModelError(
-                f"{one.name}: is a {one.format} file; an adapter is extracted from Hugging Face directories"
+                f"{one.name}: is a {one.format} file; an adapter can only be extracted from Hugging Face directories"
             )
     tuned, first = layout_of(model.name, model.path), layout_of(base.name, base.path)
     if str(first.config.get("model_type")) in TURNED:
         raise ModelError(
-            f"{base.name}: is a {first.config['model_type']}, whose matrices stand in its files the other way round; no"
-            " adapter of such is written here"
+            f"{base.name}: is a {first.config['model_type']}, whose matrices are stored transposed (Conv1D);"
+            " extracting an adapter from it is not supported"
         )
     _alike(tuned, first)
     pairs, told, rest, total, lost = _extract_factors(first, tuned, ctx, config)
     for layout in (tuned, first):
         layout.shards.close()
     if not pairs:
-        raise ModelError(f"{model.name} and {base.name} do not differ in any matrix of a layer that is looked at")
+        raise ModelError(f"{model.name} and {base.name} do not differ in any matrix of a layer that is not excluded")
     write_adapter(ctx.out, pairs, base)
     for file in TOKENIZER_FILES:
         if (model.path / file).exists():
@@ -69,8 +69,8 @@ def _extract_factors(
 ) -> tuple[
     dict[str, tuple[Tensor, Tensor]], list[tuple[str, int, float, float]], list[tuple[str, float]], float, float
 ]:
-    """Factors of each changed matrix, what is told of them, other tensors that differ; squares of all changes and of
-    those missed.
+    """Return the factors of each changed matrix, their statistics, other tensors that differ, and the squared norms
+    of all changes and of the part that is lost.
     """
     pairs: Pairs = {}
     told: list[tuple[str, int, float, float]] = []
@@ -115,32 +115,33 @@ def _describe_extracted(
     rest: list[tuple[str, float]],
     told: list[tuple[str, int, float, float]],
 ) -> None:
-    """The page: ranks of matrices, and what differs without a place in the adapter."""
+    """Write the report: ranks of matrices, and differences that the adapter cannot represent."""
     page = ctx.report
     page.title, page.lead = (
         f"{model.name} as an adapter of {base.name}",
-        f"Ranks up to {metrics['rank']} of {len(pairs)} matrices miss {missed:.1%} of what {model.name} differs by from"
-        f" {base.name}" + (f", what {len(rest)} other tensors differ by among it." if rest else "."),
+        f"Ranks up to {metrics['rank']} of {len(pairs)} matrices; relative approximation error {missed:.1%} of the"
+        f" difference between {model.name} and"
+        f" {base.name}" + (f", including {len(rest)} other tensors that differ." if rest else "."),
     )
     page.table(
         "Matrices",
-        ("layer", "rank", "change, of the weights", "missed, of the change"),
+        ("layer", "rank", "change, relative to the weights", "error, relative to the change"),
         [
             (layer, rank, f"{size:.2%}", f"{miss:.2%}")
             for layer, rank, size, miss in sorted(told, key=lambda one: -one[3])
         ],
-        "Root of sums of squares.",
+        "Ratios of Frobenius norms.",
     )
     if rest:
         page.table(
-            "Changed, and not in the adapter",
-            ("tensor", "change, of the weights"),
+            "Changed, but not in the adapter",
+            ("tensor", "change, relative to the weights"),
             [(name, f"{size:.3%}") for name, size in sorted(rest, key=lambda one: -one[1])],
-            "Embeddings, heads, norms and biases have no place in this LoRA, nor has what is skipped.",
+            "This LoRA cannot represent embeddings, heads, norms and biases; excluded layers are left out, too.",
         )
         ctx.progress.say(
-            f"{len(rest)} tensors differ that have no place in the adapter (embeddings, heads, norms, biases, what is"
-            f" skipped); the most: {max(rest, key=lambda one: one[1])[0]}"
+            f"{len(rest)} tensors differ but are not in the adapter (embeddings, heads, norms, biases, excluded"
+            f" layers); the most: {max(rest, key=lambda one: one[1])[0]}"
         )
     page.data = {
         "layers": {layer: {"rank": rank, "change": size, "missed": miss} for layer, rank, size, miss in told},
@@ -162,17 +163,17 @@ def _alike(tuned: Layout, base: Layout) -> None:
         if one.shape != other.shape:
             raise ModelError(
                 f"{name}: its shapes differ: {tuned.name} {list(one.shape)}, {base.name} {list(other.shape)}; an"
-                " adapter keeps shapes"
+                " adapter cannot change shapes"
             )
 
 
 def _tensor(layout: Layout, name: str) -> Tensor:
-    """A tensor in fp32. ModelError for values that are no numbers."""
+    """Read a tensor in fp32. ModelError for NaN or infinite values."""
     place = layout.places[name]
     made = torch.empty(place.count, dtype=getattr(torch, TORCH[place.dtype]))
     if place.count:
         layout.shards.read(name, 0, bytes_of(made))
     found = made.float().view(place.shape)
     if not torch.isfinite(found).all():
-        raise ModelError(f"{layout.name}: {name} holds values that are no numbers (NaN or infinite)")
+        raise ModelError(f"{layout.name}: {name} holds NaN or infinite values")
     return found

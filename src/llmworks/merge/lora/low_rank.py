@@ -1,4 +1,4 @@
-"""A change of a matrix as the product of two narrow ones: its largest singular vectors. Pure tensor functions."""
+"""Low-rank approximation of a matrix by its largest singular vectors. Pure tensor functions."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def factors(change: Tensor, rank: int, kept: float = 1.0) -> tuple[Tensor, Tensor, float]:
-    """(A [r, in], B [out, r], what is lost as a share of the change) with B A nearest to a change [out, in] in the sum
-    of squares (Eckart and Young 1936).
+    """Return (A [r, in], B [out, r], relative error) with B A the best approximation of a change [out, in] in the
+    Frobenius norm (Eckart and Young 1936).
 
-    The rank is the least that keeps a share `kept` of the sum of squares, and `rank` at most; each factor has the root
-    of the singular values. By the eigenvectors of the smaller product of the matrix with itself, in fp64.
+    The rank is the smallest that keeps a fraction `min_energy` of the squared norm, at most `rank`; each factor has the
+    square root of the singular values. Computed in fp64 by the eigenvectors of the smaller Gram matrix.
     """
     wide = change.double()
     turned = wide.shape[0] > wide.shape[1]

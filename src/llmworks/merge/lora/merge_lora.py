@@ -1,6 +1,6 @@
-"""LoRA adapters written: extracted from two models, or made of several; each matrix alone in memory.
+"""Write LoRA adapters combined from several; one matrix at a time in memory. Also used by `extract_lora.py`.
 
-See `extract.py`, `adapters.py`.
+See `combine_adapters.py`.
 """
 
 from __future__ import annotations
@@ -34,20 +34,18 @@ Pairs = dict[str, tuple[Tensor, Tensor]]  # by layer: A and B, whose product is 
 
 
 def merged(config: CombineAdaptersConfig, adapters: Mapping[str, Adapter], model: Model, ctx: Context) -> Adapter:
-    """The stage's work."""
+    """Run the stage."""
     if len(adapters) < 2:
-        raise UserError("one adapter is given; several are merged")
+        raise UserError("only one adapter given; give at least two to combine")
     strange = next((name for name in config.weights if name not in adapters), None)
     if strange is not None:
-        raise UserError(f"weights: no adapter is called {strange!r}; given: {', '.join(adapters)}")
+        raise UserError(f"weights: unknown adapter {strange!r}; given: {', '.join(adapters)}")
     found = {name: _factors(adapter, model, ctx) for name, adapter in adapters.items()}
     weights = {name: float(config.weights.get(name, 1.0)) for name in adapters}
     if config.normalize and config.combination_type in ("cat", "linear", "svd"):
         total = sum(weights.values())
         if abs(total) < 1e-9:
-            raise UserError(
-                "the weights sum to zero, so that they cannot be normalized; change them, or set normalize=false"
-            )
+            raise UserError("the weights sum to zero and cannot be normalized; change them, or set normalize=false")
         weights = {name: weight / total for name, weight in weights.items()}
     rank = config.svd_rank or max(len(one.a) for pairs in found.values() for one in pairs.values())
     made, lost, whole = _merge_layers(found, config, weights, ctx, rank)
@@ -67,11 +65,9 @@ def merged(config: CombineAdaptersConfig, adapters: Mapping[str, Adapter], model
     }
     recorded, _ = _golden(ctx, model, None)
     page = ctx.report
-    page.title = f"Adapters of {model.name} as one"
+    page.title = f"Combined adapters of {model.name}"
     page.lead = f"{', '.join(adapters)} by {config.combination_type}: rank {metrics['rank']}" + (
-        f", which misses {missed:.1%} of what the merge is."
-        if config.combination_type not in ("cat", "linear")
-        else "."
+        f"; relative error of the truncation {missed:.1%}." if config.combination_type not in ("cat", "linear") else "."
     )
     page.table(
         "Adapters",
@@ -98,7 +94,7 @@ def _merge_layers(
     ctx: Context,
     rank: int,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float, float]:
-    """The factors of each layer, and how much of the squares of changes they miss, of how much."""
+    """Return the factors of each layer, the squared norm lost by truncation, and the total squared norm."""
     made: Pairs = {}
     lost = whole = 0.0
     for layer in dict.fromkeys(layer for pairs in found.values() for layer in pairs):
@@ -107,7 +103,7 @@ def _merge_layers(
         if len(set(shapes.values())) > 1:
             raise ModelError(
                 f"{layer}: its shapes differ: {', '.join(f'{name} {list(shape)}' for name, shape in shapes.items())};"
-                " the adapters are of different models"
+                " the adapters belong to different models"
             )
         if config.combination_type == "cat":
             made[layer] = (
@@ -125,33 +121,34 @@ def _merge_layers(
 
 
 def _factors(adapter: Adapter, model: Model, ctx: Context) -> dict[str, Factors]:
-    """An adapter's factors by layer.
+    """Read an adapter's factors by layer.
 
-    Errors: ArtifactError for one of another model; ModelError for one that is no plain LoRA.
+    Errors: ArtifactError for an adapter of another model; ModelError for one that is not a plain LoRA.
     """
     if not require_base(adapter, model):
         ctx.progress.say(
-            f"warning: {adapter.name} does not say by a digest which model it was trained on; that it was {model.name}"
-            " is taken on trust"
+            f"warning: {adapter.name} does not record the digest of its base model; assuming it was trained on"
+            f" {model.name}"
         )
     config, found = read_factors(adapter.path, adapter.name)
     if config.get("use_dora") or (adapter.path / BASE).exists():
         raise ModelError(
-            f"{adapter.name}: {'is a DoRA' if config.get('use_dora') else 'was trained beside weights in 4 bits'},"
-            " whose change is no product of two matrices alone; fold it (llmworks merge adapter), and merge the models"
+            f"{adapter.name}: {'is a DoRA' if config.get('use_dora') else 'was trained on a 4-bit base (QLoRA)'},"
+            " so its change is not a product of two matrices; merge it into its model (llmworks merge adapter), then"
+            " merge the models"
         )
     return found
 
 
 def _mean(layer: str, given: Mapping[str, Factors], weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-    """Sums of factors, each times the root of its weight and scale, the sign in A (peft, `add_weighted_adapter` with
-    "linear").
+    """Return sums of factors, each scaled by the square root of its weight and scale, with the sign in A (peft,
+    `add_weighted_adapter` with "linear").
     """
     ranks = {name: len(one.a) for name, one in given.items()}
     if len(set(ranks.values())) > 1:
         raise UserError(
-            f"{layer}: factors of different ranks have no mean"
-            f" ({', '.join(f'{name} {rank}' for name, rank in ranks.items())}); take cat or svd"
+            f"{layer}: factors of different ranks cannot be averaged"
+            f" ({', '.join(f'{name} {rank}' for name, rank in ranks.items())}); use cat or svd"
         )
     shares = {name: weights[name] * one.scale for name, one in given.items()}
     a = [one.a * math.copysign(abs(shares[name]) ** 0.5, shares[name]) for name, one in given.items()]
@@ -162,7 +159,7 @@ def _mean(layer: str, given: Mapping[str, Factors], weights: Mapping[str, float]
 def _change(
     config: CombineAdaptersConfig, layer: str, given: Mapping[str, Factors], weights: Mapping[str, float], seed: int
 ) -> Tensor:
-    """The products of a layer's factors, merged by a method of `merge` as changes of a base of zeros."""
+    """Merge the products of a layer's factors by a method of `merge`, as task vectors of a base of zeros."""
     products = [(one.b @ one.a) * one.scale for one in given.values()]
     shape, flat = tuple(products[0].shape), [torch.zeros(products[0].numel()), *(one.flatten() for one in products)]
     method = METHODS["task_arithmetic" if config.combination_type == "svd" else config.combination_type]
@@ -197,9 +194,9 @@ def _change(
 
 
 def write_adapter(out: Path, pairs: Pairs, base: Model) -> None:
-    """A peft directory.
+    """Write a peft directory.
 
-    The most common rank is `r`, others stand in `rank_pattern`; alpha is the rank, so that the product counts as it is.
+    The most common rank is `r`, others are in `rank_pattern`; alpha equals the rank, so the scale is 1.
     """
     from safetensors.torch import save_file
 
@@ -235,7 +232,9 @@ def write_adapter(out: Path, pairs: Pairs, base: Model) -> None:
 
 
 def _golden(ctx: Context, base: Model, like: Golden | None) -> tuple[Golden | None, golden.LogitGap | None]:
-    """What base and adapter together say, folded aside; and how far it is from a record. None without a tokenizer."""
+    """Record golden logits of base and adapter, merged in a scratch folder, and their gap to a previous record. None
+    without a tokenizer.
+    """
     folder = ctx.scratch / "folded"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(base.path, folder, ignore=shutil.ignore_patterns("*.safetensors", "manifest.json", "report"))

@@ -1,5 +1,5 @@
-"""Only the changes that matter: by their size and by how far the softmax of their row is moved, those beyond the upper
-fence of all.
+"""Arcee Fusion: keep only important changes. Importance is the size of a change times the KL divergence of its row's
+softmax; changes of at least median + 1.5 IQR are kept.
 
 As mergekit's `arcee_fusion`.
 """
@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from llmworks.merge.execute.tensor_group import Group, Piece
 
-SAMPLE = 1_000_000  # of how many changes quartiles are taken, where there are more: drawn at random
+SAMPLE = 1_000_000  # quartiles are estimated from at most this many changes, sampled at random
 
 
 def arcee_fusion(group: Group) -> Piece:
-    """The base, with the other's weight where it is important."""
+    """Return the base with the other model's weights where they are important."""
     assert group.base is not None
     first, second = group.base, 1 - group.base
 

@@ -1,4 +1,4 @@
-"""Small changes left out, and the very largest, too. Davari and Belilovsky 2023 (arXiv:2312.06795)."""
+"""Model Breadcrumbs: drop the smallest and the very largest changes. Davari and Belilovsky 2023 (arXiv:2312.06795)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from llmworks.merge.methods.task_arithmetic import added, check
 
 
 def breadcrumbs(group: Group) -> Piece:
-    """`density`: the share of changes that is kept; `gamma`: the share of the largest that is not."""
+    """Merge by breadcrumbs. `density`: fraction of changes that is kept; `gamma`: fraction of largest changes
+    dropped.
+    """
     return _crumbs(group, elect=False)
 
 
 def breadcrumbs_ties(group: Group) -> Piece:
-    """The same, with the sign by what most of the change has."""
+    """Merge by breadcrumbs with TIES sign election."""
     return _crumbs(group, elect=True)
 
 
@@ -33,8 +35,8 @@ def _crumbs(group: Group, *, elect: bool) -> Piece:
 
 
 def _middle(density: float, gamma: float, count: int) -> tuple[int, int] | None:
-    """(how many of the smallest are left out, how many behind them are kept); fewer of the largest are left out where
-    density wants more.
+    """Return (number of smallest changes dropped, number kept after them); fewer of the largest are dropped if the
+    density requires it. None: all are kept.
     """
     if density >= 1:
         return None

@@ -1,8 +1,8 @@
-"""Most changes dropped at random, the others made larger. Yu et al. 2024 (arXiv:2311.03099).
+"""DARE: drop most changes at random and rescale the rest. Yu et al. 2024 (arXiv:2311.03099).
 
-Those that are kept are divided by the density, as in the paper, section 3.1, so that a change is as it was on average.
-mergekit multiplies them so that the sum of sizes is as it was: the same on average, to a part in a thousand in a matrix
-of a million.
+Kept changes are divided by the density (section 3.1 of the paper), which preserves a change in expectation. mergekit
+rescales so that the sum of absolute values is preserved: the same in expectation, to one part in a thousand for a
+matrix of a million.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from torch import Tensor
 from llmworks.merge.execute.tensor_group import Group, Piece, deltas
 from llmworks.merge.methods.task_arithmetic import added, check, kept
 
-PLACES = 15  # of a density, at most
+PLACES = 15  # maximum binary digits of a density
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """Which changes of an input are kept, by chance."""
+    """The random mask of an input's kept changes."""
 
     group: Group
     source: int
     density: float
 
     def mask(self, number: int, count: int) -> Tensor:
-        """Of a block, all bits of 8 set where a change is kept: where a random number is below the density, both of as
-        many binary places as that has, 15 at most.
+        """Return the mask of a block, all 8 bits set where a change is kept: where a random number is below the
+        density, both with as many binary digits as the density has, at most 15.
 
-        They are compared place by place, the lowest first, of 64 changes at once: at a place where the density has 1, a
-        number is below it that has 0 there, or is below it by the lower places; where the density has 0, a number that
-        has 0 and is.
+        The comparison runs digit by digit from the lowest, for 64 changes at a time. Where the density's digit is 1, a
+        number is below it if its digit is 0 or its lower digits are below; where the digit is 0, if its digit is 0 and
+        its lower digits are below.
         """
         share, places = round(self.density * (1 << PLACES)), PLACES
         if share == 1 << PLACES:
@@ -52,12 +52,12 @@ class Dropped:
 
 
 def dare_linear(group: Group) -> Piece:
-    """The weighted sum of what is kept. `density`: its share."""
+    """Merge by DARE: weighted sum of the kept changes. `density`: fraction that is kept."""
     return _dropped(group, elect=False)
 
 
 def dare_ties(group: Group) -> Piece:
-    """The same, with the sign by what most of the change has."""
+    """Merge by DARE with TIES sign election."""
     return _dropped(group, elect=True)
 
 

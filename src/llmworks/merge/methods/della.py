@@ -1,4 +1,6 @@
-"""Changes dropped at random, small ones sooner: by their rank in their row. Deep et al. 2024 (arXiv:2406.11617)."""
+"""DELLA: drop changes at random, small ones with higher probability, by rank in their row. Deep et al. 2024
+(arXiv:2406.11617).
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,14 @@ from llmworks.merge.methods.task_arithmetic import added, check
 
 
 def della(group: Group) -> Piece:
-    """`density`: the share that is kept; `epsilon`: how far chances are from it, for the smallest less, for the largest
-    more.
-
-    The sign is elected.
+    """Merge by DELLA with TIES sign election. `density`: fraction that is kept; `epsilon`: keep probabilities range
+    from density - epsilon for the smallest to density + epsilon for the largest changes.
     """
     return _pruned(group, elect=True)
 
 
 def della_linear(group: Group) -> Piece:
-    """The same without an election."""
+    """Merge by DELLA without sign election."""
     return _pruned(group, elect=False)
 
 
@@ -32,8 +32,8 @@ def _pruned(group: Group, *, elect: bool) -> Piece:
     for density, spread in zip(densities, spreads, strict=True):
         if 0 < density < 1 and not (density - spread > 0 and density + spread < 1):
             raise UserError(
-                f"della: density {density:g} and epsilon {spread:g}: chances run from {density - spread:g} to"
-                f" {density + spread:g}, and must be between 0 and 1"
+                f"della: density {density:g} and epsilon {spread:g}: keep probabilities range from"
+                f" {density - spread:g} to {density + spread:g}, they must be between 0 and 1"
             )
 
     def piece(blocks: Sequence[Tensor], _: int) -> Tensor:
@@ -47,7 +47,7 @@ def _pruned(group: Group, *, elect: bool) -> Piece:
 
 
 def pruned(change: Tensor, density: float, spread: float, group: Group, source: int) -> Tensor:
-    """What is kept of a change [rows, columns]; larger by as much as was lost, where `rescale`."""
+    """Prune a change [rows, columns] (MAGPRUNE); with `rescale`, preserve its sum of absolute values."""
     if density >= 1:
         return change
     if density <= 0:

@@ -1,4 +1,4 @@
-"""The Karcher (Riemannian) mean of models as directions, times the mean of their lengths.
+"""Karcher (Riemannian) mean of the models' directions, scaled by their mean norm.
 
 Karcher 1977; as mergekit's `karcher`.
 """
@@ -14,13 +14,13 @@ from llmworks.merge.execute.tensor_group import Group, Piece
 
 
 def karcher(group: Group) -> Piece:
-    """`max_iter`, `tol`: steps at most, and the step that is the last."""
+    """Merge by the Karcher mean. `max_iter`: maximum iterations; `tol`: step size at which the iteration stops."""
     return lambda blocks, _: mean_direction(blocks, group.shared["max_iter"], group.shared["tol"])
 
 
 def mean_direction(models: Sequence[Tensor], most: int, small: float) -> Tensor:
-    """Of vectors [numbers]: the point of the sphere whose squared arcs to all are least, by steps in the plane that
-    touches it.
+    """Return the Karcher mean of vectors [values]: the point of the sphere with the least sum of squared geodesic
+    distances, by gradient steps in the tangent space; scaled by the mean norm.
     """
     if len(models) == 1:
         return models[0]

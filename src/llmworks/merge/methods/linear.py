@@ -1,4 +1,4 @@
-"""The weighted mean of models (model soups). Wortsman et al. 2022 (arXiv:2203.05482)."""
+"""Linear merge: weighted mean of models (model soups). Wortsman et al. 2022 (arXiv:2203.05482)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from llmworks.merge.execute.tensor_group import Group, Piece
 
 
 def linear(group: Group) -> Piece:
-    """Sum w x, over sum w where `normalize`; summed in fp32 at least. UserError for weights whose sum is zero."""
+    """Return sum w x, divided by sum w if `normalize`; summed in fp32 at least. UserError for weights with zero sum."""
     wide = torch.float64 if group.dtype == torch.float64 else torch.float32
     weights = torch.tensor([[float(one["weight"]) for one in group.each]], dtype=wide)
     total = weights.sum(dim=1)
     if group.shared["normalize"] and not float(total.abs()) > 1e-12:
         raise UserError(
-            f"linear: the weights of {group.name} sum to zero, so that their mean is undefined; change them, or set"
+            f"linear: the weights of {group.name} sum to zero, so their mean is undefined; change them, or set"
             " normalize: false"
         )
 

@@ -1,4 +1,4 @@
-"""Between a base and the mean of models tuned from it, by the angle between what they learned.
+"""Model Stock: interpolate between the base and the mean of fine-tuned models, by the angle between their task vectors.
 
 Jang et al. 2024 (arXiv:2403.19522), equation 5.
 """
@@ -14,7 +14,7 @@ from llmworks.merge.execute.tensor_group import Group, Piece
 
 
 def model_stock(group: Group) -> Piece:
-    """`filter_wise`: a share of the way for each row, in place of one for the tensor."""
+    """Merge by Model Stock. `filter_wise`: an interpolation ratio for each row, instead of one for the tensor."""
     rows = group.shared["filter_wise"] and len(group.shape) > 1
 
     def piece(blocks: Sequence[Tensor], _: int) -> Tensor:
@@ -28,7 +28,7 @@ def model_stock(group: Group) -> Piece:
                 cosines.append(((one * other).sum(dim=-1) / lengths.clamp(min=1e-6)).clamp(-1, 1))
         cosine, count = torch.stack(cosines).mean(dim=0).unsqueeze(-1), len(tuned)
         below = 1 + (count - 1) * cosine
-        lost = below.abs() < 1e-6  # opposite changes: nothing but the base is left
+        lost = below.abs() < 1e-6  # opposite task vectors: only the base remains
         share = torch.where(
             lost, torch.zeros_like(cosine), count * cosine / torch.where(lost, torch.ones_like(below), below)
         )

@@ -1,5 +1,4 @@
-"""The mean of several models on a sphere: projected to the plane that touches it at their mean, averaged there, and put
-back.
+"""Multi-SLERP: average several models on the hypersphere, in the tangent space at their mean, and project back.
 
 Goddard 2025 (goddard.blog/posts/multislerp-wow-what-a-cool-idea).
 """
@@ -16,7 +15,7 @@ from llmworks.merge.execute.tensor_group import Group, Piece
 
 
 def multislerp(group: Group) -> Piece:
-    """`weight`: of each model; `normalize_weights`: their sum is 1.
+    """Merge by Multi-SLERP. `weight`: of each model; `normalize_weights`: scale the weights to sum to 1.
 
     UserError for vectors whose weighted mean is zero.
     """
@@ -35,7 +34,7 @@ def multislerp(group: Group) -> Piece:
 
 
 def mean_on_sphere(points: Tensor, group: Group) -> Tensor:
-    """Of vectors [models, numbers]."""
+    """Return the spherical mean of vectors [models, values]."""
     tiny = group.shared["eps"]
     weights = torch.tensor(group.weights(), dtype=points.dtype)
     if group.shared["normalize_weights"]:
@@ -53,7 +52,7 @@ def mean_on_sphere(points: Tensor, group: Group) -> Tensor:
         if len(points) == 2:
             return points[0] * weights[0] + points[1] * weights[1]
         raise UserError(
-            f"multislerp: the weighted models of {group.name} are opposite to one another, so that their mean is zero;"
+            f"multislerp: the weighted models of {group.name} point in opposite directions, so their mean is zero;"
             " change the weights"
         )
     mean = mean / length

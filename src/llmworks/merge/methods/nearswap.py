@@ -1,4 +1,4 @@
-"""The other model's weight where it is near the base's, less and less of it where it is far.
+"""NearSwap: take the other model's weight where it is close to the base's, and less of it the farther it is.
 
 alchemonaut, QuartetAnemoi-70B.
 """
@@ -13,7 +13,7 @@ from llmworks.merge.execute.tensor_group import Group, Piece
 
 
 def nearswap(group: Group) -> Piece:
-    """`t`: how near is near; share t / |a - b|, at most 1."""
+    """Merge by NearSwap. `t`: similarity threshold; the interpolation ratio is t / |a - b|, at most 1."""
     assert group.base is not None
     first, second, t = group.base, 1 - group.base, float(group.shared["t"])
 

@@ -1,4 +1,5 @@
-"""Along the arc between two models, or between what they learned; each tensor, or each row of it, as one vector.
+"""NuSLERP: spherical interpolation between two models, or between their task vectors; of each tensor, or each row of
+it.
 
 mergekit's NuSLERP.
 """
@@ -16,9 +17,9 @@ TINY = 1e-8
 
 
 def nuslerp(group: Group) -> Piece:
-    """`weight`: of the two, whose share the way is.
+    """Merge by NuSLERP. `weight`: of the two models; their ratio is the interpolation ratio.
 
-    `nuslerp_flatten`: the tensor is one vector; else its rows are, or its columns with `nuslerp_row_wise`.
+    `nuslerp_flatten`: the tensor is one vector; otherwise its rows are, or its columns with `nuslerp_row_wise`.
     """
     first, second = group.weights()
     total = first + second
@@ -42,9 +43,7 @@ def nuslerp(group: Group) -> Piece:
 
 
 def arc(t: float, a: Tensor, b: Tensor) -> Tensor:
-    """The point at a share of the way between vectors, which are the last dimension; on a line where they have one
-    direction.
-    """
+    """Interpolate spherically between vectors in the last dimension; linearly where they are parallel."""
     units = [one / torch.norm(one, dim=-1, keepdim=True).clamp(min=1e-7) for one in (a, b)]
     cosine = (units[0] * units[1]).sum(dim=-1, keepdim=True).clamp(-1, 1)
     straight = (1 - cosine.square()) <= TINY**2

@@ -1,4 +1,4 @@
-"""A tensor as it is, times a number where one is given (frankenmerges)."""
+"""Passthrough: copy a tensor unchanged, or scaled (frankenmerges)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmworks.merge.execute.tensor_group import Group, Piece
 
 
 def passthrough(group: Group) -> Piece:
-    """`scale`: what it is multiplied by; `noise`, of experts: the standard deviation of what is added."""
+    """Copy the only input. `scale`: factor; `noise`, for experts: standard deviation of added Gaussian noise."""
     scale, noise = group.each[0]["scale"], group.each[0].get("noise")
 
     def piece(blocks: Sequence[Tensor], number: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Changes that one model alone made are kept whole, those that several made are averaged.
+"""RAM: keep changes made by only one model, average changes made by several.
 
 Reinforced Agent Merging (arXiv:2601.13572).
 """
@@ -14,13 +14,13 @@ from llmworks.merge.execute.tensor_group import Group, Piece, deltas
 
 
 def ram(group: Group) -> Piece:
-    """`epsilon`: the size below which a change is none."""
+    """Merge by RAM. `epsilon`: absolute value up to which a change counts as none."""
     return lambda blocks, _: _merged(group, blocks, plus=False)
 
 
 def ramplus_tl(group: Group) -> Piece:
-    """The same, what one model alone changed made larger by how much it shares: by `r`, at most `alpha`, tensor by
-    tensor.
+    """Merge by RAM+: changes of only one model are scaled up by 1 + r times its ratio of shared to own changes, the
+    ratio being at most `alpha`; tensor by tensor.
     """
     return lambda blocks, _: _merged(group, blocks, plus=True)
 

@@ -1,9 +1,8 @@
-"""Which changes are kept by their size, without a sort: sizes are counted by their bit patterns, block by block, until
-the k-th is known.
+"""Select changes by magnitude without sorting: count their bit patterns block by block until the k-th largest is known.
 
-The patterns of |x| of a float are in the order of their values, so that the k-th largest of 16 bits is found by one
-count of 32,768 patterns, that of 32 bits by one of their upper and one of their lower halves. Of sizes that are equal
-to the last one that is kept, the first in the tensor's order are kept; a sort that is not stable may keep others.
+The bit patterns of |x| of a float are ordered like the values, so the k-th largest of 16 bits is found by one count of
+32,768 patterns, that of 32 bits by a count of the upper halves and one of the lower halves. Among changes equal to the
+last one kept, the first in tensor order are kept; an unstable sort may keep others.
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ HALVES = 1 << 15
 
 @dataclass(frozen=True)
 class Edge:
-    """Where ranks begin or end: at a pattern, of which the first `of_it` in the tensor's order lie before it.
+    """A boundary in the magnitude order: a bit pattern, of which the first `ties_before` in tensor order lie before the
+    boundary.
 
-    `before`: how many of these patterns stand in earlier blocks.
+    `counts`: cumulative count of this pattern before each block.
     """
 
     pattern: int
@@ -36,14 +36,14 @@ class Edge:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Sizes from one edge up to another, in the order of sorting (`upward`: the smallest first)."""
+    """Magnitudes between two boundaries in sort order (`ascending`: smallest first)."""
 
     low: Edge
     high: Edge
     upward: bool
 
     def mask(self, change: Tensor, number: int) -> Tensor:
-        """Of a block, all bits set where a change is kept."""
+        """Return the mask of a block, all bits set where a change is kept."""
         found = patterns(change)
         inside = self._within(found, self.high, number)
         return (
@@ -53,12 +53,12 @@ class Ranks:
         )
 
     def _within(self, found: Tensor, edge: Edge, number: int) -> Tensor:
-        """All bits set where a size lies before an edge: a difference below 0 has its first bit set, which is shifted
-        through.
+        """Return a mask, all bits set where a magnitude lies before a boundary: the sign bit of a negative
+        difference is shifted through.
         """
         shift = 8 * found.element_size() - 1
         here, left = edge.before[number + 1] - edge.before[number], edge.of_it - edge.before[number]
-        if left >= here:  # all of the edge's pattern that are in this block
+        if left >= here:  # all occurrences of the boundary's pattern in this block
             return (found - edge.pattern - 1) >> shift if self.upward else (edge.pattern - 1 - found) >> shift
         before = (found - edge.pattern) >> shift if self.upward else (edge.pattern - found) >> shift
         if left > 0:
@@ -67,7 +67,7 @@ class Ranks:
 
 
 def patterns(change: Tensor) -> Tensor:
-    """The bits of |x|, as whole numbers in the order of sizes."""
+    """Return the bits of |x| as integers, ordered like the magnitudes."""
     if change.dtype == torch.float64:
         change = change.float()
     if change.element_size() == 2:
@@ -76,9 +76,10 @@ def patterns(change: Tensor) -> Tensor:
 
 
 def ranks_of(group: Group, wanted: Sequence[tuple[int, int] | None], *, upward: bool = False) -> list[Ranks | None]:
-    """For each input beside the base: which ranks are (left out first, kept then); None where all are kept.
+    """For each input other than the base, return the rank range of (number dropped first, number kept after them); None
+    if all are kept.
 
-    Reads the tensors once, of 32 bits twice.
+    Reads the tensors once, tensors of 32 bits twice.
     """
     sides = [at for at, one in enumerate(wanted) if one is not None]
     if not sides:
@@ -101,14 +102,14 @@ def _ranks(wanted: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def _torn(edge: Edge) -> int:
-    """Changes of the size of an edge, where some of them are kept and some are not; of those of no size it is the same
-    which are.
+    """Return the number of changes tied at a boundary, some kept and some not; 0 for zero changes, where the choice
+    does not matter.
     """
     return edge.before[-1] if edge.pattern and 0 < edge.of_it < edge.before[-1] else 0
 
 
 def _counted(group: Group, sides: Sequence[int]) -> dict[int, Any]:
-    """For inputs, how many changes there are of each pattern, or of its upper half [blocks, HALVES]."""
+    """Count for inputs the changes of each pattern, or of its upper half [blocks, HALVES]."""
     found = {at: np.zeros((group.pieces, HALVES), np.int32) for at in sides}
     for number, blocks in enumerate(group.blocks()):
         changes = deltas(group, blocks)
@@ -121,7 +122,7 @@ def _counted(group: Group, sides: Sequence[int]) -> dict[int, Any]:
 
 
 def _place(total: Any, rank: int, upward: bool) -> tuple[int, int]:
-    """(the pattern that a rank falls in, how many of it lie before the rank)."""
+    """Return (the pattern that contains a rank, how many of it lie before the rank)."""
     ordered = total if upward else total[::-1]
     sums = np.cumsum(ordered, dtype=np.int64)
     at = min(int(np.searchsorted(sums, rank, side="left")), len(sums) - 1)
@@ -134,7 +135,7 @@ def _edge(counts: Any, rank: int, upward: bool) -> Edge:
 
 
 def _finer(group: Group, coarse: dict[int, list[tuple[int, int]]], upward: bool) -> dict[int, list[Edge]]:
-    """Edges of 32 bits: of the patterns with an upper half, the lower halves counted."""
+    """Refine boundaries of 32 bits: count the lower halves of patterns with the boundary's upper half."""
     found = {
         (at, side): np.zeros((group.pieces, 1 << 16), np.int32)
         for at, places in coarse.items()
@@ -155,7 +156,7 @@ def _finer(group: Group, coarse: dict[int, list[tuple[int, int]]], upward: bool)
 
 
 def sums_of(group: Group, kept: Sequence[Any]) -> list[Tensor | None]:
-    """Where `rescale`: what kept changes are multiplied by, so that the sum of sizes is as it was; None: by nothing."""
+    """With `rescale`, return factors that preserve the sum of absolute values of each change; None: no factor."""
     if not group.shared["rescale"] or all(one is None for one in kept):
         return [None] * len(kept)
     whole, part = ([torch.zeros(()) for _ in kept] for _ in range(2))
@@ -174,7 +175,7 @@ def sums_of(group: Group, kept: Sequence[Any]) -> list[Tensor | None]:
 def chosen(
     group: Group, blocks: Sequence[Tensor], masks: Sequence[Any], factors: Sequence[Tensor | None], number: int
 ) -> list[Tensor]:
-    """Changes of a block, those that are kept, larger by what was lost."""
+    """Return the changes of a block with dropped ones zeroed and the rest rescaled."""
     found = []
     for change, mask, factor in zip(deltas(group, blocks), masks, factors, strict=True):
         one = change if mask is None else keep(change, mask.mask(change, number))

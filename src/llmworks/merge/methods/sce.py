@@ -1,5 +1,5 @@
-"""Select the changes that differ most between models, weigh models by the size of theirs, erase those of the minor
-sign.
+"""SCE: select the changes with the largest variance between models, calculate model weights from the size of their
+changes, erase changes of the minority sign.
 
 Wan et al. 2024 (arXiv:2408.07990).
 """
@@ -15,7 +15,7 @@ from llmworks.merge.execute.tensor_group import Group, Piece, deltas
 
 
 def sce(group: Group) -> Piece:
-    """`select_topk`: the share of the changes that is kept, of those that differ at all."""
+    """Merge by SCE. `select_topk`: fraction that is kept of the changes with nonzero variance."""
     share = group.shared["select_topk"]
 
     def piece(blocks: Sequence[Tensor], _: int) -> Tensor:
@@ -38,7 +38,7 @@ def sce(group: Group) -> Piece:
 
 
 def selected(changes: Tensor, share: float) -> Tensor:
-    """1 where changes [models, numbers] vary most."""
+    """Return 1 where changes [models, values] vary most."""
     variance = torch.var(changes, dim=0, unbiased=False)
     made = torch.zeros_like(variance)
     most = int(int(torch.count_nonzero(variance)) * share) if share > 0 else 0

@@ -1,4 +1,4 @@
-"""Along the arc between two models, each tensor as one vector.
+"""SLERP: spherical linear interpolation between two models, each tensor as one vector.
 
 Shoemake 1985, "Animating rotation with quaternion curves".
 """
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from llmworks.merge.execute.tensor_group import Group, Piece
 
-STRAIGHT = 0.9995  # cosine beyond which two vectors are as good as one, and the way between them is a line
+STRAIGHT = 0.9995  # |cosine| above which vectors count as parallel and are interpolated linearly
 TINY = 1e-8
 
 
 def slerp(group: Group) -> Piece:
-    """`t`: 0 is the base, 1 the other."""
+    """Merge by SLERP. `t`: 0 is the base, 1 the other."""
     assert group.base is not None
     wide = torch.float64 if group.dtype == torch.float64 else torch.float32
     first, second = group.base, 1 - group.base
     lengths: list[list[float]] = [
         [],
         [],
-    ]  # numbers, no tensors: small ones that stay between large ones that go would keep memory from the system
+    ]  # floats, not tensors: small tensors between large freed ones fragment memory
     for blocks in group.blocks():
         for side, at in enumerate((first, second)):
             lengths[side].append(float(torch.linalg.vector_norm(blocks[at].to(wide)[None], dim=1, keepdim=True)))

@@ -1,8 +1,8 @@
-"""What models learned, added to what they learned it on; the end that TIES, DARE, DELLA and breadcrumbs share.
+"""Task arithmetic: add task vectors to the base; also the last step of TIES, DARE, DELLA and breadcrumbs.
 
 Ilharco et al. 2023 (arXiv:2212.04089).
 
-Signs and what is kept are worked out on the bits of numbers, which is many times faster than with truth values.
+Signs and masks operate on the bits of floats, which is many times faster than on booleans.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from llmworks.merge.execute.tensor_group import Group, Piece, deltas
 from llmworks.model.io.safetensors_io import FLOATS, TORCH
 
 NAMES = {getattr(torch, TORCH[name]): name for name in FLOATS}
-INTS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes as a float
+INTS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a float
 
 
 def task_arithmetic(group: Group) -> Piece:
-    """Base + lambda sum w (x - base)."""
+    """Return base + lambda sum w (x - base)."""
     check(group)
     return lambda blocks, _: added(group, blocks, deltas(group, blocks), elect=False)
 
 
 def check(group: Group) -> None:
-    """UserError for weights that `normalize` cannot divide by."""
+    """Check the weights: UserError if `normalize` would divide by zero."""
     weights = group.weights()
     if group.shared["normalize"] and weights and all(weight == 0 for weight in weights):
         raise UserError(
-            f"{group.name}: all weights are zero, so that their mean is undefined; change them, or set normalize: false"
+            f"{group.name}: all weights are zero, so their mean is undefined; change them, or set normalize: false"
         )
 
 
@@ -44,10 +44,10 @@ def added(
     elect: bool,
     larger: Sequence[float] | None = None,
 ) -> Tensor:
-    """A block of the base and the weighted changes of the others, whose memory is used.
+    """Return a block of the base plus the weighted task vectors, which are changed in place.
 
-    elect: only changes of the sign that most of the change has count (TIES, section 3; the mean is over those that have
-    it). larger: what each change is multiplied by beside its weight, which no mean counts.
+    elect: only changes of the majority sign count (TIES, section 3; the mean is over those that have it). rescale:
+    additional factor of each task vector, not counted by the mean.
     """
     assert group.base is not None
     base = blocks[group.base]
@@ -56,7 +56,7 @@ def added(
     weights, once = torch.tensor(group.weights(), dtype=base.dtype), float(group.shared["lambda"])
     factors = weights if larger is None else torch.tensor(group.weights()).mul(torch.tensor(larger)).to(base.dtype)
     if larger is not None and float(factors.min()) == float(factors.max()) > 0 and not group.shared["normalize"]:
-        once *= float(factors[0])  # what is drawn has no numbers of mergekit's to be equal to: one product does for all
+        once *= float(factors[0])  # random masks need not match mergekit bit for bit: one product serves all
     else:
         for change, factor in zip(changes, factors, strict=True):
             change.mul_(factor)
@@ -69,7 +69,7 @@ def added(
         numbers = finite(moved.view(torch.uint8).numpy(), NAMES[moved.dtype])
         changes = [
             _positive(_turned(change, sign), numbers=numbers) for change in changes
-        ]  # those of the other sign are 0
+        ]  # those of the other sign become 0
         moved = total(changes)
         if group.shared["normalize"]:
             moved, divisor = moved.clone() if len(changes) == 1 else moved, _agreeing(changes, weights)
@@ -87,7 +87,7 @@ SIGN = {2: -(1 << 15), 4: -(1 << 31), 8: -(1 << 63)}
 
 
 def total(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of tensors, rounded once, as torch has it over a dimension."""
+    """Return the sum of tensors, rounded once, as torch sums over a dimension."""
     if len(parts) < 3 or parts[0].element_size() > 2:
         made = parts[0]
         for one in parts[1:]:
@@ -100,32 +100,34 @@ def total(parts: Sequence[Tensor]) -> Tensor:
 
 
 def kept(change: Tensor, mask: Tensor) -> Tensor:
-    """A change where a mask of bits is set, else 0, in place."""
+    """Zero a change where the bit mask is not set, in place."""
     return (
         change.view(INTS[change.element_size()]).bitwise_and_(mask.to(INTS[change.element_size()])).view(change.dtype)
     )
 
 
 def _turned(change: Tensor, sign: Tensor) -> Tensor:
-    """With the other sign where a bit is set, in place."""
+    """Flip the sign where a bit is set, in place."""
     return change.view(sign.dtype).bitwise_xor_(sign).view(change.dtype)
 
 
 def _positive(change: Tensor, *, numbers: bool) -> Tensor:
-    """0 where it is below that, in place; by its bits where there is no NaN, which might be lost so."""
+    """Clamp below 0 to 0, in place; on the bits if there is no NaN, which that would lose."""
     (change.view(INTS[change.element_size()]) if numbers else change).clamp_(min=0)
     return change
 
 
 def _whole(weights: Tensor) -> Tensor:
-    """What a sum is divided by; 1 where that would be 0."""
+    """Return the sum of weights to divide by; 1 where it would be 0."""
     found = weights.sum()
     return torch.ones_like(found) if float(found.abs()) < 1e-8 else found
 
 
 def _agreeing(changes: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """The sum of weights of changes that are not 0, of a block; 1 where there is none, or where they add up to 0."""
+    """Return the sum of weights of nonzero changes, for a block; 1 where it is 0."""
     found = total([torch.sign(change) * weight for change, weight in zip(changes, weights, strict=True)])
     if bool((weights > 0).all()):
-        return found.clamp_(min=float(weights.min()))  # is so much where any is: then a sum of 0 stays 0
+        return found.clamp_(
+            min=float(weights.min())
+        )  # at least this where any change is nonzero; elsewhere the numerator is 0
     return found.masked_fill_(found == 0, 1)

@@ -1,4 +1,4 @@
-"""Small changes left out, the sign by what most of the change has, the mean of those that agree.
+"""TIES: trim small changes, elect the majority sign, average the changes that agree with it.
 
 Yadav et al. 2023 (arXiv:2306.01708).
 """
@@ -11,7 +11,7 @@ from llmworks.merge.methods.task_arithmetic import added, check
 
 
 def ties(group: Group) -> Piece:
-    """`density`: the share of each model's changes that is kept, by size."""
+    """Merge by TIES. `density`: fraction of each model's changes that is kept, by magnitude."""
     check(group)
     kept = ranks_of(group, [_most(float(density), group.count) for density in group.weights("density")])
     factors = sums_of(group, kept)
@@ -20,7 +20,7 @@ def ties(group: Group) -> Piece:
 
 
 def _most(density: float, count: int) -> tuple[int, int] | None:
-    """(how many of the largest are left out, how many of those behind them are kept); None: all."""
+    """Return (number of largest changes dropped, number kept after them); None: all are kept."""
     if density >= 1:
         return None
     return 0, 0 if density <= 0 or not count else max(1, int(density * count))

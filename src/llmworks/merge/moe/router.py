@@ -1,4 +1,4 @@
-"""Rows of routers: where prompts are in a model's states, layer by layer. Of the model one block is in memory."""
+"""Compute router rows: hidden states of prompts, layer by layer. One block of the model is in memory."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from llmworks.merge.moe.config import Expert, ExpertsConfig
 from llmworks.model.io.layer_reader import Source
 from llmworks.tokenize.load import load_tokenizer
 
-Found = dict[str, Tensor]  # by prompt: [layers, width]
+Found = dict[str, Tensor]  # by prompt: [layers, hidden size]
 
 
 def gates(config: ExpertsConfig, base: Path, experts: Sequence[Expert], seed: int, layers: int, width: int) -> Tensor:
-    """[layers, experts, width]; of length 1 where they come from prompts. ModelError for a base without a tokenizer."""
+    """Return router rows [layers, experts, hidden size], of norm 1 if they come from prompts. ModelError for a base
+    without a tokenizer.
+    """
     generator = torch.Generator().manual_seed(seed)
     if config.gate_mode == "random":
         return torch.randn(layers, len(experts), width, generator=generator)
@@ -51,7 +53,7 @@ def gates(config: ExpertsConfig, base: Path, experts: Sequence[Expert], seed: in
 
 
 def at(found: Found, prompts: Sequence[str], config: ExpertsConfig) -> Tensor:
-    """Where some prompts are, [layers, width]: their mean; of embeddings the sum, of length 1."""
+    """Return the mean state of prompts [layers, hidden size]; of embeddings the sum, normalized."""
     total: Tensor = torch.stack([found[prompt] for prompt in prompts]).sum(0)
     return (
         total / total.norm(dim=-1, keepdim=True).clamp(min=1e-8)
@@ -61,7 +63,7 @@ def at(found: Found, prompts: Sequence[str], config: ExpertsConfig) -> Tensor:
 
 
 def embedded(base: Path, prompts: Sequence[str], ids: Sequence[Sequence[int]], layers: int) -> Found:
-    """The sum of tokens' embeddings, the same for all layers."""
+    """Return the sum of token embeddings of each prompt, the same for all layers."""
     embedding: Any = Source(base).frame().decoder.embedding
     return {
         prompt: embedding(torch.tensor(list(tokens))).detach().float().sum(0).expand(layers, -1)
@@ -70,7 +72,7 @@ def embedded(base: Path, prompts: Sequence[str], ids: Sequence[Sequence[int]], l
 
 
 def hidden(base: Path, prompts: Sequence[str], ids: Sequence[Sequence[int]], *, mean: bool) -> Found:
-    """What each layer reads: of the last token, or on average over tokens."""
+    """Return the input of each layer for each prompt: of the last token, or averaged over tokens."""
     source = Source(base)
     told: list[list[Tensor]] = [[] for _ in prompts]
     with torch.inference_mode():
@@ -90,7 +92,7 @@ def hidden(base: Path, prompts: Sequence[str], ids: Sequence[Sequence[int]], *, 
 
 
 def alike(rows: Tensor) -> list[int]:
-    """Layers whose rows [layers, experts, width] point the same way, so that the router can hardly choose: their
-    condition number is above 5, as mergekit-moe warns.
+    """Return the layers whose rows [layers, experts, hidden size] are so similar that the router can hardly choose:
+    their condition number is above 5, as mergekit-moe warns.
     """
     return [layer for layer, row in enumerate(rows) if float(torch.linalg.cond(row.float())) > 5]

@@ -1,5 +1,4 @@
-"""A mixture of experts, written tensor by tensor: which tensor is whose, in the layouts of Mixtral, Qwen2-MoE and
-Qwen3-MoE.
+"""Write a mixture of experts tensor by tensor, in the layouts of Mixtral, Qwen2-MoE and Qwen3-MoE.
 
 See `experts.py`.
 """
@@ -37,11 +36,11 @@ from llmworks.tokenize.chat import golden
 STACK = "model.layers"
 LAYOUTS = {"llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen", "qwen3": "qwen3"}
 TAKES = {"mixtral": ("llama", "mistral"), "qwen": ("llama", "mistral", "qwen2"), "qwen3": ("qwen3",)}
-PARTS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # Mixtral's names
+PARTS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # Mixtral's tensor names
 
 
 def run(config: ExpertsConfig, models: Mapping[str, Model], ctx: Context) -> Model:
-    """The stage's work."""
+    """Run the stage."""
     missing = [name for name in config.named() if name not in models]
     if missing:
         raise UserError(f"the model {missing[0]!r} is not given; given: {', '.join(models)}")
@@ -54,7 +53,8 @@ def run(config: ExpertsConfig, models: Mapping[str, Model], ctx: Context) -> Mod
     if weak:
         ctx.progress.say(
             f"warning: in {'all' if len(weak) == layers else len(weak)} layers the experts' rows of the router point"
-            " nearly the same way; prompts may be too much alike"
+            "warning: in {'all' if len(weak) == layers else len(weak)} layers the experts' router rows are nearly"
+            " parallel; the prompts may be too similar"
         )
     dtype = DTYPES[config.dtype] if config.dtype else base.places[base.stacks[STACK][0]["mlp.up_proj.weight"]].dtype
     given = routers(config, kind, rows, base, ctx.seed, layers, width)
@@ -94,29 +94,30 @@ def run(config: ExpertsConfig, models: Mapping[str, Model], ctx: Context) -> Mod
 
 
 def kind_of(config: ExpertsConfig, layouts: Mapping[str, Layout]) -> str:
-    """The result's layout. UserError where the models do not fit it."""
+    """Return the result's layout. UserError if it does not fit the models."""
     kinds = {name: str(layout.config.get("model_type")) for name, layout in layouts.items()}
     own = kinds[config.base_model]
     kind = config.architecture or ("qwen" if config.shared_experts and own in TAKES["qwen"] else LAYOUTS.get(own, ""))
     if not kind:
-        raise UserError(f"{config.base_model}: is a {own}; experts are made of llama, mistral, qwen2 and qwen3")
+        raise UserError(f"{config.base_model}: is a {own}; supported for experts: llama, mistral, qwen2 and qwen3")
     strange = next((name for name, one in kinds.items() if one not in TAKES[kind]), None)
     if strange is not None or len(set(kinds.values())) > 1:
         raise UserError(
             f"{strange or config.base_model}: is a {kinds[strange or config.base_model]}; the layout {kind} takes"
-            f" models of one kind of {', '.join(TAKES[kind])}: {', '.join(f'{n} is a {k}' for n, k in kinds.items())}"
+            f" models of one type of {', '.join(TAKES[kind])}: {', '.join(f'{n} is a {k}' for n, k in kinds.items())}"
         )
     if kind == "qwen" and not config.shared_experts:
-        raise UserError("the layout qwen (Qwen2-MoE) has an expert that all tokens go to; give shared_experts with one")
-    if kind != "qwen" and config.shared_experts:
         raise UserError(
-            f"the layout {kind} has no shared experts; leave out shared_experts, or give architecture: qwen"
+            "the layout qwen (Qwen2-MoE) needs an expert that all tokens are routed to; set"
+            " shared_experts with one expert"
         )
+    if kind != "qwen" and config.shared_experts:
+        raise UserError(f"the layout {kind} has no shared experts; remove shared_experts, or set architecture: qwen")
     return kind
 
 
 def jobs_of(config: ExpertsConfig, kind: str, layouts: Mapping[str, Layout], dtype: str) -> Iterator[Job]:
-    """All tensors that are taken over. ModelError for those that an expert has not, or has in another shape."""
+    """Yield all tensors that are copied. ModelError for those that an expert lacks, or has in another shape."""
     base = layouts[config.base_model]
 
     def job(name: str, model: str, tensor: str, expert: Expert | None = None) -> Job:
@@ -155,8 +156,8 @@ def jobs_of(config: ExpertsConfig, kind: str, layouts: Mapping[str, Layout], dty
 def routers(
     config: ExpertsConfig, kind: str, rows: Tensor, base: Layout, seed: int, layers: int, width: int
 ) -> dict[str, Tensor]:
-    """Tensors that no model has: the routers; of qwen the gate of the shared expert, and biases of attention where the
-    models have none.
+    """Return the tensors that no model has: the routers; for qwen the gate of the shared expert, and attention
+    biases where the models have none.
     """
     name = "block_sparse_moe.gate" if kind == "mixtral" else "mlp.gate"
     found = {f"{STACK}.{number}.{name}.weight": rows[number].contiguous() for number in range(layers)}
@@ -181,13 +182,13 @@ def routers(
 
 
 def order(name: str) -> tuple[int, int]:
-    """Embedding, layers by number, norm and head."""
+    """Return a sort key: embedding, layers by number, norm and head."""
     layer = re.search(r"\.layers\.(\d+)\.", name)
     return (1, int(layer[1])) if layer else (0 if "embed" in name else 2, 0)
 
 
 def write_config(config: ExpertsConfig, kind: str, base: Layout, dtype: str, ctx: Context) -> None:
-    """config.json of the layout."""
+    """Write config.json of the layout."""
     made = json.loads(json.dumps(base.config))
     for key in ("dtype", "torch_dtype"):
         made.pop(key, None)
@@ -236,20 +237,20 @@ def describe(
     metrics: Mapping[str, Any],
     ctx: Context,
 ) -> None:
-    """The page and the card."""
+    """Write the report and the model card."""
     text = yaml.safe_dump(
         config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True, width=120
     )
     (ctx.out / "mergekit_moe_config.yml").write_text(text, encoding="utf-8")
     lead = (
-        f"{len(config.experts)} experts of {config.base_model} in the layout {kind}, {config.experts_per_token} for"
-        f" each token: {metrics['parameters'] / 1e6:,.1f} million parameters, {metrics['bytes'] / 1e6:,.1f} MB."
+        f"{len(config.experts)} experts of {config.base_model} in the layout {kind}, {config.experts_per_token} per"
+        f" token: {metrics['parameters'] / 1e6:,.1f} million parameters, {metrics['bytes'] / 1e6:,.1f} MB."
     )
     page = ctx.report
     page.title, page.lead = f"Experts of {config.base_model}", lead
     page.table(
         "Experts",
-        ("expert", "model", "prompts", "not for"),
+        ("expert", "model", "positive prompts", "negative prompts"),
         [
             (str(at), one.source_model, "; ".join(one.positive_prompts)[:200], "; ".join(one.negative_prompts)[:200])
             for at, one in enumerate(config.experts)
@@ -260,9 +261,9 @@ def describe(
         nearest = [float((unit @ unit.T).fill_diagonal_(-1).max()) for unit in units]
         page.table(
             "Routers",
-            ("layer", "cosine of the two rows that are nearest"),
+            ("layer", "largest cosine similarity of two rows"),
             [(str(layer), f"{value:.3f}") for layer, value in enumerate(nearest)],
-            "Near 1, a router can hardly tell two experts apart before it is trained.",
+            "Near 1, the router can hardly distinguish two experts before training.",
         )
     page.drawing("Configuration", f"<pre>{html.escape(text)}</pre>", plain=text)
     page.data = {"layout": kind, "models": {name: model.digest for name, model in models.items()}, **metrics}

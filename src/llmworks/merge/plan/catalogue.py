@@ -1,7 +1,7 @@
-"""The methods of merging: what each takes, and where it is. A literal table; imports no method.
+"""Registry of merge methods: their parameters and where they are implemented. A literal table; imports no method.
 
-`whole`: a method that looks at a tensor as one, so that the tensor of all models is in memory; else it is read in
-blocks. `plain`: it leaves a tensor as it is where none of its parameters is given. Defaults are mergekit's.
+`needs_whole_tensors`: the method needs a tensor of all models in memory; otherwise it reads blocks.
+`copies_by_default`: it copies a tensor unchanged if none of its parameters is given. Defaults are mergekit's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from llmworks.merge.plan.parameters import Parameter
 
 @dataclass(frozen=True)
 class Method:
-    """`base`: whether there has to be one, may be one, or it counts as any other; inputs are counted with the base."""
+    """A merge method. `base`: whether a base model is required, optional, or treated like any other; inputs are
+    counted including the base.
+    """
 
     target: str
     source: str
@@ -28,15 +30,17 @@ class Method:
     most_others: int | None = None
     whole: bool = False
     plain: bool = False
-    pace: float = 3.0  # nanoseconds that a number of an input takes, about (benchmarks/merge.py)
+    pace: float = 3.0  # about how many nanoseconds per input value (benchmarks/merge.py)
 
     @property
     def name(self) -> str:
-        """As mergekit's files have it."""
+        """Return the name as in mergekit's files."""
         return self.target.partition(":")[2]
 
     def function(self) -> Callable[..., Any]:
-        """The method: of a `merge.group.Group` to what makes a piece of the result of pieces of the inputs."""
+        """Import the method: a function of a `tensor_group.TensorGroup` that returns a function from blocks of the
+        inputs to a block of the result.
+        """
         module, _, name = self.target.partition(":")
         made: Callable[..., Any] = getattr(import_module(f"llmworks.merge.methods.{module}"), name)
         return made
@@ -51,7 +55,7 @@ def _vectors(
     whole: bool = False,
     pace: float = 8.0,
 ) -> Method:
-    """A method on what inputs differ by from the base."""
+    """Define a method on task vectors."""
     shared = (
         Parameter("int8_mask", bool, default=False),
         Parameter("normalize", bool, default=normalize),

@@ -1,8 +1,8 @@
-"""What is merged, and how: mergekit's YAML as it is.
+"""Config of `merge`: mergekit's YAML unchanged.
 
-A key that means nothing here is an error that names it. Knows no tensor.
+An unsupported key is an error that names it. Does not know tensors.
 
-https://github.com/arcee-ai/mergekit, docs/; models are named by the keys of the stage's input `models`.
+https://github.com/arcee-ai/mergekit, docs/; models are referred to by the keys of the stage's input `models`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DTYPES = {
 
 
 def _named(value: Any) -> Any:
-    """A model as mergekit's YAML names it, as one text: PATH, PATH@REVISION, PATH+ADAPTER."""
+    """Return a model reference of mergekit's YAML as one string: PATH, PATH@REVISION, PATH+ADAPTER."""
     if isinstance(value, dict) and "model" in value and set(value) <= {"model", "lora"}:
         parts = [_path(value["model"]), *([_path(value["lora"])] if value.get("lora") else [])]
         return "+".join(parts)
@@ -41,7 +41,7 @@ def _path(value: Any) -> str:
         return f"{value['path']}@{value['revision']}" if value.get("revision") else str(value["path"])
     if isinstance(value, str):
         return value
-    raise ValueError(f"{value!r} names no model; write PATH, or {{path: PATH, revision: REVISION}}")
+    raise ValueError(f"{value!r} is not a model reference; write PATH, or {{path: PATH, revision: REVISION}}")
 
 
 def _dtype(value: Any) -> Any:
@@ -49,7 +49,7 @@ def _dtype(value: Any) -> Any:
         return value
     name = value.removeprefix("torch.")
     if name not in DTYPES:
-        raise ValueError(f"{value!r} is no number format to merge in; known: {', '.join(DTYPES)}")
+        raise ValueError(f"{value!r} is not a supported dtype; known: {', '.join(DTYPES)}")
     return name
 
 
@@ -60,12 +60,12 @@ Whole = Annotated[int, Field(strict=True)]
 
 
 def without_none(value: Any) -> Any:
-    """A mapping without its empty keys: `parameters:` with nothing behind it is as good as absent."""
+    """Drop a mapping's empty keys: `parameters:` without a value counts as absent."""
     return {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else value
 
 
 class Written(Config):
-    """A part of a YAML file, where a key with nothing behind it is as good as absent."""
+    """A part of a YAML file, in which a key without a value counts as absent."""
 
     @model_validator(mode="before")
     @classmethod
@@ -74,13 +74,13 @@ class Written(Config):
 
 
 class Condition(Config):
-    """A value for tensors whose name holds a text."""
+    """A value for tensors whose name contains a string."""
 
     value: Scalar | list[Scalar] = Field(
-        description="a scalar, or a gradient: values over the layers, between which it runs evenly"
+        description="a scalar, or a gradient: values interpolated linearly over the layers"
     )
     filter: str | None = Field(
-        None, description="part of a tensor's name; without it, or *, the value is for all that are left"
+        None, description="part of a tensor's name; without it, or with *, the value applies to all other tensors"
     )
 
 
@@ -89,53 +89,53 @@ Settings = dict[str, Setting]
 
 
 class InputModel(Written):
-    """A whole model."""
+    """A whole model as input."""
 
-    model: Ref = Field(description="its name")
-    parameters: Settings = Field({}, description="its own parameters of the method")
+    model: Ref = Field(description="the model's name")
+    parameters: Settings = Field({}, description="parameters of the method for this model")
 
 
 class InputSlice(InputModel):
-    """Layers of a model."""
+    """A range of layers of a model as input."""
 
-    layer_range: tuple[Whole, Whole] = Field(description="the first layer, and the one after the last")
+    layer_range: tuple[Whole, Whole] = Field(description="first layer, and last layer + 1")
 
     @model_validator(mode="after")
     def _order(self) -> InputSlice:
         if not 0 <= self.layer_range[0] < self.layer_range[1]:
-            raise ValueError(f"layer_range {list(self.layer_range)} holds no layer")
+            raise ValueError(f"layer_range {list(self.layer_range)} contains no layer")
         return self
 
 
 class OutputSlice(Written):
-    """Layers of the result, of as many layers of each source."""
+    """Layers of the result, merged from the same number of layers of each source."""
 
-    sources: list[InputSlice] = Field(min_length=1, description="layers of models that become one")
-    base_model: Ref | None = Field(None, description="which of them is the base; default: the merge's")
-    parameters: Settings = Field({}, description="parameters of the method in this slice")
+    sources: list[InputSlice] = Field(min_length=1, description="layer ranges that are merged")
+    base_model: Ref | None = Field(None, description="which of them is the base; default: `base_model` of the merge")
+    parameters: Settings = Field({}, description="parameters of the method for this slice")
 
     @model_validator(mode="after")
     def _alike(self) -> OutputSlice:
         lengths = {source.layer_range[1] - source.layer_range[0] for source in self.sources}
         if len(lengths) > 1:
             raise ValueError(
-                f"the sources of a slice have {' and '.join(map(str, sorted(lengths)))} layers; they must have equally"
-                " many"
+                f"the sources of a slice have {' and '.join(map(str, sorted(lengths)))} layers; they must have the"
+                " same number"
             )
         return self
 
 
 class OutputModule(Written):
-    """A part of a model that has layers of its own."""
+    """A submodule with its own stack of layers."""
 
-    slices: list[OutputSlice] | None = Field(None, min_length=1, description="layers, slice after slice")
-    models: list[InputModel] | None = Field(None, min_length=1, description="whole models in their place")
-    parameters: Settings = Field({}, description="parameters of the method in this module")
+    slices: list[OutputSlice] | None = Field(None, min_length=1, description="slices of layers, in order")
+    models: list[InputModel] | None = Field(None, min_length=1, description="or whole models")
+    parameters: Settings = Field({}, description="parameters of the method for this module")
 
     @model_validator(mode="after")
     def _one(self) -> OutputModule:
         if (self.slices is None) == (self.models is None):
-            raise ValueError("give slices or models, one of them")
+            raise ValueError("give either slices or models")
         return self
 
 
@@ -149,34 +149,36 @@ class ModelToken(Config):
     """The row of another token of a model."""
 
     kind: Literal["model_token"] = Field(description="model_token")
-    model: Ref = Field(description="whose")
-    token_id: int | None = Field(None, ge=0, description="which, by its id")
-    token: str | None = Field(None, description="or by its text")
+    model: Ref = Field(description="the model")
+    token_id: int | None = Field(None, ge=0, description="the token's id")
+    token: str | None = Field(None, description="or its string")
 
     @model_validator(mode="after")
     def _one(self) -> ModelToken:
         if (self.token_id is None) == (self.token is None):
-            raise ValueError("give token_id or token, one of them")
+            raise ValueError("give either token_id or token")
         return self
 
 
 class TokenRule(Config):
-    """Where a token's row of the embedding comes from."""
+    """Source of a token's embedding row."""
 
     source: Zero | ModelToken | Ref | None = Field(None, description="a model, another token of a model, or zero")
-    force: bool = Field(False, description="also in models that have the token")
+    force: bool = Field(False, description="apply also to models that have the token")
 
 
 class TokenizerRule(Written):
     """The result's tokenizer."""
 
-    source: Ref = Field("union", description="union of all, base, or a model")
-    tokens: dict[str, TokenRule] = Field({}, description="rules for tokens; those that no model has are added")
-    pad_to_multiple_of: int | None = Field(None, gt=0, description="rows of the embedding are a multiple of it")
+    source: Ref = Field("union", description="union of all vocabularies, base, or a model")
+    tokens: dict[str, TokenRule] = Field({}, description="rules by token; tokens that no model has are added")
+    pad_to_multiple_of: int | None = Field(
+        None, gt=0, description="pad the embedding to a multiple of this number of rows"
+    )
 
 
 class MergeConfig(Written):
-    """mergekit's keys, and the size of files."""
+    """Config of `merge`: mergekit's keys, and the maximum file size."""
 
     merge_method: str = Field(
         description=(
@@ -187,39 +189,41 @@ class MergeConfig(Written):
     )
     models: list[InputModel] | None = Field(None, min_length=1, description="whole models, each {model, parameters}")
     slices: list[OutputSlice] | None = Field(
-        None, min_length=1, description="or layers, each {sources: [{model, layer_range, parameters}], parameters}"
+        None,
+        min_length=1,
+        description="or slices of layers, each {sources: [{model, layer_range, parameters}], parameters}",
     )
     modules: dict[str, OutputModule] | None = Field(
-        None, min_length=1, description="or parts that have layers of their own, each {models or slices, parameters}"
+        None, min_length=1, description="or submodules with their own layers, each {models or slices, parameters}"
     )
     base_model: Ref | None = Field(
-        None, description="the model that others are measured from, and whose config and tokenizer the result has"
+        None, description="the model that task vectors are measured from; provides the result's config and tokenizer"
     )
     parameters: Settings = Field(
         {}, description="parameters of the method: scalars, gradients (lists), or [{filter, value}]"
     )
-    dtype: Dtype = Field(None, description="number format that is computed in; default: that of the files")
-    out_dtype: Dtype = Field(None, description="number format of the result; default: that it is computed in")
-    tokenizer_source: Ref | None = Field(None, description="union, base, or a model: whose tokens the result has")
+    dtype: Dtype = Field(None, description="dtype of the computation; default: that of the files")
+    out_dtype: Dtype = Field(None, description="dtype of the result; default: `dtype`")
+    tokenizer_source: Ref | None = Field(None, description="vocabulary of the result: union, base, or a model")
     tokenizer: TokenizerRule | None = Field(
-        None, description="the same with rules for tokens: {source, tokens, pad_to_multiple_of}"
+        None, description="the same with rules by token: {source, tokens, pad_to_multiple_of}"
     )
     chat_template: str | None = Field(
-        None, description="auto (that of most models), the name of one, or a Jinja template"
+        None, description="auto (the most common among the models), a template's name, or a Jinja template"
     )
-    max_shard_size: int = Field(4_000_000_000, ge=1_000_000, description="bytes of a file at most")
+    max_shard_size: int = Field(4_000_000_000, ge=1_000_000, description="maximum bytes of a file")
 
     @model_validator(mode="after")
     def _checked(self) -> MergeConfig:
         given = [name for name in ("models", "slices", "modules") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give models, slices or modules, one of them; given: {', '.join(given) or 'none'}")
+            raise ValueError(f"give exactly one of models, slices and modules; given: {', '.join(given) or 'none'}")
         if self.tokenizer is not None and self.tokenizer_source is not None:
             raise ValueError("give tokenizer or tokenizer_source, not both")
         return self
 
     def sources(self) -> Iterator[InputModel]:
-        """All models that are named, in their order."""
+        """Yield all models that are referred to, in order."""
         yield from self.models or ()
         for part in (self.modules or {}).values():
             yield from part.models or ()
@@ -230,7 +234,7 @@ class MergeConfig(Written):
             yield from one.sources
 
     def named(self) -> list[str]:
-        """Names of models, each once: the base first."""
+        """Return the names of models, each once, the base first."""
         bases = [
             self.base_model,
             *(one.base_model for one in self.slices or ()),

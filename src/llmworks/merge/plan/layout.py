@@ -1,6 +1,6 @@
-"""A model's tensors by their names alone: stacks of layers, and what stands before and after them.
+"""A checkpoint's tensors by their names: stacks of layers, and tensors outside of them.
 
-Any architecture; knows no merge.
+Works for any architecture; does not know merging.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ BEFORE = re.compile(r"embed|wte|wpe|tok_")
 HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output)\.weight$")
 SPARE = re.compile(
     r"rotary_emb\.inv_freq$|\.attn\.(?:masked_)?bias$|\.attention\.(?:masked_)?bias$"
-)  # buffers that old files hold and no model reads
+)  # buffers that old files contain and no model reads
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 @dataclass
 class Layout:
-    """One model.
+    """The tensor names of one model.
 
-    `stacks`: by the name that stands before a layer's number, what each layer holds, by the rest of the name; `loose`:
+    `stacks`: by the name prefix before the layer number, each layer's tensors by the rest of their name; `loose`:
     tensors of no layer.
     """
 
@@ -41,33 +41,33 @@ class Layout:
 
     @property
     def places(self) -> Mapping[str, Place]:
-        """Where its tensors lie."""
+        """Return where its tensors are stored."""
         return self.shards.places
 
     @property
     def text(self) -> dict[str, Any]:
-        """The part of its config that is about texts."""
+        """Return the text part of its config."""
         inner = self.config.get("text_config")
         return inner if isinstance(inner, dict) else self.config
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding, as its config has it; 0 where it does not say."""
+        """Return the rows of the embedding according to its config; 0 if not given."""
         found = self.text.get("vocab_size") or 0
         if not isinstance(found, int):
-            raise ModelError(f"{self.path}/config.json: vocab_size is {found!r}, it must be a whole number")
+            raise ModelError(f"{self.path}/config.json: vocab_size is {found!r}, it must be an integer")
         return found
 
     @property
     def kind(self) -> str:
-        """Its architecture, as config.json names it."""
+        """Return its architecture, as named in config.json."""
         found = self.config.get("architectures") or [""]
         if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
             raise ModelError(f"{self.path}/config.json: architectures is {found!r}, it must be a list of names")
         return str(found[0])
 
     def has_tokens(self, tensor: str) -> bool:
-        """Whether a tensor has a row for each token."""
+        """Return whether a tensor has one row per token."""
         shape = self.places[tensor].shape
         return (
             bool(shape)
@@ -77,22 +77,22 @@ class Layout:
         )
 
     def embedding(self) -> str | None:
-        """The tensor of its input embedding."""
+        """Return the name of its input embedding."""
         return next((name for name in self.loose if BEFORE.search(name) and self.has_tokens(name)), None)
 
     def tied(self, tensor: str) -> str | None:
-        """A tensor, or what stands for it: a head that is not in the files is the embedding."""
+        """Return a tensor's name, or its substitute: a head that is not in the files is tied to the embedding."""
         return tensor if tensor in self.places else self.embedding() if HEAD.search(tensor) else None
 
 
 def layout_of(name: str, path: Path) -> Layout:
-    """Read a directory's headers.
+    """Read the headers of a directory.
 
-    ModelError for a broken directory, a quantized one, or layers that are not numbered from 0 on.
+    ModelError for a broken directory, a quantized one, or layers that are not numbered from 0.
     """
     config = read_json(path / "config.json")
     if config.get("quantization_config"):
-        raise ModelError(f"{name}: is quantized, and cannot be merged; give the model that it was made of")
+        raise ModelError(f"{name}: is quantized and cannot be merged; give the unquantized model")
     made = Layout(name, path, Shards(path), config)
     found: dict[str, dict[int, dict[str, str]]] = {}
     for tensor in made.places:
@@ -106,8 +106,7 @@ def layout_of(name: str, path: Path) -> Layout:
     for stack, layers in found.items():
         if sorted(layers) != list(range(len(layers))):
             raise ModelError(
-                f"{name}: of the layers {stack}.N there are {len(layers)}, numbered up to {max(layers)}; tensors are"
-                " missing"
+                f"{name}: has {len(layers)} layers {stack}.N, numbered up to {max(layers)}; tensors are missing"
             )
         made.stacks[stack] = [layers[number] for number in range(len(layers))]
     return made

@@ -1,7 +1,7 @@
-"""What a parameter of a merge is for one tensor: its filters, then its place in a gradient. Knows no method.
+"""Evaluate a merge parameter for one tensor: first its filters, then its position in a gradient. Does not know methods.
 
-As mergekit's `evaluate_setting`: the first condition whose filter is in the tensor's name counts; a gradient of n
-values is even between them over the layers, t from 0 to 1.
+As mergekit's `evaluate_setting`: the first condition whose filter is in the tensor's name applies; a gradient of n
+values is interpolated linearly over the layers, t from 0 to 1.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Parameter:
 
 
 def value_of(parameter: Parameter, sources: Iterable[Mapping[str, Setting]], tensor: str, t: float, where: str) -> Any:
-    """A parameter's value by settings from the closest to the farthest.
+    """Return a parameter's value, from settings ordered from the most specific to the most general.
 
-    UserError for a value of another kind, or where none is given and it has no default.
+    UserError for a value of the wrong type, or if none is given and there is no default.
     """
     for settings in sources:
         if parameter.name in settings:
@@ -44,7 +44,7 @@ def value_of(parameter: Parameter, sources: Iterable[Mapping[str, Setting]], ten
 
 
 def filters_of(settings: Mapping[str, Setting]) -> Iterable[str]:
-    """The parts of names that settings ask for."""
+    """Yield the name filters of settings."""
     for setting in settings.values():
         for one in setting if isinstance(setting, list) else [setting]:
             if isinstance(one, Condition) and one.filter not in (None, "*"):
@@ -90,5 +90,5 @@ def _checked(value: Any, parameter: Parameter, where: str) -> Any:
         pass
     raise UserError(
         f"{where}: {parameter.name} is {value!r}, it must be"
-        f" {'true or false' if parameter.kind is bool else 'a number' if parameter.kind is float else 'a whole number'}"
+        f" {'true or false' if parameter.kind is bool else 'a number' if parameter.kind is float else 'an integer'}"
     )

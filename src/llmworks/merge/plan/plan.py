@@ -1,9 +1,9 @@
-"""From a merge's configuration and the headers of its models to what is to be computed, tensor by tensor.
+"""Plan a merge tensor by tensor from its configuration and the headers of its models.
 
 Reads no weights and computes nothing.
 
 As mergekit's planner: a gradient runs over the layers of a slice; tensors before the layers have the settings of the
-first slice, those behind them of the last.
+first slice, those after them of the last.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from llmworks.merge.plan.layout import BEFORE, HEAD, Layout
 from llmworks.merge.plan.parameters import filters_of, value_of
 from llmworks.model.io.safetensors_io import BYTES, FLOATS, TORCH, widest
 
-BLOCK = 1 << 20  # numbers of each input that are in memory at once
+BLOCK = 1 << 20  # values of each input in memory at a time
 
 
 @dataclass(frozen=True)
 class Job:
-    """One tensor of the result: of which tensors it is made, and by which parameters.
+    """One tensor of the result: its source tensors and parameters.
 
-    `each`: parameters of each source; `tokens`: it has a row for each token.
+    `input_parameters`: parameters of each source; `has_token_rows`: it has one row per token.
     """
 
     name: str
     shape: tuple[int, ...]
     sources: tuple[tuple[str, str], ...]  # (model, tensor)
     base: int | None
-    dtype: str  # that is computed in
+    dtype: str  # of the computation
     out_dtype: str
     shared: Mapping[str, Any]
     each: tuple[Mapping[str, Any], ...]
@@ -45,26 +45,26 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """All tensors of the result, in order, and what is to be read and written."""
+    """All tensors of the result, in order, with what is read and written."""
 
     method: Method
     jobs: tuple[Job, ...]
-    layers: Mapping[str, tuple[tuple[str, int], ...]]  # by stack: (model, layer) that each layer comes from first
+    layers: Mapping[str, tuple[tuple[str, int], ...]]  # by stack: (model, layer) of each layer's first source
     unused: tuple[str, ...] = ()  # parameters that the method does not have
-    idle: tuple[str, ...] = ()  # filters that no tensor's name holds
+    idle: tuple[str, ...] = ()  # filters that match no tensor name
 
     def sizes(self) -> tuple[int, int]:
-        """(bytes that are read, bytes that are written)."""
+        """Return (bytes read, bytes written)."""
         written = sum(math.prod(job.shape) * BYTES[job.out_dtype] for job in self.jobs)
         return sum(job.read for job in self.jobs), written
 
     def seconds(self) -> float:
-        """About how long one core takes."""
+        """Estimate the time on one core."""
         return sum(math.prod(job.shape) * len(job.sources) for job in self.jobs) * self.method.pace * 1e-9
 
 
 def spans(origins: tuple[tuple[str, int], ...]) -> list[str]:
-    """Runs of layers that follow one another in one model."""
+    """Return the ranges of consecutive layers of one model."""
     found: list[list[Any]] = []
     for model, layer in origins:
         if found and found[-1][0] == model and found[-1][2] == layer - 1:
@@ -75,10 +75,10 @@ def spans(origins: tuple[tuple[str, int], ...]) -> list[str]:
 
 
 def plan_of(config: MergeConfig, models: Mapping[str, Layout], rows: int = 0) -> Plan:
-    """What is to be computed. `rows`: tokens of the result, where its tokenizer is another than those of the models.
+    """Plan the merge. `rows`: vocabulary size of the result, if its tokenizer differs from those of the models.
 
-    Errors: UserError for an unknown method, models that are missing, parameters of the wrong kind, slices that no model
-    has; ModelError for tensors that are missing, or of other shapes.
+    Errors: UserError for an unknown method, missing models, parameters of the wrong type, slices outside of a model's
+    layers; ModelError for tensors that are missing or differ in shape.
     """
     method = check(config, models)
     planner = Planner(config, models, method, rows)
@@ -103,7 +103,7 @@ def plan_of(config: MergeConfig, models: Mapping[str, Layout], rows: int = 0) ->
 
 
 def method_of(name: str) -> Method:
-    """The method of a name. UserError for one that is not known."""
+    """Look up a method by name. UserError for an unknown one."""
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
         raise UserError(
@@ -114,18 +114,18 @@ def method_of(name: str) -> Method:
 
 
 def check(config: MergeConfig, models: Mapping[str, Layout]) -> Method:
-    """The method. UserError for one that is not known, and for models that are named and not given."""
+    """Return the method. UserError for an unknown one, and for models that are referred to but not given."""
     method = method_of(config.merge_method)
     missing = [name for name in config.named() if name not in models]
     if missing:
         raise UserError(f"the model {missing[0]!r} is not given; given: {', '.join(models)}")
     if not config.named():
-        raise UserError("no model is named")
+        raise UserError("the configuration refers to no model")
     return method
 
 
 class Planner:
-    """Walks through a configuration; `layers` is filled on the way."""
+    """Traverses a configuration; `layers` is filled on the way."""
 
     def __init__(self, config: MergeConfig, models: Mapping[str, Layout], method: Method, rows: int) -> None:
         self.config, self.models, self.method, self.rows = config, models, method, rows
@@ -133,7 +133,7 @@ class Planner:
         self.donor = models[config.base_model or config.named()[0]]
 
     def settings(self) -> Iterator[Mapping[str, Setting]]:
-        """All settings that are given anywhere."""
+        """Yield all settings given anywhere."""
         yield self.config.parameters
         parts = [*(self.config.modules or {}).values()]
         for part in parts:
@@ -144,7 +144,7 @@ class Planner:
             yield source.parameters
 
     def jobs(self) -> Iterator[Job]:
-        """Tensors before the layers, layers, tensors behind them; stack after stack where there are several."""
+        """Yield tensors before the layers, layers, and tensors after them; stack after stack."""
         parts = self.parts()
         first, last = next(iter(parts.values())), list(parts.values())[-1]
         settings = (first[0].parameters, self.config.parameters), (last[0].parameters, self.config.parameters)
@@ -159,7 +159,7 @@ class Planner:
             yield from self.outside(name, last[1][-1], settings[1])
 
     def parts(self) -> dict[str, tuple[OutputModule, list[OutputSlice]]]:
-        """By stack of layers: the module that is meant, and its slices."""
+        """Return by stack of layers the module that describes it, and its slices."""
         stacks = list(self.donor.stacks) or [""]
         if self.config.modules is None:
             if self.config.slices is not None and len(stacks) > 1:
@@ -181,14 +181,14 @@ class Planner:
         return {stack: (given[stack], self.slices(given[stack], stack)) for stack in stacks}
 
     def slices(self, module: OutputModule, stack: str) -> list[OutputSlice]:
-        """A module's slices; whole models are one slice, with the base among them."""
+        """Return a module's slices; whole models are one slice, the base included."""
         if module.slices is not None:
             for one in module.slices:
                 for source in one.sources:
                     count = len(self.models[source.model].stacks.get(stack, ()))
                     if source.layer_range[1] > count:
                         raise UserError(
-                            f"layer_range {list(source.layer_range)} of {source.model}: it has {count} layers"
+                            f"layer_range {list(source.layer_range)} of {source.model}: the model has {count} layers"
                         )
             return module.slices
         sources = list(module.models or ())
@@ -198,7 +198,7 @@ class Planner:
         counts = {source.model: len(self.models[source.model].stacks.get(stack, ())) for source in sources}
         if len(set(counts.values())) > 1:
             raise ModelError(
-                "models of different depth cannot be merged as they are:"
+                "models of different depth cannot be merged whole:"
                 f" {', '.join(f'{name} has {count} layers' for name, count in counts.items())}; give slices"
             )
         count = next(iter(counts.values()))
@@ -223,7 +223,7 @@ class Planner:
         ]
 
     def stack(self, stack: str, module: OutputModule, slices: Sequence[OutputSlice]) -> Iterator[Job]:
-        """The layers of a stack."""
+        """Yield the layers of a stack."""
         origins: list[tuple[str, int]] = []
         for one in slices:
             count = one.sources[0].layer_range[1] - one.sources[0].layer_range[0]
@@ -238,8 +238,8 @@ class Planner:
                     ]
                     if absent:
                         raise ModelError(
-                            f"{absent[0]}: has no tensor {stack}.{one.sources[0].layer_range[0] + offset}.{rest}, which"
-                            " others have"
+                            f"{absent[0]}: has no tensor {stack}.{one.sources[0].layer_range[0] + offset}.{rest},"
+                            " which other models have"
                         )
                     yield self.job(
                         f"{stack}.{number}.{rest}",
@@ -252,13 +252,13 @@ class Planner:
         self.layers[stack] = tuple(origins)
 
     def loose(self, sources: Sequence[InputSlice]) -> list[str]:
-        """Names of tensors of no layer, of all models that give some."""
+        """Return the names of tensors outside of layers, of all models that contribute some."""
         return list(dict.fromkeys(name for source in sources for name in self.models[source.model].loose))
 
     def outside(self, name: str, one: OutputSlice, settings: Sequence[Mapping[str, Setting]]) -> Iterator[Job]:
-        """A tensor of no layer.
+        """Yield a tensor outside of layers.
 
-        A head that no source has in its files is the embedding in all of them, and is not written.
+        A head that is in no source's files is tied to the embedding in all of them, and is not written.
         """
         found = [(source.model, self.models[source.model].tied(name)) for source in one.sources]
         if (
@@ -269,7 +269,7 @@ class Planner:
             return
         absent = [model for model, tensor in found if tensor is None]
         if absent:
-            raise ModelError(f"{absent[0]}: has no tensor {name}, which others have")
+            raise ModelError(f"{absent[0]}: has no tensor {name}, which other models have")
         yield self.job(
             name, [(model, tensor) for model, tensor in found if tensor], one, (one.parameters, *settings), 0.0
         )
@@ -282,7 +282,9 @@ class Planner:
         settings: Sequence[Mapping[str, Setting]],
         t: float,
     ) -> Job:
-        """One tensor; its parameters are those of the source, then of the slice, the module, and all."""
+        """Return one tensor's job; parameters of the source come first, then of the slice, the module, and the
+        merge.
+        """
         where = f"merge_method {self.config.merge_method}"
         models = [model for model, _ in sources]
         base = self.base(models, one.base_model or self.config.base_model, name)
@@ -305,13 +307,14 @@ class Planner:
         wanted = self.config.out_dtype or self.config.dtype
         if dtype.startswith("F8") and (not self.method.plain or (wanted and DTYPES[wanted] != dtype)):
             raise ModelError(
-                f"{models[0]}: {sources[0][1]} is in {TORCH[dtype]}, which is copied (merge_method: passthrough, no"
-                " dtype) and neither computed with nor converted; convert the model first"
+                f"{models[0]}: {sources[0][1]} is in {TORCH[dtype]}, which can only be copied (merge_method:"
+                " passthrough, no dtype), neither computed with nor converted; convert the model first"
             )
         each, shared = self._parameters(sources, one, settings, name, t, where, base)
         if dtype.startswith("F8") and any(value is not None for value in each[0].values()):
             raise ModelError(
-                f"{models[0]}: {sources[0][1]} is in {TORCH[dtype]}, which nothing can be multiplied by; convert the"
+                f"{models[0]}: {sources[0][1]} is in {TORCH[dtype]}, which cannot be multiplied; convert the model"
+                " first"
                 " model first"
             )
         shape = (self.rows, *places[0].shape[1:]) if tokens and self.rows else places[0].shape
@@ -339,7 +342,7 @@ class Planner:
         where: str,
         base: int | None,
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Parameters of the tensor, and of each source."""
+        """Return the parameters of each source, and of the tensor."""
         shared = {p.name: value_of(p, settings, name, t, where) for p in self.method.parameters if p.of == "tensor"}
         each = []
         for index, (model, tensor) in enumerate(sources):
@@ -354,28 +357,28 @@ class Planner:
         return each, shared
 
     def base(self, models: Sequence[str], base: str | None, name: str) -> int | None:
-        """The base's place among the sources.
+        """Return the base's index among the sources.
 
-        UserError where the method has to have one, or for too few or many sources.
+        UserError if the method requires one, or for too few or too many sources.
         """
         method, label = self.method, f"merge_method {self.config.merge_method}"
         if len(set(models)) < len(models):
             raise UserError(
-                f"{name}: the model {next(one for one in models if list(models).count(one) > 1)} stands twice among its"
-                " sources"
+                f"{name}: the model {next(one for one in models if list(models).count(one) > 1)} occurs twice among"
+                " its sources"
             )
         if method.base == "none":
             base = None
         if base is not None and base not in models:
             raise UserError(
-                f"{label}: base_model {base} is not among the sources of {name}; it has to be one of a slice's sources"
+                f"{label}: base_model {base} is not among the sources of {name}; it must be one of a slice's sources"
             )
         if method.base == "required" and base is None:
-            raise UserError(f"{label}: needs a base_model")
+            raise UserError(f"{label}: requires a base_model")
         others = len(models) - (base is not None)
         for count, least, most, what in (
             (len(models), method.least, method.most, "models"),
-            (others, method.least_others, method.most_others, "models beside the base"),
+            (others, method.least_others, method.most_others, "models other than the base"),
         ):
             if count < least or (most is not None and count > most):
                 wanted = (
@@ -385,5 +388,5 @@ class Planner:
                     if most is not None and count > most
                     else f"at least {least}"
                 )
-                raise UserError(f"{label}: takes {wanted} {what}, given are {count}: {', '.join(models)}")
+                raise UserError(f"{label}: takes {wanted} {what}, but {count} are given: {', '.join(models)}")
         return list(models).index(base) if base is not None else None

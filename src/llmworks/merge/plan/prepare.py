@@ -1,4 +1,4 @@
-"""What a merge has before any weight is read: whose tokens the result has, and the plan. Imports no torch."""
+"""Prepare a merge before any weight is read: the result's vocabulary, and the plan. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmworks.merge.vocabulary.vocabulary import Vocabulary, same_tokens, vocabu
 
 
 def prepared(config: MergeConfig, layouts: Mapping[str, Layout]) -> tuple[str, Vocabulary | None, Plan]:
-    """(the model that gives the config and what else is no weight, tokens where they are not as they were, the
+    """Return (the model that provides the config and all files but the weights, the vocabulary if it changes, the
     plan).
     """
     check(config, layouts)

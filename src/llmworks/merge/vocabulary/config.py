@@ -10,13 +10,14 @@ from llmworks.core.artifact import Config
 
 
 class TransplantConfig(Config):
-    """What new tokens begin as, and what is looked at."""
+    """Config of `merge.transplant`."""
 
     approximation_method: Literal["subword", "mean", "zero"] = Field(
         "subword",
         description=(
-            "rows of tokens that the model has not: the mean of their pieces' rows, the mean of all rows, or zeros"
+            "initialization of new tokens' embedding rows: mean of the rows of the old tokenizer's pieces, mean of"
+            " all rows, or zeros"
         ),
     )
-    eval_samples: int = Field(64, gt=0, description="rows of `data` on which the model is measured before and after")
-    max_shard_size: int = Field(4_000_000_000, ge=1_000_000, description="bytes of a file at most")
+    eval_samples: int = Field(64, gt=0, description="rows of `data` on which the model is evaluated before and after")
+    max_shard_size: int = Field(4_000_000_000, ge=1_000_000, description="maximum bytes of a file")

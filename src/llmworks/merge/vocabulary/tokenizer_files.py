@@ -1,6 +1,6 @@
-"""A merge's tokenizer, template and golden tokens: written and replayed before any weight, recorded after.
+"""Tokenizer, chat template and golden tokens of a merge: written and replayed before any weight, recorded after.
 
-Knows no method.
+Does not know the methods.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llmworks.tokenize.load import load_tokenizer, read_json, stop_ids
 def write_tokenizer(
     config: MergeConfig, layouts: Mapping[str, Layout], donor: str, vocabulary: Vocabulary | None, out: Path
 ) -> str:
-    """The tokenizer's files and template; the model that they come from, or nothing where it has none."""
+    """Write the tokenizer's files and chat template; return the model they come from, or "" if it has none."""
     source = (
         donor
         if vocabulary is None
@@ -35,11 +35,11 @@ def write_tokenizer(
     else:
         vocabulary.write(out)
         check_written(out, vocabulary)
-        if source != donor:  # tokens by their roles are told by their ids
+        if source != donor:  # configs refer to special tokens by id
             write_roles(out, load_tokenizer(out), layouts[source].path)
     if config.chat_template:
         if not (out / "tokenizer_config.json").exists():
-            raise UserError(f"chat_template: {donor} has no tokenizer that it could be written to")
+            raise UserError(f"chat_template: {donor} has no tokenizer to write it to")
         template = template_of(config.chat_template, layouts, source)
         if template:
             (out / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -52,9 +52,9 @@ def write_tokenizer(
 
 
 def template_of(said: str, layouts: Mapping[str, Layout], source: str) -> str:
-    """auto: what most models have; a name of `tokenize.named`; or the template itself.
+    """Return the chat template: auto: the most common one; a name of `tokenize.named`; or the template itself.
 
-    UserError for what is none of these.
+    UserError for anything else.
     """
     if said == "auto":
         found = [
@@ -68,7 +68,7 @@ def template_of(said: str, layouts: Mapping[str, Layout], source: str) -> str:
         known = load_tokenizer(layouts[source].path).get_vocab()
         missing = [token for token in NAMED[said].tokens if token not in known]
         if missing:
-            raise UserError(f"chat_template: {said} writes {missing[0]}, which is no token of {source}")
+            raise UserError(f"chat_template: {said} uses {missing[0]}, which is not a token of {source}")
         return (FOLDER / f"{said}.jinja").read_text(encoding="utf-8")
     if len(said) < 20 or "{" not in said:
         raise UserError(
@@ -78,13 +78,13 @@ def template_of(said: str, layouts: Mapping[str, Layout], source: str) -> str:
 
 
 def replay(source: Model, ctx: Context, layouts: Mapping[str, Layout]) -> tuple[Any, list[int]]:
-    """(the result's tokenizer, its stop ids), before any weight is written: ids, mask and stop tokens are those of the
-    model whose tokenizer it has.
+    """Return (the result's tokenizer, its stop ids), before any weight is written; token ids, loss mask and stop tokens
+    must match the model whose tokenizer it has.
 
-    Says which models end their answers otherwise.
+    Warns of models that end their replies with other tokens.
 
-    Errors: ModelError for files of a tokenizer that cannot be read, of a model or of the result, or a template that
-    cannot be rendered; GoldenMismatch.
+    Errors: ModelError for unreadable tokenizer files of a model or of the result, UserError for a template that cannot
+    be rendered; GoldenMismatch.
     """
     owns = {
         name: ends_of(layout.path)
@@ -96,9 +96,7 @@ def replay(source: Model, ctx: Context, layouts: Mapping[str, Layout]) -> tuple[
     stops = stop_ids(ctx.out, tokenizer)
     templates = [str(one.chat_template or "").strip() for one in (theirs, tokenizer)]
     if templates[0] != templates[1] and not golden.renderable(tokenizer):
-        raise UserError(
-            "chat_template: the template cannot be rendered, not one conversation; look for a mistake in its Jinja"
-        )
+        raise UserError("chat_template: the template cannot be rendered for any conversation; check its Jinja")
     if templates[0] == templates[1]:
         said = source.golden or golden.record(theirs, stop_ids(source.path, theirs), lambda ids: [[0.0]] * len(ids))
         golden.require(said, tokenizer, stops, step="merge")
@@ -107,21 +105,21 @@ def replay(source: Model, ctx: Context, layouts: Mapping[str, Layout]) -> tuple[
         other = [token for token in own if token not in ends]
         if other:
             ctx.progress.say(
-                f"warning: {name} ends its answers with {', '.join(other)}, the result with {', '.join(ends)}; an"
-                f" answer in the manner of {name} may not end"
+                f"warning: {name} ends its replies with {', '.join(other)}, the result with {', '.join(ends)}; a"
+                f" reply in the style of {name} may not end"
             )
     return tokenizer, stops
 
 
 def ends_of(path: Path) -> list[str]:
-    """The tokens that end a model's answers."""
+    """Return the tokens that end a model's replies."""
     tokenizer = load_tokenizer(path)
     return [str(tokenizer.convert_ids_to_tokens(i)) for i in stop_ids(path, tokenizer)]
 
 
 def logits_at(path: Path) -> golden.Logits:
-    """What a directory's model says, block by block where it is a decoder that is known here, else loaded as a
-    whole.
+    """Return a function that computes a directory's logits, block by block if its decoder is supported, otherwise
+    with the whole model loaded.
     """
     from llmworks.model.golden import torch_logits
     from llmworks.model.io.layer_forward import logits_of

@@ -1,7 +1,6 @@
-"""From one vocabulary to another: what a token is as bytes, which tokens two tokenizers share, and what stands for
-those that they do not.
+"""Map one vocabulary to another: the bytes of tokens, tokens that both tokenizers have, and substitutes for the others.
 
-See `transplant.py`.
+See `merge/transplant.py`.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ OWN = "model"  # the model's name in the plan
 
 @dataclass(frozen=True)
 class Mapped:
-    """Where each new token's row comes from: the row of the same token, of the token of the same role, of the pieces
-    that are averaged; `lost`: no piece was found.
+    """Where each new token's row comes from: the row of the same token (`same`), of the token of the same role
+    (`role`), the mean of pieces (`pieces`); `lost`: no piece was found.
     """
 
     same: Mapping[int, int]
@@ -53,10 +52,10 @@ class Mapped:
 
 
 def token_bytes(tokenizer: Any, definition: Mapping[str, Any]) -> dict[int, bytes]:
-    """What tokens are, as bytes, by id; added tokens as their text.
+    """Return tokens as bytes, by id; added tokens as their UTF-8 text.
 
-    Of byte-level vocabularies their bytes, of SentencePiece's a space for its mark; marks of what goes on in a word, or
-    ends it (##, </w>), are no part of them.
+    Byte-level vocabularies are decoded to bytes, SentencePiece's space mark to a space; subword prefixes and word-end
+    suffixes (##, </w>) are removed.
     """
     added, model = (
         {one["id"]: one["content"].encode() for one in definition.get("added_tokens", [])},
@@ -85,7 +84,7 @@ def token_bytes(tokenizer: Any, definition: Mapping[str, Any]) -> dict[int, byte
 
 
 def mapped(old: Any, new: Any, definitions: tuple[Mapping[str, Any], Mapping[str, Any]], rows: int) -> Mapped:
-    """From the ids of one tokenizer, of which there are so many `rows`, to those of another."""
+    """Map the ids of a tokenizer with `rows` embedding rows to those of another."""
     before, after = (token_bytes(one, definition) for one, definition in zip((old, new), definitions, strict=True))
     special = [
         {one["id"] for one in definition.get("added_tokens", []) if one.get("special")} for definition in definitions
@@ -111,9 +110,7 @@ def mapped(old: Any, new: Any, definitions: tuple[Mapping[str, Any], Mapping[str
 
 
 def _pieces(old: Any, data: bytes, by_bytes: Mapping[tuple[bytes, bool], int]) -> Sequence[int]:
-    """What the old tokenizer makes of a token: of its text, or, where it is no whole characters, of its single
-    bytes.
-    """
+    """Split a new token with the old tokenizer: its text, or, if it is not valid UTF-8, its single bytes."""
     try:
         found = list(old(data.decode(), add_special_tokens=False, split_special_tokens=True)["input_ids"])
     except UnicodeDecodeError:
@@ -127,12 +124,14 @@ def _pieces(old: Any, data: bytes, by_bytes: Mapping[tuple[bytes, bool], int]) -
 def run(
     config: TransplantConfig, model: Model, tokenizer: Model | Tokenizer, ctx: Context, data: Dataset | None
 ) -> Model:
-    """The stage's work."""
+    """Run the stage."""
     if model.format != "hf":
-        raise ModelError(f"{model.name}: is a {model.format} file; a Hugging Face directory is given another tokenizer")
+        raise ModelError(
+            f"{model.name}: is a {model.format} file; only a Hugging Face directory can be given another tokenizer"
+        )
     layout = layout_of(model.name, model.path)
     if layout.embedding() is None:
-        raise ModelError(f"{model.name}: has no embedding of {layout.vocabulary} rows that is known here")
+        raise ModelError(f"{model.name}: no embedding with {layout.vocabulary} rows was found")
     old, new = load_tokenizer(model.path), load_tokenizer(tokenizer.path)
     definitions = definition_of(layout), _definition(tokenizer.path)
     found = mapped(old, new, definitions, layout.vocabulary)
@@ -142,7 +141,9 @@ def run(
         take[at] = row
     strange = next((row for row in take.tolist() if row >= layout.vocabulary), None)
     if strange is not None:
-        raise ModelError(f"{model.name}: its tokenizer has an id {strange}, its embedding {layout.vocabulary} rows")
+        raise ModelError(
+            f"{model.name}: its tokenizer has an id {strange}, but its embedding only {layout.vocabulary} rows"
+        )
     spare = _fresh_rows(config, found)
     vocabulary = Vocabulary(count, count, {OWN: take}, spare, tokenizer.path)
     merge = MergeConfig.model_validate(
@@ -181,7 +182,7 @@ def run(
 
 
 def _fresh_rows(config: TransplantConfig, found: Mapped) -> dict[int, tuple[tuple[str, int], ...]]:
-    """Rows of the old embedding whose mean a new token begins as."""
+    """Return the rows of the old embedding whose mean initializes a new token."""
     spare = (
         {at: tuple((OWN, part) for part in parts) for at, parts in found.pieces.items()}
         if config.approximation_method == "subword"
@@ -191,7 +192,7 @@ def _fresh_rows(config: TransplantConfig, found: Mapped) -> dict[int, tuple[tupl
     if config.approximation_method != "zero" and fresh:
         spare |= dict.fromkeys(
             fresh, tuple((OWN, row) for row in sorted(set(found.same.values()))[:: max(1, len(found.same) // 256)])
-        )  # the mean of some hundreds of rows, evenly taken
+        )  # the mean of some hundreds of evenly spaced rows
     return spare
 
 
@@ -202,7 +203,7 @@ def _definition(path: Path) -> dict[str, Any]:
 
 
 def bits_a_byte(path: Path, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> float:
-    """How many bits a model needs for a byte of rows' tokens. DataError where none can be read."""
+    """Compute a model's bits per byte on rows. DataError if no row can be tokenized."""
     logits, loss, size = logits_at(path), 0.0, 0
     refused: LlmworksError | None = None
     for row in rows:
@@ -218,7 +219,9 @@ def bits_a_byte(path: Path, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -
                 tokenizer.decode(ids[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False).encode()
             )
     if not size:
-        raise DataError(f"none of {len(rows)} rows can be read by this tokenizer" + (f": {refused}" if refused else ""))
+        raise DataError(
+            f"none of {len(rows)} rows can be tokenized by this tokenizer" + (f": {refused}" if refused else "")
+        )
     return loss / size / math.log(2)
 
 
@@ -235,14 +238,15 @@ def _describe(
     page = ctx.report
     page.title = f"{model.name} with the tokenizer of {tokenizer.name}"
     told = (
-        f" Bits a byte were {metrics['bits_per_byte_before']:.3f}, are {metrics['bits_per_byte']:.3f}."
+        f" Bits per byte: {metrics['bits_per_byte_before']:.3f} before, {metrics['bits_per_byte']:.3f} after."
         if "bits_per_byte" in metrics
         else ""
     )
+    start = "the mean of their pieces" if config.approximation_method == "subword" else config.approximation_method
     page.lead = (
-        f"Of {metrics['vocabulary']:,} tokens {metrics['same']:,} are the model's own, {metrics['by_role']:,} are known"
-        f" by their role, {metrics['by_pieces']:,} begin as"
-        f" {'the mean of their pieces' if config.approximation_method == 'subword' else config.approximation_method}.{told}"
+        f"Of {metrics['vocabulary']:,} tokens {metrics['same']:,} are the model's own, {metrics['by_role']:,} are"
+        f" matched by role, {metrics['by_pieces']:,} are initialized to"
+        f" {start}.{told}"
     )
     names, letters = (
         {at: token for token, at in new.get_vocab().items()},
@@ -256,7 +260,7 @@ def _describe(
     )
     page.table(
         "By role",
-        ("token", "was"),
+        ("token", "old token"),
         [(repr(names.get(at, "")), repr(letters.get(row, ""))) for at, row in found.role.items()],
     )
     page.data = dict(metrics)
@@ -275,7 +279,7 @@ def _describe(
             "",
             page.lead,
             "",
-            "It is to be trained on before it is used.",
+            "Train it further before use.",
             "",
         ],
     )

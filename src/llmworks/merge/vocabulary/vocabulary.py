@@ -1,11 +1,11 @@
-"""Whose tokens a merge's result has, and where each token's row comes from in each model: mergekit's rules
+"""The vocabulary of a merge's result, and where each token's row comes from in each model: mergekit's rules
 (`tokenizer`, `tokenizer_source`).
 
-Knows no weights.
+Does not read weights.
 
-Other models' plain tokens are in the result's vocabulary without merges: they can be decoded and have rows, while texts
-are split as the base splits them. mergekit adds them as texts to be found before any merge, which changes how other
-texts are split.
+Other models' plain tokens are added to the result's vocabulary without BPE merges: they can be decoded and have rows,
+while text is tokenized as by the base. mergekit adds them as added tokens, matched before any merge, which changes how
+other text is tokenized.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`rows` of the result's embedding, of which the first `tokens` have one.
+    """The merged vocabulary: `rows` of the result's embedding, the first `tokens` of which belong to tokens.
 
-    `take`: by model, the row that each comes from, or -1; `spare`: where a model has none, the rows of models that are
-    averaged (of none: zeros).
+    `source_rows`: by model, the row that each comes from, or -1; `substitutes`: for tokens a model lacks, the models'
+    rows to average (empty: zeros).
     """
 
     tokens: int
@@ -51,12 +51,10 @@ class Vocabulary:
     source: Path
     definition: Mapping[str, Any] | None = field(
         default=None, repr=False
-    )  # of tokenizer.json, where it is not the source's own
+    )  # tokenizer.json's content, if it differs from the source's
 
     def bare(self, models: Sequence[str]) -> list[int]:
-        """Tokens that none of these models has a row for, nor a rule says what stands for it: they get zeros, and are
-        others' own.
-        """
+        """Return the tokens for which none of these models has a row or a substitute: they get zeros."""
         return [
             row
             for row in range(self.tokens)
@@ -66,22 +64,22 @@ class Vocabulary:
         ]
 
     def write(self, out: Path) -> None:
-        """The tokenizer's files."""
+        """Write the tokenizer's files."""
         copy_tokenizer(self.source, out)
         if self.definition is not None:
             (out / "tokenizer.json").write_text(json.dumps(self.definition, ensure_ascii=False), encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """A tokenizer's files, as they are."""
+    """Copy a tokenizer's files unchanged."""
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
 
 
 def write_roles(out: Path, tokenizer: Any, source: Path) -> None:
-    """The ids of tokens by their roles, where configs name them; `generation_config.json` is that of the directory that
-    the tokenizer comes from, where it has one.
+    """Write the ids of special tokens to the configs that have them; `generation_config.json` comes from the
+    tokenizer's directory, if it has one.
     """
     made = read_json(out / "config.json")
     for part in (made, made["text_config"] if isinstance(made.get("text_config"), dict) else made):
@@ -103,9 +101,9 @@ def write_roles(out: Path, tokenizer: Any, source: Path) -> None:
 
 
 def same_tokens(models: Mapping[str, Layout]) -> None:
-    """Whether all models that have a tokenizer have the same tokens under the same ids.
+    """Check that all models with a tokenizer have the same tokens with the same ids.
 
-    ModelError that names a token which is another in two models.
+    ModelError that names a token with different ids in two models.
     """
     known = {
         name: tokens_of(definition_of(layout), layout)
@@ -128,15 +126,15 @@ def same_tokens(models: Mapping[str, Layout]) -> None:
             f"{i} in {who}" if i is not None else f"none in {who}" for i, who in zip(ids, (first[0], name), strict=True)
         )
         raise ModelError(
-            f"the vocabularies of {first[0]} and {name} differ: the token {token!r} is {told}; rows of other tokens"
-            " would be merged. Give tokenizer_source: union, base or a model"
+            f"the vocabularies of {first[0]} and {name} differ: the token {token!r} is {told}; rows of different"
+            " tokens would be merged. Set tokenizer_source: union, base or a model"
         )
 
 
 def definition_of(layout: Layout) -> dict[str, Any]:
-    """What tokenizer.json holds, without tokens that the embedding has no row for. ModelError where there is none."""
+    """Read tokenizer.json, without added tokens beyond the embedding's rows. ModelError if there is none."""
     if not (layout.path / "tokenizer.json").exists():
-        raise ModelError(f"{layout.name}: has no tokenizer.json, which tokenizer_source needs")
+        raise ModelError(f"{layout.name}: has no tokenizer.json, which tokenizer_source requires")
     definition = read_json(layout.path / "tokenizer.json")
     added = definition.get("added_tokens") or []
     if (
@@ -148,20 +146,20 @@ def definition_of(layout: Layout) -> dict[str, Any]:
         )
     ):
         raise ModelError(
-            f"{layout.path}/tokenizer.json: is no tokenizer (it needs a model, and added_tokens with id and content);"
-            " copy or fetch it again"
+            f"{layout.path}/tokenizer.json: is not a valid tokenizer (it needs a model, and added_tokens with id and"
+            " content); copy or download it again"
         )
     definition["added_tokens"] = [one for one in added if not layout.vocabulary or one["id"] < layout.vocabulary]
     return definition
 
 
 def tokens_of(definition: Mapping[str, Any], layout: Layout) -> dict[str, int]:
-    """Ids by token. ModelError for a kind of vocabulary that has none."""
+    """Return ids by token. ModelError for an unsupported kind of vocabulary."""
     found = definition["model"].get("vocab")
     if isinstance(found, list):  # Unigram: [token, score]
         found = {one[0]: at for at, one in enumerate(found)}
     if not isinstance(found, dict):
-        raise ModelError(f"{layout.name}: tokenizer.json holds no vocabulary that is known here")
+        raise ModelError(f"{layout.name}: tokenizer.json holds no supported vocabulary")
     most = layout.vocabulary
     return {
         token: at
@@ -171,9 +169,9 @@ def tokens_of(definition: Mapping[str, Any], layout: Layout) -> dict[str, int]:
 
 
 def vocabulary_of(rule: TokenizerRule, base: str, order: Sequence[str], models: Mapping[str, Layout]) -> Vocabulary:
-    """The result's tokens, and where their rows come from.
+    """Build the result's vocabulary and where its rows come from.
 
-    Errors: UserError for rules that name no token or no model; ModelError for tokenizers that cannot be joined.
+    Errors: UserError for rules with an unknown token or model; ModelError for tokenizers that cannot be combined.
     """
     definitions = {name: definition_of(models[name]) for name in order}
     known = {name: tokens_of(definition, models[name]) for name, definition in definitions.items()}
@@ -214,7 +212,7 @@ def vocabulary_of(rule: TokenizerRule, base: str, order: Sequence[str], models: 
             and not 0 <= wanted.token_id < models[wanted.model].vocabulary
         ):
             raise UserError(
-                f"tokenizer.tokens.{token}: {wanted.model} has {models[wanted.model].vocabulary} rows, and none of the"
+                f"tokenizer.tokens.{token}: {wanted.model} has {models[wanted.model].vocabulary} rows, so no row for"
                 f" token {wanted.token_id}"
             )
     spare = {
@@ -235,8 +233,8 @@ def vocabulary_of(rule: TokenizerRule, base: str, order: Sequence[str], models: 
 def _spare(
     token: str, rule: TokenizerRule, base: str, order: Sequence[str], known: Mapping[str, Mapping[str, int]]
 ) -> tuple[tuple[str, int], ...]:
-    """The rows that stand for a token in models that have none: by its rule; of the only model that has it; of the
-    base; else the mean of those that do.
+    """Return the substitute rows of a token for models that lack it: by its rule; of the only model that has it; of
+    the base; otherwise the mean of those that have it.
     """
     given = rule.tokens.get(token)
     having = [(name, known[name][token]) for name in order if token in known[name]]
@@ -246,8 +244,8 @@ def _spare(
             return ()
         if source is None:
             raise UserError(
-                f"tokenizer.tokens.{token}: give its source: a model, {{kind: zero}}, or {{kind: model_token, model,"
-                " token}"
+                f"tokenizer.tokens.{token}: give a source: a model, {{kind: zero}}, or {{kind: model_token, model,"
+                " token}}"
             )
         name = source.model if isinstance(source, ModelToken) else source
         wanted = token if isinstance(source, str) else source.token
@@ -271,22 +269,22 @@ def _join(
     fresh = sorted((at, token) for token, at in known.items() if token not in tokens)
     if any(token not in added for _, token in fresh) and definition["model"].get("type") != "BPE":
         raise ModelError(
-            f"{name}: has plain tokens that the base has not, and a {definition['model'].get('type')} vocabulary cannot"
-            " take them in; give tokenizer_source: base, or a model"
+            f"{name}: has plain tokens that the base lacks, and a {definition['model'].get('type')} vocabulary cannot"
+            " be extended by them; set tokenizer_source: base, or a model"
         )
     for _, token in fresh:
         _add(definition, tokens, token, added.get(token))
 
 
 def _add(definition: dict[str, Any], tokens: dict[str, int], token: str, added: Mapping[str, Any] | None) -> None:
-    """One token under the next id; one that is found before texts are split, too, where `added` says how."""
+    """Add one token with the next id; also as an added token, matched before tokenization, if `added` describes it."""
     at = max(tokens.values()) + 1
     tokens[token] = at
     vocab = definition["model"]["vocab"]
     if isinstance(vocab, dict):
         for one in definition[
             "added_tokens"
-        ]:  # ids of added tokens are counted from the size of the vocabulary, where they are not in it
+        ]:  # ids of added tokens count from the vocabulary's size if they are not in it
             vocab.setdefault(one["content"], one["id"])
         vocab[token] = at
     if added is not None:
@@ -294,9 +292,9 @@ def _add(definition: dict[str, Any], tokens: dict[str, int], token: str, added: 
 
 
 def check_written(out: Path, vocabulary: Vocabulary) -> None:
-    """Whether the tokenizer that was written has the ids that rows were made for.
+    """Check that the written tokenizer has the ids that rows were made for.
 
-    ModelError that names a token where it has not.
+    ModelError that names a token with another id.
     """
     if vocabulary.definition is None:
         return
@@ -312,6 +310,6 @@ def check_written(out: Path, vocabulary: Vocabulary) -> None:
     wrong = next((token for token, at in wanted.items() if found.get(token) != at), None)
     if wrong is not None:
         raise ModelError(
-            f"the tokenizer that was made has {wrong!r} under {found.get(wrong)}, in place of {wanted[wrong]}; give"
+            f"the tokenizer that was written has {wrong!r} with id {found.get(wrong)} instead of {wanted[wrong]}; set"
             " tokenizer_source: base, or a model"
         )

@@ -1,8 +1,4 @@
-"""A model's shape as a drawing: from tokens down to the next token, its block once, with what is added around each
-part.
-
-SVG; knows no weights.
-"""
+"""Draw a model's architecture as SVG: embedding to head, with one block and its residual connections."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ TINTS = {"table": "#d1fae5", "norm": "#e5e7eb", "attention": "#dbeafe", "feed": 
 
 @dataclass
 class _Column:
-    """Boxes below one another."""
+    """A column of boxes."""
 
     x: float
     y: float = 0
@@ -28,7 +24,7 @@ class _Column:
         return self.x + LEFT + BOX / 2
 
     def text(self, lines: list[str], *, bold: bool = False) -> None:
-        """Lines without a box."""
+        """Add lines without a box."""
         for line in lines:
             style = 'font-size="13" font-weight="600"' if bold else 'font-size="11.5"'
             self.parts.append(
@@ -38,12 +34,12 @@ class _Column:
         self.y += 3
 
     def arrow(self) -> None:
-        """Down to the next."""
+        """Add an arrow down to the next box."""
         self.parts.append(f'<path d="M{self.middle} {self.y}v{GAP - 4}" stroke="#475569" marker-end="url(#tip)"/>')
         self.y += GAP
 
     def box(self, title: str, lines: list[str], tint: str) -> None:
-        """A part."""
+        """Add a box for one part."""
         height = 22 + 14 * len(lines)
         self.parts.append(
             f'<rect x="{self.x + LEFT}" y="{self.y}" width="{BOX}" height="{height}" rx="6" fill="{TINTS[tint]}"'
@@ -61,7 +57,7 @@ class _Column:
         self.y += height
 
     def added(self, begin: float) -> None:
-        """The sum of what came out and what went around, which left at `begin`."""
+        """Add a residual connection that starts at `begin` and is summed here."""
         self.arrow()
         y, side = self.y + 9, self.x + LEFT - 22
         self.parts.append(
@@ -76,20 +72,22 @@ class _Column:
 
 
 def _order(shape: Shape) -> list[str]:
-    """How order is known."""
+    """Return the lines that describe the position encoding."""
     if shape.position_embedding_type != "rope":
         return [
             {
                 "learned": f"learned positions, {shape.max_position_embeddings:,}",
                 "sinusoidal": "sinusoidal positions",
-                "alibi": "ALiBi: nearer is heeded more",
-                "none": "no positions",
+                "alibi": "ALiBi: linear distance bias",
+                "none": "no position encoding",
             }[shape.position_embedding_type]
         ]
     rope = shape.rope_parameters
-    base = f"{rope.rope_theta:,.0f}" + (f", {shape.local_rope_theta:,.0f} in windows" if shape.local_rope_theta else "")
-    return [f"rotary positions, base {base}"] + (
-        [f"stretched {rope.factor:g} times ({rope.rope_type})"] if rope.rope_type != "default" else []
+    base = f"{rope.rope_theta:,.0f}" + (
+        f", {shape.local_rope_theta:,.0f} in sliding-window layers" if shape.local_rope_theta else ""
+    )
+    return [f"RoPE, theta {base}"] + (
+        [f"RoPE scaling {rope.rope_type}, factor {rope.factor:g}"] if rope.rope_type != "default" else []
     )
 
 
@@ -107,10 +105,14 @@ def _attention(shape: Shape) -> list[str]:
     ]
     if shape.sliding_window:
         lines.append(
-            f"looks back {shape.sliding_window:,} tokens"
-            + (f", all in every {shape.global_attn_every_n_layers}th" if shape.global_attn_every_n_layers else "")
+            f"sliding window {shape.sliding_window:,} tokens"
+            + (
+                f", full attention every {shape.global_attn_every_n_layers} layers"
+                if shape.global_attn_every_n_layers
+                else ""
+            )
         )
-    return lines + (["queries and keys normed"] if shape.use_qk_norm else [])
+    return lines + (["QK-norm"] if shape.use_qk_norm else [])
 
 
 def _feed_forward(shape: Shape) -> tuple[str, list[str]]:
@@ -120,7 +122,7 @@ def _feed_forward(shape: Shape) -> tuple[str, list[str]]:
     return (
         (
             "Mixture of experts",
-            [f"{shape.experts.num_experts} experts, {shape.experts.num_experts_per_tok} for each token", *lines],
+            [f"{shape.experts.num_experts} experts, {shape.experts.num_experts_per_tok} per token", *lines],
         )
         if shape.experts
         else ("Feed-forward", lines)
@@ -154,7 +156,7 @@ def _column(name: str, shape: Shape | RecurrentShape, x: float) -> _Column:
     column.box(
         "Embedding",
         [
-            f"{shape.vocab_size:,} tokens → {width:,} numbers",
+            f"{shape.vocab_size:,} tokens → {width:,} dimensions",
             *(
                 _order(shape)
                 if isinstance(shape, Shape) and shape.position_embedding_type not in ("rope", "alibi")
@@ -174,7 +176,8 @@ def _column(name: str, shape: Shape | RecurrentShape, x: float) -> _Column:
             ' stroke="#64748b" stroke-dasharray="5 4"/>',
         )
         column.parts.append(
-            f'<text x="{x + WIDTH - 52}" y="{top + 16}" font-size="13" font-weight="600">× {shape.num_hidden_layers}</text>'
+            f'<text x="{x + WIDTH - 52}" y="{top + 16}" font-size="13" font-weight="600">×'
+            f" {shape.num_hidden_layers}</text>"
         )
         if shape.norm_position != "post":
             column.arrow()
@@ -191,23 +194,20 @@ def _column(name: str, shape: Shape | RecurrentShape, x: float) -> _Column:
             column.arrow()
             column.box(
                 shape.rnn_type.upper(),
-                [f"{'two states' if shape.rnn_type == 'lstm' else 'state'} of {shape.inner:,} numbers"],
+                [f"{'two states' if shape.rnn_type == 'lstm' else 'state'} of {shape.inner:,} dimensions"],
                 "state",
             )
     column.arrow()
     column.box(
         "Head",
-        [
-            f"{width:,} → {shape.vocab_size:,} logits"
-            + (", the embedding's matrix" if shape.tie_word_embeddings else "")
-        ],
+        [f"{width:,} → {shape.vocab_size:,} logits" + (", tied to the embedding" if shape.tie_word_embeddings else "")],
         "table",
     )
     return column
 
 
 def draw(shapes: dict[str, Shape | RecurrentShape]) -> str:
-    """Models side by side, as one SVG."""
+    """Draw models side by side as one SVG."""
     columns = [_column(name, shape, i * WIDTH) for i, (name, shape) in enumerate(shapes.items())]
     wide, high = WIDTH * len(columns), max(column.y for column in columns) + 10
     tip = (

@@ -1,10 +1,7 @@
-"""What a shape comes to: its parts with their tensors, parameters, the work of a token, and what a token leaves in the
-cache.
+"""Compute a model's parts from its shape: tensors, parameters, FLOPs per token, KV cache per token. Torch-free.
 
-Torch-free; knows no weights.
-
-Work is counted as matrix products only, a multiply-add as two operations (Kaplan et al. 2020, section 2.1), of one
-token that sees `context` tokens, itself included.
+FLOPs count matrix products only, a multiply-add as two (Kaplan et al. 2020, section 2.1), for one token with a context
+of `context` tokens, itself included.
 """
 
 from __future__ import annotations
@@ -22,31 +19,31 @@ Sizes = tuple[int, ...]
 class Part:
     """One part of a model.
 
-    `tensors`: name to shape; `work`: operations of a token; `cache`: numbers that a token leaves; `used`: share of its
-    parameters that a token meets.
+    `tensors`: name to shape; `flops`: FLOPs per token; `cache_elements`: KV cache elements per token;
+    `active_fraction`: fraction of its parameters active for a token.
     """
 
-    where: str  # outside of blocks "", else the block's number
+    where: str  # block number, "" outside of the blocks
     name: str
     tensors: dict[str, Sizes]
     work: int = 0
     cache: int = 0
     used: float = 1.0
-    shares: str = ""  # the part whose matrix this is
+    shares: str = ""  # the part whose matrix is tied to this one
 
     @property
     def parameters(self) -> int:
-        """Numbers that are learned."""
+        """Number of parameters; 0 for a tied matrix."""
         return 0 if self.shares else sum(prod(sizes) for sizes in self.tensors.values())
 
     @property
     def active(self) -> int:
-        """Parameters that a token meets."""
+        """Number of parameters active for a token."""
         return round(self.parameters * self.used)
 
 
 def parts_of(shape: Shape | RecurrentShape, context: int) -> list[Part]:
-    """All parts in the order in which a token meets them."""
+    """Return all parts in forward order."""
     return list(_recurrent(shape) if isinstance(shape, RecurrentShape) else _decoder(shape, context))
 
 
@@ -111,7 +108,7 @@ def _attention(shape: Shape, where: str, seen: int) -> Iterator[Part]:
     if shape.use_qk_norm:
         yield Part(where, "query norm", {"weight": (shape.per_head,)})
         yield Part(where, "key norm", {"weight": (shape.per_head,)})
-    yield Part(where, "attention", {}, 4 * queries * seen)  # queries times keys, and weights times values
+    yield Part(where, "attention", {}, 4 * queries * seen)  # QK' and attention weights times V
     yield _linear(where, "out", queries, shape.hidden_size, shape.bias == "all")
 
 
@@ -162,7 +159,7 @@ def _recurrent(shape: RecurrentShape) -> Iterator[Part]:
 
 
 def state_of(shape: Shape | RecurrentShape) -> int:
-    """Numbers that are kept of a text whatever its length."""
+    """Return the elements of the recurrent state, which is independent of the sequence length."""
     if isinstance(shape, Shape):
         return 0
     return (
@@ -173,7 +170,7 @@ def state_of(shape: Shape | RecurrentShape) -> int:
 
 
 def cached(shape: Shape | RecurrentShape, tokens: int) -> int:
-    """Numbers that are kept of a text of so many tokens: a layer with a window needs no more than that of it."""
+    """Return the KV cache elements for `tokens` tokens; sliding-window layers keep no more than their window."""
     if isinstance(shape, RecurrentShape):
         return state_of(shape)
     return sum(

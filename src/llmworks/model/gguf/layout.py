@@ -1,8 +1,7 @@
-"""How Hugging Face models are laid out in a GGUF file, by architecture: names, the order of Q's and K's rows, norms
-that count from one.
+"""Map tensors between Hugging Face and GGUF layouts by architecture: names, row order of Q and K, norm offsets.
 
-One table for both directions (`from_gguf`, `to_gguf`). Knows nothing of quantization. Layout: llama.cpp's
-`convert_hf_to_gguf.py` and the GGUF specification.
+One table for both directions (`from_gguf`, `to_gguf`). Layout: llama.cpp's `convert_hf_to_gguf.py` and the GGUF
+specification.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ AROUND = (
 
 @dataclass(frozen=True)
 class Layout:
-    """One architecture: its name in a GGUF file, that of its class in config.json, the names in a block (GGUF, Hugging
-    Face); `interleaved`: Q and K have their rows in pairs; `from_zero`: norms count from zero in config.json's model,
-    from one in the file.
+    """Layout of one architecture: GGUF name, class in config.json, tensor names in a block (GGUF, Hugging Face).
+
+    `interleaved`: rows of Q and K are in pairs; `unit_offset`: Hugging Face norm weights are those of GGUF minus one.
     """
 
     architecture: str
@@ -84,9 +83,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 def to_gguf_name(name: str, kind: str = "llama") -> str | None:
-    """The GGUF name of a Hugging Face parameter, or None when the layout of its model_type has no place for it.
+    """Return the GGUF name of a Hugging Face parameter, or None when the architecture's layout does not have it.
 
-    Matrices have the same names in all but phi3.
+    Matrices have the same names in all architectures but phi3.
     """
     for gguf_name, hf_name in OUTER_NAMES:
         if name == hf_name:
@@ -100,7 +99,7 @@ def to_gguf_name(name: str, kind: str = "llama") -> str | None:
 
 
 def to_hf_name(name: str, kind: str = "llama") -> str | None:
-    """The Hugging Face name of a GGUF tensor, or None when it is derived data (such as `rope_freqs.weight`)."""
+    """Return the Hugging Face name of a GGUF tensor, or None for derived data (such as `rope_freqs.weight`)."""
     for gguf_name, hf_name in OUTER_NAMES:
         if name == gguf_name:
             return hf_name
@@ -113,7 +112,7 @@ def to_hf_name(name: str, kind: str = "llama") -> str | None:
 
 
 def heads_of(name: str, heads: int, kv_heads: int) -> int | None:
-    """The number of heads whose rows are interleaved in this tensor, or None for one that is stored as it is."""
+    """Return the number of heads whose rows are interleaved in this tensor, or None for a tensor stored as it is."""
     if name.endswith(("attn_q.weight", "q_proj.weight")):
         return heads
     if name.endswith(("attn_k.weight", "k_proj.weight")):
@@ -122,12 +121,12 @@ def heads_of(name: str, heads: int, kv_heads: int) -> int | None:
 
 
 def interleave_rows(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Hugging Face row order (halves) to llama.cpp's (pairs): [heads * dim, in] -> the same shape."""
+    """Convert Hugging Face row order (halves) to llama.cpp's (pairs): [heads * dim, in] -> the same shape."""
     dim = weight.shape[0] // heads
     return weight.reshape(heads, 2, dim // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def deinterleave_rows(weight: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of `interleave_rows`: [heads * dim, in] -> the same shape."""
+    """Invert `interleave_rows`: [heads * dim, in] -> the same shape."""
     dim = weight.shape[0] // heads
     return weight.reshape(heads, dim // 2, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)

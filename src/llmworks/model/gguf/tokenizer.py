@@ -1,7 +1,4 @@
-"""The tokenizer that a GGUF file's metadata describe, as transformers has it: byte-level BPE, and SentencePiece's.
-
-Knows no weights.
-"""
+"""Build a transformers tokenizer from a GGUF file's metadata: byte-level BPE and SentencePiece BPE."""
 
 from __future__ import annotations
 
@@ -19,11 +16,11 @@ QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA_WORDS = QWEN_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-PRE = ("smollm", "gpt-2", "qwen2", "llama-bpe")  # ways to split texts before BPE, as llama.cpp names them
+PRE = ("smollm", "gpt-2", "qwen2", "llama-bpe")  # pre-tokenizers, as llama.cpp names them
 
 
 def pre_tokenizer_of(name: str) -> Any:
-    """How texts are split before byte-level BPE."""
+    """Return the pre-tokenizer for byte-level BPE."""
     if name in ("qwen2", "llama-bpe"):
         split = pre_tokenizers.Split(Regex(QWEN_WORDS if name == "qwen2" else LLAMA_WORDS), behavior="isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -45,7 +42,7 @@ def write_tokenizer(meta: dict[str, Any], out: Path) -> None:
 
 
 def tokenizer_of(meta: dict[str, Any]) -> Any:
-    """The transformers tokenizer that GGUF metadata describe, template included, without writing a file."""
+    """Build the transformers tokenizer, chat template included, from GGUF metadata without writing a file."""
     from transformers import PreTrainedTokenizerFast
 
     make: Any = PreTrainedTokenizerFast
@@ -53,13 +50,13 @@ def tokenizer_of(meta: dict[str, Any]) -> Any:
 
 
 def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of GGUF metadata: byte-level BPE ("gpt2"), or SentencePiece's ("llama").
+    """Build the tokenizer from GGUF metadata: byte-level BPE ("gpt2"), or SentencePiece BPE ("llama").
 
-    ModelError for one that is not known.
+    ModelError for any other.
     """
     kind = meta.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
-        raise ModelError(f"the GGUF tokenizer {kind!r} is not known here, only 'gpt2' and 'llama'")
+        raise ModelError(f"the GGUF tokenizer {kind!r} is not supported, only 'gpt2' and 'llama'")
     tokenizer = _pieces(meta) if kind == "llama" else _bytes(meta)
     tokenizer.add_tokens(
         [
@@ -78,13 +75,13 @@ def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
 
 
 def adds_bos(meta: dict[str, Any]) -> bool:
-    """Whether texts begin with the token that says so; where a file does not say, as llama.cpp has it."""
+    """Return whether a BOS token is prepended; by default as in llama.cpp."""
     usual = meta.get("tokenizer.ggml.model") == "llama" or meta.get("tokenizer.ggml.pre") == "llama-bpe"
     return bool(meta.get("tokenizer.ggml.add_bos_token", usual))
 
 
 def _pieces(meta: dict[str, Any]) -> Tokenizer:
-    """SentencePiece's BPE: pieces are joined in the order of their scores; what has no piece becomes bytes."""
+    """Build SentencePiece BPE: merges ranked by score, with byte fallback."""
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
     scores, types = meta["tokenizer.ggml.scores"], meta["tokenizer.ggml.token_type"]
     known = {token: i for i, token in enumerate(tokens) if types[i] in (NORMAL, BYTE)}
@@ -122,10 +119,10 @@ def _pieces(meta: dict[str, Any]) -> Tokenizer:
 
 
 def _bytes(meta: dict[str, Any]) -> Tokenizer:
-    """Byte-level BPE."""
+    """Build byte-level BPE."""
     pre = meta.get("tokenizer.ggml.pre", "default")
     if pre not in PRE:
-        raise ModelError(f"the GGUF pre-tokenizer {pre!r} is not known here, only {', '.join(PRE)}")
+        raise ModelError(f"the GGUF pre-tokenizer {pre!r} is not supported, only {', '.join(PRE)}")
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(
@@ -139,7 +136,7 @@ def _bytes(meta: dict[str, Any]) -> Tokenizer:
 
 
 def tokenizer_options(meta: dict[str, Any]) -> dict[str, Any]:
-    """Special tokens, length and template as `tokenizer_config.json` has them."""
+    """Return special tokens, maximum length and chat template for `tokenizer_config.json`."""
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
     named = {
         "bos_token": "bos_token_id",

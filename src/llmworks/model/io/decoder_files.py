@@ -1,5 +1,6 @@
-"""Read a decoder from a directory of one of the standard families, and write it as the one that it is. The names
-and shapes are in `families.py`.
+"""Read a decoder from a directory of a standard architecture, and write it as the architecture it matches.
+
+Names and shapes are in `families.py`.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from llmworks.tokenize.load import read_json
 
 
 def to_standard(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Our tensors under the names, and in the layout, of an architecture."""
+    """Convert the decoder's tensors to the names and layout of an architecture."""
     names = STANDARDS[kind].names
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if kind == "gpt2" and (
             found := re.search(r"decoder\.blocks\.(\d+)\.attention\.(query|key|value)\.(weight|bias)", name)
         ):
-            if found[2] == "query":  # one matrix holds all three, transposed
+            if found[2] == "query":  # GPT-2 has one matrix for all three, transposed
                 parts = [tensors[name.replace("query", part)] for part in ("query", "key", "value")]
                 out[f"transformer.h.{found[1]}.attn.c_attn.{found[3]}"] = (
                     torch.cat(parts).T.contiguous() if found[3] == "weight" else torch.cat(parts)
@@ -46,14 +47,14 @@ def to_standard(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 def from_standard(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """The reverse. Buffers that GPT-2's old files hold are left out."""
+    """Invert `to_standard`. The mask buffers of old GPT-2 files are dropped."""
     names = {theirs: ours for ours, theirs in STANDARDS[kind].names.items()}
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if kind == "gpt2":
             name = (
                 name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-            )  # the base model alone was saved
+            )  # saved from the base model without head
             if name.endswith((".attn.bias", ".attn.masked_bias")):
                 continue
             if found := re.fullmatch(r"transformer\.h\.(\d+)\.attn\.c_attn\.(weight|bias)", name):
@@ -71,7 +72,7 @@ def from_standard(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]
 
 
 def rename_of(kind: str) -> Callable[[str], str]:
-    """From the name of a module of the decoder to its name in an architecture ("": they are the same)."""
+    """Return a function from the decoder's module names to an architecture's names ("": the same names)."""
     names = STANDARDS[kind].names if kind else {}
 
     def rename(name: str) -> str:
@@ -84,12 +85,12 @@ def rename_of(kind: str) -> Callable[[str], str]:
 
 
 def load_decoder(path: Path, *, low_bit: bool = False) -> DecoderForCausalLM:
-    """The decoder of a directory of any known architecture, fp32, in evaluation mode; read tensor by tensor, so that
-    the model is all that is in memory.
+    """Load the decoder from a directory of any supported architecture, fp32, in evaluation mode.
 
-    `low_bit`: layers stay whole numbers of 4 or 8 bits where this CPU computes with them (`low_bit.py`); for inference.
-    Errors: ModelError for a broken directory, an unknown architecture, or tensors that are missing, too many or of
-    another shape, by name.
+    Reads tensor by tensor, so that peak memory is the model itself.
+    `low_bit`: keep 4- and 8-bit layers quantized where this CPU has kernels for it (`lowbit/linear.py`); for inference.
+    Errors: ModelError for a broken directory, an unsupported architecture, or tensors that are missing, unexpected or
+    of another shape, by name.
     """
     check_weights(path)
     refuse_scorer(path)
@@ -108,7 +109,7 @@ def load_decoder(path: Path, *, low_bit: bool = False) -> DecoderForCausalLM:
         one: Any = whole or plain(what)
         found |= from_standard({name: one}, kind) if kind else {name: one}
         if not isinstance(what, Tensor):
-            trim()  # else what unpacking leaves between the weights comes to as much as they are
+            trim()  # else fragmentation from unpacking doubles the memory in use
     if shape.tie_word_embeddings and "decoder.embedding.weight" in found:
         check_tied(path, found)
         found["head.weight"] = found["decoder.embedding.weight"]
@@ -132,40 +133,40 @@ def load_decoder(path: Path, *, low_bit: bool = False) -> DecoderForCausalLM:
 
 
 def check_tied(path: Path, found: Mapping[str, Any]) -> None:
-    """Whether a head that is said to be the embedding is.
+    """Check that a separate head in the files equals the embedding where the config ties them.
 
-    ModelError where the files hold another, which some programs would take and others not.
+    ModelError where they differ, since programs disagree on which one to use.
     """
     head, embedding = found.get("head.weight"), found["decoder.embedding.weight"]
     if head is not None and head is not embedding and not (isinstance(head, Tensor) and torch.equal(head, embedding)):
         raise ModelError(
-            f"{path}: config.json says that head and embedding are one (tie_word_embeddings), the files hold two that"
-            " differ; set it to false, or take lm_head.weight out"
+            f"{path}: config.json has tie_word_embeddings, but the files hold an embedding and a different head; set it"
+            " to false, or remove lm_head.weight"
         )
 
 
 def _check_shapes(path: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Whether weights are those of a config. ModelError for the first that is not."""
+    """Check that the weights match the config. ModelError for the first mismatch."""
     for problem, names in (
-        ("has no", sorted(set(wanted) - set(found))),
-        ("has more than the shape needs:", sorted(set(found) - set(wanted))),
+        ("is missing", sorted(set(wanted) - set(found))),
+        ("has unexpected", sorted(set(found) - set(wanted))),
     ):
         if names:
             raise ModelError(
                 f"{path}: {problem} {names[0]}"
                 + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-                + " (by the decoder's names); the weights and config.json do not belong together"
+                + " (decoder tensor names); the weights and config.json do not match"
             )
     for name, shape in wanted.items():
         if found[name] != shape:
-            raise ModelError(f"{path}: {name} has the shape {found[name]}, config.json asks for {shape}")
+            raise ModelError(f"{path}: {name} has shape {found[name]}, config.json requires {shape}")
 
 
 def save_decoder(model: DecoderForCausalLM, out: Path, *, token_ids: Mapping[str, Any] | None = None) -> str:
-    """Write config.json and model.safetensors, as the standard architecture that the shape is, else as its own; returns
-    the architecture's name.
+    """Write config.json and model.safetensors, as the standard architecture that the shape matches, else as our own.
 
-    `token_ids`: bos_token_id, eos_token_id, pad_token_id of the config.
+    Returns the architecture's name ("" for our own). `token_ids`: bos_token_id, eos_token_id, pad_token_id of the
+    config.
     """
     from safetensors.torch import save_file
 

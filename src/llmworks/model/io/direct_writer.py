@@ -1,8 +1,4 @@
-"""A large file that is written from its beginning to its end, past the system's page cache where the file system can:
-what has to reach the disk anyway is not copied through the memory of all others first.
-
-Knows no format.
-"""
+"""Write a large file sequentially, bypassing the page cache (O_DIRECT) where the file system supports it."""
 
 from __future__ import annotations
 
@@ -14,21 +10,21 @@ import os
 import shutil
 from pathlib import Path
 
-ALIGNED = 4096  # where pieces written past the cache begin and end, in the file and in memory
-ROOM = 4 << 20  # bytes that are written at a time
+ALIGNED = 4096  # alignment of O_DIRECT writes, in the file and in memory
+ROOM = 4 << 20  # bytes per write
 DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class Draft:
-    """`size` bytes that are given piece by piece.
+    """A file of `size` bytes that is written piece by piece.
 
-    Nothing is in the file for certain before `finish`. OSError, at once, where the disk has no room for them.
+    Nothing is guaranteed to be on disk before `finish`. OSError on creation when the disk has too little space.
     """
 
     def __init__(self, path: Path, size: int) -> None:
         self._path, self._size = path, size
         self._filled = 0
-        self._room = mmap.mmap(-1, ROOM)  # begins at a page
+        self._room = mmap.mmap(-1, ROOM)  # page-aligned
         self._view = memoryview(self._room)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._reserve()
@@ -36,15 +32,14 @@ class Draft:
             self._past(True)
 
     def _reserve(self) -> None:
-        """Ask for the whole room at once: a full disk is known before anything is computed, and writing is cheaper than
-        where the file grows block by block.
+        """Preallocate the file: a full disk is noticed early, and writing is cheaper than growing block by block.
 
-        Not all file systems can.
+        Not all file systems support it.
         """
         try:
             if (
                 shutil.disk_usage(self._path.parent).free < self._size
-            ):  # asked before: a file system may take all that it has before it finds that it is too little
+            ):  # checked first: a file system may fill up before fallocate fails
                 raise OSError(errno.ENOSPC, "no space left")
             os.posix_fallocate(self._file, 0, self._size)
         except OSError as error:
@@ -52,20 +47,20 @@ class Draft:
                 self.drop()
                 raise OSError(
                     error.errno,
-                    "no space left" if error.errno != errno.EFBIG else "a file may not be so large here",
+                    "no space left" if error.errno != errno.EFBIG else "file too large for this file system",
                     str(self._path.parent),
                 ) from error
 
     def _past(self, wanted: bool) -> bool:
-        """Write past the cache from here on, or through it; whether that is another way than before."""
+        """Switch O_DIRECT on or off from here on; return whether it changed."""
         before = fcntl.fcntl(self._file, fcntl.F_GETFL)
         after = before | DIRECT if wanted else before & ~DIRECT
-        with contextlib.suppress(OSError):  # a file system that only writes through its cache
+        with contextlib.suppress(OSError):  # file systems without O_DIRECT
             fcntl.fcntl(self._file, fcntl.F_SETFL, after)
         return after != before
 
     def write(self, data: bytes | memoryview) -> None:
-        """The next bytes."""
+        """Append bytes."""
         left = memoryview(data)
         while left:
             count = min(len(left), ROOM - self._filled)
@@ -76,7 +71,7 @@ class Draft:
                 self._flush(ROOM)
 
     def _flush(self, count: int) -> None:
-        """Write what has been gathered."""
+        """Write the buffered bytes."""
         left = self._view[:count]
         while left:
             try:
@@ -91,21 +86,19 @@ class Draft:
         self._filled = 0
 
     def finish(self) -> None:
-        """Write the rest; the file is on the disk."""
+        """Write the rest and sync the file to disk."""
         self._past(False)
         self._flush(self._filled)
         os.fsync(self._file)
         self._close()
 
     def drop(self) -> None:
-        """Leave nothing behind."""
+        """Delete the file."""
         self._path.unlink(missing_ok=True)
         self._close()
 
     def _close(self) -> None:
         os.close(self._file)
-        with contextlib.suppress(
-            BufferError
-        ):  # a write that failed still looks at it, as long as its error is being told
+        with contextlib.suppress(BufferError):  # a failed write still references the view while its error is handled
             self._view.release()
             self._room.close()

@@ -1,7 +1,7 @@
-"""The decoder as the architectures that others know: Llama, Mistral, Qwen2, Qwen3, Gemma 3 and GPT-2.
+"""Read and write the decoder as standard architectures: Llama, Mistral, Qwen2, Qwen3, Gemma 3 and GPT-2.
 
-A shape that is one of theirs is saved under that name and loads in plain transformers; any other is saved as what it
-is. Knows no other family, and refuses a config that has what the shape has not.
+A shape that matches one is saved under its name and loads in plain transformers; any other is saved as our own. A
+config with features that the decoder does not have is an error.
 """
 
 from __future__ import annotations
@@ -64,17 +64,17 @@ OURS = {
 
 @dataclass(frozen=True)
 class Standard:
-    """One architecture: its name in config.json, the names of its tensors, and how its config is read and written."""
+    """One architecture: its class in config.json, its tensor names, and functions that read and write its config."""
 
     architecture: str
     names: Mapping[str, str]
-    read: Callable[[Json], Json]  # fields of a shape beside those that all have
+    read: Callable[[Json], Json]  # shape fields besides the common ones
     write: Callable[[Shape], Json]
     is_shape: Callable[[Shape], bool]
 
 
 def _rope(config: Json, layers: str = "") -> Json:
-    """The rotary positions of a config, in either of transformers' forms."""
+    """Read the RoPE parameters of a config, in either of transformers' formats."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if layers and isinstance(given, dict) and layers in given:
         given = given[layers] or {}
@@ -83,17 +83,16 @@ def _rope(config: Json, layers: str = "") -> Json:
     kind = given.get("rope_type", given.get("type", "default"))
     known = {"default": "default", "linear": "linear", "yarn": "yarn", "llama3": "llama3"}
     if kind not in known:
-        raise ModelError(f"config.json: rotary positions of the type {kind!r} are not known; known: {', '.join(known)}")
+        raise ModelError(f"config.json: RoPE type {kind!r} is not supported; supported: {', '.join(known)}")
     if given.get("truncate") is False:
-        raise ModelError("config.json: rope_parameters.truncate false is not known here")
+        raise ModelError("config.json: rope_parameters.truncate false is not supported")
     if (
         given.get("attention_factor") is not None
         or given.get("mscale")
         or given.get("partial_rotary_factor", 1.0) != 1.0
     ):
         raise ModelError(
-            "config.json: rope_parameters has attention_factor, mscale or partial_rotary_factor, which the decoder does"
-            " not have"
+            "config.json: attention_factor, mscale and partial_rotary_factor in rope_parameters are not supported"
         )
     rope: Json = {
         "rope_theta": float(given.get("rope_theta") or config.get("rope_theta") or 10_000.0),
@@ -125,21 +124,19 @@ def _rope_out(rope: Rope, context: int) -> Json:
     return out
 
 
+# fields with one name in `Shape` and in the configurations of transformers
+SAME = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"]
+
+
 def _common(config: Json) -> Json:
-    """What all but GPT-2 call the same."""
-    heads, width = config["num_attention_heads"], config["hidden_size"]
+    """Read the fields that have the same names in all architectures but GPT-2."""
+    heads = config["num_attention_heads"]
     activation = config.get("hidden_act") or config.get("hidden_activation")
     if activation not in OURS:
-        raise ModelError(f"config.json: the activation {activation!r} is not known; known: {', '.join(OURS)}")
-    return {
-        "vocab_size": config["vocab_size"],
-        "hidden_size": width,
-        "num_hidden_layers": config["num_hidden_layers"],
-        "num_attention_heads": heads,
+        raise ModelError(f"config.json: the activation {activation!r} is not supported; supported: {', '.join(OURS)}")
+    return {name: config[name] for name in SAME} | {
         "num_key_value_heads": config.get("num_key_value_heads") or heads,
         "head_dim": config.get("head_dim") or 0,
-        "intermediate_size": config["intermediate_size"],
-        "max_position_embeddings": config["max_position_embeddings"],
         "norm_eps": config["rms_norm_eps"],
         "hidden_act": OURS[activation],
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
@@ -147,15 +144,10 @@ def _common(config: Json) -> Json:
 
 
 def _common_out(shape: Shape) -> Json:
-    return {
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "num_hidden_layers": shape.num_hidden_layers,
-        "num_attention_heads": shape.num_attention_heads,
+    return {name: getattr(shape, name) for name in SAME} | {
         "num_key_value_heads": shape.groups,
         "head_dim": shape.per_head,
         "intermediate_size": shape.inner,
-        "max_position_embeddings": shape.max_position_embeddings,
         "rms_norm_eps": shape.norm_eps,
         "hidden_act": ACTIVATIONS[shape.hidden_act],
         "tie_word_embeddings": shape.tie_word_embeddings,
@@ -166,20 +158,25 @@ def _common_out(shape: Shape) -> Json:
 
 def _llama(config: Json) -> Json:
     if bool(config.get("attention_bias")) != bool(config.get("mlp_bias")):
-        raise ModelError("config.json: attention_bias without mlp_bias (or the reverse) is no shape of the decoder")
+        raise ModelError("config.json: attention_bias without mlp_bias (or the reverse) is not supported")
     return {"rope_parameters": _rope(config), "bias": "all" if config.get("attention_bias") else "none"}
 
 
 def _windowed(config: Json) -> Json:
-    """Qwen's window, which only the later layers may have."""
+    """Read Qwen's sliding window, which only the later layers may have."""
     kinds = set(config.get("layer_types") or ())
     if len(kinds) > 1:
-        raise ModelError("config.json: layer_types differ from layer to layer, which is no shape of the decoder")
+        raise ModelError("config.json: layer_types that differ between layers are not supported")
     if not config.get("use_sliding_window"):
         return {}
     if config.get("max_window_layers", 0) > 0:
-        raise ModelError("config.json: a window in the last layers only (max_window_layers) is no shape of the decoder")
+        raise ModelError("config.json: a sliding window in the last layers only (max_window_layers) is not supported")
     return {"sliding_window": config.get("sliding_window") or 0}
+
+
+def _windowed_out(shape: Shape) -> Json:
+    window = shape.sliding_window
+    return {"use_sliding_window": bool(window), "sliding_window": window or None, "max_window_layers": 0}
 
 
 def _gemma(config: Json) -> Json:
@@ -191,12 +188,9 @@ def _gemma(config: Json) -> Json:
         "full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(config["num_hidden_layers"])
     ]
     if (layers and layers != wanted) or config.get("final_logit_softcapping") or config.get("attn_logit_softcapping"):
-        raise ModelError("config.json: layer_types out of turn, or soft caps, are no shape of the decoder")
+        raise ModelError("config.json: irregular layer_types and logit softcapping are not supported")
     if config.get("use_bidirectional_attention"):
-        raise ModelError(
-            "config.json: use_bidirectional_attention is no shape of the decoder, whose tokens see only what is before"
-            " them"
-        )
+        raise ModelError("config.json: use_bidirectional_attention is not supported; the decoder's attention is causal")
     local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
     return {
         "norm_position": "sandwich",
@@ -239,7 +233,9 @@ def _gpt2(config: Json) -> Json:
         or not config.get("scale_attn_weights", True)
         or config.get("n_inner") == 0
     ):
-        raise ModelError("config.json: attention scaled by layer, or not at all, is no shape of the decoder")
+        raise ModelError(
+            "config.json: attention scaled by layer or unscaled (scale_attn_*) and n_inner 0 are not supported"
+        )
     return {
         "vocab_size": config["vocab_size"],
         "hidden_size": config["n_embd"],
@@ -275,7 +271,7 @@ def _gpt2_out(shape: Shape) -> Json:
 
 
 def _usual(shape: Shape) -> bool:
-    """RMSNorm before each part, rotary positions, a gate, no experts: what Llama's kin share."""
+    """Return whether a shape has what Llama-like models share: pre-norm RMSNorm, RoPE, gated MLP, no experts."""
     plain = (
         shape.norm == "rms"
         and shape.norm_position == "pre"
@@ -309,14 +305,7 @@ STANDARDS: dict[str, Standard] = {
         "Qwen2ForCausalLM",
         LLAMA_NAMES,
         lambda c: {"rope_parameters": _rope(c), "bias": "qkv", **_windowed(c)},
-        lambda s: (
-            _common_out(s)
-            | {
-                "use_sliding_window": bool(s.sliding_window),
-                "sliding_window": s.sliding_window or None,
-                "max_window_layers": 0,
-            }
-        ),
+        lambda s: _common_out(s) | _windowed_out(s),
         lambda s: _usual(s) and s.bias == "qkv" and not s.use_qk_norm,
     ),
     "qwen3": Standard(
@@ -328,15 +317,7 @@ STANDARDS: dict[str, Standard] = {
             "bias": "qkv" if c.get("attention_bias") else "none",
             **_windowed(c),
         },
-        lambda s: (
-            _common_out(s)
-            | {
-                "attention_bias": False,
-                "use_sliding_window": bool(s.sliding_window),
-                "sliding_window": s.sliding_window or None,
-                "max_window_layers": 0,
-            }
-        ),
+        lambda s: _common_out(s) | {"attention_bias": False} | _windowed_out(s),
         lambda s: _usual(s) and s.bias == "none" and s.use_qk_norm,
     ),
     "gemma3_text": Standard(
@@ -378,15 +359,15 @@ STANDARDS: dict[str, Standard] = {
 
 
 def shape_of(config: Json) -> tuple[str, Shape]:
-    """(name of the architecture, its shape) of a config.json.
+    """Return (architecture name, shape) of a config.json.
 
-    ModelError for one that is not known, or has what the decoder has not.
+    ModelError for an unsupported architecture, or one with features the decoder does not have.
     """
     kind = str(config.get("model_type"))
     if kind == DecoderConfig.model_type:
         return "", Shape.model_validate(read_stored(config["shape"]))
     if kind not in STANDARDS:
-        raise ModelError(f"config.json: the architecture {kind!r} is not known here; known: {', '.join(STANDARDS)}")
+        raise ModelError(f"config.json: the architecture {kind!r} is not supported; supported: {', '.join(STANDARDS)}")
     try:
         return kind, Shape.model_validate(
             {**({} if kind == "gpt2" else _common(config)), **STANDARDS[kind].read(config)}
@@ -398,8 +379,9 @@ def shape_of(config: Json) -> tuple[str, Shape]:
 
 
 def standard_of(shape: Shape) -> str:
-    """The first architecture that the shape is one of, or "" for a shape of its own: one whose config, read again, is
-    not the same shape.
+    """Return the first architecture that a shape matches, or "" for our own.
+
+    A match requires that the written config, read again, gives the same shape.
     """
 
     def comes_back(kind: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a directory's model says of texts, block by block: logits without the model in memory."""
+"""Compute a model's logits layer by layer from its directory, without the whole model in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmworks.model.io.layer_reader import Source
 
 
 def logits_of(source: Source, texts: Sequence[Sequence[int]]) -> list[Any]:
-    """Logits of each text, numpy [length, vocabulary], fp32."""
+    """Compute the logits of each sequence, numpy [length, vocab_size], fp32."""
     with torch.inference_mode():
         frame = source.frame()
         stack: Any = frame.decoder

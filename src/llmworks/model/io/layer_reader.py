@@ -1,4 +1,4 @@
-"""A model's directory read piece by piece: the tensors of one block, those of none. Knows no quantization."""
+"""Read a model directory layer by layer: the tensors of one block, or those outside of the blocks."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ NUMBER = re.compile(r"(?:layers|blocks|h)\.(\d+)\.")
 
 
 class Source:
-    """The decoder of a directory, of which no more is in memory than what is asked for.
+    """Decoder in a directory, read on demand, so that only requested layers are in memory.
 
-    `quantized`: whether it is one that was written here, whose weights are read as plain ones.
-    Errors: ModelError for a broken directory, one that is quantized already, and an architecture that is not our
-    decoder's.
+    `quantized`: accept a directory quantized here; its weights are dequantized on reading.
+    Errors: ModelError for a broken directory, a quantized one, or an unsupported architecture.
     """
 
     def __init__(self, path: Path, *, quantized: bool = False) -> None:
@@ -38,11 +37,11 @@ class Source:
         self.method: dict[str, Any] = self.config.get("quantization_config") or {}
         if self.method and not quantized:
             raise ModelError(
-                f"{path}: is quantized already ({self.method.get('quant_method')}); give the model that it was made of"
+                f"{path}: is already quantized ({self.method.get('quant_method')}); give the original model"
             )
         self.kind, self.shape = shape_of(self.config)
         self.rename = rename_of(self.kind)
-        self.quantized: set[str] = set()  # layers that were read, and whose weights are no plain ones
+        self.quantized: set[str] = set()  # layers read so far with quantized weights
         self.places: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in weight_files(path):
@@ -51,12 +50,12 @@ class Source:
                     self.places[name], self.shapes[name] = file, tuple(entry["shape"])
 
     def number_of(self, name: str) -> int:
-        """The block that a tensor is of; -1: none."""
+        """Return the block number of a tensor; -1: outside of the blocks."""
         found = NUMBER.search(name)
         return int(found[1]) if found else -1
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of some, each file opened anew, so that nothing of it stays mapped."""
+        """Yield (name, tensor); files are reopened each time, so that nothing stays memory-mapped."""
         from safetensors import safe_open
 
         wanted: dict[Path, list[str]] = {}
@@ -72,9 +71,9 @@ class Source:
                     yield name, tensors.get_tensor(name)
 
     def tensors(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a block (-1: of none), under their names in the directory, as they are stored.
+        """Return the stored tensors of a block (-1: outside of the blocks), under their names in the directory.
 
-        ModelError for those that are no numbers.
+        ModelError for values that are NaN or infinite.
         """
         found = dict(self.read(name for name in self.places if self.number_of(name) == number))
         for name, tensor in found.items():
@@ -82,15 +81,14 @@ class Source:
                 tensor.is_floating_point()
                 and (tensor.element_size() < 2 or not math.isfinite(float(tensor.sum(dtype=torch.float64))))
                 and not torch.isfinite(tensor).all()
-            ):  # a sum takes a fraction of the time
+            ):  # the sum is a fast check
                 raise ModelError(
-                    f"{self.path}: {name} holds {int((~torch.isfinite(tensor)).sum())} values that are no numbers (NaN"
-                    " or infinite)"
+                    f"{self.path}: {name} holds {int((~torch.isfinite(tensor)).sum())} values that are NaN or infinite"
                 )
         return found
 
     def ours(self, number: int) -> dict[str, Tensor]:
-        """The same under the decoder's names, fp32."""
+        """Return a block's tensors under the decoder's names, fp32."""
         tensors: dict[str, Tensor] = {}
         for name, what in weights(self.tensors(number), self.method) if self.method else self.tensors(number).items():
             if not isinstance(what, Tensor):
@@ -99,7 +97,7 @@ class Source:
         return from_standard(tensors, self.kind) if self.kind else tensors
 
     def block(self, number: int) -> Block:
-        """A block of its own. ModelError where tensors are missing or too many."""
+        """Build one block. ModelError where tensors are missing or unexpected."""
         head = f"decoder.blocks.{number}."
         with torch.device("meta"):
             block = Block(self.shape, number)
@@ -114,7 +112,7 @@ class Source:
         return block
 
     def frame(self) -> DecoderForCausalLM:
-        """The decoder without its blocks: embedding, last norm, head."""
+        """Build the decoder without blocks: embedding, final norm, head."""
         with torch.device("meta"):
             model = DecoderForCausalLM(DecoderConfig(shape=self.shape.model_dump()))
         model.decoder.blocks = torch.nn.ModuleList()
@@ -131,7 +129,7 @@ class Source:
 
     @contextlib.contextmanager
     def only(self, stack: Any, block: Block) -> Iterator[Any]:
-        """The stack with one block in it."""
+        """Put one block into the stack for the duration of the context."""
         stack.blocks = torch.nn.ModuleDict({str(block.attention.layer): block})
         try:
             yield stack
@@ -140,7 +138,7 @@ class Source:
 
 
 def join_files(parts: list[Path], target: Path) -> None:
-    """Several safetensors files as one, their bytes copied, nothing of them held in memory."""
+    """Concatenate safetensors files into one by copying bytes, without holding tensors in memory."""
     import json
     import shutil
 

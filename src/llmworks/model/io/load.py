@@ -1,7 +1,4 @@
-"""Load a Hugging Face directory as torch modules, and say in one line what is wrong with one that cannot be loaded.
-
-Knows no architecture.
-"""
+"""Load a Hugging Face directory as torch modules, with one-line errors for what cannot be loaded."""
 
 from __future__ import annotations
 
@@ -22,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def load_model(path: Path, dtype: str = "float32", *, low_bit: bool = False) -> PreTrainedModel:
-    """A causal language model in evaluation mode, on the CPU, in `dtype`.
+    """Load a causal language model in evaluation mode, on the CPU, in `dtype`.
 
-    ModelError, in one line, for a broken directory. `low_bit`: as of `standard.load_decoder`.
+    ModelError, in one line, for a broken directory. `low_bit`: see `load_decoder`.
     """
     from transformers import AutoModelForCausalLM
 
-    import llmworks.model.io.register  # noqa: F401  (makes them known to transformers)
+    import llmworks.model.io.register  # noqa: F401  (registers our models with transformers)
 
     quiet_transformers()
     check_weights(path)
@@ -57,22 +54,22 @@ def load_model(path: Path, dtype: str = "float32", *, low_bit: bool = False) -> 
 
 
 def open_adaptable(path: Path) -> tuple[Any, Callable[[str], str]]:
-    """(the model of a directory, fp32; the names of its layers in the directory's files): our decoder where layers are
-    one to one, else as transformers has it.
+    """Load (a model in fp32, a function from its layer names to those in the directory's files) for adapters.
 
+    Our decoder where its layers map one to one to the files', else the transformers model.
     Errors: ModelError for a broken directory.
     """
     try:
         kind, _ = shape_of(read_json(path / "config.json"))
     except ModelError:
         return load_model(path), str
-    if kind == "gpt2":  # one matrix of its files holds queries, keys and values
+    if kind == "gpt2":  # queries, keys and values are one matrix in its files
         return load_model(path), str
     return load_decoder(path), rename_of(kind)
 
 
 def open_trainable(path: Path) -> Any:
-    """The model of a directory, fp32: our decoder where it is one of its shapes, else as transformers has it.
+    """Load a model in fp32: our decoder where the architecture is supported, else the transformers model.
 
     Errors: ModelError for a broken directory.
     """

@@ -1,8 +1,4 @@
-"""Makes the decoder, encoders, n-grams and recurrent models known to transformers, so that their directories load by
-its `Auto` classes.
-
-Nothing else.
-"""
+"""Register the decoder, encoders, n-gram and recurrent models with transformers' `Auto` classes, by import."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""A decoder that scores texts: a linear layer turns the last state of a text, or of each of its steps, into one number.
+"""Reward models: a decoder with a linear head that scores the last token of a sequence, or of each step of it.
 
-Written and read as transformers' models for classification.
-
-What it is trained for is not known here: `whole` texts (`...ForSequenceClassification`), or `steps`
-(`...ForTokenClassification`).
+Written and read as transformers' classification models: `whole` sequences (outcome reward model,
+`...ForSequenceClassification`), or `steps` (process reward model, `...ForTokenClassification`).
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ ENDINGS: Mapping[Kind, str] = {"whole": "ForSequenceClassification", "steps": "F
 
 
 def new_head(width: int, kind: Kind) -> nn.Linear:
-    """An untrained head: small, so that all texts score alike. Seed torch before."""
+    """Create an untrained head with small weights, so that initial rewards are near zero. Seed torch before."""
     head = nn.Linear(width, 1, bias=kind == "steps")
     nn.init.normal_(head.weight, std=(width + 1) ** -0.5 / 10)
     if head.bias is not None:
@@ -37,16 +35,16 @@ def new_head(width: int, kind: Kind) -> nn.Linear:
 
 
 def head_of(path: Path) -> Kind | None:
-    """What a model directory scores; None for one that writes texts, or is none."""
+    """Return a directory's kind of reward model; None for a causal model, or no model."""
     file = path / "config.json"
     names = read_json(file).get("architectures") or [] if file.exists() else []
     return next((kind for kind, ending in ENDINGS.items() if any(str(name).endswith(ending) for name in names)), None)
 
 
 def save_scorer(network: DecoderForCausalLM, head: nn.Linear, source: Path, out: Path, kind: Kind, *, pad: int) -> None:
-    """Write a decoder with a head in the architecture of its source, fp32.
+    """Write a decoder with a reward head in the architecture of its source, fp32.
 
-    ModelError for one that transformers does not know.
+    ModelError for an architecture that transformers does not have.
     """
     from safetensors.torch import save_file
 
@@ -54,7 +52,8 @@ def save_scorer(network: DecoderForCausalLM, head: nn.Linear, source: Path, out:
     standard, _ = shape_of(config)
     if not standard:
         raise ModelError(
-            f"{source}: a model of a shape of its own cannot be saved with a head; take one of a known architecture"
+            f"{source}: a model of a custom architecture cannot be saved with a reward head; use a standard"
+            " architecture"
         )
     state = {
         name: tensor
@@ -73,7 +72,7 @@ def save_scorer(network: DecoderForCausalLM, head: nn.Linear, source: Path, out:
         "",
     )
     if not base:
-        raise ModelError(f"{source}: config.json names no causal model in `architectures`")
+        raise ModelError(f"{source}: config.json has no ...ForCausalLM in `architectures`")
     made = {
         **config,
         "architectures": [base + ENDINGS[kind]],
@@ -87,7 +86,7 @@ def save_scorer(network: DecoderForCausalLM, head: nn.Linear, source: Path, out:
 
 
 class Scorer:
-    """A decoder with its head, from a directory. Errors: ModelError for one that has none."""
+    """A reward model loaded from a directory: decoder and head. Errors: ModelError for one without a reward head."""
 
     def __init__(self, path: Path) -> None:
         from safetensors.torch import load_file
@@ -95,8 +94,9 @@ class Scorer:
         kind = head_of(path)
         if kind is None:
             raise ModelError(
-                f"{path}: is no reward model (config.json names no"
-                f" {' or '.join('...' + ending for ending in ENDINGS.values())}); train one with align.reward"
+                f"{path}: is not a reward model (config.json has no"
+                f" {' or '.join('...' + ending for ending in ENDINGS.values())} architecture); train one with"
+                " align.reward"
             )
         check_weights(path)
         self.kind: Kind = kind
@@ -111,8 +111,8 @@ class Scorer:
         }
         if "weight" not in heads or heads["weight"].shape != (1, shape.hidden_size):
             raise ModelError(
-                f"{path}: its head scores {len(heads['weight']) if 'weight' in heads else 'nothing'}; one number is"
-                " wanted (num_labels 1)"
+                f"{path}: its head has {len(heads['weight']) if 'weight' in heads else 'no'} outputs; a reward model"
+                " has one (num_labels 1)"
             )
         tensors = from_standard(tensors, standard) if standard else tensors
         tensors["head.weight"] = tensors["decoder.embedding.weight"]
@@ -122,8 +122,8 @@ class Scorer:
         wanted = set(self.network.state_dict())
         if set(tensors) != wanted:
             raise ModelError(
-                f"{path}: {sorted(set(tensors) ^ wanted)[0]} is missing, or is too much; the weights and config.json do"
-                " not belong together"
+                f"{path}: {sorted(set(tensors) ^ wanted)[0]} is missing or unexpected; the weights and config.json do"
+                " not match"
             )
         self.network.load_state_dict(tensors)
         self.network.train(False)
@@ -132,7 +132,7 @@ class Scorer:
         self.context = shape.max_position_embeddings
 
     def scores(self, ids: Tensor, positions: Tensor, segments: Tensor, at: Tensor) -> Tensor:
-        """The number at places [n] of texts in one row [1, length] that do not see one another."""
+        """Return the rewards at positions `indices` [n] of packed sequences in one row [1, length]."""
         with torch.no_grad():
             states: Any = self.network.decoder(self.network.get_input_embeddings()(ids), positions, segments=segments)
             scored: Tensor = self.head(states[0, at])[:, 0]

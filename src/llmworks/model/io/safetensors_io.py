@@ -1,8 +1,4 @@
-"""Tensors of safetensors files as runs of bytes: read in pieces wherever they lie, written one after the other with
-their digest.
-
-Knows no tensor library.
-"""
+"""Read tensors of safetensors files as bytes in chunks, and write them sequentially with a digest. Torch-free."""
 
 from __future__ import annotations
 
@@ -61,7 +57,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: a file, the byte that it begins at, its number format (safetensors' names) and shape."""
+    """Location of a tensor: file, byte offset, number format (safetensors' names) and shape."""
 
     file: Path
     start: int
@@ -70,19 +66,19 @@ class Place:
 
     @property
     def count(self) -> int:
-        """Numbers."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return self.count * BYTES[self.dtype]
 
 
 class Shards:
-    """The tensors of a directory, read where they lie.
+    """The tensors of a directory's safetensors files, read in place.
 
-    ModelError for a broken directory, or a number format that is not known.
+    ModelError for a broken directory, or an unknown number format.
     """
 
     def __init__(self, path: Path) -> None:
@@ -98,7 +94,7 @@ class Shards:
                     continue
                 if name in self.places:
                     raise ModelError(
-                        f"{path}: the tensor {name} is in {self.places[name].file.name} and in {file.name}"
+                        f"{path}: the tensor {name} is both in {self.places[name].file.name} and in {file.name}"
                     )
                 try:
                     place = Place(
@@ -114,26 +110,26 @@ class Shards:
                     )
                 except (KeyError, TypeError, ValueError, IndexError):
                     raise ModelError(
-                        f"{file}: its safetensors header is broken at {name}; copy or fetch it again"
+                        f"{file}: its safetensors header is invalid at {name}; copy or fetch it again"
                     ) from None
                 if not known:
                     raise ModelError(
-                        f"{file}: {name}: {place.dtype} {list(place.shape)} is no number format that is known here, or"
-                        " not of so many bytes"
+                        f"{file}: {name}: {place.dtype} {list(place.shape)} is an unknown number format, or does not"
+                        " match its byte size"
                     )
                 self.places[name] = place
 
     def read(self, name: str, first: int, into: memoryview) -> None:
-        """Fill a buffer with the bytes of a tensor from its number `first` on.
+        """Fill a buffer with the bytes of a tensor, starting at element `first`.
 
-        Safe in several threads. ModelError where the file ends before.
+        Thread-safe. ModelError where the file ends too early.
         """
         place = self.places[name]
         at, whole = place.start + first * BYTES[place.dtype], len(into)
         if first < 0 or first * BYTES[place.dtype] + whole > place.size:
             raise ModelError(
-                f"{self.path}: {name} has {place.count} numbers, of which those from {first} on,"
-                f" {whole // BYTES[place.dtype]}, are not all there"
+                f"{self.path}: {name} has {place.count} elements; reading {whole // BYTES[place.dtype]} from element"
+                f" {first} is out of range"
             )
         if place.file not in self._files:
             self._files[place.file] = os.open(place.file, os.O_RDONLY)
@@ -145,7 +141,7 @@ class Shards:
             done += got
 
     def close(self) -> None:
-        """Close its files."""
+        """Close the open files."""
         for number in self._files.values():
             os.close(number)
         self._files.clear()
@@ -153,7 +149,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor that is to be written."""
+    """A tensor to write."""
 
     name: str
     dtype: str
@@ -161,24 +157,24 @@ class Slot:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file that is to be written: its name, and its tensors in their order."""
+    """A file to write: its name, and its tensors in order."""
 
     file: str
     slots: tuple[Slot, ...]
 
     @property
     def size(self) -> int:
-        """Bytes of its tensors."""
+        """Size of its tensors in bytes."""
         return sum(slot.size for slot in self.slots)
 
     def header(self) -> bytes:
-        """What stands before the tensors."""
+        """Build the safetensors header."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
         for slot in self.slots:
@@ -190,8 +186,9 @@ class Shard:
 
 
 def divided(slots: Sequence[Slot], most: int) -> list[Shard]:
-    """Tensors in files of at most so many bytes (a tensor that is larger has its own), named as transformers names
-    them; in each the widest numbers come first, so that all are aligned.
+    """Distribute tensors to files of at most `max_bytes` (larger tensors get their own), named as in transformers.
+
+    Within a file the widest number formats come first, so that all are aligned.
     """
     parts: list[list[Slot]] = [[]]
     filled = 0
@@ -213,7 +210,7 @@ def divided(slots: Sequence[Slot], most: int) -> list[Shard]:
 
 
 def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
-    """model.safetensors.index.json of several files."""
+    """Build model.safetensors.index.json."""
     return {
         "metadata": {"total_size": sum(shard.size for shard in shards)},
         "weight_map": {slot.name: shard.file for shard in shards for slot in shard.slots},
@@ -221,9 +218,9 @@ def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
 
 
 class ShardWriter:
-    """One file, its tensors' bytes given one after the other; `entry` is its digest and size when it is closed.
+    """Writer of one file from the bytes of its tensors in order; after closing, `entry` has its digest and size.
 
-    It has its name when it is whole.
+    The file gets its final name when it is complete.
     """
 
     def __init__(self, folder: Path, shard: Shard) -> None:
@@ -236,13 +233,13 @@ class ShardWriter:
         self._put(header)
 
     def _put(self, data: bytes | memoryview) -> None:
-        """Written and digested at once: each takes about as long."""
+        """Write and hash in parallel, since both take about as long."""
         digested = self._digester.submit(self._digest.update, data)
         self._draft.write(data)
         digested.result()
 
     def write(self, data: bytes | memoryview) -> None:
-        """The next bytes."""
+        """Append bytes."""
         self._left -= len(data)
         self._put(data)
 
@@ -264,13 +261,13 @@ class ShardWriter:
 
 
 def widest(dtypes: Iterable[str]) -> str:
-    """The number format that numbers of several formats are computed in together, as torch has it.
+    """Return the number format in which values of several formats are combined, as in torch's type promotion.
 
-    ModelError where no rule is known.
+    ModelError for integer formats.
     """
     kinds = set(dtypes)
     if len(kinds) == 1:
         return kinds.pop()
     if not kinds <= set(FLOATS):
-        raise ModelError(f"numbers of the formats {', '.join(sorted(kinds))} cannot be merged")
+        raise ModelError(f"tensors of the number formats {', '.join(sorted(kinds))} cannot be merged")
     return "F64" if "F64" in kinds else "F32"

@@ -1,8 +1,4 @@
-"""Save an untrained model beside its tokenizer: the vocabulary it needs, the memory it takes, special ids, golden
-tokens.
-
-Knows no architecture.
-"""
+"""Save an untrained model with its tokenizer, special token ids and golden tokens, after checking memory."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from llmworks.core.context import Context
 from llmworks.core.errors import MissingDependency, UserError
 from llmworks.model.shape import RecurrentShape, Shape
 
-ROUND = 64  # rows of an embedding compute fastest in multiples of it
+ROUND = 64  # vocabulary sizes are padded to a multiple of this for speed
 Ids = dict[str, int]
 
 
@@ -25,7 +21,7 @@ def save_untrained(
     ctx: Context,
     draw: Callable[[int, Ids], tuple[Any, str]],
 ) -> Model:
-    """`draw` (vocabulary, special ids) makes the model, saves it, and says what it was saved as."""
+    """Save a model that `create_model(vocab_size, special ids)` creates and saves; it returns the architecture name."""
     import torch
 
     from llmworks.model.golden import record
@@ -35,7 +31,7 @@ def save_untrained(
     loaded = tokenizer_of(tokenizer)
     needed = ids_of(loaded)
     if config.vocab_size and config.vocab_size < needed:
-        raise UserError(f"config.vocabulary is {config.vocab_size:,}, the tokenizer has {needed:,} tokens")
+        raise UserError(f"config.vocab_size is {config.vocab_size:,}, but the tokenizer has {needed:,} tokens")
     vocabulary = config.vocab_size or -(-needed // ROUND) * ROUND
     require_memory(config.model_copy(update={"vocab_size": vocabulary}))
     torch.manual_seed(ctx.seed)
@@ -49,7 +45,7 @@ def save_untrained(
     loaded.save_pretrained(ctx.out)
     (ctx.out / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
     parameters = sum(p.numel() for p in model.parameters())
-    ctx.progress.say(f"{parameters:,} parameters, saved as {kind}")
+    ctx.progress.say(f"{parameters:,} parameters, saved as architecture {kind}")
     return Model(
         ctx.out,
         golden=record(ctx.out),
@@ -59,7 +55,7 @@ def save_untrained(
 
 
 def require_memory(shape: Shape | RecurrentShape) -> None:
-    """Whether the weights fit into this machine, twice, since they are written too. Errors: MissingDependency."""
+    """Check that twice the weights (in memory and for writing) fit into memory. Errors: MissingDependency."""
     import os
 
     from llmworks.model.anatomy.parts import parts_of
@@ -68,6 +64,6 @@ def require_memory(shape: Shape | RecurrentShape) -> None:
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if wanted > there:
         raise MissingDependency(
-            f"the model has {wanted // 8:,} parameters; making it takes {wanted / 1e9:,.0f} GB of memory, this machine"
-            f" has {there / 1e9:,.0f} GB"
+            f"the model has {wanted // 8:,} parameters; creating it needs {wanted / 1e9:,.0f} GB of memory, this"
+            f" machine has {there / 1e9:,.0f} GB"
         )

@@ -1,7 +1,4 @@
-"""Files of weights: which ones a directory has, their headers, and tensors read one at a time.
-
-Errors of one line for what is missing or cut short.
-"""
+"""Find and check a directory's safetensors files, read their headers, and read tensors one at a time."""
 
 from __future__ import annotations
 
@@ -42,8 +39,9 @@ def check_weights(path: Path) -> None:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that a directory's weights are in: those that its index names; without one all but `consolidated`,
-    which Mistral's repositories have beside them under other names.
+    """Return a directory's weight files: those in its index; without an index all but `consolidated*`.
+
+    Mistral's repositories hold `consolidated*` files with the same weights under other names.
     """
     index = path / "model.safetensors.index.json"
     files = sorted(path.glob("*.safetensors"))
@@ -53,7 +51,7 @@ def weight_files(path: Path) -> list[Path]:
         missing = sorted(wanted - {file.name for file in files})
         if missing or not wanted:
             raise ModelError(
-                f"{index}: {f'names {missing[0]}, which is not there' if missing else 'names no files'}; copy or fetch"
+                f"{index}: {f'lists {missing[0]}, which is missing' if missing else 'lists no files'}; copy or fetch"
                 " the directory again"
             )
         return [file for file in files if file.name in wanted]
@@ -62,7 +60,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 class Stored(Mapping[str, "Tensor"]):
-    """The tensors of a directory's safetensors files by name, each read when it is asked for, nothing of it kept."""
+    """The tensors of a directory's safetensors files by name, each read on access and not cached."""
 
     def __init__(self, path: Path) -> None:
         from safetensors import safe_open
@@ -88,19 +86,19 @@ class Stored(Mapping[str, "Tensor"]):
 
 
 def refuse_scorer(path: Path) -> None:
-    """Whether a directory's model writes texts.
+    """Check that a directory's model is a causal model.
 
-    ModelError for one that scores them, whose head over the vocabulary would be made up.
+    ModelError for a reward model or classifier, whose language-model head would be random.
     """
     names = read_json(path / "config.json").get("architectures") or []
     if any("Classification" in str(name) for name in names):
         raise ModelError(
-            f"{path}: is a {names[0]}, which scores texts and writes none; give the model that is to write"
+            f"{path}: is a {names[0]}, which is a classifier or reward model; give a causal language model"
         )
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file: name to dtype, shape and offsets."""
+    """Read the JSON header of a safetensors file: name to dtype, shape and offsets."""
     with file.open("rb") as stream:
         prefix = stream.read(8)
         length = int.from_bytes(prefix, "little")

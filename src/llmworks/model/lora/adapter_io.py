@@ -1,5 +1,6 @@
-"""Adapters on disk, in peft's format: `adapter_model.safetensors`, `adapter_config.json`, and `base.json` where the
-base was kept in fewer bits while it was trained.
+"""Read and write LoRA adapters in peft's format: `adapter_model.safetensors` and `adapter_config.json`.
+
+`base.json` is added where the base was quantized during training (QLoRA).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ UNKNOWN = (
 
 
 def state(model: nn.Module, rename: Rename = str) -> dict[str, Tensor]:
-    """The adapter's tensors under peft's names."""
+    """Return the adapter's tensors under peft's names."""
     out: dict[str, Tensor] = {}
     for name, layer in layers(model):
         stem = f"{PREFIX}{rename(name)}"
@@ -48,7 +49,7 @@ def state(model: nn.Module, rename: Rename = str) -> dict[str, Tensor]:
 
 
 def load_state(model: nn.Module, tensors: Mapping[str, Tensor], rename: Rename = str) -> None:
-    """Put saved tensors back into the adapted layers; every layer must be there."""
+    """Copy saved tensors into the adapted layers; every layer must be present."""
     with torch.no_grad():
         for name, layer in layers(model):
             stem = f"{PREFIX}{rename(name)}"
@@ -67,7 +68,7 @@ def save_adapter(
     rename: Rename = str,
     base: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the adapter as peft reads it. `base`: how the base was kept while the adapter was trained."""
+    """Write the adapter in peft's format. `base`: how the base was quantized during training."""
     from safetensors.torch import save_file
 
     names = sorted({rename(name).rpartition(".")[2] for name, _ in layers(model)})
@@ -92,29 +93,29 @@ def save_adapter(
 
 
 def read_adapter(path: Path) -> tuple[Json, dict[str, Tensor]]:
-    """(config, tensors) of a peft LoRA directory.
+    """Read (config, tensors) of a peft LoRA directory.
 
-    ModelError for another method, or an option that is not known here.
+    ModelError for another method, or an unsupported option.
     """
     from safetensors.torch import load_file
 
     config = read_json(path / "adapter_config.json")
     if config.get("peft_type") in ("PROMPT_TUNING", "PREFIX_TUNING"):
         raise ModelError(
-            f"{path}: is a soft prompt, which stands before texts and cannot be folded into weights; use it as it is"
-            " (llmworks chat, evaluate)"
+            f"{path}: is a soft prompt (prompt or prefix tuning), which cannot be merged into the weights; use it as an"
+            " adapter (llmworks chat, evaluate)"
         )
     if config.get("peft_type") != "LORA":
-        raise ModelError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is known here")
+        raise ModelError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
     file = path / "adapter_model.safetensors"
     if not file.exists():
         raise ModelError(
             f"{path}: has no {file.name}"
             + (
-                "; adapter_model.bin is a pickle, which can run any code when it is opened: save it again by peft with"
+                "; adapter_model.bin is a pickle, which can run arbitrary code when loaded: save it again in peft with"
                 " safe_serialization"
                 if file.with_suffix(".bin").exists()
-                else ", and is no peft adapter directory"
+                else "; it is not a peft adapter directory"
             )
         )
     try:
@@ -122,21 +123,19 @@ def read_adapter(path: Path) -> tuple[Json, dict[str, Tensor]]:
     except Exception as error:  # safetensors raises its own kind for a truncated file
         raise ModelError(f"{path}: the adapter cannot be read ({error}); copy it again") from None
     if not (isinstance(config.get("r"), int) and config["r"] > 0 and _number(config.get("lora_alpha"))):
-        raise ModelError(f"{path}/adapter_config.json: needs a rank `r` above zero and `lora_alpha`")
+        raise ModelError(f"{path}/adapter_config.json: needs a rank `r` greater than zero and a number `lora_alpha`")
     pattern = config.get("alpha_pattern") or {}
     if not (isinstance(pattern, dict) and all(_number(alpha) and _pattern(layer) for layer, alpha in pattern.items())):
-        raise ModelError(
-            f"{path}/adapter_config.json: alpha_pattern is no map from patterns of layers' names to numbers"
-        )
+        raise ModelError(f"{path}/adapter_config.json: alpha_pattern must map patterns of layer names to numbers")
     unknown = [key for key in UNKNOWN if config.get(key)]
     if unknown or config.get("bias", "none") != "none":
-        raise ModelError(f"{path}: the adapter uses {unknown[0] if unknown else 'bias'}, which is not known here")
+        raise ModelError(f"{path}: the adapter uses {unknown[0] if unknown else 'bias'}, which is not supported")
     return config, tensors
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A layer's part of an adapter, fp32: its change is scale * B A; of DoRA with the length that each row has then."""
+    """LoRA matrices of one layer, fp32: its update is scale * B A; with DoRA also the magnitude of each row."""
 
     a: Tensor  # [rank, in]
     b: Tensor  # [out, rank]
@@ -145,17 +144,17 @@ class Factors:
 
 
 def read_factors(path: Path, called: str = "") -> tuple[Json, dict[str, Factors]]:
-    """(config, factors by layer) of a peft LoRA directory. `called`: how messages call it, else by its path.
+    """Read (config, LoRA matrices by layer) of a peft LoRA directory. `label`: its name in messages, else its path.
 
-    Errors: ModelError for what `read_adapter` refuses, a tensor that is no part of a plain LoRA, factors that do not
-    belong together, and values that are no numbers.
+    Errors: ModelError for what `read_adapter` rejects, a tensor that is not part of a plain LoRA, matrices that do not
+    match, and values that are NaN or infinite.
     """
     config, tensors = read_adapter(path)
     name, found = called or str(path), dict[str, dict[str, Tensor]]()
     for key, tensor in tensors.items():
         part = next((p for p in PARTS if key.endswith("." + p)), None)
         if part is None:
-            raise ModelError(f"{name}: the tensor {key} is no part of a plain LoRA")
+            raise ModelError(f"{name}: the tensor {key} is not part of a plain LoRA")
         found.setdefault(key.removeprefix(PREFIX).removesuffix("." + part), {})[part] = tensor.float()
     if not found:
         raise ModelError(f"{name}: has no LoRA matrices")
@@ -165,33 +164,34 @@ def read_factors(path: Path, called: str = "") -> tuple[Json, dict[str, Factors]
         a, b, magnitude = (parts.get(part) for part in PARTS)
         if a is None or b is None:
             raise ModelError(
-                f"{name}: {layer} {'has an A and no B matrix' if b is None else 'has no A matrix'}; copy the adapter"
+                f"{name}: {layer} {'has an A but no B matrix' if b is None else 'has no A matrix'}; copy the adapter"
                 " again"
             )
         if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or not len(a):
             raise ModelError(
-                f"{name}: {layer}: A {list(a.shape)} and B {list(b.shape)} are no two matrices of one rank; copy the"
-                " adapter again"
+                f"{name}: {layer}: A {list(a.shape)} and B {list(b.shape)} are not two matrices of the same rank; copy"
+                " the adapter again"
             )
         if dora != (magnitude is not None):
             raise ModelError(
-                f"{name}: {layer} has {'no' if dora else 'a'} lora_magnitude_vector, and adapter_config.json says"
+                f"{name}: {layer} has {'no' if dora else 'a'} lora_magnitude_vector, but adapter_config.json has"
                 f" use_dora: {str(dora).lower()}"
             )
         if magnitude is not None and magnitude.shape != (len(b),):
             raise ModelError(
-                f"{name}: {layer}: a lora_magnitude_vector {list(magnitude.shape)} is not that of {len(b)} rows; copy"
-                " the adapter again"
+                f"{name}: {layer}: lora_magnitude_vector {list(magnitude.shape)} does not match {len(b)} rows; copy the"
+                " adapter again"
             )
         if not all(math.isfinite(float(one.sum(dtype=torch.float64))) for one in parts.values()):
-            raise ModelError(f"{name}: {layer} holds values that are no numbers (NaN or infinite)")
+            raise ModelError(f"{name}: {layer} holds values that are NaN or infinite")
         made[layer] = Factors(a, b, scale_of(config, layer, len(a)), magnitude)
     return config, made
 
 
 def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """The factor of a layer's product: alpha / r, or alpha / sqrt(r); `alpha_pattern` may name another alpha for it, as
-    peft's `get_pattern_key` looks for it.
+    """Return a layer's LoRA scale: alpha / r, or alpha / sqrt(r) (rsLoRA).
+
+    `alpha_pattern` may override alpha for it, matched as in peft's `get_pattern_key`.
     """
     alpha = float(config["lora_alpha"])
     for pattern, value in (config.get("alpha_pattern") or {}).items():
@@ -214,8 +214,8 @@ def _pattern(text: str) -> bool:
 
 
 def base_of(path: Path) -> Json:
-    """How the base was kept while the adapter at `path` was trained: {} for as it is, else `{"kept": "nf4", "double":
-    ..., "layers": [...]}`.
+    """Return how the base was quantized during training of the adapter: {} = not, else
+    `{"kept": "nf4", "double": ..., "layers": [...]}`.
 
     ModelError for anything else.
     """
@@ -223,6 +223,7 @@ def base_of(path: Path) -> Json:
     found = read_json(file) if file.exists() else {}
     if found and not (found.get("kept") == "nf4" and isinstance(found.get("layers"), list)):
         raise ModelError(
-            f"{file}: says that the base was kept as {found.get('kept')!r}; only nf4, with its layers, is known here"
+            f"{file}: says that the base was quantized as {found.get('kept')!r}; only nf4, with its layers,"
+            " is supported"
         )
     return found

@@ -1,9 +1,7 @@
-"""Fold a LoRA adapter into a model's weights: W + s B A, of DoRA with each row at its learned length; computed in fp32.
+"""Merge a LoRA adapter into a model's weights: W + s B A; with DoRA each row has its trained magnitude. In fp32.
 
-The one place that does this.
-
-A base that was kept in 4 bits while the adapter was trained is taken as those bits say: the adapter corrects their
-error, too. Knows no training.
+A base that was quantized to 4 bits in training (QLoRA) is replaced by its dequantized weights, since the adapter was
+trained to correct their error too.
 """
 
 from __future__ import annotations
@@ -23,8 +21,8 @@ from llmworks.model.lowbit.nf4 import pack, unpack
 
 @dataclass(frozen=True)
 class Folded:
-    """Layers that were adapted; of a base in 4 bits the root of the mean square of what its bits lost, as a share of
-    the weights'.
+    """Result of merging: the number of adapted layers, and `base_error`, the relative RMS quantization error of a 4-bit
+    base.
     """
 
     layers: int
@@ -32,13 +30,13 @@ class Folded:
 
 
 class Fold:
-    """What an adapter does to each layer's weight.
+    """Merger of an adapter, layer by layer.
 
-    Holds the adapter alone; what is added to a weight is computed when its turn comes.
+    Holds only the adapter; each weight's update is computed on demand.
 
-    Errors: ModelError when a tensor of the adapter has no weight in the model, whose shapes `shape_of(layer name)`
-    says, or one of another shape: known before anything is folded; and for weights that are no numbers then. `called`:
-    how messages call the adapter.
+    Errors: ModelError when the model has no layer for a tensor of the adapter, or one of another shape
+    (`shape_of(layer name)` returns a layer's shape); raised before anything is merged. ModelError for merged weights
+    that are NaN or infinite. `label`: the adapter's name in messages.
     """
 
     def __init__(self, adapter: Path, shape_of: Callable[[str], Sequence[int] | None], called: str = "") -> None:
@@ -49,19 +47,20 @@ class Fold:
         for layer in self.layers:
             shape = shape_of(layer)
             if shape is None:
-                raise ModelError(f"{name}: belongs to another model: this one has no layer {layer}")
+                raise ModelError(f"{name}: belongs to another model: this model has no layer {layer}")
             wanted = (
                 (len(self._parts[layer].b), self._parts[layer].a.shape[1]) if layer in self._parts else tuple(shape)
             )
             if tuple(shape) != wanted:
                 raise ModelError(
-                    f"{name}: belongs to another model: {layer} has the shape {tuple(shape)} here, {wanted} there"
+                    f"{name}: belongs to another model: {layer} has shape {tuple(shape)} in the model, {wanted} in"
+                    " the adapter"
                 )
         self._lost = self._whole = 0.0
 
     @torch.no_grad()
     def folded(self, layer: str, weight: Tensor) -> Tensor:
-        """A layer's weight with the adapter in it, in the weight's number format."""
+        """Return a layer's weight with the adapter merged, in the weight's number format."""
         base = weight.float()
         if layer in self._in_bits:
             bits = unpack(pack(base, double=self._double))
@@ -78,20 +77,20 @@ class Fold:
         made = base.to(weight.dtype)
         if not math.isfinite(float(made.sum(dtype=torch.float64))):
             raise ModelError(
-                f"{self._name}: folded into {layer}, it makes values that are no numbers, or that"
-                f" {str(weight.dtype).removeprefix('torch.')} cannot hold"
+                f"{self._name}: merged into {layer}, it gives values that are NaN, infinite, or too large for"
+                f" {str(weight.dtype).removeprefix('torch.')}"
             )
         return made
 
     def result(self) -> Folded:
-        """Of all that was folded."""
+        """Return the result for all merged layers."""
         return Folded(len(self._parts), (self._lost / self._whole) ** 0.5 if self._whole else 0.0)
 
 
 def fold_into(weight_of: Callable[[str], Tensor | None], adapter: Path) -> Folded:
-    """Add the adapter at `adapter` to the weights that `weight_of(layer name)` gives, in place.
+    """Merge the adapter at `adapter` into the weights that `weight_of(layer name)` returns, in place.
 
-    Errors: those of Fold; nothing is half folded.
+    Errors: those of AdapterMerger; shapes are checked before anything is merged.
     """
 
     def shape_of(layer: str) -> Sequence[int] | None:
@@ -108,7 +107,7 @@ def fold_into(weight_of: Callable[[str], Tensor | None], adapter: Path) -> Folde
 
 
 def weights_of(model: nn.Module) -> Callable[[str], Tensor | None]:
-    """Look up a linear layer's weight in a loaded model."""
+    """Return a function that looks up a linear layer's weight in a loaded model."""
     modules = dict(model.named_modules())
 
     def weight_of(layer: str) -> Tensor | None:

@@ -1,10 +1,9 @@
-"""LoRA: y = W x + s B A x, with A random and B zero, so that training starts from the model itself.
+"""LoRA layers: y = W x + s B A x, with A random and B zero, so that training starts from the base model.
 
-s is alpha / r (Hu et al. 2021, arXiv:2106.09685), or alpha / sqrt(r), rank-stabilised (Kalajdzievski 2023,
-arXiv:2312.03732). DoRA (Liu et al. 2024, arXiv:2402.09353) learns the length of each row of W + s B A beside it.
-Initialisation as in peft's
-`LoraLayer.reset_lora_parameters`. Files are
-`adapter.py`'s, folding into the weights is `fold.py`'s; knows no other adapter.
+s is alpha / r (Hu et al. 2021, arXiv:2106.09685), or alpha / sqrt(r), rank-stabilized (rsLoRA; Kalajdzievski 2023,
+arXiv:2312.03732). DoRA (Liu et al. 2024, arXiv:2402.09353) also trains the magnitude of each row of W + s B A.
+Initialization as in peft's `LoraLayer.reset_lora_parameters`. Files are in `adapter_io.py`, merging into the weights in
+`merge_adapter.py`.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from torch.nn import functional as F
 from llmworks.core.errors import ModelError
 from llmworks.model.lowbit.nf4 import NF4Linear
 
-Rename = Callable[[str], str]  # a layer's name here -> its name in the model's files
+Rename = Callable[[str], str]  # a layer's name in the module -> its name in the model's files
 
 
 @dataclass(frozen=True)
 class Lora:
-    """The shape of an adapter. `stabilised`: alpha over the root of the rank; `magnitudes`: DoRA."""
+    """LoRA settings. `use_rslora`: rsLoRA, alpha over the square root of the rank; `use_dora`: DoRA."""
 
     rank: int
     alpha: float
@@ -37,18 +36,19 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """What the product is multiplied by."""
+        """Scale of the update B A."""
         return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
 
 
 class _Adapted(torch.autograd.Function):
-    """W x + s B A x in one: nothing of the width of the output is made twice, and of a frozen W nothing is kept, which
-    may be unpacked anew each time.
+    """W x + s B A x fused: no second output-sized tensor, and nothing of a frozen W is saved for the backward pass.
+
+    A quantized W is dequantized anew each time.
     """
 
     @staticmethod
     def forward(context: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, base: Any) -> Tensor:
-        """x: [..., in]; a: [r, in]; b: [out, r] -> [..., out]."""
+        """Compute from x: [..., in]; a: [r, in]; b: [out, r] -> [..., out]."""
         flat = x.reshape(-1, x.shape[-1])
         low = torch.mm(flat, a.T)
         y = torch.mm(flat, dense(base).T) if base.bias is None else torch.addmm(base.bias, flat, dense(base).T)
@@ -60,7 +60,7 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """DX = dY W + s dY B A, dA = s (dY B)' X, dB = s dY' (X A')."""
+        """Compute dX = dY W + s dY B A, dA = s (dY B)' X, dB = s dY' (X A')."""
         flat, low, a, b = context.saved_tensors
         scale, base, shape = context.rest
         by_y = gradients[0].reshape(-1, len(b))
@@ -70,13 +70,13 @@ class _Adapted(torch.autograd.Function):
 
 
 def dense(base: Any) -> Tensor:
-    """The weight of a layer [out, in], unpacked where it is kept in 4 bits."""
+    """Return a layer's weight [out, in], dequantized where it is stored in 4 bits."""
     weight: Tensor = base.dense() if isinstance(base, NF4Linear) else base.weight
     return weight
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with a trained low-rank addition. A: [r, in], B: [out, r]; magnitude, of DoRA: [out]."""
+    """Frozen linear layer with a trained low-rank update. A: [r, in], B: [out, r]; magnitude (DoRA): [out]."""
 
     def __init__(self, base: nn.Linear | NF4Linear, lora: Lora) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class LoraLinear(nn.Module):
         self.magnitude = nn.Parameter(torch.linalg.norm(dense(base), dim=1)) if lora.magnitudes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out]. While it is `off`, the frozen layer's."""
+        """Compute x: [..., in] -> [..., out]; the frozen layer's output if `disabled`."""
         if self.off:
             alone: Tensor = self.base(x)
             return alone
@@ -102,8 +102,9 @@ class LoraLinear(nn.Module):
         return plain + F.linear(F.linear(low, self.a), self.b * self.scale)
 
     def _with_magnitudes(self, x: Tensor, magnitude: Tensor) -> Tensor:
-        """Of each row of W + s B A the direction, times its learned length; its own length is a constant for the
-        gradient (section 4.3 of the paper).
+        """Compute DoRA: the direction of each row of W + s B A times its trained magnitude.
+
+        The row norm is a constant for the gradient (section 4.3 of the paper).
         """
         weight = dense(self.base)
         low = F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -117,7 +118,7 @@ class LoraLinear(nn.Module):
 
 
 def linear_layers(model: nn.Module) -> list[str]:
-    """Names of all linear layers but the output head."""
+    """Return the names of all linear layers but the output head."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     return [
         name
@@ -127,8 +128,8 @@ def linear_layers(model: nn.Module) -> list[str]:
 
 
 def target_layers(model: nn.Module, targets: Sequence[str] | str, rename: Rename = str) -> list[str]:
-    """Names of the linear layers to adapt: all but the output head for "all-linear", else those whose last name in the
-    model's files is listed.
+    """Return the names of the linear layers to adapt: all but the output head for "all-linear", else those whose last
+    name component in the model's files is listed.
     """
     names = linear_layers(model)
     if targets == "all-linear":
@@ -138,25 +139,24 @@ def target_layers(model: nn.Module, targets: Sequence[str] | str, rename: Rename
     missing = sorted(set(targets) - {lasts[name] for name in wanted})
     if missing:
         raise ModelError(
-            f"lora.targets: the model has no linear layer named {missing[0]!r}; it has"
+            f"lora.target_modules: the model has no linear layer named {missing[0]!r}; it has"
             f" {', '.join(sorted(set(lasts.values())))}"
         )
     return wanted
 
 
 def attach(model: nn.Module, targets: Sequence[str] | str, lora: Lora, rename: Rename = str) -> None:
-    """Freeze the model and put a `LoraLinear` around every target, in place. Seed torch before: A is random."""
+    """Freeze the model and wrap every target in a `LoraLinear`, in place. A is random: seed torch before."""
     names = target_layers(model, targets, rename)
     if not names:
         raise ModelError(
-            "the model has no linear layer that could be adapted (layers of GPT-2 in transformers are none); train all"
-            " weights"
+            "the model has no linear layer to adapt (GPT-2 in transformers has Conv1D layers); use full fine-tuning"
         )
     attach_to(model, names, lora)
 
 
 def attach_to(model: nn.Module, names: Sequence[str], lora: Lora) -> None:
-    """The same around the layers of these names."""
+    """Freeze the model and wrap the layers of these names in `LoraLinear`."""
     model.requires_grad_(False)
     for name in names:
         parent, _, leaf = name.rpartition(".")
@@ -165,7 +165,7 @@ def attach_to(model: nn.Module, names: Sequence[str], lora: Lora) -> None:
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """(name, layer) of every adapted layer."""
+    """Yield (name, layer) of every adapted layer."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
             yield name, module

@@ -1,6 +1,7 @@
-"""Soft prompts: trained vectors that stand before every text, as tokens that nobody can write (prompt tuning: Lester et
-al. 2021, arXiv:2104.08691), or as keys and values of every layer (prefix tuning: Li & Liang 2021, arXiv:2101.00190).
-Trained by peft, read from its files. Knows no training and no request.
+"""Load soft prompts: trained embeddings of virtual tokens before every prompt (prompt tuning: Lester et al. 2021,
+arXiv:2104.08691), or keys and values for every layer (prefix tuning: Li & Liang 2021, arXiv:2101.00190).
+
+Trained by peft, read from its files.
 """
 
 from __future__ import annotations
@@ -19,16 +20,15 @@ KINDS = ("PROMPT_TUNING", "PREFIX_TUNING")
 
 
 def is_soft(adapter: Path) -> bool:
-    """Whether a peft directory holds a soft prompt."""
+    """Return whether a peft directory holds a soft prompt."""
     file = adapter / "adapter_config.json"
     return file.exists() and read_json(file).get("peft_type") in KINDS
 
 
 class Prompted(nn.Module):
-    """A causal model of transformers behind a soft prompt, for who reads with a cache: an empty one begins with the
-    prompt.
+    """Transformers causal model with a soft prompt, for callers that use a KV cache: an empty cache is filled with it.
 
-    Positions and 2-d masks are the text's alone.
+    Position ids and 2-d masks cover the text only, without the virtual tokens.
     """
 
     def __init__(self, model: Any, keys: list[tuple[Tensor, Tensor]]) -> None:
@@ -38,12 +38,12 @@ class Prompted(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Number format of the weights."""
         found: torch.dtype = self.base.dtype
         return found
 
     def get_input_embeddings(self) -> nn.Module:
-        """The model's."""
+        """Return the model's input embedding."""
         table: nn.Module = self.base.get_input_embeddings()
         return table
 
@@ -56,7 +56,7 @@ class Prompted(nn.Module):
         use_cache: bool | None = None,
         logits_to_keep: Any = 0,
     ) -> Any:
-        """As the model's. A 4-d mask covers what is in the cache, with the prompt where that is in it."""
+        """Run the model. A 4-d mask covers the cache, including the virtual tokens once they are in it."""
         from transformers import DynamicCache
 
         cache = DynamicCache() if past_key_values is None else past_key_values
@@ -78,9 +78,9 @@ class Prompted(nn.Module):
 
 
 def prompted(model: Any, adapter: Path) -> Prompted:
-    """A model of transformers with the soft prompt of a peft directory.
+    """Wrap a transformers model with the soft prompt of a peft directory.
 
-    ModelError for one that is broken, or another model's.
+    ModelError for one that is broken, or belongs to another model.
     """
     from safetensors.torch import load_file
 
@@ -94,15 +94,15 @@ def prompted(model: Any, adapter: Path) -> Prompted:
     own = model.config
     if config["peft_type"] == "PREFIX_TUNING":
         if config.get("prefix_projection"):
-            raise ModelError(f"{adapter}: uses prefix_projection, which is not known here")
+            raise ModelError(f"{adapter}: uses prefix_projection, which is not supported")
         heads, width = (
             getattr(own, "num_key_value_heads", None) or own.num_attention_heads,
             getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads,
         )
         if table.shape[1] != own.num_hidden_layers * 2 * heads * width:
             raise ModelError(
-                f"{adapter}: belongs to another model: its prefix has {table.shape[1]} numbers a token, this model"
-                f" {own.num_hidden_layers * 2 * heads * width}"
+                f"{adapter}: belongs to another model: its prefix has {table.shape[1]} dimensions per token, this model"
+                f" has {own.num_hidden_layers * 2 * heads * width}"
             )
         parts = table.view(1, len(table), own.num_hidden_layers * 2, heads, width).permute(2, 0, 3, 1, 4)
         return Prompted(
@@ -110,7 +110,7 @@ def prompted(model: Any, adapter: Path) -> Prompted:
         )
     if table.shape[1] != own.hidden_size:
         raise ModelError(
-            f"{adapter}: belongs to another model: its prompt has {table.shape[1]} numbers a token, this model"
+            f"{adapter}: belongs to another model: its prompt has {table.shape[1]} dimensions per token, this model has"
             f" {own.hidden_size}"
         )
     with torch.no_grad():

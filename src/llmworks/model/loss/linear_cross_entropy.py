@@ -1,7 +1,4 @@
-"""The head and its cross-entropy in one, a few tokens at a time: the logits of a text never exist all at once.
-
-Knows no model.
-"""
+"""Fused linear cross-entropy: the head and its loss in chunks of tokens, so that the full logits never exist."""
 
 from __future__ import annotations
 
@@ -12,28 +9,26 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-IGNORED = -100  # a label that counts for nothing
-LOGITS, MOST = 1 << 25, 512  # numbers, and tokens, whose logits exist at once
+IGNORED = -100  # label that is not trained on
+LOGITS, MOST = 1 << 25, 512  # maximum elements, and tokens, of a chunk of logits
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are computed beside the loss, so that no logits are kept for later and none are computed twice (as
-    Liger's fused kernel does).
-    """
+    """Cross-entropy with gradients computed in the forward pass: logits are not stored or recomputed (as Liger)."""
 
     @staticmethod
     def forward(context: Any, states: Tensor, weight: Tensor, labels: Tensor, scale: float) -> Tensor:
-        """states: [tokens, width]; weight: [vocabulary, width]; labels: [tokens]."""
+        """Compute from states: [tokens, hidden_size]; weight: [vocab_size, hidden_size]; labels: [tokens]."""
         by_state = torch.empty_like(states) if states.requires_grad else None
         matrix = weight.to(states.dtype)
         by_weight = (
             torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
-        )  # a sum of many chunks
+        )  # fp32, as it is a sum over many chunks
         total = states.new_zeros((), dtype=torch.float32)
         step = chunk(len(weight))
         room = states.new_empty(
             min(step, len(states)), len(weight)
-        )  # one for all: memory that is fresh costs more than the mathematics
+        )  # one buffer for all chunks: allocating memory costs more than the computation
         for start in range(0, len(states), step):
             here, wanted = states[start : start + step], labels[start : start + step, None]
             logits = torch.mm(here, matrix.T, out=room[: len(here)]).float()
@@ -41,12 +36,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chances = torch.softmax(logits, -1, out=logits)
             total += (
                 largest - chances.amax(-1, keepdim=True).log() - right
-            ).sum()  # the largest chance is 1 / sum of exp(logit - largest)
+            ).sum()  # the largest probability is 1 / sum of exp(logit - largest)
             if by_state is None and by_weight is None:
                 continue
             by_logits = chances.scatter_add_(-1, wanted, torch.full_like(right, -1.0)).to(
                 states.dtype
-            )  # softmax less one where the label is
+            )  # softmax minus one-hot label
             if by_state is not None:
                 torch.mm(by_logits, matrix, out=by_state[start : start + step])
             if by_weight is not None:
@@ -62,8 +57,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """The gradients that were computed, times that of the loss: with it a scaler of fp16 lifts those of the states
-        before they are small.
+        """Scale the stored gradients by that of the loss.
+
+        The scale of an fp16 gradient scaler is applied to the state gradients here, before they are small.
         """
         by_state, by_weight = context.saved_tensors
         gradient = float(gradients[0])
@@ -76,23 +72,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def chunk(vocabulary: int) -> int:
-    """Tokens whose logits exist at once."""
+    """Return the number of tokens per chunk of logits."""
     return max(1, min(MOST, LOGITS // vocabulary))
 
 
 def linear_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
-    """Summed cross-entropy in nats of labels [tokens] under the logits states [tokens, width] @ weight.T [width,
-    vocabulary], times `scale`.
+    """Compute the summed cross-entropy in nats of labels [tokens], times `scale`.
 
-    Not differentiable twice.
+    Logits are states [tokens, hidden_size] @ weight.T; weight: [vocab_size, hidden_size]. Not differentiable twice.
     """
     summed: Tensor = _LinearCrossEntropy.apply(states, weight, labels, scale)  # type: ignore[no-untyped-call]
     return summed
 
 
 def mean_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of the labels [batch, length] that count (-100: not) under the states [batch, length,
-    width] at their places.
+    """Compute the mean cross-entropy in nats of labels [batch, length] (-100 = ignored) under the states at their
+    positions [batch, length, hidden_size].
     """
     at = labels != IGNORED
     if torch.is_autocast_enabled(states.device.type):
@@ -101,7 +96,7 @@ def mean_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor
 
 
 def is_plain(head: Any) -> bool:
-    """Whether a head is its matrix and nothing else: no bias, no adapter around it, no hook on it."""
+    """Return whether a head is a bare matrix: no bias, adapter or hooks."""
     return (
         type(head) is nn.Linear
         and getattr(head, "bias", None) is None
@@ -110,9 +105,7 @@ def is_plain(head: Any) -> bool:
 
 
 def head_loss(states: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
-    """`mean_cross_entropy` under any head [width] -> [vocabulary]; one that is more than a matrix computes its logits
-    of all labels at once.
-    """
+    """Compute `mean_cross_entropy` under any head; not a bare matrix: all labels' logits at once."""
     if is_plain(head):
         weight: Any = head.weight
         return mean_cross_entropy(states, weight, labels)

@@ -1,7 +1,6 @@
-"""The head and the log-probability of given tokens in one, some tokens at a time: for losses that weigh texts by how
-probable they are.
+"""Fused linear log-probabilities: the head and the log-probability of given tokens, in chunks of tokens.
 
-Knows no model and no loss.
+For losses that weight sequences by their probability (DPO, PPO, GRPO ...).
 """
 
 from __future__ import annotations
@@ -18,13 +17,17 @@ from llmworks.model.loss.linear_cross_entropy import chunk, is_plain
 
 
 class _LinearLogProbs(torch.autograd.Function):
-    """The gradient of a token's log-probability by its state is kept, and scaled when the loss has said by what; that
-    of the head's weights is computed anew, where they are trained.
+    """Log-probabilities that save their gradient by the state, scaled in the backward pass.
+
+    The gradient of the head's weight is recomputed, where it is trained.
     """
 
     @staticmethod
     def forward(context: Any, states: Tensor, weight: Tensor, tokens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """states: [n, width]; weight: [vocabulary, width]; tokens: [n] -> log-probabilities [n], entropies [n]."""
+        """Compute log-probabilities [n] and entropies [n].
+
+        states: [n, hidden_size]; weight: [vocab_size, hidden_size]; tokens: [n].
+        """
         by_state = torch.empty_like(states) if states.requires_grad else None
         matrix = weight.to(states.dtype)
         found, entropy = (states.new_empty(len(states), dtype=torch.float32) for _ in range(2))
@@ -48,7 +51,7 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """Softmax subtracted from where the token is, times the gradient of its log-probability."""
+        """Compute gradients: (one-hot token minus softmax) times the gradient of the log-probability."""
         by_state, states, weight, tokens = context.saved_tensors
         gradient, scale = gradients[0], context.scale
         by_weight = None
@@ -73,8 +76,8 @@ class _LinearLogProbs(torch.autograd.Function):
 
 
 def _chunks(states: Tensor, matrix: Tensor, scale: float) -> Any:
-    """(part, its logits [some, vocabulary] in fp32), all in the same memory: what is fresh costs more than the
-    mathematics.
+    """Yield (slice, its logits [chunk, vocab_size] in fp32), all in one buffer, since allocating memory costs more than
+    the computation.
     """
     step = chunk(len(matrix))
     room = states.new_empty(min(step, len(states)), len(matrix))
@@ -85,7 +88,7 @@ def _chunks(states: Tensor, matrix: Tensor, scale: float) -> Any:
 
 
 def linear_logprobs(states: Tensor, head: nn.Module, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(log-probabilities in nats of tokens [n] after states [n, width], entropies there [n], which have no gradient).
+    """Compute (log-probabilities in nats of tokens [n] after states [n, hidden_size], entropies [n] without gradient).
 
     Logits are divided by `temperature`. Not differentiable twice.
     """
@@ -107,6 +110,6 @@ def _of_head(states: Tensor, head: nn.Module, tokens: Tensor, temperature: float
 
 
 def of_logits(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The same of logits [n, vocabulary] that are there already."""
+    """Compute (log-probabilities, entropies) of tokens [n] from existing logits [n, vocab_size]."""
     logs = F.log_softmax(logits.float() / temperature, -1)
     return logs.gather(-1, tokens[:, None])[:, 0], -(logs.detach().exp() * logs.detach()).sum(-1)

@@ -1,7 +1,4 @@
-"""What a model is asked to guess: the next token, hidden tokens, or hidden spans.
-
-Pure functions of ids; the next token needs none. Knows no model.
-"""
+"""Corrupt token ids for masked language modeling (BERT) and span corruption (T5). Pure functions of ids."""
 
 from __future__ import annotations
 
@@ -23,17 +20,16 @@ def hide_tokens(
     keep: Sequence[int] = (),
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(ids with some hidden, labels that are IGNORED elsewhere), for masked language modelling (Devlin et al. 2019,
-    section 3.1).
+    """Mask tokens for masked language modeling (Devlin et al. 2019, section 3.1).
 
-    Of the chosen `share` 80 % become the mask, 10 % any token by chance, 10 % stay. ids: [batch, length]; `keep`: ids
-    that are never chosen.
+    Returns (masked ids, labels that are IGNORE_INDEX elsewhere). Of the `mlm_probability` selected tokens 80 % become
+    the mask token, 10 % a random token, 10 % stay. ids: [batch, length]; `excluded_ids`: ids that are never selected.
     """
     draw = torch.rand(ids.shape, generator=generator)
     allowed = ~torch.isin(ids, torch.tensor(list(keep), dtype=ids.dtype))
     chosen = allowed & (draw < share)
     labels = torch.where(chosen, ids, torch.full_like(ids, IGNORED))
-    how = draw / share  # evenly from 0 to 1 where a token was chosen
+    how = draw / share  # uniform in 0 to 1 where a token was selected
     other = torch.randint(0, vocabulary, ids.shape, generator=generator, dtype=ids.dtype)
     hidden = torch.where(chosen & (how < 0.8), torch.full_like(ids, mask_id), ids)
     return torch.where(chosen & (how >= 0.8) & (how < 0.9), other, hidden), labels
@@ -48,19 +44,19 @@ def hide_spans(
     mean: float = 3.0,
     generator: torch.Generator | None = None,
 ) -> tuple[list[int], list[int]]:
-    """(text with spans hidden behind sentinels, the sentinels with what they hide), both ended, for span corruption
-    (T5, Raffel et al. 2020, section 3.1.4).
+    """Corrupt spans as T5 (Raffel et al. 2020, section 3.1.4).
 
-    T5 closes the target with one more sentinel; here it is the end alone. Errors: DataError for less than two tokens,
-    or no sentinel.
+    Returns (ids with spans replaced by sentinels, sentinels each followed by its span), both with an end token. T5
+    closes the target with one more sentinel; here it is the end token alone.
 
-    About `share` of the tokens are hidden in spans of `mean` tokens on average; as many spans as there are sentinels at
-    most, and some text between two.
+    About `noise_density` of the tokens are masked in spans of `mean_span_length` tokens on average; at most as many
+    spans as sentinels, with unmasked tokens between two spans. Errors: DataError for fewer than two tokens, or no
+    sentinel.
     """
     if len(ids) < 2 or not sentinels:
         raise DataError(
-            f"spans are hidden in texts of two tokens or more, behind sentinels; there are {len(ids)} tokens and"
-            f" {len(sentinels)} sentinels"
+            f"span corruption needs at least two tokens and one sentinel; got {len(ids)} tokens and {len(sentinels)}"
+            " sentinels"
         )
     hidden = min(max(round(len(ids) * share), 1), len(ids) - 1)
     spans = min(max(round(hidden / mean), 1), hidden, len(ids) - hidden, len(sentinels))
@@ -76,6 +72,6 @@ def hide_spans(
 
 
 def _parts(total: int, count: int, generator: torch.Generator | None) -> list[int]:
-    """`total` divided at random into `count` parts of at least one."""
+    """Split `total` at random into `count` parts of at least one."""
     cuts = sorted((torch.randperm(total - 1, generator=generator)[: count - 1] + 1).tolist())
     return [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]

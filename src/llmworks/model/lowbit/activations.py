@@ -1,8 +1,4 @@
-"""Inputs of linear layers as whole numbers, too, each token's by its own largest: what a layer in 8 bits of both
-computes.
-
-Knows no method.
-"""
+"""Dynamic per-token quantization of layer inputs (activations), as in W8A8."""
 
 from __future__ import annotations
 
@@ -15,10 +11,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Reading:
-    """How a layer's inputs are rounded.
+    """How a layer's inputs are quantized.
 
-    `edge`: where the largest comes to lie, as of a `Grid`; `threshold`: what is larger stays as it is, and does not
-    count as the largest (0: nothing; LLM.int8()).
+    `edge`: which integer the largest value maps to, as in `Grid`; `threshold`: larger values stay unquantized and do
+    not count for the scale (outliers of LLM.int8(); 0 = none).
     """
 
     bits: int = 8
@@ -27,9 +23,9 @@ class Reading:
 
 
 def round_tokens(x: Tensor, reading: Reading) -> Tensor:
-    """[..., columns] rounded to whole numbers around 0, and restored.
+    """Quantize [..., columns] symmetrically per token, and dequantize.
 
-    Each token by itself, whatever is computed beside it.
+    Each token is independent of the others in the batch.
     """
     high = (1 << (reading.bits - 1)) - 1
     large = x.abs()
@@ -44,7 +40,7 @@ def round_tokens(x: Tensor, reading: Reading) -> Tensor:
 
 
 def read_rounded(layer: nn.Module, reading: Reading) -> None:
-    """From now on the layer reads rounded inputs."""
+    """Quantize the layer's inputs from now on, by a forward hook."""
 
     def rounding(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
         return (round_tokens(given[0], reading), *given[1:])

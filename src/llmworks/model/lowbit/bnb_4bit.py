@@ -1,8 +1,4 @@
-"""4 bits in a Hugging Face directory in the form of bitsandbytes, which transformers and peft read: NF4 or FP4, blocks
-of 64 that share a scale.
-
-Knows no method.
-"""
+"""Read and write bitsandbytes' 4-bit checkpoints (NF4 or FP4, blocks of 64), which transformers and peft load."""
 
 from __future__ import annotations
 
@@ -30,7 +26,7 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Levels:
-    """Which 16 numbers weights become. `double`: the scales of blocks are kept in 8 bits, too."""
+    """4-bit data type of the weights. `double_quant`: double quantization, block scales in 8 bits."""
 
     book: Literal["nf4", "fp4"] = "nf4"
     double: bool = True
@@ -43,30 +39,30 @@ class Levels:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix in these bits."""
+    """A matrix quantized to 4 bits."""
 
     packed: Packed
     grid: Levels
 
     def weight(self) -> Tensor:
-        """[rows, columns], fp32."""
+        """Dequantize to [rows, columns], fp32."""
         return unpack(self.packed)
 
     @property
     def bits(self) -> float:
-        """Bits of a weight, scales included."""
+        """Bits per weight, scales included."""
         return self.packed.bits
 
 
 def matrix_of(weight: Tensor, grid: Levels) -> Matrix:
-    """Round a matrix [rows, columns] to the nearest levels. ModelError for weights that are no numbers."""
+    """Quantize a matrix [rows, columns] to the nearest levels. ModelError for weights that are NaN or infinite."""
     if not torch.isfinite(weight).all():
-        raise ModelError(f"{int((~torch.isfinite(weight)).sum())} of its weights are no numbers (NaN or infinite)")
+        raise ModelError(f"{int((~torch.isfinite(weight)).sum())} of its weights are NaN or infinite")
     return Matrix(pack(weight, double=grid.double, book=grid.book), grid)
 
 
 def tensors_of(name: str, matrix: Matrix) -> dict[str, Tensor]:
-    """The tensors of a layer `name`."""
+    """Return the tensors of a quantized layer `name`."""
     packed, grid = matrix.packed, matrix.grid
     said: dict[str, Any] = {
         "quant_type": grid.book,
@@ -92,7 +88,7 @@ def tensors_of(name: str, matrix: Matrix) -> dict[str, Tensor]:
 
 
 def config_of(grids: Mapping[str, Levels], left: Sequence[str]) -> dict[str, Any]:
-    """`quantization_config`; `left`: layers that are as they were."""
+    """Build `quantization_config`; `ignored`: layers that are not quantized."""
     grid = next(iter(grids.values()))
     return {
         "quant_method": METHOD,
@@ -110,7 +106,7 @@ def config_of(grids: Mapping[str, Levels], left: Sequence[str]) -> dict[str, Any
 
 
 def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Matrix | Tensor]]:
-    """(name, what it is) of all weights of a directory. ModelError for a layer whose tensors do not belong together."""
+    """Yield (name, tensor or quantized matrix) of a directory's weights. ModelError for tensors that do not match."""
     for name, tensor in tensors.items():
         if name.endswith(PARTS):
             continue
@@ -124,7 +120,7 @@ def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterato
         )
         if state is None:
             if tensor.dtype == torch.uint8:
-                raise ModelError(f"{name}: has no quant_state, which says what its 4 bits stand for")
+                raise ModelError(f"{name}: has no quant_state, which defines its 4-bit data type")
             yield name, tensor
             continue
         packed = _read(tensors, name, state)
@@ -138,7 +134,7 @@ def _read(tensors: Mapping[str, Tensor], name: str, state: str) -> Packed:
         count = int(torch.Size(shape).numel())
         second = tensors[f"{name}.nested_absmax"] if "nested_blocksize" in said else None
         if second is not None and len(second) != -(-len(tensors[f"{name}.absmax"]) // SCALES):
-            raise ValueError(f"{len(second)} scales of scales")
+            raise ValueError(f"{len(second)} second-level scales")
         packed = Packed(
             tensors[name].view(torch.uint8).flatten(),
             tensors[f"{name}.absmax"],
@@ -148,13 +144,13 @@ def _read(tensors: Mapping[str, Tensor], name: str, state: str) -> Packed:
             str(said["quant_type"]),
         )
         if int(said["blocksize"]) != BLOCK or (second is not None and int(said["nested_blocksize"]) != SCALES):
-            raise ModelError(f"{name}: blocks of {said['blocksize']} weights cannot be read here, only of {BLOCK}")
+            raise ModelError(f"{name}: blocksize {said['blocksize']} is not supported, only {BLOCK}")
         if len(packed.codes) != -(-count // 2) or len(packed.scales) != -(-count // BLOCK) or packed.book not in BOOKS:
             raise ValueError(f"{len(packed.codes)} bytes, {len(packed.scales)} scales, shape {shape}")
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise ModelError(f"{name}: its tensors do not belong together ({error})") from None
+        raise ModelError(f"{name}: its tensors do not match ({error})") from None
     return packed
 
 
 def reading_of(config: Mapping[str, Any], name: str) -> None:
-    """Inputs are not rounded."""
+    """Return None: inputs are not quantized."""

@@ -1,8 +1,7 @@
-"""LLM.int8() in a Hugging Face directory, in the form of bitsandbytes, which transformers reads: int8 weights with a
-scale for each row, inputs rounded but for those that are large.
+"""Read and write bitsandbytes' LLM.int8() checkpoints, which transformers loads: int8 weights, one scale per row.
 
-Dettmers et al. 2022 (arXiv:2208.07339). bitsandbytes takes a whole column out as soon as one token of a batch is large
-in it; here each large number is taken out, so that no token depends on others.
+Dettmers et al. 2022 (arXiv:2208.07339). Inputs are quantized except outliers. bitsandbytes keeps a whole column as soon
+as one token of a batch has an outlier in it; here each outlier is kept alone, so that tokens are independent.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ THRESHOLD = 6.0
 
 
 def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
-    """The tensors of a layer `name` that holds a matrix of whole numbers, a scale for each row."""
+    """Return the tensors of a quantized layer `name` with one scale per row."""
     return {
         f"{name}.weight": matrix.codes.contiguous(),
         f"{name}.SCB": (matrix.scales.scale[:, 0] * 127).float().contiguous(),
@@ -31,7 +30,7 @@ def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
 
 
 def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
-    """`quantization_config`; `left`: layers that are as they were."""
+    """Build `quantization_config`; `ignored`: layers that are not quantized."""
     inputs = next(iter(grids.values())).inputs
     threshold = inputs.threshold if inputs else 0.0
     return {
@@ -46,25 +45,25 @@ def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
 
 
 def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Whole | Tensor]]:
-    """(name, what it is) of all weights of a directory. ModelError for a layer without its scales."""
+    """Yield (name, tensor or quantized matrix) of a directory's weights. ModelError for a layer without scales."""
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
         if part in ("SCB", "weight_format"):
             continue
         if part == "weight" and f"{layer}.SCB" in tensors and tensor.dtype != torch.int8:
             raise ModelError(
-                f"{layer}: has scales (SCB), and weights of {str(tensor.dtype).removeprefix('torch.')} in place of int8"
+                f"{layer}: has scales (SCB), but {str(tensor.dtype).removeprefix('torch.')} weights instead of int8"
             )
         if f"{layer}.weight_format" in tensors and part == "weight" and int(tensors[f"{layer}.weight_format"]):
             raise ModelError(
-                f"{layer}: its int8 weights are in a GPU's own order (weight_format"
-                f" {int(tensors[f'{layer}.weight_format'])}); only rows one after the other can be read here"
+                f"{layer}: its int8 weights are in a GPU's tile order (weight_format"
+                f" {int(tensors[f'{layer}.weight_format'])}); only row-major weights are supported"
             )
         if tensor.dtype == torch.int8:
             scale = tensors.get(f"{layer}.SCB")
             if scale is None or scale.numel() != len(tensor) or not scale.isfinite().all():
                 raise ModelError(
-                    f"{layer}: has no scale (SCB), or one that is no number, for each of its {len(tensor)} rows"
+                    f"{layer}: its scales (SCB) are missing, not finite, or not one for each of its {len(tensor)} rows"
                 )
             worth = scale.float().view(-1, 1) / 127
             yield name, Whole(tensor, Scales(worth, torch.zeros_like(worth)), Grid(8))
@@ -73,7 +72,7 @@ def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterato
 
 
 def reading_of(config: Mapping[str, Any], name: str) -> Reading | None:
-    """How a layer's inputs are rounded; None: they are not."""
+    """Return how a layer's inputs are quantized; None: they are not."""
     if any(
         part == name or part in name.split(".") or name.startswith(f"{part}.")
         for part in config.get("llm_int8_skip_modules") or ()

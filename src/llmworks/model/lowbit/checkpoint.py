@@ -1,7 +1,4 @@
-"""A quantized directory's weights as plain ones, and what its layers read, by the form that its config names.
-
-Knows no method of quantization.
-"""
+"""Read a quantized directory: dequantize its weights and set up input quantization, in any supported format."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ FORMS: dict[str, Any] = {
     "gptq": gptq_layout.Gptq,
     "awq": gptq_layout.Awq,
     "hqq": hqq_layout,
-}  # each: tensors_of, config_of, weights, reading_of
+}  # each has tensors_of, config_of, weights, reading_of
 
 
 BROKEN = (
@@ -38,11 +35,11 @@ BROKEN = (
     IndexError,
     RuntimeError,
     ArithmeticError,
-)  # what nonsense in a config or a tensor comes to
+)  # what an invalid config or tensor raises
 
 
 def form_of(config: Mapping[str, Any]) -> Any:
-    """The form of a `quantization_config`. ModelError for one that is not known."""
+    """Return the format module of a `quantization_config`. ModelError for an unsupported one."""
     if not isinstance(config, Mapping):
         raise ModelError(f"config.json: quantization_config must be an object, not {type(config).__name__}")
     method = str(config.get("quant_method"))
@@ -50,37 +47,36 @@ def form_of(config: Mapping[str, Any]) -> Any:
         return mixed_int8 if config.get("load_in_8bit") else four_bits
     if method not in FORMS:
         raise ModelError(
-            f"config.json: weights quantized by {method!r} cannot be read here; known: {compressed.METHOD},"
+            f"config.json: weights quantized by {method!r} are not supported; supported: {compressed.METHOD},"
             f" {mixed_int8.METHOD}, gptq, awq, hqq"
         )
     return FORMS[method]
 
 
 def dense(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a directory as plain weights, fp32.
+    """Dequantize all tensors of a directory to fp32.
 
-    `config`: its `quantization_config`. ModelError for a form that is not known, or tensors that do not belong
-    together.
+    `config`: its `quantization_config`. ModelError for an unsupported format, or tensors that do not match.
     """
     return {name: plain(what) for name, what in weights(tensors, config)}
 
 
 def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(name, what it is: a tensor, or a matrix with `weight()`) of a directory's weights, one after the other.
+    """Yield (name, tensor or matrix with `weight()`) of a directory's weights, one at a time.
 
-    `config`, errors: as of `dense`.
+    `config`, errors: as in `dequantize_all`.
     """
     try:
         yield from form_of(config).weights(tensors, config)
     except BROKEN as error:
         raise ModelError(
-            f"config.json: its quantization_config, or a tensor that it is for, cannot be read ({type(error).__name__}:"
+            f"config.json: its quantization_config, or a tensor it describes, is invalid ({type(error).__name__}:"
             f" {error})"
         ) from None
 
 
 def plain(what: Any) -> Tensor:
-    """As a tensor in memory of its own (not the pages of a file), fp32 where it is of floats."""
+    """Copy a tensor or dequantize a matrix into own memory (not memory-mapped); floats become fp32."""
     if isinstance(what, Tensor):
         return what.to(torch.float32 if what.is_floating_point() else what.dtype, copy=True)
     try:
@@ -93,12 +89,12 @@ def plain(what: Any) -> Tensor:
 def round_inputs(
     model: nn.Module, config: Mapping[str, Any], rename: Callable[[str], str], quantized: Container[str], head: str = ""
 ) -> None:
-    """Let those layers read rounded inputs of which a `quantization_config` says so.
+    """Enable input quantization of the layers for which a `quantization_config` requests it.
 
-    `rename`: from the decoder's names to those of the config; `quantized`: the layers, by the config's names, whose
-    weights are no plain ones in the files: others read as ever;
+    `rename`: from the decoder's names to those of the config; `quantized`: layers, by the config's names, with
+    quantized weights in the files; others are left unchanged.
 
-    `head`: what stands before the names of the model's layers in the decoder.
+    `prefix`: prefix of the model's layer names in the decoder.
     """
     form = form_of(config)
     for name, layer in model.named_modules():

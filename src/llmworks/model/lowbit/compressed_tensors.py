@@ -1,7 +1,6 @@
-"""Weights as whole numbers in a Hugging Face directory, in the form of compressed-tensors, which transformers and vLLM
-read: names of tensors, their packing, the config that says so.
+"""Read and write integer-quantized weights as compressed-tensors, which transformers and vLLM load.
 
-Layouts: `pack-quantized` (bit after bit, as int32) and `int-quantized` (int8, where inputs are, too). Knows no method.
+Formats: `pack-quantized` (bit-packed in int32) and `int-quantized` (int8, with quantized inputs).
 """
 
 from __future__ import annotations
@@ -22,9 +21,7 @@ PARTS = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape
 
 
 def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
-    """The tensors of a layer `name` that holds a matrix of whole numbers: int8 as they are where inputs are rounded,
-    too, else packed.
-    """
+    """Return the tensors of a quantized layer `name`: int8 where inputs are quantized too, else packed."""
     grid, (rows, columns) = matrix.grid, matrix.codes.shape
     stored = getattr(torch, grid.stored)
     scale = matrix.scales.scale.to(stored).contiguous()
@@ -41,19 +38,19 @@ def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
         zero = matrix.scales.zero.expand(rows, -1).to(torch.int8)
         found[f"{name}.weight_zero_point"] = packed(
             zero.T.contiguous(), grid.bits
-        ).T.contiguous()  # rows, not groups, stand together
+        ).T.contiguous()  # packed along rows, not groups
     return found
 
 
 def _plain(grid: Grid) -> bool:
-    """Whether codes stand in the file as they are."""
+    """Return whether codes are stored as int8, unpacked."""
     return grid.inputs is not None and grid.bits == 8
 
 
 def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
-    """`quantization_config` of layers by name, and those that were left as they were.
+    """Build `quantization_config` from layers by name, and `ignored`, the layers that are not quantized.
 
-    Layers of one grid share a group of the config.
+    Layers with the same grid share a config group.
     """
     kinds: dict[Grid, list[str]] = {}
     for name, grid in grids.items():
@@ -107,8 +104,8 @@ def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
 
 
 def named(name: str, some: Iterable[str]) -> bool:
-    """Whether a layer is among targets: by its name, or by a pattern that its name begins with ("re:...",
-    compressed-tensors' match_name).
+    """Return whether a layer is among targets: by its name, or by a pattern ("re:...") that matches its beginning
+    (compressed-tensors' match_name).
     """
     return any(
         re.match(one.removeprefix("re:"), name) is not None if one.startswith("re:") else one == name for one in some
@@ -116,13 +113,13 @@ def named(name: str, some: Iterable[str]) -> bool:
 
 
 def group_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What `quantization_config` says of a layer. ModelError where it says nothing that is known here."""
+    """Return a layer's group in `quantization_config`. ModelError where it has none that is supported."""
     groups = list(config.get("config_groups", {}).values())
     found = next((group for group in groups if named(name, group["targets"])), None) or next(
         (group for group in groups if "Linear" in group["targets"]), None
     )
     if found is None or found["weights"].get("type", "int") != "int":
-        raise ModelError(f"config.json: quantization_config has no whole numbers for {name}")
+        raise ModelError(f"config.json: quantization_config has no integer weights for {name}")
     inputs = found.get("input_activations")
     if inputs and not (
         inputs.get("type", "int") == "int"
@@ -131,15 +128,15 @@ def group_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         and inputs.get("symmetric", True)
     ):
         raise ModelError(
-            f"config.json: quantization_config rounds the inputs of {name} in a way that is not known here; known:"
-            " whole numbers around 0, by token, dynamic"
+            f"config.json: quantization_config has input_activations for {name} that are not supported; supported:"
+            " symmetric integers, per token, dynamic"
         )
     group: dict[str, Any] = found
     return group
 
 
 def reading_of(config: Mapping[str, Any], name: str) -> Reading | None:
-    """How a layer's inputs are rounded; None: they are not."""
+    """Return how a layer's inputs are quantized; None: they are not."""
     if named(name, config.get("ignore") or ()):
         return None
     inputs = group_of(config, name).get("input_activations")
@@ -147,7 +144,7 @@ def reading_of(config: Mapping[str, Any], name: str) -> Reading | None:
 
 
 def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Whole | Tensor]]:
-    """(name, what it is) of all weights of a directory. ModelError for a layer whose tensors do not belong together."""
+    """Yield (name, tensor or quantized matrix) of a directory's weights. ModelError for tensors that do not match."""
     for name in tensors:
         layer, _, part = name.rpartition(".")
         if part == "weight_packed" or (part == "weight" and f"{layer}.weight_scale" in tensors):
@@ -157,7 +154,7 @@ def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterato
 
 
 def read(tensors: Mapping[str, Tensor], layer: str, config: Mapping[str, Any]) -> Whole:
-    """The matrix of a layer."""
+    """Read the quantized matrix of a layer."""
     said = group_of(config, layer)["weights"]
     bits, symmetric = int(said["num_bits"]), bool(said.get("symmetric", True))
     try:
@@ -173,10 +170,10 @@ def read(tensors: Mapping[str, Tensor], layer: str, config: Mapping[str, Any]) -
         if f"{layer}.weight_g_idx" in tensors and not torch.equal(
             tensors[f"{layer}.weight_g_idx"].long(), torch.arange(columns) // (columns // groups)
         ):
-            raise ModelError(f"{layer}: its groups are out of order (g_idx), which cannot be read here")
+            raise ModelError(f"{layer}: its groups are out of order (g_idx, act-order), which is not supported")
         zero = torch.zeros_like(scale)
         if not scale.isfinite().all() or not tensors[f"{layer}.weight_scale"].is_floating_point():
-            raise ValueError("scales that are no numbers")
+            raise ValueError("scales are not finite floats")
         if not symmetric:
             given = tensors[f"{layer}.weight_zero_point"]
             zero = (
@@ -192,7 +189,7 @@ def read(tensors: Mapping[str, Tensor], layer: str, config: Mapping[str, Any]) -
         ):
             raise ValueError(f"codes {tuple(codes.shape)}, scales {tuple(scale.shape)}")
     except (KeyError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{layer}: its tensors do not belong together ({error})") from None
+        raise ModelError(f"{layer}: its tensors do not match ({error})") from None
     return Whole(
         codes,
         Scales(scale, zero),

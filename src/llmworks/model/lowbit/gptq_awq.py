@@ -1,11 +1,8 @@
-"""Whole numbers in a Hugging Face directory as GPTQ and AWQ checkpoints have them, which transformers, vLLM, SGLang and
-others read.
-
-Knows no method.
+"""Read and write GPTQ and AWQ checkpoints, which transformers, vLLM, SGLang and others load.
 
 GPTQ (AutoGPTQ, gptqmodel): `qweight` [in * bits / 32, out], `qzeros` [groups, out * bits / 32], `scales` [groups, out],
-`g_idx` [in]; format 1 keeps a zero point less one, format 2 as it is.
-AWQ (AutoAWQ, "gemm"): `qweight` [in, out / 8], `qzeros` [groups, out / 8], eight columns to a word in the order 0 2 4 6
+`g_idx` [in]; format v1 stores the zero point minus one, v2 the zero point itself.
+AWQ (AutoAWQ, "gemm"): `qweight` [in, out / 8], `qzeros` [groups, out / 8], eight columns per int32 in the order 0 2 4 6
 1 3 5 7.
 """
 
@@ -21,39 +18,35 @@ from llmworks.core.errors import ModelError
 from llmworks.model.lowbit.integer import Grid, Scales, Whole, packed, unpacked
 
 PARTS = (".qzeros", ".scales", ".g_idx")
-ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # of the columns in a word of AWQ's
+ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # column order within AWQ's int32 words
 
 
 def check(name: str, matrix: Whole) -> None:
-    """Whether the layouts have a place for it. ModelError where not."""
+    """Check that the formats can hold the matrix. ModelError where not."""
     rows, columns = matrix.codes.shape
     if matrix.grid.inputs or matrix.grid.group < 0:
-        raise ModelError(
-            f"{name}: the forms gptq and awq have no place for rounded inputs, or for one scale of a whole matrix"
-        )
+        raise ModelError(f"{name}: the formats gptq and awq do not support quantized inputs or per-tensor scales")
     if rows * matrix.grid.bits % 32 or columns * matrix.grid.bits % 32:
         raise ModelError(
-            f"{name}: {rows} x {columns} weights in {matrix.grid.bits} bits do not fill words of 32 bits, as the forms"
-            " gptq and awq have them; take compressed-tensors, or skip the layer"
+            f"{name}: {rows} x {columns} weights of {matrix.grid.bits} bits do not fill 32-bit words, which the"
+            " formats gptq and awq require; use compressed-tensors, or ignore the layer"
         )
 
 
 def scales_of(matrix: Whole) -> Tensor:
-    """[groups, out]."""
+    """Return the scales as [groups, out]."""
     return matrix.scales.scale.to(getattr(torch, matrix.grid.stored)).T.contiguous()
 
 
 class Gptq:
-    """The form of GPTQ's checkpoints."""
+    """GPTQ checkpoint format."""
 
     @staticmethod
     def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
-        """The tensors of a layer `name`."""
+        """Return the tensors of a quantized layer `name`."""
         check(name, matrix)
         grid = matrix.grid
-        zero = matrix.scales.zero.to(torch.int8).T - (
-            1 if grid.symmetric else 0
-        )  # format 1 where there are none, format 2 else
+        zero = matrix.scales.zero.to(torch.int8).T - (1 if grid.symmetric else 0)  # v1 for symmetric grids, else v2
         groups = torch.arange(matrix.codes.shape[1], dtype=torch.int32) // grid.size(matrix.codes.shape[1])
         return {
             f"{name}.qweight": packed(matrix.codes, grid.bits).T.contiguous(),
@@ -64,7 +57,7 @@ class Gptq:
 
     @staticmethod
     def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
-        """`quantization_config`; layers that were left are named in `dynamic`, as gptqmodel and vLLM have it."""
+        """Build `quantization_config`; layers that are not quantized go into `dynamic`, as in gptqmodel and vLLM."""
         grid = _only(grids)
         names = [name for name in left if name != "lm_head"]
         return {
@@ -82,13 +75,13 @@ class Gptq:
 
     @staticmethod
     def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Whole | Tensor]]:
-        """(name, what it is) of all weights of a directory; plain ones, fp32, where columns are out of order (`g_idx`).
+        """Yield (name, tensor or quantized matrix) of a directory's weights.
 
-        ModelError for a layer whose tensors do not belong together.
+        Layers with act-order columns (`g_idx`) are dequantized to fp32. ModelError for tensors that do not match.
         """
         bits, second = int(config["bits"]), config.get("checkpoint_format", config.get("format", "gptq")) == "gptq_v2"
         if bits not in (2, 3, 4, 8):
-            raise ModelError(f"config.json: a GPTQ checkpoint of {bits} bits cannot be read here")
+            raise ModelError(f"config.json: a GPTQ checkpoint of {bits} bits is not supported")
 
         def matrix(layer: str) -> Whole | Tensor:
             words, scale = tensors[f"{layer}.qweight"], tensors[f"{layer}.scales"].float()
@@ -98,10 +91,10 @@ class Gptq:
             zero = stored.float() if second else _more(stored, bits)
             even = torch.arange(columns) // (columns // len(scale))
             if config.get("desc_act") and len(scale) > 1 and f"{layer}.g_idx" not in tensors:
-                raise ValueError("columns by their inputs (desc_act), and no g_idx that says which group each is in")
+                raise ValueError("act-order (desc_act) without g_idx")
             groups = tensors[f"{layer}.g_idx"].long() if f"{layer}.g_idx" in tensors else even
             if len(groups) != columns or int(groups.min()) < 0:
-                raise ValueError(f"g_idx of {len(groups)} columns, the least {int(groups.min())}")
+                raise ValueError(f"g_idx of {len(groups)} columns, minimum {int(groups.min())}")
             if torch.equal(groups, even):
                 return _whole(codes, scale.T, zero.T, bits)
             return (codes.float() - zero.T[:, groups]) * scale.T[:, groups]
@@ -110,18 +103,18 @@ class Gptq:
 
     @staticmethod
     def reading_of(config: Mapping[str, Any], name: str) -> None:
-        """Inputs are not rounded."""
+        """Return None: inputs are not quantized."""
 
 
 class Awq:
-    """The form of AWQ's checkpoints, of 4 bits."""
+    """AWQ checkpoint format, 4 bits."""
 
     @staticmethod
     def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
-        """The tensors of a layer `name`."""
+        """Return the tensors of a quantized layer `name`."""
         check(name, matrix)
         if matrix.grid.bits != 4:
-            raise ModelError(f"the form awq has 4 bits, not {matrix.grid.bits}; take gptq or compressed-tensors")
+            raise ModelError(f"the format awq has 4 bits, not {matrix.grid.bits}; use gptq or compressed-tensors")
         return {
             f"{name}.qweight": packed(_turned(matrix.codes.T), 4),
             f"{name}.qzeros": packed(_turned(matrix.scales.zero.to(torch.int8).T), 4),
@@ -130,7 +123,7 @@ class Awq:
 
     @staticmethod
     def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
-        """`quantization_config`; `left`: layers that are as they were."""
+        """Build `quantization_config`; `ignored`: layers that are not quantized."""
         grid = _only(grids)
         names = [name for name in left if name != "lm_head"]
         return {
@@ -145,13 +138,13 @@ class Awq:
 
     @staticmethod
     def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Whole | Tensor]]:
-        """(name, what it is) of all weights of a directory.
+        """Yield (name, tensor or quantized matrix) of a directory's weights.
 
-        ModelError for a layer whose tensors do not belong together.
+        ModelError for tensors that do not match.
         """
         if int(config.get("bits", config.get("w_bit", 4))) != 4 or str(config.get("version", "gemm")).lower() != "gemm":
             raise ModelError(
-                "config.json: of AWQ checkpoints those of 4 bits in the version gemm can be read here, not"
+                "config.json: only AWQ checkpoints of 4 bits, version gemm, are supported, not"
                 f" {config.get('bits')} bits, {config.get('version')}"
             )
 
@@ -165,27 +158,26 @@ class Awq:
 
     @staticmethod
     def reading_of(config: Mapping[str, Any], name: str) -> None:
-        """Inputs are not rounded."""
+        """Return None: inputs are not quantized."""
 
 
 def _dynamic(names: Sequence[str]) -> dict[str, Any]:
-    """Layers that were left, as gptqmodel and vLLM have it."""
+    """Return the `dynamic` entry of layers that are not quantized, as in gptqmodel and vLLM."""
     return {"dynamic": {"-:^" + name.replace(".", "\\.") + "$": {} for name in names}} if names else {}
 
 
 def _only(grids: Mapping[str, Grid]) -> Grid:
-    """The grid that all layers have. ModelError where they differ."""
+    """Return the grid shared by all layers. ModelError where they differ."""
     kinds = set(grids.values())
     if len(kinds) > 1:
         raise ModelError(
-            "the forms gptq and awq have one number of bits and one size of groups for all layers; take"
-            " compressed-tensors"
+            "the formats gptq and awq have one bit width and one group size for all layers; use compressed-tensors"
         )
     return kinds.pop()
 
 
 def _whole(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Whole:
-    """A matrix of codes [out, in] whose groups stand in order. ValueError where they do not divide a row."""
+    """Build a matrix from codes [out, in] with groups in order. ValueError where groups do not divide a row."""
     (rows, columns), groups = codes.shape, scale.shape[1]
     if columns % groups or scale.shape != (rows, groups) or zero.shape != scale.shape:
         raise ValueError(f"codes {tuple(codes.shape)}, scales {tuple(scale.shape)}, zero points {tuple(zero.shape)}")
@@ -205,24 +197,24 @@ def _weights(
             try:
                 found = matrix(layer)
             except (KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
-                raise ModelError(f"{layer}: its tensors do not belong together ({error})") from None
+                raise ModelError(f"{layer}: its tensors do not match ({error})") from None
             yield f"{layer}.weight", found
         elif not (name.endswith(PARTS) and f"{layer}.qweight" in tensors):
             tensor = tensors[name]
             if not (
                 part == "bias" and f"{layer}.qweight" in tensors and not tensor.any()
-            ):  # AutoGPTQ writes biases of zeros where there are none
+            ):  # AutoGPTQ writes zero biases for layers without bias
                 yield name, tensor
 
 
 def _more(stored: Tensor, bits: int) -> Tensor:
-    """Zero points that were kept less one: the largest means 0 again."""
+    """Undo the minus one of v1 zero points; the largest wraps around to 0."""
     low = -(1 << (bits - 1))
     return ((stored.to(torch.int16) + 1 - low) % (1 << bits) + low).float()
 
 
 def _turned(codes: Tensor) -> Tensor:
-    """Columns [any, out] in the order in which AWQ packs them."""
+    """Reorder columns [any, out] to AWQ's packing order."""
     return codes.reshape(len(codes), -1, 8)[:, :, ORDER].reshape(codes.shape).contiguous()
 
 

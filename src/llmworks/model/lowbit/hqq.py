@@ -1,12 +1,9 @@
-"""Whole numbers with real zero points in a Hugging Face directory, as the package hqq keeps them in safetensors, which
-vLLM reads.
+"""Read and write HQQ checkpoints in safetensors, as the package hqq stores them and vLLM loads them.
 
-Knows no method.
-
-Each group of a row is a row of its own: `W_q` [rows * groups / parts, size], the numbers of so many parts of all groups
-in one byte (3 bits: of ten parts in 32); `scale` and `zero` [rows * groups, 1], a weight being (number - zero) * scale,
-numbers from 0. What else hqq wants to know of a layer stands beside them as tensors. Read and written are groups along
-rows (its axis 1).
+Integers with real-valued zero points. Each group of a row is a row of its own: `W_q` [rows * groups / parts, size]
+packs the codes of several parts of all groups in one byte (3 bits: ten parts in an int32); `scale` and `zero`
+[rows * groups, 1]; a weight is (code - zero) * scale with codes from 0. Further settings of a layer are stored as
+tensors beside them. Only groups along rows (axis 1) are supported.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ SHIFTS: dict[str, tuple[int, ...]] = {
     "4bit_u8": (4, 0),
     "3bit_32": tuple(range(27, -1, -3)),
     "2bit_u8": (6, 4, 2, 0),
-}  # of the first part, the second ...
+}  # shift of each part
 SAID = (
     "nbits",
     "group_size",
@@ -51,12 +48,12 @@ PARTS = tuple(f".{name}" for name in ("scale", "zero", *SAID))
 
 
 def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
-    """The tensors of a layer `name`. ModelError for bits or groups that the form has no place for."""
+    """Return the tensors of a quantized layer `name`. ModelError for bits or groups the format does not support."""
     grid, (rows, columns) = matrix.grid, matrix.codes.shape
     packing = PACKINGS.get(grid.bits)
     if packing is None or grid.inputs or grid.group < 0:
         raise ModelError(
-            f"{name}: the form hqq has 2, 3, 4 or 8 bits and scales of groups or rows; take compressed-tensors"
+            f"{name}: the format hqq has 2, 3, 4 or 8 bits and scales per group or row; use compressed-tensors"
         )
     size = grid.size(columns)
     codes = (matrix.codes.int() - grid.low).view(-1, size)
@@ -88,7 +85,7 @@ def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
 
 
 def _encoded(value: bool | int | str) -> Tensor:
-    """As hqq keeps what is no tensor."""
+    """Encode a setting as a tensor, as hqq does."""
     if isinstance(value, bool):
         return torch.tensor(int(value), dtype=torch.uint8)
     return (
@@ -104,8 +101,8 @@ def _packed(name: str, codes: Tensor, packing: str) -> Tensor:
         codes = F.pad(codes, (0, 0, 0, -len(codes) % len(shifts)))
     if len(codes) % len(shifts):
         raise ModelError(
-            f"{name}: its {len(codes)} groups do not fill bytes of {len(shifts)}, as the form hqq has them; take"
-            " compressed-tensors, or skip the layer"
+            f"{name}: its {len(codes)} groups do not fill bytes of {len(shifts)}, which the format hqq requires; use"
+            " compressed-tensors, or ignore the layer"
         )
     made = torch.zeros(len(codes) // len(shifts), codes.shape[1], dtype=torch.int32)
     for part, shift in zip(codes.chunk(len(shifts)), shifts, strict=True):
@@ -114,11 +111,9 @@ def _packed(name: str, codes: Tensor, packing: str) -> Tensor:
 
 
 def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
-    """`quantization_config`; `left`: layers that are as they were."""
+    """Build `quantization_config`; `ignored`: layers that are not quantized."""
     if len(set(grids.values())) > 1:
-        raise ModelError(
-            "the form hqq has one number of bits and one size of groups for all layers; take compressed-tensors"
-        )
+        raise ModelError("the format hqq has one bit width and one group size for all layers; use compressed-tensors")
     grid = next(iter(grids.values()))
     params = {
         "nbits": grid.bits,
@@ -142,7 +137,7 @@ def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
 
 
 def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Whole | Tensor]]:
-    """(name, what it is) of all weights of a directory. ModelError for a layer whose tensors do not belong together."""
+    """Yield (name, tensor or quantized matrix) of a directory's weights. ModelError for tensors that do not match."""
     params = (config.get("quant_config") or {}).get("weight_quant_params") or {}
     for name in tensors:
         layer, _, part = name.rpartition(".")
@@ -153,14 +148,14 @@ def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterato
 
 
 def _read(tensors: Mapping[str, Tensor], layer: str, params: Mapping[str, Any]) -> Whole:
-    """The matrix of a layer."""
+    """Read the quantized matrix of a layer."""
     try:
         bits = int(tensors[f"{layer}.nbits"]) if f"{layer}.nbits" in tensors else int(params["nbits"])
         axis = int(tensors[f"{layer}.axis"]) if f"{layer}.axis" in tensors else int(params.get("axis", 1))
         if axis != 1 or bits not in PACKINGS or f"{layer}.zero_scale" in tensors:
             raise ModelError(
-                f"{layer}: of hqq's layers those of 2, 3, 4 or 8 bits with groups along rows (axis 1) and plain scales"
-                f" can be read here, not {bits} bits, axis {axis}"
+                f"{layer}: only hqq layers of 2, 3, 4 or 8 bits with groups along rows (axis 1) and unquantized scales"
+                f" are supported, not {bits} bits, axis {axis}"
             )
         shifts, mask = SHIFTS[PACKINGS[bits]], (1 << bits) - 1
         rows, columns = (int(n) for n in tensors[f"{layer}.shape"])
@@ -169,16 +164,16 @@ def _read(tensors: Mapping[str, Tensor], layer: str, params: Mapping[str, Any]) 
         groups = scale.shape[1]
         if len(words) != -(-rows * groups // len(shifts)) or not (scale.isfinite().all() and zero.isfinite().all()):
             raise ValueError(
-                f"numbers {tuple(words.shape)}, scales {tuple(scale.shape)}, or scales that are no numbers"
+                f"codes {tuple(words.shape)}, scales {tuple(scale.shape)}, or scales that are NaN or infinite"
             )
         codes = torch.cat([words >> shift & mask for shift in shifts])[: rows * groups].reshape(rows, columns)
         if columns % groups or zero.shape != scale.shape or words.shape[1] != columns // groups:
-            raise ValueError(f"numbers {tuple(words.shape)}, scales {tuple(scale.shape)}, shape {rows} x {columns}")
+            raise ValueError(f"codes {tuple(words.shape)}, scales {tuple(scale.shape)}, shape {rows} x {columns}")
     except (KeyError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{layer}: its tensors do not belong together ({error})") from None
+        raise ModelError(f"{layer}: its tensors do not match ({error})") from None
     grid = Grid(bits, 0 if groups == 1 else columns // groups, symmetric=False, real=True)
     return Whole((codes + grid.low).to(torch.int8), Scales(scale, zero + grid.low), grid)
 
 
 def reading_of(config: Mapping[str, Any], name: str) -> None:
-    """Inputs are not rounded."""
+    """Return None: inputs are not quantized."""

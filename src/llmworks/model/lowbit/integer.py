@@ -1,9 +1,6 @@
-"""Weights as whole numbers: a scale, and a zero point where the range need not be even, for a matrix, a row, or a group
-of a row.
+"""Integer quantization of weights: a scale, and for asymmetric grids a zero point, per tensor, row, or group.
 
-Pure tensor functions.
-
-Absmax and zero-point quantization as in Jacob et al. 2018 (arXiv:1712.05877), section 2.1. Knows no model and no file.
+Pure tensor functions. Absmax and zero-point quantization as in Jacob et al. 2018 (arXiv:1712.05877), section 2.1.
 """
 
 from __future__ import annotations
@@ -18,20 +15,20 @@ from torch import Tensor
 from llmworks.core.errors import ModelError
 from llmworks.model.lowbit.activations import Reading
 
-SHRINK = tuple(1 - 0.02 * step for step in range(30))  # shares of the range that a search tries
+SHRINK = tuple(1 - 0.02 * step for step in range(30))  # range factors tried by the MSE search
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Which whole numbers weights become.
+    """Integer grid of the quantized weights.
 
-    `group`: weights of a row that share a scale (0: all of a row, -1: all of a matrix); `symmetric`: no zero point.
+    `group`: group size, weights of a row that share a scale (0: per row, -1: per tensor); `symmetric`: no zero point.
 
-    `edge`: where the largest weight comes to lie on a symmetric grid: on the last number that has a negative (127 of 8
-    bits, absmax), or between it and the next (127.5, as compressed-tensors has it).
-    `stored`: the number format that scales are kept in, and rounded to before anything is rounded by them. `inputs`:
-    how what the weights are multiplied by is rounded (None: it is not).
-    `real`: zero points are kept as scales are, and need be no whole numbers.
+    `edge`: which value the largest weight maps to on a symmetric grid: "last", the largest integer (127 for 8 bits,
+    absmax), or "between" it and the next (127.5, as in compressed-tensors).
+    `stored`: number format in which scales are stored; they are rounded to it before use. `inputs`: quantization of the
+    layer's inputs (None: not quantized).
+    `real_zero_points`: zero points are stored like scales and need not be integers.
     """
 
     bits: int
@@ -44,32 +41,31 @@ class Grid:
 
     @property
     def low(self) -> int:
-        """The smallest number."""
+        """Smallest integer."""
         return -(1 << (self.bits - 1))
 
     @property
     def high(self) -> int:
-        """The largest number."""
+        """Largest integer."""
         return (1 << (self.bits - 1)) - 1
 
     def size(self, columns: int) -> int:
-        """Weights of a row that share a scale. ModelError for a row that the groups do not divide."""
+        """Return the group size in a row of `columns` weights. ModelError if groups do not divide the row."""
         size = self.group if self.group > 0 else columns
         if columns % size:
             near = [n for n in (16, 32, 48, 64, 96, 128, 192, 256) if columns % n == 0]
             raise ModelError(
-                f"rows of {columns} weights are not divided by groups of {size}"
-                + (f"; they are by {', '.join(map(str, near))}" if near else "; take group 0, one scale a row")
+                f"rows of {columns} weights are not divisible by group size {size}"
+                + (f"; possible: {', '.join(map(str, near))}" if near else "; use group size 0, one scale per row")
             )
         return size
 
 
 @dataclass(frozen=True)
 class Scales:
-    """What whole numbers are worth: (number - zero) * scale.
+    """Scales and zero points: weight = (integer - zero) * scale.
 
-    Each [rows, groups], of a matrix [1, 1]; `zero` holds whole numbers (but where they may be real), 0 on a symmetric
-    grid.
+    Each [rows, groups], per tensor [1, 1]; `zero` holds integers (unless `real_zero_points`), 0 on a symmetric grid.
     """
 
     scale: Tensor
@@ -77,7 +73,7 @@ class Scales:
 
 
 def grouped(weight: Tensor, grid: Grid) -> Tensor:
-    """[rows, columns] -> [rows, groups, size]; one group of all where the matrix shares a scale."""
+    """Reshape [rows, columns] to [rows, groups, size]; one group of all weights for a per-tensor scale."""
     if grid.group == -1:
         return weight.reshape(1, 1, -1)
     return weight.reshape(len(weight), -1, grid.size(weight.shape[1]))
@@ -85,15 +81,13 @@ def grouped(weight: Tensor, grid: Grid) -> Tensor:
 
 @dataclass(frozen=True)
 class Extremes:
-    """The smallest and the largest weight of groups [rows, groups], 0 among them; on a symmetric grid the largest of
-    their sizes is both.
-    """
+    """Minimum and maximum of groups [rows, groups], extended to 0; both the absolute maximum on a symmetric grid."""
 
     smallest: Tensor
     largest: Tensor
 
     def scales(self, grid: Grid, shrink: float | Tensor = 1.0) -> Scales:
-        """The scales by a share of these, one for all or [rows, groups]. A group of zeros has scale 1."""
+        """Return the scales for a factor of this range, one for all or [rows, groups]. Zero groups have scale 1."""
         if grid.symmetric:
             scale = _kept(self.largest * shrink / (grid.high if grid.edge == "last" else grid.high + 0.5), grid)
             return Scales(scale, torch.zeros_like(scale))
@@ -104,7 +98,7 @@ class Extremes:
 
 
 def extremes(groups: Tensor, grid: Grid) -> Extremes:
-    """Of groups [rows, groups, size]."""
+    """Return the extremes of groups [rows, groups, size]."""
     if grid.symmetric:
         most = groups.abs().amax(-1)
         return Extremes(most, most)
@@ -112,25 +106,25 @@ def extremes(groups: Tensor, grid: Grid) -> Extremes:
 
 
 def fit(groups: Tensor, grid: Grid) -> Scales:
-    """The scales of groups [rows, groups, size] by their largest and smallest weight."""
+    """Return the min-max scales of groups [rows, groups, size]."""
     return extremes(groups, grid).scales(grid)
 
 
 def kept_zero(zero: Tensor, grid: Grid) -> Tensor:
-    """Real zero points as the file will have them, where numbers are counted from 0."""
+    """Round real zero points as they are stored in the file, where integers count from 0."""
     return (zero - grid.low).to(getattr(torch, grid.stored)).to(zero.dtype) + grid.low
 
 
 def _kept(scale: Tensor, grid: Grid) -> Tensor:
-    """As the file will have them; 1 where there is nothing to scale."""
+    """Round scales to their stored format; 1 where there is nothing to scale."""
     scale = scale.to(getattr(torch, grid.stored)).to(scale.dtype)
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def searched(groups: Tensor, grid: Grid, weights: Tensor | None = None, shrink: tuple[float, ...] = SHRINK) -> Scales:
-    """The scales of least squared error, of those for shares of the range.
+    """Search the scales with the lowest squared error over factors of the range.
 
-    `weights` [groups, size] or like groups: how much each weight's error counts.
+    `weights` [groups, size] or like groups: weight of each element's error.
     """
     ends = extremes(groups, grid)
     best = ends.scales(grid)
@@ -150,30 +144,30 @@ def _error(groups: Tensor, scales: Scales, grid: Grid, weights: Tensor | None) -
 
 
 def rounded(groups: Tensor, scales: Scales, grid: Grid) -> Tensor:
-    """Whole numbers [rows, groups, size] of groups; of the same kind of tensor as they are."""
+    """Quantize groups [rows, groups, size] to integers, in the tensor's own number format."""
     return (groups / scales.scale[..., None] + scales.zero[..., None]).round_().clamp_(grid.low, grid.high)
 
 
 def restored(codes: Tensor, scales: Scales) -> Tensor:
-    """Weights again, [rows, groups, size]."""
+    """Dequantize to [rows, groups, size]."""
     return (codes.to(scales.scale.dtype) - scales.zero[..., None]) * scales.scale[..., None]
 
 
 @dataclass(frozen=True)
 class Whole:
-    """A matrix as whole numbers. codes: [rows, columns], int8; columns stand in the order of the weights."""
+    """An integer-quantized matrix. codes: [rows, columns], int8; columns in the order of the weights."""
 
     codes: Tensor
     scales: Scales
     grid: Grid
 
     def weight(self) -> Tensor:
-        """[rows, columns], in the scales' number format."""
+        """Dequantize to [rows, columns], in the scales' number format."""
         return restored(grouped(self.codes, self.grid), self.scales).reshape(self.codes.shape)
 
     @property
     def bits(self) -> float:
-        """Bits of a weight, scales and zero points included (scales in 16 bits)."""
+        """Bits per weight, scales and zero points included (scales in 16 bits)."""
         return (
             self.grid.bits
             + self.scales.scale.numel()
@@ -183,27 +177,28 @@ class Whole:
 
 
 def whole(weight: Tensor, grid: Grid, scales: Scales | None = None) -> Whole:
-    """Round a matrix [rows, columns] to the nearest whole numbers.
+    """Quantize a matrix [rows, columns], round to nearest (RTN).
 
-    `scales`: other than those of its largest weights. ModelError for weights that are no numbers.
+    `scales`: in place of min-max scales. ModelError for weights that are NaN or infinite.
     """
     if not torch.isfinite(weight).all():
-        raise ModelError(f"{int((~torch.isfinite(weight)).sum())} of its weights are no numbers (NaN or infinite)")
+        raise ModelError(f"{int((~torch.isfinite(weight)).sum())} of its weights are NaN or infinite")
     groups = grouped(weight, grid)
     scales = scales or fit(groups, grid)
     return Whole(rounded(groups, scales, grid).reshape(weight.shape).to(torch.int8), scales, grid)
 
 
 def packed(codes: Tensor, bits: int) -> Tensor:
-    """Whole numbers [rows, columns] of -2^(bits-1) and more, bit after bit, as int32 [rows, ceil(columns * bits / 32)];
-    the first in the lowest bits (compressed-tensors' layout).
+    """Pack integers [rows, columns] of -2^(bits-1) and up into int32 [rows, ceil(columns * bits / 32)].
+
+    Bits are contiguous, the first integer in the lowest bits (compressed-tensors' layout).
     """
     import numpy as np
 
     rows, columns = codes.shape
     plain = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8).cpu().numpy()
     each = 8 // bits
-    if 8 % bits == 0 and columns % (4 * each) == 0:  # whole words of whole numbers
+    if 8 % bits == 0 and columns % (4 * each) == 0:  # no integer crosses a word boundary
         parts = [plain[:, at::each] << (at * bits) for at in range(each)]
         return torch.from_numpy(functools.reduce(np.bitwise_or, parts).view("<i4").astype(np.int32, copy=False)).to(
             codes.device
@@ -216,13 +211,13 @@ def packed(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpacked(words: Tensor, bits: int, columns: int) -> Tensor:
-    """The reverse of `packed`, int8 [rows, columns]. ValueError for words that are not so many numbers."""
+    """Invert `pack_integers`: int8 [rows, columns]. ValueError for words that do not match."""
     import numpy as np
 
     if words.dtype != torch.int32 or words.ndim != 2 or not 0 < bits <= 8 or words.shape[1] != -(-columns * bits // 32):
         raise ValueError(
-            f"{tuple(words.shape)} words of {str(words.dtype).removeprefix('torch.')} are not {columns} numbers of"
-            f" {bits} bits a row"
+            f"{tuple(words.shape)} words of {str(words.dtype).removeprefix('torch.')} are not {columns} integers of"
+            f" {bits} bits per row"
         )
     octets = words.contiguous().cpu().numpy().astype("<i4", copy=False).view(np.uint8)
     if 8 % bits == 0:

@@ -1,10 +1,9 @@
-"""Linear layers that compute with whole numbers of 4 or 8 bits as they are stored, through torch's own kernels for
-CPUs: less memory to read for each token that is written.
+"""Linear layers that compute with 4- or 8-bit weights through torch's CPU kernels: less memory traffic per token.
 
-Few rows go through a kernel; for many the weights are made anew in bfloat16, whose products are twice as fast as those
-of fp32. Both read inputs, scales and zero points in bfloat16 and give bfloat16, so that logits differ from those of the
-plain weights in the third digit. Where a CPU has no instructions for bfloat16, plain weights are faster and stay.
-Inference only.
+Few rows go through a kernel; for many, weights are dequantized to bfloat16, whose matrix products are twice as fast as
+in fp32. Both use bfloat16 inputs, scales, zero points and outputs, so logits differ from those of the dequantized
+weights in the third digit. On CPUs without bfloat16 instructions dequantized weights are faster and are kept. Inference
+only.
 """
 
 from __future__ import annotations
@@ -17,15 +16,13 @@ from torch.nn import functional as F
 
 from llmworks.model.lowbit.integer import Whole
 
-GROUPS = (256, 128, 64, 32)  # that the 4-bit kernel knows
-PACKED = 64  # rows of a block of the kernel's own layout
+GROUPS = (256, 128, 64, 32)  # group sizes of the 4-bit kernel
+PACKED = 64  # rows per block of the kernel's layout
 
 
 @functools.cache
 def available() -> bool:
-    """Whether this CPU has instructions for bfloat16, and torch packs 4 bits for it in the layout that `Int4Linear`
-    makes weights anew from.
-    """
+    """Return whether this CPU has bfloat16 instructions and torch packs 4 bits in the layout that `_unpack` reads."""
     if (
         not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         or not getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
@@ -36,7 +33,7 @@ def available() -> bool:
 
 
 def low_bit_layer(matrix: Whole) -> LowBitLinear | None:
-    """The layer of a matrix; None where torch has no kernel for it, or this CPU is faster without."""
+    """Create the layer of a matrix; None where torch has no kernel for it, or this CPU is faster without."""
     rows, columns = matrix.codes.shape
     if not available() or matrix.grid.group < 0:
         return None
@@ -52,10 +49,10 @@ def low_bit_layer(matrix: Whole) -> LowBitLinear | None:
 
 
 class LowBitLinear(nn.Module):
-    """What both have: [..., in] -> [..., out], in the format of what is read."""
+    """Base class: [..., in] -> [..., out], in the input's number format."""
 
     bias: Tensor | None
-    most = 0  # rows up to which the kernel is no slower than weights made anew
+    most = 0  # rows up to which the kernel is not slower than dequantizing
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
@@ -63,28 +60,28 @@ class LowBitLinear(nn.Module):
         self.register_buffer("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out]."""
+        """Compute x: [..., in] -> [..., out]."""
         flat = (
             x.reshape(-1, self.in_features).contiguous().to(torch.bfloat16, copy=True)
-        )  # the 8-bit kernel ends the process where rows do not begin at a multiple of 32 bytes
+        )  # the 8-bit kernel crashes where rows are not aligned to 32 bytes
         y = (self.few if len(flat) <= self.most else self.many)(flat).to(x.dtype)
         return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], self.out_features)
 
     def few(self, x: Tensor) -> Tensor:
-        """[rows, in] -> [rows, out], by a kernel."""
+        """Compute [rows, in] -> [rows, out] with a kernel."""
         raise NotImplementedError
 
     def many(self, x: Tensor) -> Tensor:
-        """The same by weights that are made anew."""
+        """Compute [rows, in] -> [rows, out] with dequantized weights."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """As torch prints it."""
+        """Return what torch prints for the layer."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 class Int8Linear(LowBitLinear):
-    """8 bits (5 to 7 as well), one scale a row."""
+    """8 bits (also 5 to 7), one scale per row."""
 
     codes: Tensor
     scale: Tensor
@@ -95,21 +92,21 @@ class Int8Linear(LowBitLinear):
         super().__init__((rows, columns))
         self.register_buffer(
             "codes", matrix.codes.clone(memory_format=torch.contiguous_format)
-        )  # the pages of a file begin anywhere
+        )  # memory-mapped files are not aligned
         self.register_buffer("scale", matrix.scales.scale.expand(rows, 1)[:, 0].bfloat16().contiguous())
 
     def few(self, x: Tensor) -> Tensor:
-        """See `LowBitLinear`."""
+        """Compute with the kernel."""
         y: Tensor = torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scale)
         return y
 
     def many(self, x: Tensor) -> Tensor:
-        """Whole numbers up to 256 are what they are in bfloat16."""
+        """Compute in bfloat16, which represents integers up to 256 exactly."""
         return F.linear(x, self.codes.bfloat16()).mul_(self.scale)
 
 
 class Int4Linear(LowBitLinear):
-    """4 bits (2 and 3 as well), a scale and a zero point for each group of a row."""
+    """4 bits (also 2 and 3), a scale and a zero point per group of a row."""
 
     packed: Tensor
     scales: Tensor
@@ -129,12 +126,12 @@ class Int4Linear(LowBitLinear):
         )  # [groups, out, 2]
 
     def few(self, x: Tensor) -> Tensor:
-        """See `LowBitLinear`."""
+        """Compute with the kernel."""
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group, self.scales)
         return y
 
     def many(self, x: Tensor) -> Tensor:
-        """See `LowBitLinear`."""
+        """Compute with dequantized weights."""
         weight = _unpacked(self.packed).float().view(-1, self.group, self.out_features)
         scale, zero = (one.float()[:, None] for one in self.scales.unbind(-1))
         weight = weight.sub_(8).mul_(scale).add_(zero).bfloat16()  # [groups, group, out]
@@ -142,7 +139,7 @@ class Int4Linear(LowBitLinear):
 
 
 def put(model: nn.Module, name: str, layer: LowBitLinear) -> None:
-    """In place of a linear layer, whose bias it takes."""
+    """Replace a linear layer in place, keeping its bias."""
     parent, _, leaf = name.rpartition(".")
     before: nn.Linear = getattr(model.get_submodule(parent), leaf)
     layer.bias = None if before.bias is None else before.bias.detach()
@@ -150,8 +147,9 @@ def put(model: nn.Module, name: str, layer: LowBitLinear) -> None:
 
 
 def _unpacked(packed: Tensor) -> Tensor:
-    """[in, out], uint8, of the kernel's layout: of each 64 rows, column after column, the first 32 in the lower halves
-    of bytes, the last 32 in the upper.
+    """Unpack the kernel's layout to [in, out], uint8.
+
+    Of each 64 rows, column after column, the first 32 are in the lower halves of bytes, the last 32 in the upper.
     """
     blocks, columns = packed.shape[0] // PACKED, packed.shape[1] * 2
     halves = packed.view(blocks, columns, PACKED // 2).transpose(0, 1)

@@ -1,9 +1,9 @@
-"""NF4: weights in 4 bits, blocks of 64 scaled by their largest, each number the nearest of 16 quantiles of a normal
-distribution; or FP4, the nearest of floats of two exponent bits and one of a fraction.
+"""NF4 quantization: 4-bit weights in blocks of 64 with an absmax scale; levels are 16 quantiles of a normal
+distribution. Also FP4: floats of two exponent bits and one mantissa bit.
 
-Dettmers et al. 2023, QLoRA (arXiv:2305.14314), sections 2 and 3; the values, and those of double quantization (the
-blocks' scales in 8 bits, Dettmers et al. 2022, arXiv:2110.02861), are those of bitsandbytes. Pure tensor functions, and
-the frozen layer that computes with them. Knows no training.
+Dettmers et al. 2023, QLoRA (arXiv:2305.14314), sections 2 and 3; the levels, and those of double quantization (block
+scales in 8 bits, Dettmers et al. 2022, arXiv:2110.02861), are those of bitsandbytes. Pure tensor functions, and the
+frozen linear layer that uses them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from llmworks.model.nn import kernels
 
-BLOCK, SCALES = 64, 256  # weights that share a scale; scales that share theirs
+BLOCK, SCALES = 64, 256  # block size of weights; block size of scales (double quantization)
 LEVELS = (
     -1.0,
     -0.6961928009986877,
@@ -41,14 +41,15 @@ LEVELS = (
 )
 FLOATS = tuple(
     value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)
-)  # of a code's lower three bits; the upper one is the sign
-BOOKS = {"nf4": LEVELS, "fp4": (*FLOATS, *(-value for value in FLOATS))}  # what the 16 codes stand for
+)  # value of a code's lower three bits; the upper bit is the sign
+BOOKS = {"nf4": LEVELS, "fp4": (*FLOATS, *(-value for value in FLOATS))}  # values of the 16 codes
 
 
 @functools.lru_cache(maxsize=2)
 def dynamic_map() -> Tensor:
-    """256 numbers from -1 to 1, denser near zero: of 8 bits one is the sign, some count a power of ten, the rest divide
-    it evenly (arXiv:2110.02861, figure 2).
+    """Return bitsandbytes' dynamic map: 256 values from -1 to 1, denser near zero (arXiv:2110.02861, figure 2).
+
+    Of 8 bits one is the sign, some count a power of ten, the rest divide it linearly.
     """
     found = [0.0, 1.0]
     for exponent in range(7):
@@ -60,21 +61,21 @@ def dynamic_map() -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def _levels(device: torch.device, book: str = "nf4") -> tuple[Tensor, Tensor, Tensor]:
-    """(levels by their codes, borders between levels in their order, the codes in that order)."""
+    """Return (levels by code, boundaries between the sorted levels, codes in sorted order)."""
     levels = torch.tensor(BOOKS[book], dtype=torch.float32, device=device)
     order = torch.argsort(levels, stable=True)
     if book == "fp4":
-        order = order[order != 8]  # there is one zero
+        order = order[order != 8]  # -0 is not used
     sorted_levels = levels[order]
     return levels, (sorted_levels[1:] + sorted_levels[:-1]) / 2, order.to(torch.uint8)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix in 4 bits.
+    """A matrix quantized to 4 bits.
 
-    codes: two to a byte, the first in its upper half; scales: of each block; with `second` they are codes themselves,
-    of scales less their mean.
+    codes: two per byte, the first in its upper half; scales: per block; with `nested_scales` (double quantization) the
+    scales are 8-bit codes of scales minus their `nested_offset`.
     """
 
     codes: Tensor
@@ -86,13 +87,13 @@ class Packed:
 
     @property
     def bits(self) -> float:
-        """Bits of a weight, scales included."""
+        """Bits per weight, scales included."""
         parts = (self.codes, self.scales, *(() if self.second is None else (self.second,)))
         return float(8 * sum(part.numel() * part.element_size() for part in parts) / math.prod(self.shape))
 
 
 def pack(weight: Tensor, *, double: bool = True, book: str = "nf4") -> Packed:
-    """The nearest levels of a matrix, block by block in its own order. `book`: nf4 or fp4."""
+    """Quantize a matrix to the nearest levels, block by block in row-major order. `quant_type`: nf4 or fp4."""
     flat = weight.detach().float().reshape(-1)
     blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
     scales = blocks.abs().amax(1)
@@ -120,7 +121,7 @@ def pack(weight: Tensor, *, double: bool = True, book: str = "nf4") -> Packed:
 
 
 def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrix that the codes stand for."""
+    """Dequantize to the matrix."""
     scales = packed.scales
     if packed.second is not None:
         scales = (
@@ -134,14 +135,14 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def _pairs(device: torch.device, book: str) -> Tensor:
-    """Both levels of every byte [256, 2]: one look-up for two weights."""
+    """Return both levels of every byte [256, 2], to look up two weights at once."""
     levels = _levels(device, book)[0]
     byte = torch.arange(256, device=device)
     return torch.stack([levels[byte >> 4], levels[byte & 15]], 1)
 
 
 class _Frozen(torch.autograd.Function):
-    """x W' of a packed W, unpacked anew for the way back, so that it never stays."""
+    """x W' with a packed W, dequantized again in the backward pass instead of being saved."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, layer: NF4Linear) -> Tensor:
@@ -155,7 +156,7 @@ class _Frozen(torch.autograd.Function):
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer whose weight is kept in 4 bits."""
+    """Frozen linear layer with a weight in 4 bits."""
 
     codes: Tensor
     scales: Tensor
@@ -172,7 +173,7 @@ class NF4Linear(nn.Module):
         self.bias = None if base.bias is None else nn.Parameter(base.bias.detach().clone(), requires_grad=False)
 
     def dense(self) -> Tensor:
-        """The weight [out, in] in fp32."""
+        """Dequantize the weight to [out, in], fp32."""
         shape = (self.out_features, self.in_features)
         fast = (
             kernels.unpack_nf4(
@@ -184,13 +185,13 @@ class NF4Linear(nn.Module):
         return unpack(Packed(self.codes, self.scales, shape, self.second, self.mean)) if fast is None else fast
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out]."""
+        """Compute x: [..., in] -> [..., out]."""
         y: Tensor = _Frozen.apply(x, self)  # type: ignore[no-untyped-call]
         return y
 
 
 def keep_in_nf4(model: nn.Module, names: list[str], *, double: bool = True) -> None:
-    """Replace the linear layers of these names, in place."""
+    """Replace the linear layers of these names by `NF4Linear`, in place."""
     for name in names:
         parent, _, leaf = name.rpartition(".")
         base: Any = model.get_submodule(name)

@@ -1,10 +1,8 @@
-"""Counting n-grams for Kneser-Ney smoothing: how often each stands in a text, and after how many different tokens.
+"""Count n-grams for Kneser-Ney smoothing: frequencies, and continuation counts for the lower orders. Torch-free.
 
-Torch-free; knows no model.
-
-Kneser & Ney 1995; modified, with three discounts, by Chen & Goodman 1998 (TR-10-98, section 3); counts as KenLM's lmplz
-takes them (Heafield et al. 2013). A text begins with a symbol of its own, whose id is the vocabulary's size, and which
-is never predicted.
+Kneser & Ney 1995; modified, with three discounts, by Chen & Goodman 1998 (TR-10-98, section 3); counts as in KenLM's
+lmplz (Heafield et al. 2013). Each document begins with a begin-of-sequence symbol, whose id is the vocabulary size and
+which is never predicted.
 """
 
 from __future__ import annotations
@@ -15,17 +13,16 @@ from typing import Any
 
 import numpy as np
 
-FALLBACK = (0.5, 1.0, 1.5)  # discounts where a text is too small to estimate them (lmplz --discount_fallback)
+FALLBACK = (0.5, 1.0, 1.5)  # discounts for a corpus too small to estimate them (lmplz --discount_fallback)
 
 
 @dataclass(frozen=True)
 class Order:
     """All n-grams of one length, numbered in the order of `keys`.
 
-    A key is (number of the n-gram's first n - 1 tokens in the order below) * (vocabulary + 1) + (its last token); keys
-    rise. `counts`: the highest order's are how often each stands in the text; a lower one's, after how many different
-    tokens (what begins a
-    text: how often).
+    A key is (number of the n-gram's first n - 1 tokens in the order below) * (vocab_size + 1) + (its last token); keys
+    are sorted. `counts`: frequencies for the highest order, else continuation counts: the number of different tokens
+    before it (at the beginning of a document: its frequency).
     """
 
     keys: Any  # int64 [n-grams]
@@ -33,17 +30,17 @@ class Order:
 
 
 def count(tokens: Any, begins: Any, vocabulary: int, highest: int) -> list[Order]:
-    """The n-grams of every length up to `highest`.
+    """Count the n-grams of every length up to `highest`.
 
-    tokens: ids of all texts one after the other; begins: where in them each text begins.
+    tokens: ids of all documents concatenated; begins: index of each document's first token.
 
-    All tokens are held in memory, about 60 bytes for each.
+    Holds all tokens in memory, about 60 bytes per token.
     """
     base = vocabulary + 1
     text = np.insert(np.asarray(tokens, dtype=np.int64), begins, vocabulary)
     marks = np.asarray(begins) + np.arange(len(begins))
-    since = np.arange(len(text)) - np.repeat(marks, np.diff([*marks, len(text)]))  # tokens of its text before each
-    number = text  # of the n-gram that ends at each place
+    since = np.arange(len(text)) - np.repeat(marks, np.diff([*marks, len(text)]))  # index in the document
+    number = text  # number of the n-gram that ends at each token
     below = Order(np.arange(base, dtype=np.int64), np.bincount(text, minlength=base))
     orders: list[Order] = []
     for n in range(2, highest + 1):
@@ -53,8 +50,8 @@ def count(tokens: Any, begins: Any, vocabulary: int, highest: int) -> list[Order
         )
         after = np.bincount(
             number[places[first]], minlength=len(below.keys)
-        )  # of how many n-grams each shorter one is the end
-        orders.append(Order(below.keys, np.where(after > 0, after, below.counts)))  # none: it begins a text
+        )  # continuation counts: n-grams that end with each shorter one
+        orders.append(Order(below.keys, np.where(after > 0, after, below.counts)))  # none: it begins a document
         below = Order(keys, counts)
         number = np.full(len(text), -1)
         number[places] = numbers
@@ -64,8 +61,9 @@ def count(tokens: Any, begins: Any, vocabulary: int, highest: int) -> list[Order
 
 
 def discounts(counts: Any) -> tuple[tuple[float, float, float], bool]:
-    """(what is taken from counts of one, two, and more, whether the fallback was taken) of one order (Chen & Goodman
-    1998, equation 26).
+    """Estimate one order's discounts of counts one, two, and more (Chen & Goodman 1998, equation 26).
+
+    Returns (discounts, whether the fallback was used).
     """
     one, two, three, four = (int((counts == n).sum()) for n in (1, 2, 3, 4))
     if not (one and two and three and four):
@@ -78,6 +76,6 @@ def discounts(counts: Any) -> tuple[tuple[float, float, float], bool]:
 
 
 def estimated(orders: Sequence[Order]) -> tuple[list[tuple[float, float, float]], list[int]]:
-    """(discounts of every order, the orders whose text was too small for it)."""
+    """Return (discounts of every order, the orders whose corpus was too small, which use the fallback)."""
     found = [discounts(order.counts) for order in orders]
     return [values for values, _ in found], [n for n, (_, fallen) in enumerate(found, 1) if fallen]

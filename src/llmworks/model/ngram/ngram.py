@@ -1,10 +1,9 @@
-"""An n-gram model: the next token's probability from how often it followed the last few, and fewer, and fewer still
-(interpolated Kneser-Ney).
+"""N-gram language model with interpolated modified Kneser-Ney smoothing.
 
-    p(w | h) = max(c(h w) - D, 0) / c(h) + (what was taken) / c(h) * p(w | h without its first token)
+    p(w | h) = max(c(h w) - D, 0) / c(h) + (total discount) / c(h) * p(w | h without its first token)
 
-down to single tokens, below which all are equally likely. `kneser_ney.py` counts; the interface is the decoder's:
-logits are log-probabilities. Knows no training.
+down to unigrams, which are interpolated with a uniform distribution. `kneser_ney.py` counts; the interface is the
+decoder's: logits are log-probabilities.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from llmworks.model.ngram.kneser_ney import Order
 from llmworks.model.nn.recurrent_state import StateCache
 from llmworks.model.nn.segments import check_ids, segments_of
 
-ROOM = 1 << 24  # probabilities that exist at once
+ROOM = 1 << 24  # probabilities computed at a time
 
 
 class NgramConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
-    """Sizes and discounts."""
+    """Table sizes and discounts."""
 
     model_type = "llmworks_ngram"
 
@@ -57,12 +56,12 @@ class NgramConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             )
         )
         if not good:
-            raise ValueError("config.json: sizes, discounts and vocab_size do not belong together; copy it again")
+            raise ValueError("config.json: sizes, discounts and vocab_size do not match; copy it again")
         super().__init__(**kwargs)
 
 
 class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
-    """Tables of n-grams, from single tokens up. It has no parameters: nothing of it is learned by gradients."""
+    """N-gram tables, from unigrams up. Has no parameters and is not trained by gradients."""
 
     config_class = NgramConfig
 
@@ -78,7 +77,7 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
 
     @classmethod
     def of(cls, orders: Sequence[Order], discounts: Sequence[Sequence[float]], **config: Any) -> NgramForCausalLM:
-        """The model of counted n-grams."""
+        """Build the model from counted n-grams."""
         made: NgramForCausalLM = cls(
             NgramConfig(
                 vocab_size=len(orders[0].counts) - 1,
@@ -100,30 +99,30 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
 
     @staticmethod
     def new_cache() -> StateCache:
-        """An empty cache: the numbers of the last n-grams."""
+        """Create an empty cache, which holds the numbers of the last n-grams."""
         return StateCache()
 
     def _init_weights(self, module: Any) -> None:
-        """Nothing is drawn."""
+        """Do nothing: there are no parameters."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what it gives."""
+        """Number format of the logits."""
         return torch.float32
 
     @property
     def device(self) -> torch.device:
-        """Where the tables are."""
+        """Device of the tables."""
         return self.get_buffer("counts_1").device
 
     def taken(self, n: int, counts: Tensor) -> Tensor:
-        """What is taken from counts of an order."""
+        """Return the discounts of counts of an order."""
         of = torch.tensor([0.0, *self.config.discounts[n - 1]], dtype=torch.float64, device=counts.device)
         return of[counts.clamp(max=3)]
 
     def tables(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """For each order and each n-gram of the order below: (where its continuations begin, their count, the share
-        that is taken from them).
+        """Return, per order and n-gram of the order below: (first index of its continuations, their total count, the
+        interpolation weight, which is the share of the total discount).
         """
         if not self._made:
             for n in range(1, self.highest + 1):
@@ -140,9 +139,7 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         return self._made
 
     def find(self, n: int, before: Tensor, token: Tensor) -> Tensor:
-        """The number of the n-gram of `before` (a number in the order below, or -1) and a token; -1 where the text had
-        none.
-        """
+        """Return the number of the n-gram `before` (a number in the order below, or -1) + token; -1 if unseen."""
         keys = self.get_buffer(f"keys_{n}")
         if not keys.numel():
             return torch.full_like(token, -1)
@@ -151,9 +148,9 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         return torch.where((before >= 0) & (keys[at] == wanted), at, -1)
 
     def contexts(self, ids: Tensor, apart: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
-        """For each n below the highest, the number [batch, length] of the n-gram that ends at each token.
+        """Return, for each n below the highest, the number [batch, length] of the n-gram that ends at each token.
 
-        apart: tokens before which another text ends.
+        document_starts: mask of tokens that begin a new document.
         """
         found = [ids] if self.highest > 1 else []
         for n in range(2, self.highest):
@@ -163,13 +160,13 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         return found
 
     def beginning(self, batch: int, device: torch.device) -> list[Tensor]:
-        """The state before a text: the symbol that begins it, and no longer n-gram. Each [1, batch]."""
+        """Return the state before a document: the begin-of-sequence symbol and no longer n-gram. Each [1, batch]."""
         return [
             torch.full((1, batch), self.vocabulary if n == 1 else -1, device=device) for n in range(1, self.highest)
         ]
 
     def chances(self, contexts: Sequence[Tensor]) -> Tensor:
-        """Probabilities [tokens, vocabulary] of what follows.
+        """Compute the next-token distribution [tokens, vocab_size].
 
         contexts: numbers [tokens] of the n-grams that end there.
         """
@@ -177,7 +174,7 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         p = torch.full((tokens, self.vocabulary), 1 / self.vocabulary, dtype=torch.float64, device=device)
         for n, (begins, total, taken) in enumerate(self.tables(), 1):
             counts = self.get_buffer(f"counts_{n}")
-            if not counts.numel() or not total.numel():  # no text is so long
+            if not counts.numel() or not total.numel():  # no document is long enough
                 continue
             here = contexts[n - 2] if n > 1 else torch.zeros(tokens, dtype=torch.int64, device=device)
             known = here >= 0
@@ -191,13 +188,13 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
             words = self.get_buffer(f"keys_{n}")[entries] % (self.vocabulary + 1) if n > 1 else entries
             share = (counts[entries] - self.taken(n, counts[entries])) / total[here].repeat_interleave(lengths)
             rows = rows.repeat_interleave(lengths)
-            if n == 1:  # the last is the symbol that begins a text, which is never predicted
+            if n == 1:  # the last is the begin-of-sequence symbol, which is never predicted
                 words, rows, share = (x[entries < self.vocabulary] for x in (words, rows, share))
             p.index_put_((rows, words), share, accumulate=True)
         return p
 
     def chance(self, contexts: Sequence[Tensor], tokens: Tensor) -> Tensor:
-        """Probability [tokens] of given next tokens."""
+        """Compute the probability [tokens] of given next tokens."""
         p = torch.full(tokens.shape, 1 / self.vocabulary, dtype=torch.float64, device=tokens.device)
         for n, (_, total, taken) in enumerate(self.tables(), 1):
             counts = self.get_buffer(f"counts_{n}")
@@ -222,10 +219,10 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         segment_ids: Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Log-probabilities [batch, length, vocabulary] of the next token; with labels [batch, length] (-100: none)
-        their mean cross-entropy instead.
+        """Compute next-token log-probabilities [batch, length, vocab_size]; with labels only their mean cross-entropy.
 
-        Position ids that begin anew, without a mask, part a row into texts that do not see one another.
+        labels: [batch, length], -100 = ignored. Position ids that restart within a row, without a mask, separate packed
+        documents.
         Errors: ModelError for ids beyond the vocabulary.
         """
         check_ids(input_ids, self.vocabulary)

@@ -1,9 +1,7 @@
-"""Attention: each token asks (query), itself and every earlier one answer (key), and what is said (value) is weighed by
-how well they fit.
+"""Multi-head attention with causal, sliding-window, padding, packing and branch masks.
 
 Vaswani et al. 2017 (arXiv:1706.03762). Several query heads may share a key and value head: grouped-query attention
-(Ainslie et al. 2023, arXiv:2305.13245), one for all: multi-query (Shazeer 2019, arXiv:1911.02150). Knows no block and
-no feed-forward layer.
+(GQA; Ainslie et al. 2023, arXiv:2305.13245); all share one: multi-query (MQA; Shazeer 2019, arXiv:1911.02150).
 """
 
 from __future__ import annotations
@@ -25,13 +23,13 @@ from llmworks.model.shape import Shape
 
 @dataclass(frozen=True)
 class Seen:
-    """What queries may look at: `mask` [batch, 1 or heads, queries, keys] is added to their fit; without one they see
-    all, or all before them (`causal`).
+    """Attention mask: `mask` [batch, 1 or heads, queries, keys] is added to the scores.
 
-    `blocks`: where queries and keys are the same tokens on a CPU, what of them need not be computed
-    (`cpu_attention.py`; only for speed).
-    `parts`: of the one row, texts that do not see one another, (first token, last + 1); there is no mask then, unless
-    texts branch: `masks`, of each part [queries, keys].
+    Without a mask, attention is full, or causal if `causal`.
+    `query_blocks`: query blocks and the keys they need, for self-attention on a CPU (`cpu_attention.py`; only for
+    speed).
+    `segment_bounds`: packed documents of a single row as (first token, last + 1), which do not attend to one another;
+    `mask` is None then. `segment_masks`: additive mask of each document [queries, keys] where documents branch.
     """
 
     mask: Tensor | None
@@ -54,17 +52,16 @@ def seen(
     dtype: torch.dtype = torch.float32,
     block: int = BLOCK,
 ) -> Seen:
-    """Who sees whom: a token sees itself and those before it (or all, if not `causal`), nearer than `window`, of its
-    own segment, and no padding.
+    """Build the attention mask: causal (if `causal`), sliding `window`, same segment, no padding, ALiBi bias.
 
-    queries, keys: positions [batch, length]; padding [batch, keys], 1 where there is a token; segments: of queries and
-    keys; alibi: slopes [heads]; `block`: queries that are computed at once. branches [batch, length]: of a segment's
-    tokens 0 where it is still one text, then the number of the one that goes on from it; those do not see one another,
-    and positions are of each by itself.
+    queries, keys: positions [batch, length]; padding [batch, keys], 1 where there is a token; segments: segment ids of
+    queries and keys; alibi: slopes [heads]; `block`: query block size on a CPU. branches [batch, length]: within a
+    segment 0 for the shared prefix, else the number of the continuation; continuations do not attend to one another,
+    and each has positions of its own.
     """
     same = causal and queries.shape[1] == keys.shape[1] > 1
     in_blocks = same and keys.device.type == "cpu"
-    # no mask is needed where nothing is hidden beyond causality, and queries are all of the keys, or the last of them
+    # no mask tensor is needed for purely causal or full attention, where queries are all keys or the last key
     if (
         not window
         and padding is None
@@ -91,7 +88,7 @@ def seen(
     if branches is not None:
         allowed = allowed & _of_one_branch(branches)
     if padding is not None:
-        allowed = allowed | ~allowed.any(-1, keepdim=True)  # a padded query sees something, or its softmax is no number
+        allowed = allowed | ~allowed.any(-1, keepdim=True)  # a fully masked padding query would give NaN in its softmax
     mask = _added(allowed, dtype)[:, None]
     if alibi is not None:
         mask = (mask - alibi.to(mask)[None, :, None, None] * distance.abs()[:, None].to(dtype)).clamp(
@@ -101,24 +98,25 @@ def seen(
 
 
 def _of_one_branch(branches: Tensor) -> Tensor:
-    """[..., length] -> [..., queries, keys]: whether a key is of the query's branch, or of what comes before all
-    branches.
+    """Return [..., queries, keys]: whether a key is in the query's branch or in the shared prefix.
+
+    branches: [..., length].
     """
     return (branches[..., None, :] == 0) | (branches[..., :, None] == branches[..., None, :])
 
 
 def _apart(positions: Tensor, branches: Tensor) -> Tensor:
-    """Who sees whom in one text that branches, [length] each -> [queries, keys]."""
+    """Return the causal mask of one document with branches: [length] each -> [queries, keys]."""
     return (positions[:, None] >= positions[None]) & _of_one_branch(branches)
 
 
 def _added(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the fit of queries and keys: nothing, or so little that it hides."""
+    """Turn a boolean mask into an additive one: 0 where allowed, else the smallest number of `dtype`."""
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 class Attention(nn.Module):
-    """Many heads of attention over [batch, length, width]."""
+    """Multi-head attention: [batch, length, hidden_size] -> the same shape."""
 
     def __init__(self, shape: Shape, layer: int) -> None:
         super().__init__()
@@ -149,12 +147,11 @@ class Attention(nn.Module):
         cache: Any = None,
         memory: Tensor | None = None,
     ) -> Tensor:
-        """Attend.
+        """Compute attention with the output projection.
 
-        `rotation`: cosine and sine of the tokens' positions; `cache` keeps keys and values of earlier tokens
-        (`update(key, value, layer)`).
+        `rotation`: RoPE cosine and sine of the positions; `cache`: KV cache (`update(key, value, layer)`).
 
-        `memory` [batch, keys, width]: look at these states in place of x's own (cross-attention).
+        `memory` [batch, keys, hidden_size]: cross-attention, keys and values are computed from these states.
         """
         attended: Tensor = self.out(self.attend(x, look, rotation, cache, memory))
         return attended
@@ -167,7 +164,7 @@ class Attention(nn.Module):
         cache: Any = None,
         memory: Tensor | None = None,
     ) -> Tensor:
-        """What the heads say [batch, length, heads * per_head], before the last matrix."""
+        """Compute the heads' outputs [batch, length, heads * head_dim], before the output projection."""
         batch, length, _ = x.shape
         source = x if memory is None else memory
         q = self.query(x).view(batch, length, self.heads, self.per_head)
@@ -175,7 +172,7 @@ class Attention(nn.Module):
         v = self.value(source).view(batch, -1, self.groups, self.per_head).transpose(1, 2)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k = q.transpose(1, 2), k.transpose(1, 2)  # [batch, heads, length, per_head]
+        q, k = q.transpose(1, 2), k.transpose(1, 2)  # [batch, heads, length, head_dim]
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
@@ -195,7 +192,7 @@ class Attention(nn.Module):
                 k, v = repeated(k, self.heads // self.groups), repeated(v, self.heads // self.groups)
             if (
                 look.parts and memory is None
-            ):  # each text by itself: no mask where it does not branch, so that the fastest kernels serve
+            ):  # one call per document: without branches no mask is needed, so the fastest kernels apply
                 masks = look.masks or [None] * len(look.parts)
                 said = torch.cat(
                     [
@@ -219,13 +216,14 @@ class Attention(nn.Module):
 
 
 def repeated(x: Tensor, times: int) -> Tensor:
-    """Each key or value head for all query heads of its group: [batch, groups, length, width] -> [batch, groups *
-    times, length, width].
+    """Repeat each key or value head for all query heads of its group (repeat_kv).
+
+    [batch, kv_heads, length, head_dim] -> [batch, kv_heads * times, length, head_dim].
     """
     batch, groups, length, width = x.shape
     return x[:, :, None].expand(batch, groups, times, length, width).reshape(batch, groups * times, length, width)
 
 
 def alibi_of(shape: Shape) -> Tensor | None:
-    """The slopes of a shape that knows order by them."""
+    """Return the ALiBi slopes of a shape with ALiBi positions, else None."""
     return slopes(shape.num_attention_heads) if shape.position_embedding_type == "alibi" else None

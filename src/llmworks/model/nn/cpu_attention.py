@@ -1,11 +1,9 @@
-"""Causal attention on a CPU, a block of queries at a time: what causality, a window or another text hides is not
-computed, and nothing is kept of it.
+"""Causal attention on a CPU in blocks of queries: masked key ranges are skipped and attention weights are not stored.
 
-The same numbers as `scaled_dot_product_attention`. Queries are taken in blocks and keys are not, so a block's weights
-stand whole (32 or 64 rows of them for each head), and there is no running softmax; backward computes them again, as
-FlashAttention does (Dao et al. 2022, arXiv:2205.14135). Only for speed: forward and backward with PyTorch's own CPU
-kernel take 1.0 to 1.4 times as long, with a mask for packed texts 2.7 to 5.3 (`python benchmarks/model.py
---attention`). Knows no model.
+Gives the same result as `scaled_dot_product_attention`. Only queries are blocked, so a block's weights are complete (32
+or 64 rows per head) and no online softmax is needed; the backward pass recomputes them, as FlashAttention does (Dao et
+al. 2022, arXiv:2205.14135). Only for speed: PyTorch's own CPU kernel takes 1.0 to 1.4 times as long forward and
+backward, with a mask for packed documents 2.7 to 5.3 times (`python benchmarks/model.py --attention`).
 """
 
 from __future__ import annotations
@@ -18,38 +16,35 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK, MANY = 64, 32  # queries at most; half of them where so many heads share the cores' caches
-Blocks = tuple[tuple[int, int, int], ...]  # (first query, last + 1, first key that one of them sees)
+BLOCK, MANY = 64, 32  # query block size; halved from MANY_HEADS on, since all heads share the cores' caches
+Blocks = tuple[tuple[int, int, int], ...]  # (first query, last + 1, first key that any of them attends to)
 
 
 def block_of(heads: int) -> int:
-    """Queries of a block, where there are so many heads in all rows: their weights should stay in the caches."""
+    """Return the query block size for a total number of heads, so that attention weights stay in the CPU caches."""
     return BLOCK // 2 if heads >= MANY else BLOCK
 
 
 def blocks_of(length: int, allowed: Tensor | None = None, block: int = BLOCK) -> Blocks:
-    """The blocks of rows of `length` tokens, each of which sees itself and all before it, or what is `allowed` [batch
-    or 1, queries, keys].
-    """
+    """Return the query blocks of rows of `length` tokens: causal, or by `allowed` [batch or 1, queries, keys]."""
     begins = list(range(0, length, block))
     firsts = [0] * len(begins)
     if allowed is not None:
-        nearest = allowed.any(0).int().argmax(-1)  # of each query, in any row
+        nearest = allowed.any(0).int().argmax(-1)  # first allowed key of each query, in any row
         firsts = [int(part.min()) for part in torch.split(nearest, block)]
     return tuple((at, min(at + block, length), first) for at, first in zip(begins, firsts, strict=True))
 
 
 def blocks_of_parts(parts: Sequence[tuple[int, int]], block: int = BLOCK) -> Blocks:
-    """The blocks of one row of several texts, each (first token, last + 1), none of which sees another; no block has
-    tokens of two texts, so that none needs a mask.
+    """Return the query blocks of one row of packed documents, each (first token, last + 1).
+
+    No block spans two documents, so none needs a mask.
     """
     return tuple((at, min(at + block, end), first) for first, end in parts for at in range(first, end, block))
 
 
 def masks_of_blocks(blocks: Blocks, parts: Sequence[tuple[int, int]], masks: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Of each block, which has tokens of one part only, what is added to its fit [queries, keys], from that of its
-    part.
-    """
+    """Return each block's additive mask [queries, keys], cut from that of its document."""
     found, at = [], 0
     for first, end, first_key in blocks:
         while parts[at][1] <= first:
@@ -62,12 +57,12 @@ def masks_of_blocks(blocks: Blocks, parts: Sequence[tuple[int, int]], masks: Seq
 
 @functools.lru_cache(maxsize=8)
 def _later(size: int, dtype: torch.dtype) -> Tensor:
-    """[size, size], minus infinity where a key comes after the query."""
+    """Return the [size, size] causal mask, minus infinity where a key comes after the query."""
     return torch.full((size, size), float("-inf"), dtype=dtype).triu(1)
 
 
 class _Blockwise(torch.autograd.Function):
-    """Heads of a group are read as more rows of queries, so that keys and values are not repeated for them."""
+    """Blockwise attention; heads of a GQA group become more query rows, so that keys and values are not repeated."""
 
     @staticmethod
     def forward(
@@ -80,7 +75,9 @@ class _Blockwise(torch.autograd.Function):
         blocks: Blocks,
         masks: Sequence[Tensor] | None,
     ) -> Tensor:
-        """q: [batch, heads, length, width]; k, v: [batch, groups, length, width]; mask: [batch or 1, heads or 1,
+        """Compute attention block by block.
+
+        q: [batch, heads, length, head_dim]; k, v: [batch, kv_heads, length, head_dim]; mask: [batch or 1, heads or 1,
         length, length] -> as q.
         """
         (batch, heads, length, width), groups = q.shape, k.shape[1]
@@ -108,8 +105,9 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """FlashAttention, appendix B.2: dV = P' dO, dP = dO V', dS = P * (dP - rowsum(dO * O)), dQ = dS K, dK =
-        dS' Q.
+        """Compute gradients as in FlashAttention, appendix B.2, recomputing the weights P.
+
+        dV = P' dO, dP = dO V', dS = P * (dP - rowsum(dO * O)), dQ = dS K, dK = dS' Q.
         """
         q, k, v, said = context.saved_tensors
         scale, mask, blocks, masks, batch = context.rest
@@ -128,7 +126,7 @@ class _Blockwise(torch.autograd.Function):
             )
             by_v[:, first_key:end].add_(
                 torch.bmm(weights.transpose(1, 2), gradients)
-            )  # `baddbmm_` into a part is a loop over matrices
+            )  # `baddbmm_` into a slice would loop over matrices
             by_fit = torch.bmm(
                 gradients, v[:, first_key:end].transpose(1, 2), out=other[: weights.numel()].view(weights.shape)
             )
@@ -140,14 +138,15 @@ class _Blockwise(torch.autograd.Function):
 
 
 def _mask(mask: Tensor | None, masks: Sequence[Tensor] | None, blocks: Blocks, number: int) -> Tensor | None:
-    """What is added to a block's fit, as it broadcasts to [batch, heads, queries, keys]."""
+    """Return a block's additive mask, broadcastable to [batch, heads, queries, keys]."""
     first, end, first_key = blocks[number]
     return masks[number] if masks is not None else None if mask is None else mask[:, :, first:end, first_key:end]
 
 
 def _rows(x: Tensor, first: int, end: int) -> Tensor:
-    """A block's queries, all heads of a group below one another: [rows, heads of a group, length, n] -> [rows, heads of
-    a group * block, n].
+    """Stack a block's queries of all heads of a group.
+
+    [rows, heads per group, length, n] -> [rows, heads per group * block, n].
     """
     return x[:, :, first:end].reshape(len(x), -1, x.shape[-1])
 
@@ -155,7 +154,7 @@ def _rows(x: Tensor, first: int, end: int) -> Tensor:
 def _weights(
     rows: Tensor, keys: Tensor, mask: Tensor | None, block: tuple[int, int, int], batch: int, room: Tensor
 ) -> Tensor:
-    """How much each query of a block heeds each key, in `room`: [rows, heads of a group * block, keys]."""
+    """Compute a block's attention weights in `buffer`: [rows, heads per group * block, keys]."""
     first, end, first_key = block
     fit = torch.bmm(
         rows,
@@ -179,12 +178,12 @@ def blockwise(
     blocks: Blocks,
     masks: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Causal attention: q [batch, heads, length, width]; k, v [batch, groups, length, width] -> as q.
+    """Compute causal attention: q [batch, heads, length, head_dim]; k, v [batch, kv_heads, length, head_dim] -> as q.
 
     Not differentiable twice.
 
-    `mask` [batch or 1, heads or 1, length, length] is added to the fit and must hide what is later itself; without one
-    that is done here. `masks`: the same of each block.
+    `mask` [batch or 1, heads or 1, length, length] is added to the scores and must include causality; without a mask
+    causality is applied here. `block_masks`: additive mask of each block.
     """
     said: Tensor = _Blockwise.apply(q, k, v, scale, mask, blocks, masks)  # type: ignore[no-untyped-call]
     return said

@@ -1,9 +1,8 @@
-"""The decoder, whole: tokens become states, blocks let them look back and think, a head says what comes next.
+"""Decoder-only Transformer: embeddings, blocks of attention and feed-forward layers, language-model head.
 
-`Stack` is the mathematics; `DecoderForCausalLM` gives it what transformers asks of a model, so that saving, adapters
-and `generate` work. Knows no tokenizer, no training, no sampling. Loading and saving as Llama, Mistral, Qwen, Gemma or
-GPT-2 is in `families.py`;
-`encoder.py` builds other models of the same blocks.
+`TransformerStack` is the network; `DecoderForCausalLM` wraps it in the interface of transformers, so that saving,
+adapters and `generate` work. Loading and saving as Llama, Mistral, Qwen, Gemma or GPT-2 is in `families.py`;
+`encoder.py` builds other models from the same blocks.
 """
 
 from __future__ import annotations
@@ -38,16 +37,16 @@ from llmworks.model.shape import Rope, Shape, read_stored
 
 @dataclass(frozen=True)
 class Memory:
-    """Another text's states [batch, length, width], and who may look at them."""
+    """Encoder states [batch, length, hidden_size] for cross-attention, and their attention mask."""
 
     states: Tensor
     look: Seen
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward; each is added to the state that it read.
+    """Transformer block: attention, then feed-forward, each with a residual connection.
 
-    `crossing`: between them it looks at another text's states.
+    `cross_attention`: with cross-attention between them.
     """
 
     def __init__(self, shape: Shape, layer: int, *, crossing: bool = False) -> None:
@@ -65,7 +64,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, look: Seen, rotation: tuple[Tensor, Tensor] | None, cache: Any, memory: Memory | None = None
     ) -> Tensor:
-        """[batch, length, width] -> the same."""
+        """Run the block: [batch, length, hidden_size] -> the same shape."""
         x = self.attended(x, self.attention(self.heard(x), look, rotation, cache))
         if memory is not None and self.crossing is not None and self.crossing_norm is not None:
             post = self.place == "post"
@@ -74,24 +73,24 @@ class Block(nn.Module):
         return self.thought(x, self.feed_forward(self.read(x)))
 
     def heard(self, x: Tensor) -> Tensor:
-        """What attention reads of the state."""
+        """Return the attention sublayer's input: normalized, unless post-norm."""
         made: Tensor = x if self.place == "post" else self.attention_norm(x)
         return made
 
     def attended(self, x: Tensor, said: Tensor) -> Tensor:
-        """The state after what attention said."""
+        """Add the attention output to the residual stream."""
         if self.place == "post":
             normed: Tensor = self.attention_norm(x + said)
             return normed
         return x + (said if self.after_attention_norm is None else self.after_attention_norm(said))
 
     def read(self, x: Tensor) -> Tensor:
-        """What the feed-forward layer reads of the state."""
+        """Return the feed-forward sublayer's input: normalized, unless post-norm."""
         made: Tensor = x if self.place == "post" else self.feed_forward_norm(x)
         return made
 
     def thought(self, x: Tensor, made: Tensor) -> Tensor:
-        """The state after what the feed-forward layer made."""
+        """Add the feed-forward output to the residual stream."""
         if self.place == "post":
             normed: Tensor = self.feed_forward_norm(x + made)
             return normed
@@ -99,7 +98,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Embedded tokens to states, by blocks one after the other: a decoder when `causal`, else an encoder."""
+    """Transformer stack from embedded tokens to hidden states: a decoder if `causal`, else an encoder."""
 
     def __init__(self, shape: Shape, *, causal: bool = True, crossing: bool = False) -> None:
         super().__init__()
@@ -112,7 +111,7 @@ class Stack(nn.Module):
         )
         self.blocks = nn.ModuleList(Block(shape, layer, crossing=crossing) for layer in range(shape.num_hidden_layers))
         self.norm = norm_of(shape) if shape.norm_position != "post" else nn.Identity()
-        self.gradient_checkpointing = False  # transformers sets both when it is told to compute blocks again backward
+        self.gradient_checkpointing = False  # transformers sets both when gradient checkpointing is enabled
         self._gradient_checkpointing_func: Any = None
 
     def forward(
@@ -126,12 +125,14 @@ class Stack(nn.Module):
         cache: Any = None,
         memory: Memory | None = None,
     ) -> Tensor:
-        """embedded: what `embedding` gives of the ids, [batch, length, width]; positions: [batch, length]; padding:
-        [batch, keys], 1 where there is a token; segments: [batch, length], without a cache.
+        """Compute the final hidden states.
 
-        branches [batch, length], with segments: texts that begin alike stand in one segment, what they share once (0),
-        then each one's rest under its number, positions going on from what is shared.
-        Errors: ModelError for a text beyond learned positions.
+        embedded: output of `embedding`, [batch, length, hidden_size]; positions: [batch, length]; padding: [batch,
+        keys], 1 where there is a token; segments: segment ids [batch, length], without a cache.
+
+        branches [batch, length], with segments: continuations of a shared prefix in one segment: 0 for the prefix, then
+        the number of each continuation, whose positions continue from the prefix.
+        Errors: ModelError for a sequence beyond the learned positions.
         """
         x = self.through(
             self.begin(embedded, positions),
@@ -146,14 +147,16 @@ class Stack(nn.Module):
         return state
 
     def begin(self, embedded: Tensor, positions: Tensor) -> Tensor:
-        """The state before the first block."""
+        """Return the input of the first block: embeddings scaled and with positions added, where the shape has them."""
         shape, x = self.shape, embedded
         if shape.scale_embedding:
             x = x * torch.tensor(shape.hidden_size**0.5, dtype=x.dtype)
         if self.position is not None:
             if positions.numel() and int(positions.max()) >= shape.max_position_embeddings:
                 raise ModelError(
-                    f"the text has {int(positions.max()) + 1} tokens, the model has positions for {shape.max_position_embeddings}"
+                    f"the sequence has {int(positions.max()) + 1} tokens, the model has"
+                    f" {shape.max_position_embeddings} position"
+                    " embeddings"
                 )
             x = x + self.position(positions)
         return (
@@ -173,9 +176,7 @@ class Stack(nn.Module):
         cache: Any = None,
         memory: Memory | None = None,
     ) -> Tensor:
-        """The state after the blocks that are here; each knows its number, so that a part of them computes what it does
-        in the whole.
-        """
+        """Run the loaded blocks; each knows its layer number, so a subset computes what it does in the whole model."""
         for block, look, turned in self.sights(
             x, positions, padding=padding, segments=segments, branches=branches, cache=cache
         ):
@@ -197,11 +198,11 @@ class Stack(nn.Module):
         branches: Tensor | None = None,
         cache: Any = None,
     ) -> Iterator[tuple[Any, Seen, tuple[Tensor, Tensor] | None]]:
-        """Each block that is here, what its tokens see, and how positions turn them."""
+        """Yield each loaded block with its attention mask and RoPE cosine and sine."""
         shape = self.shape
         before = cache.get_seq_length() if cache is not None else 0
-        # places in the row: positions may begin anew in it, and windows and ALiBi need differences only, since segments
-        # hide the rest
+        # indices in the row, since positions may restart within it; windows and ALiBi only need differences, and
+        # segments mask the rest
         keys = torch.arange(before + x.shape[1], device=x.device)[None] if branches is None else positions
         queries = keys[:, before:]
         pair = (segments, segments) if segments is not None else None
@@ -233,7 +234,7 @@ class Stack(nn.Module):
 
 
 class DecoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
-    """A shape in the form of transformers' configurations."""
+    """A `Shape` as a transformers configuration."""
 
     model_type = "llmworks_decoder"
 
@@ -257,12 +258,12 @@ class DecoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
 
 class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
-    """A decoder with a head over the vocabulary."""
+    """Decoder with a language-model head."""
 
     config_class = DecoderConfig
     base_model_prefix = "decoder"
     _tied_weights_keys = {"head.weight": "decoder.embedding.weight"}  # noqa: RUF012
-    head_on_labels = True  # its loss computes logits where labels are, and nowhere else
+    head_on_labels = True  # the loss computes logits only at label positions
     supports_gradient_checkpointing = True
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -273,19 +274,19 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
+        """Return the input embedding."""
         return self.decoder.embedding
 
     def set_input_embeddings(self, value: Any) -> None:
-        """Another embedding."""
+        """Replace the input embedding."""
         self.decoder.embedding = value
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head."""
+        """Return the language-model head."""
         return self.head
 
     def set_output_embeddings(self, value: Any) -> None:
-        """Another head."""
+        """Replace the language-model head."""
         self.head = value
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -304,12 +305,11 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         segment_ids: Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [batch, length, vocabulary] of the next token; with labels [batch, length] (-100: none) their mean
-        cross-entropy instead, and no logits.
+        """Compute next-token logits [batch, length, vocab_size]; with labels only their mean cross-entropy.
 
-        Position ids that begin anew part a row into texts that do not see one another; not in a row that goes on from a
-        cache.
-        Errors: ModelError for ids beyond the vocabulary, or a text beyond learned positions.
+        labels: [batch, length], -100 = ignored. Position ids that restart within a row separate packed documents, which
+        do not attend to one another; not with a filled cache.
+        Errors: ModelError for ids beyond the vocabulary, or a sequence beyond the learned positions.
         """
         check_ids(input_ids, self.shape.vocab_size)
         if inputs_embeds is None and input_ids is not None:
@@ -333,10 +333,10 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         )
 
     def _embed(self, ids: Tensor, *, labelled: bool) -> Tensor:
-        """Embedded ids.
+        """Embed token ids.
 
-        Where the head's gradient fills the same matrix, only the rows that were looked up are added to it, not another
-        whole matrix.
+        With tied embeddings and labels the lookup has a sparse gradient: only the looked-up rows are added to the
+        head's gradient, not a second dense matrix.
         """
         table = self.decoder.embedding
         if (
@@ -351,19 +351,20 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         return embedded
 
     def loss(self, state: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of each label given the states before it; in training, and the experts' balance."""
+        """Return the mean cross-entropy of the labels; in training plus the router's load-balancing loss."""
         loss = head_loss(state[:, :-1], self.head, labels[:, 1:])
         if self.shape.experts and self.training:
             mixtures = [m for m in self.modules() if isinstance(m, MixtureOfExperts)]
             loss = loss + self.shape.experts.router_aux_loss_coef * torch.stack([m.balance for m in mixtures]).mean()
             for mixture in mixtures:
-                mixture.balance = mixture.balance.detach()  # else the graph lives on in the module
+                mixture.balance = mixture.balance.detach()  # else the module keeps the autograd graph alive
         return loss
 
 
 def begin(module: nn.Module, shape: Shape) -> None:
-    """Normal weights of 0.02, less where a layer adds to the state: each block does so twice (three times where it
-    looks across, which is not counted).
+    """Initialize weights with std 0.02, smaller for projections into the residual stream (GPT-2).
+
+    Scaled by 1 / sqrt(2 * layers): two residual additions per block; cross-attention, a third one, is not counted.
     """
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(

@@ -1,8 +1,7 @@
-"""Other models of the decoder's blocks: an encoder that guesses hidden tokens, and an encoder-decoder that writes what
-was hidden.
+"""Masked-language-model encoder and encoder-decoder, built from the decoder's blocks.
 
-BERT-like (Devlin et al. 2019) and T5-like (Raffel et al. 2020) in what they do, with the shape's norms, positions and
-feed-forward layers. What is hidden is chosen in `masking.py`; knows no other architecture.
+Like BERT (Devlin et al. 2019) and T5 (Raffel et al. 2020) in function, with the shape's norms, positions and
+feed-forward layers. Masking and span corruption are in `masking.py`.
 """
 
 from __future__ import annotations
@@ -29,29 +28,29 @@ from llmworks.model.shape import Shape
 
 
 class EncoderConfig(DecoderConfig):  # type: ignore[no-untyped-call]
-    """The shape of an encoder."""
+    """Configuration of an encoder."""
 
     model_type = "llmworks_encoder"
 
 
 class Seq2SeqConfig(DecoderConfig):  # type: ignore[no-untyped-call]
-    """The shape of an encoder and of a decoder beside it."""
+    """Configuration of an encoder-decoder."""
 
     model_type = "llmworks_encoder_decoder"
 
     def __init__(self, shape: dict[str, Any] | None = None, **kwargs: Any) -> None:
         kwargs["is_encoder_decoder"] = True
-        kwargs.setdefault("decoder_start_token_id", 0)  # as T5, where it is the padding
+        kwargs.setdefault("decoder_start_token_id", 0)  # the padding token, as in T5
         super().__init__(shape, **kwargs)
 
 
 def places(ids: Tensor, before: int = 0) -> Tensor:
-    """Positions [1, length] of ids that follow `before` others."""
+    """Return positions [1, length] of ids after `before` cached tokens."""
     return torch.arange(before, before + ids.shape[1], device=ids.device)[None]
 
 
 class EncoderForMaskedLM(PreTrainedModel):  # type: ignore[no-untyped-call]
-    """Every token sees every other; a head guesses those that were hidden."""
+    """Bidirectional encoder with a masked-language-model head."""
 
     config_class = EncoderConfig
     base_model_prefix = "encoder"
@@ -65,11 +64,11 @@ class EncoderForMaskedLM(PreTrainedModel):  # type: ignore[no-untyped-call]
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
+        """Return the input embedding."""
         return self.encoder.embedding
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head."""
+        """Return the head."""
         return self.head
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -78,8 +77,9 @@ class EncoderForMaskedLM(PreTrainedModel):  # type: ignore[no-untyped-call]
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
     ) -> MaskedLMOutput:
-        """Logits [batch, length, vocabulary] of the tokens themselves; with labels (-100: none) their mean
-        cross-entropy instead.
+        """Compute logits [batch, length, vocab_size] of the tokens at their own positions.
+
+        With labels (-100 = ignored) only their mean cross-entropy.
         """
         states = self.encoder(self.encoder.embedding(input_ids), places(input_ids), padding=attention_mask)
         if labels is not None:
@@ -88,7 +88,7 @@ class EncoderForMaskedLM(PreTrainedModel):  # type: ignore[no-untyped-call]
 
 
 class Reader(nn.Module):
-    """Ids [batch, length] to the states that a decoder looks at; generation calls it once for a text."""
+    """Encoder: ids [batch, length] to the states for cross-attention; `generate` calls it once per sequence."""
 
     main_input_name = "input_ids"
 
@@ -97,16 +97,16 @@ class Reader(nn.Module):
         self.stack = Stack(shape, causal=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
-        """Read."""
+        """Encode the ids."""
         return BaseModelOutput(
             last_hidden_state=self.stack(self.stack.embedding(input_ids), places(input_ids), padding=attention_mask)
         )
 
 
 class EncoderDecoderLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
-    """An encoder reads a text whole; a decoder writes another, looking back at its own and across at all of the first.
+    """Encoder-decoder: the decoder attends causally to its own tokens and to all encoder states.
 
-    One embedding for both.
+    Both share one embedding.
     """
 
     config_class = Seq2SeqConfig
@@ -125,11 +125,11 @@ class EncoderDecoderLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding of both."""
+        """Return the shared embedding."""
         return self.encoder.stack.embedding
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head."""
+        """Return the head."""
         return self.head
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -146,8 +146,9 @@ class EncoderDecoderLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         use_cache: bool | None = None,
         **_: Any,
     ) -> Seq2SeqLMOutput:
-        """Logits [batch, length, vocabulary] of what the decoder writes next; with labels (-100: none), of which all
-        but the last are read, their loss instead.
+        """Compute next-token logits [batch, length, vocab_size] of the decoder.
+
+        With labels (-100 = ignored), which are shifted right as decoder input, only their mean cross-entropy.
         """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids, attention_mask)

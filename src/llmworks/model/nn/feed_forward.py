@@ -1,8 +1,6 @@
-"""The feed-forward layer: what a token makes of what it attended to.
+"""Feed-forward layers (MLP): two matrices with an activation between, a gated variant, or a mixture of experts (MoE).
 
-Two matrices and a bend between them, or three with a gate; or many of them, by choice.
-
-Functions of one token alone; knows no attention and no block.
+Each token is computed independently.
 """
 
 from __future__ import annotations
@@ -27,8 +25,9 @@ BENDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class _SiluGate(torch.autograd.Function):
-    """silu(gate) * up, the same numbers as the two operations; what the bend gave is computed again backward, not kept:
-    a seventh of what a block keeps.
+    """silu(gate) * up with the activation recomputed in the backward pass: saves a seventh of a block's activations.
+
+    Same result as the separate operations.
     """
 
     @staticmethod
@@ -44,11 +43,11 @@ class _SiluGate(torch.autograd.Function):
 
 
 class _SiluGateDown(torch.autograd.Function):
-    """(silu(gate) * up) W' in one, the same numbers; what W multiplies is computed again backward, not kept either."""
+    """(silu(gate) * up) W' fused; the input of W is recomputed in the backward pass. Same result."""
 
     @staticmethod
     def forward(context: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-        """gate, up: [..., inner]; weight: [width, inner] -> [..., width]."""
+        """Compute from gate, up: [..., intermediate_size]; weight: [hidden_size, intermediate_size]."""
         context.save_for_backward(gate, up, weight)
         return F.linear(F.silu(gate).mul_(up), weight)
 
@@ -65,7 +64,7 @@ class _SiluGateDown(torch.autograd.Function):
 
 
 class FeedForward(nn.Module):
-    """bend(x up) down, or with a gate: (bend(x gate) * x up) down (GLU variants, Shazeer 2020, arXiv:2002.05202)."""
+    """act(x up) down, or gated: (act(x gate) * x up) down (GLU variants, Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -76,7 +75,7 @@ class FeedForward(nn.Module):
         self.down = AddingLinear(shape.inner, shape.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
+        """Compute [..., hidden_size] -> [..., hidden_size]."""
         if self.gate is not None and self.bend is F.silu and torch.is_grad_enabled():
             gate, up = self.gate(x), self.up(x)
             fused = kernels.silu_gate(gate, up)
@@ -90,13 +89,11 @@ class FeedForward(nn.Module):
         return made
 
     def think(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., inner], before the last matrix."""
+        """Compute the input of the down projection: [..., hidden_size] -> [..., intermediate_size]."""
         return self.bend(self.up(x)) if self.gate is None else self.bend(self.gate(x)) * self.up(x)
 
     def _plain(self, gate: Tensor) -> bool:
-        """Whether the last matrix is one as it was made: no adapter, no bias, nobody who looks at it, not divided, and
-        no autocast.
-        """
+        """Return whether the down projection is unmodified: no adapter, bias, hooks, sharding or autocast."""
         down: Any = self.down
         hooked = (
             type(down) is not AddingLinear or down._forward_hooks or down._forward_pre_hooks or down.bias is not None
@@ -111,11 +108,12 @@ class FeedForward(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token goes to the `chosen` experts that a router likes best, and gets their sum, weighed by the router's
-    softmax over those chosen (Mixtral).
+    """Mixture of experts: each token gets the weighted sum of its top-k experts (`num_experts_per_tok`).
 
-    `balance` after a forward pass is the load-balancing loss of Switch (section 2.2, eq. 4): count * sum over experts
-    of (share of tokens) * (mean router probability); 1 when even.
+    Weights are the router's softmax over the chosen experts (Mixtral).
+
+    `load_balancing_loss` after a forward pass is that of the Switch Transformer (section 2.2, eq. 4): num_experts * sum
+    over experts of (fraction of tokens) * (mean router probability); 1 when balanced.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -127,7 +125,7 @@ class MixtureOfExperts(nn.Module):
         self.balance: Tensor = torch.zeros(())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, length, width] -> the same."""
+        """Compute [batch, length, hidden_size] -> the same shape."""
         tokens = x.reshape(-1, x.shape[-1])
         chances = self.router(tokens).float().softmax(-1)  # [tokens, experts]
         weights, picked = chances.topk(self.chosen, dim=-1)  # [tokens, chosen]

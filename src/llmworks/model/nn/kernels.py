@@ -1,9 +1,7 @@
-"""Kernels of others for a GPU: Liger's norm and gate, bitsandbytes' 4-bit unpacking.
+"""Third-party GPU kernels: Liger's RMSNorm and SwiGLU, bitsandbytes' 4-bit dequantization.
 
-Taken where they are installed and the tensors lie on CUDA; a CPU never touches them.
-
-They compute what the functions beside them compute (`tests/model/test_kernels.py`); `LLMWORKS_KERNELS=0` leaves them
-out.
+Used where they are installed and tensors are on CUDA. They compute the same as the functions they replace
+(`tests/model/test_kernels.py`); `LLMWORKS_KERNELS=0` disables them.
 """
 
 from __future__ import annotations
@@ -19,26 +17,22 @@ from torch import Tensor
 
 @functools.lru_cache(maxsize=8)
 def found(module: str) -> Any:
-    """A module of kernels; None where it is not installed, or there is no GPU.
+    """Import a kernel module; None if it is not installed or there is no GPU.
 
-    Importing Liger without one breaks models of the whole process, so it is not tried.
+    Importing Liger without a GPU breaks models in the whole process, so it is not tried.
     """
     if not torch.cuda.is_available() or os.environ.get("LLMWORKS_KERNELS") == "0":
         return None
     try:
         return importlib.import_module(module)
-    except (ImportError, RuntimeError, OSError):  # triton, or a library of CUDA, that does not fit
+    except (ImportError, RuntimeError, OSError):  # incompatible triton or CUDA library
         return None
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, from_zero: bool) -> Tensor | None:
-    """Liger's RMSNorm of [..., width], which keeps one number a token for the way back; None where it cannot be
-    taken.
-    """
+    """Apply Liger's RMSNorm to [..., hidden_size], saving one number per token for backward; None if unavailable."""
     liger = found("liger_kernel.ops.rms_norm") if x.is_cuda else None
-    if (
-        liger is None or not isinstance(weight, Tensor) or type(weight.data) is not Tensor
-    ):  # sharded weights are DTensors
+    if liger is None or not isinstance(weight, Tensor) or type(weight.data) is not Tensor:  # sharded weights (DTensor)
         return None
     y: Tensor = liger.LigerRMSNormFunction.apply(
         x, weight, epsilon, 1.0 if from_zero else 0.0, "gemma" if from_zero else "llama", False
@@ -47,7 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, from_zero: bool) -> T
 
 
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor | None:
-    """Liger's silu(gate) * up; None where it cannot be taken."""
+    """Compute Liger's silu(gate) * up; None if unavailable."""
     liger = found("liger_kernel.ops.swiglu") if gate.is_cuda else None
     if liger is None or type(gate) is not Tensor:
         return None
@@ -63,9 +57,9 @@ def unpack_nf4(
     shape: tuple[int, ...],
     tables: tuple[Tensor, Tensor],
 ) -> Tensor | None:
-    """Bitsandbytes' unpacking of NF4 to fp32 [shape]; None where it cannot be taken.
+    """Dequantize NF4 to fp32 [shape] with bitsandbytes; None if unavailable.
 
-    `tables`: the 256 numbers of scales in 8 bits, and the 16 levels.
+    `tables`: the 256-entry map of 8-bit scales, and the 16 levels.
     """
     kernels = found("bitsandbytes.functional") if codes.is_cuda else None
     return None if kernels is None else unpack_with(kernels, codes, scales, second, mean, shape, tables)
@@ -80,7 +74,7 @@ def unpack_with(
     shape: tuple[int, ...],
     tables: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """The same by a given `bitsandbytes.functional`, on any device."""
+    """Dequantize NF4 with a given `bitsandbytes.functional`, on any device."""
     levels = tables[1].to(codes.device)
     common = {"shape": torch.Size(shape), "code": levels, "blocksize": 64, "quant_type": "nf4", "dtype": torch.float32}
     if second is None:

@@ -1,7 +1,4 @@
-"""Normalization: bring a token's state to unit size, then scale it by a learned gain.
-
-Functions of one token alone; knows no batch and no block.
-"""
+"""Normalization layers: RMSNorm and LayerNorm, per token."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from llmworks.model.shape import Shape
 
 
 class _Scaled(torch.autograd.Function):
-    """x / rms(x) * gain, of which only x is kept for the way back: a state less of every norm."""
+    """x / rms(x) * gain; saves only x for the backward pass, not the normalized x too."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
@@ -28,7 +25,7 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        """With n = x / rms: dx = (g - n mean(g n)) / rms, g = dy gain; dgain = sum(dy n)."""
+        """Compute gradients: with n = x / rms, g = dy gain: dx = (g - n mean(g n)) / rms; dgain = sum(dy n)."""
         x, gain = context.saved_tensors
         inverse = x.float().square().mean(-1, keepdim=True).add_(context.epsilon).rsqrt_()
         n, by_y = x.float() * inverse, gradients[0].float()
@@ -39,9 +36,10 @@ class _Scaled(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * gain (Zhang & Sennrich 2019, arXiv:1910.07467), computed in fp32. [..., width] -> [..., width].
+    """RMSNorm: x / rms(x) * gain in fp32 (Zhang & Sennrich 2019, arXiv:1910.07467).
 
-    `from_zero`: the gain is 1 + weight (Gemma), so that weight decay pulls it to one.
+    [..., hidden_size] -> the same shape. `unit_offset`: the gain is 1 + weight (Gemma), so weight decay pulls it to
+    one.
     """
 
     def __init__(self, width: int, epsilon: float, *, from_zero: bool = False) -> None:
@@ -63,9 +61,7 @@ class RMSNorm(nn.Module):
 
 
 def norm_of(shape: Shape) -> nn.Module:
-    """The normalization of a shape: LayerNorm (Ba et al. 2016, arXiv:1607.06450), which takes the mean away first and
-    has a bias, or RMSNorm.
-    """
+    """Create a shape's normalization layer: RMSNorm, or LayerNorm (Ba et al. 2016, arXiv:1607.06450) with bias."""
     if shape.norm == "layer":
         return nn.LayerNorm(shape.hidden_size, shape.norm_eps)
     return RMSNorm(shape.hidden_size, shape.norm_eps, from_zero=shape.norm_unit_offset)

@@ -1,7 +1,4 @@
-"""How a Transformer knows the order of tokens: rotary angles and their stretching, sinusoids, and ALiBi's slopes.
-
-Pure functions of positions; knows no attention.
-"""
+"""Position encodings: RoPE and its scaling, sinusoidal embeddings, ALiBi slopes. Pure functions of positions."""
 
 from __future__ import annotations
 
@@ -14,13 +11,12 @@ from llmworks.model.shape import Rope
 
 
 def frequencies(rope: Rope, width: int, context: int) -> tuple[Tensor, float]:
-    """(angle that each pair of a head turns by per position [width / 2], factor of cosine and sine) of rotary
-    positions.
+    """Return RoPE's (angle per position of each pair of dimensions [head_dim / 2], factor of cosine and sine).
 
-    linear: position interpolation (Chen et al. 2023, arXiv:2306.15595). ntk: the base grown so that the longest wave is
-    stretched by `factor` and the shortest kept. yarn: Peng et al. 2023 (arXiv:2309.00071), section 3: waves that turn
-    more than `fast` times within the trained context are kept, those of less than `slow` divided by `factor`, a ramp
-    between; and attention is made sharper by 0.1 ln(factor) + 1. llama-3: Llama 3.1's.
+    linear: position interpolation (Chen et al. 2023, arXiv:2306.15595). ntk: larger base, so that the longest wave is
+    stretched by `factor` and the shortest is kept. yarn: Peng et al. 2023 (arXiv:2309.00071), section 3: pairs with
+    more than `beta_fast` rotations within the trained context are kept, those with less than `beta_slow` are divided by
+    `factor`, with a ramp between; attention is sharpened by 0.1 ln(factor) + 1. llama-3: Llama 3.1's scaling.
     """
     theta = rope.rope_theta
     powers = torch.arange(0, width, 2, dtype=torch.float32) / width
@@ -40,23 +36,23 @@ def frequencies(rope: Rope, width: int, context: int) -> tuple[Tensor, float]:
     low, high = (
         width * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
         for turns in (rope.beta_fast, rope.beta_slow)
-    )  # pairs that turn so often
+    )  # indices of the pairs with this many rotations
     first, last = max(math.floor(low), 0), min(math.ceil(high), width - 1)
     share = ((torch.arange(width // 2, dtype=torch.float32) - first) / max(last - first, 0.001)).clamp(0, 1)
     return kept * (1 - share) + divided * share, 0.1 * math.log(rope.factor) + 1.0
 
 
 def rotation(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(cosine, sine), each [batch, length, width / 2], of positions [batch, length]."""
+    """Return RoPE's (cosine, sine), each [batch, length, head_dim / 2], of positions [batch, length]."""
     angles = positions[..., None].float() * frequencies.to(positions.device)
     return angles.cos() * factor, angles.sin() * factor
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn the pairs of each head by its position's angles.
+    """Apply rotary position embeddings: rotate the pairs of each head by its position's angles.
 
-    x: [batch, heads, length, width]; pairs are (i, i + width / 2), as weights in transformers' layout have them (Meta's
-    own and GGUF files have (2i, 2i + 1)).
+    x: [batch, heads, length, head_dim]; pairs are (i, i + head_dim / 2), as weights in transformers' layout have them
+    (Meta's own and GGUF files have (2i, 2i + 1)).
     """
     a, b = x.chunk(2, dim=-1)
     cosine, sine = cosine[:, None].to(x.dtype), sine[:, None].to(x.dtype)
@@ -64,8 +60,8 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def sinusoids(positions: Tensor, width: int) -> Tensor:
-    """Sines and cosines of rising wavelengths (Vaswani et al. 2017, section 3.5): [batch, length] -> [batch, length,
-    width].
+    """Return sinusoidal position embeddings (Vaswani et al. 2017, section 3.5): [batch, length] -> [batch, length,
+    hidden_size].
     """
     angles = positions[..., None].float() * torch.exp(
         torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) * (-math.log(10_000.0) / width)
@@ -74,8 +70,9 @@ def sinusoids(positions: Tensor, width: int) -> Tensor:
 
 
 def slopes(heads: int) -> Tensor:
-    """ALiBi's slope of each head (Press et al. 2021, arXiv:2108.12409): 2^(-8/n), 2^(-16/n) ...; of a number that is no
-    power of two as in the authors' code.
+    """Return the ALiBi slope of each head (Press et al. 2021, arXiv:2108.12409): 2^(-8/n), 2^(-16/n) ...
+
+    For a number of heads that is not a power of two as in the authors' code.
     """
     whole = 2 ** math.floor(math.log2(heads))
     found = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]

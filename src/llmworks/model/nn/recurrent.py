@@ -1,8 +1,7 @@
-"""Language models before attention: Bengio's window of tokens, and RNN, LSTM and GRU, which carry a state from token to
-token.
+"""Language models without attention: Bengio's fixed-window MLP, and RNN, LSTM and GRU with a recurrent state.
 
-The same interface as the decoder: loss by labels, logits, a cache (here the state, of one size however long the text),
-texts packed in a row that do not see one another. Knows no attention and no training.
+The same interface as the decoder: loss from labels, logits, a cache (the state, of constant size), packed documents
+that do not see one another.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from llmworks.model.shape import RecurrentShape, read_stored
 
 
 class Window(nn.Module):
-    """tanh(d + H x), x the embeddings of the last `window` tokens one after the other (Bengio et al. 2003, section 2,
-    without direct connections).
+    """Fixed-window MLP: tanh(d + H x), x the concatenated embeddings of the last `window` tokens.
 
-    Before a text there are zeros. Its state are the embeddings of the last `window` - 1 tokens.
+    Bengio et al. 2003, section 2, without direct connections. Padded with zeros before a sequence. The state is the
+    embeddings of the last `window` - 1 tokens.
     """
 
     def __init__(self, shape: RecurrentShape) -> None:
@@ -35,26 +34,26 @@ class Window(nn.Module):
         self.layer = nn.Linear(self.window * shape.embedding_dim, shape.inner)
 
     def forward(self, x: Tensor, lengths: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """x: [texts, length, width], of which `lengths` count -> ([texts, length, inner], state)."""
+        """Compute from x [sequences, length, embedding_dim] with `lengths` valid: ([..., hidden_size], state)."""
         before = x.new_zeros(len(x), self.window - 1, x.shape[2]) if state is None else state[0].transpose(0, 1)
         whole = torch.cat((before, x), 1)
-        views = whole.unfold(1, self.window, 1)  # [texts, length, width, window]
+        views = whole.unfold(1, self.window, 1)  # [sequences, length, embedding_dim, window]
         last = lengths[:, None].to(x.device) + torch.arange(self.window - 1, device=x.device)
         kept = whole.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
         return torch.tanh(self.layer(views.transpose(2, 3).flatten(2))), (kept.transpose(0, 1),)
 
 
 class Recurrence(nn.Module):
-    """A state h that each token x changes, and that is what is known of the text so far.
+    """Recurrent network: a state h is updated by each token x.
 
     s is the logistic function, * elementwise.
 
     rnn: h' = tanh(W x + U h + b) (Elman 1990; as a language model Mikolov et al. 2010).
     lstm: c' = f * c + i * tanh(W x + U h + b), h' = o * tanh(c'), with gates i, f, o = s(W_. x + U_. h + b_.)
-    (Hochreiter & Schmidhuber 1997; forget gate Gers et al. 2000): c is scaled by f and added to, so that with f near
-    one a gradient reaches far back.
+    (Hochreiter & Schmidhuber 1997; forget gate Gers et al. 2000): c is scaled by f and added to, so with f near one
+    gradients do not vanish over long distances.
     gru: h' = (1 - z) * n + z * h, n = tanh(W x + r * (U h + b)), with gates r, z: the same with one state (Cho et al.
-    2014; r behind U, as cuDNN has it). PyTorch's kernels compute them.
+    2014; r applied after U, as in cuDNN). Computed by PyTorch's kernels.
     """
 
     def __init__(self, shape: RecurrentShape) -> None:
@@ -69,7 +68,7 @@ class Recurrence(nn.Module):
         )
 
     def forward(self, x: Tensor, lengths: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """x: [texts, length, width], of which `lengths` count -> ([texts, length, inner], state)."""
+        """Compute from x [sequences, length, embedding_dim] with `lengths` valid: ([..., hidden_size], state)."""
         ragged = bool((lengths < x.shape[1]).any())
         given: Tensor | PackedSequence = (
             pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False) if ragged else x
@@ -82,7 +81,7 @@ class Recurrence(nn.Module):
 
 
 class RecurrentConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
-    """A shape in the form of transformers' configurations."""
+    """A `RecurrentShape` as a transformers configuration."""
 
     model_type = "llmworks_recurrent"
 
@@ -100,11 +99,11 @@ class RecurrentConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
 
 class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
-    """Embedding, recurrence or window, head."""
+    """Language model of embedding, recurrent network or fixed-window MLP, and head."""
 
     config_class = RecurrentConfig
     _tied_weights_keys = {"head.weight": "embedding.weight"}  # noqa: RUF012
-    head_on_labels = True  # its loss computes logits where labels are, and nowhere else
+    head_on_labels = True  # the loss computes logits only at label positions
 
     def __init__(self, config: RecurrentConfig) -> None:
         super().__init__(config)
@@ -118,33 +117,34 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
+        """Return the input embedding."""
         return self.embedding
 
     def set_input_embeddings(self, value: Any) -> None:
-        """Another embedding."""
+        """Replace the input embedding."""
         self.embedding = value
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head."""
+        """Return the language-model head."""
         return self.head
 
     def set_output_embeddings(self, value: Any) -> None:
-        """Another head."""
+        """Replace the language-model head."""
         self.head = value
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # generation takes the cache that the first pass makes
+        return False  # `generate` uses the cache created by the first pass
 
     @staticmethod
     def new_cache() -> StateCache:
-        """An empty cache of this model's kind."""
+        """Create an empty cache for this model."""
         return StateCache()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Embeddings normal, 0.1; matrices of the state orthogonal, others by their inputs (Glorot); an LSTM's forget
-        gate begins open (Jozefowicz et al. 2015).
+        """Initialize embeddings normal (std 0.1), recurrent matrices orthogonal, input matrices Xavier (Glorot).
+
+        Tied embeddings have std 1 / sqrt(embedding_dim). An LSTM's forget gate bias is 1 (Jozefowicz et al. 2015).
         """
         if isinstance(module, nn.Embedding):
             nn.init.normal_(
@@ -177,10 +177,10 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
         segment_ids: Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [batch, length, vocabulary] of the next token; with labels [batch, length] (-100: none) their mean
-        cross-entropy instead, and no logits.
+        """Compute next-token logits [batch, length, vocab_size]; with labels only their mean cross-entropy.
 
-        Position ids that begin anew part a row into texts that do not see one another; not where a cache is used.
+        labels: [batch, length], -100 = ignored. Position ids that restart within a row separate packed documents; not
+        with a cache.
         Errors: ModelError for ids beyond the vocabulary.
         """
         check_ids(input_ids, self.shape.vocab_size)
@@ -212,9 +212,9 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
     def _read(
         self, x: Tensor, valid: Tensor | None, segments: Tensor | None, state: State | None
     ) -> tuple[Tensor, State]:
-        """States [batch, length, inner] after each token.
+        """Compute states [batch, length, hidden_size] after each token.
 
-        A row of several texts is read as so many rows, so that each begins anew.
+        Each packed document is computed as a row of its own, so its state starts anew.
         """
         if valid is None and segments is None:
             made, left = self.body(x, torch.full((len(x),), x.shape[1]), state)

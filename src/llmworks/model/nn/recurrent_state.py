@@ -1,7 +1,4 @@
-"""What models without attention know of the tokens before: a state of one size, in place of keys and values that grow.
-
-Knows none of them.
-"""
+"""Cache of models without attention: a recurrent state of constant size, in place of a growing KV cache."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ State = tuple[Tensor, ...]  # each [layers, rows, ...]
 
 
 class StateCache:
-    """What stands for a key-value cache: the state, and how many tokens it knows."""
+    """Recurrent state and number of tokens, with the interface of a transformers cache."""
 
     is_compileable = False
 
@@ -20,7 +17,7 @@ class StateCache:
         self.tokens = 0
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """Tokens that were read."""
+        """Return the number of tokens processed."""
         return self.tokens
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -32,5 +29,5 @@ class StateCache:
         self.state = None if self.state is None else tuple(s.repeat_interleave(repeats, 1) for s in self.state)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep the given rows, as beam search names it."""
+        """Reorder the rows for beam search."""
         self.batch_select_indices(beam_idx)

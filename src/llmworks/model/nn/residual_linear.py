@@ -1,7 +1,4 @@
-"""The one kind of linear layer that is told apart: what it makes is added to the state that runs through all blocks.
-
-Computes as any other.
-"""
+"""Marker class for the linear layers whose output is added to the residual stream. Computes as `nn.Linear`."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ from torch import nn
 
 
 class AddingLinear(nn.Linear):
-    """A marker: `begin` in decoder.py divides its first weights by the root of twice the layers, so that the state does
-    not grow with depth (GPT-2, section 2.3).
+    """Linear layer into the residual stream: `init_weights` in decoder.py scales its initial weights.
+
+    By 1 / sqrt(2 * layers), so that the residual stream does not grow with depth (GPT-2, section 2.3).
     """

@@ -1,4 +1,4 @@
-"""Rows of tokens as a model is given them: whether its ids are known, and which texts a row holds. Knows no model."""
+"""Check token ids and find the packed documents of a row."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from llmworks.core.errors import ModelError
 
 
 def check_ids(ids: Tensor | None, vocabulary: int) -> None:
-    """Whether all ids have a row in the embedding. Errors: ModelError."""
+    """Check that all ids are within the vocabulary. Errors: ModelError."""
     if ids is None or not ids.numel() or ids.device.type == "meta":
         return
     least, most = (int(x) for x in torch.aminmax(ids))
     if most >= vocabulary:
         raise ModelError(
-            f"token id {most} is beyond the vocabulary of {vocabulary:,}; the tokenizer is another model's"
+            f"token id {most} is out of range for a vocabulary of {vocabulary:,}; the tokenizer belongs to"
+            " another model"
         )
     if least < 0:
-        raise ModelError(f"token id {least} is below zero; only labels may be")
+        raise ModelError(f"token id {least} is negative; only labels may be")
 
 
 def segments_of(positions: Tensor) -> Tensor | None:
-    """The number of each token's text in its row [batch, length]: positions that begin anew are another text's.
+    """Return segment ids [batch, length] of packed documents: positions that restart begin a new document.
 
-    None when all rows are one text.
+    None when each row is one document.
     """
     again = positions.diff(dim=-1) <= 0
     return F.pad(again.cumsum(-1), (1, 0)) if again.any() else None
 
 
 def parts_of(segments: Tensor) -> tuple[tuple[int, int], ...]:
-    """The texts of one row, segments [length] in rising order, as (first token, last + 1).
+    """Return the documents of one row as (first token, last + 1); segments: ids [length] in rising order.
 
-    Empty where a number comes back, so that they are no parts.
+    Empty when a segment id recurs after another one.
     """
     if bool((segments.diff() < 0).any()):
         return ()
@@ -43,11 +44,11 @@ def parts_of(segments: Tensor) -> tuple[tuple[int, int], ...]:
 
 
 def texts_in(valid: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(text of each token that counts, its place in that text, lengths of the texts).
+    """Return (document of each valid token, its index in the document, document lengths).
 
-    valid, segments: [batch, length]; a text ends where its segment does.
+    valid, segments: [batch, length]; a document ends where its segment ends.
 
-    Texts are numbered in the order of the rows; tokens too, as `x[valid]` has them.
+    Documents and tokens are in row order; tokens as `x[valid]` has them.
     """
     marks = segments.masked_fill(~valid, -1)
     begins = valid & (F.pad(marks[:, :-1], (1, 0), value=-2) != marks)

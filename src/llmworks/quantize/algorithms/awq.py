@@ -1,10 +1,10 @@
-"""AWQ: before rounding, inputs that are large are made smaller and their columns larger, so that less is lost where it
-counts.
+"""AWQ: before rounding, scale down large inputs and scale up their weight columns, which reduces the error where it
+matters.
 
 Pure tensor functions.
 
-Lin et al. 2023 (arXiv:2306.00978), section 3.2: s = mean|x|^a, a between 0 and 1 by search. The error of a layer's
-outputs is computed from the second moments of its inputs, exactly.
+Lin et al. 2023 (arXiv:2306.00978), section 3.2: s = mean|x|^a, a between 0 and 1 by grid search. A layer's output error
+is computed exactly from the second moments of its inputs.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 
 from llmworks.model.lowbit.integer import Grid, Scales, extremes, fit, grouped, restored, rounded
 
-STEPS = 20  # powers that are tried
-COARSE = tuple(1 - 0.04 * step for step in range(15))  # shares of a range that a search tries first
+STEPS = 20  # exponents of the grid search
+COARSE = tuple(1 - 0.04 * step for step in range(15))  # clipping ratios of the first search
 FINE = (-0.02, 0.02)
-PIECE = 1 << 18  # weights that are looked at at once, so that what is made of them stays near the processor
+PIECE = 1 << 18  # weights processed at a time, to stay within the CPU cache
 
 
 def input_scales(
     weights: Sequence[Tensor], hessian: Tensor, mean: Tensor, grid: Grid
 ) -> tuple[Tensor, float, float, float]:
-    """(what inputs are divided by [columns], the power, the error without, the error with it) of layers [rows, columns]
-    that read the same.
+    """Search the input scales of layers [rows, columns] with the same input. Return (divisor of the inputs [columns],
+    exponent, error without scaling, error with it).
 
     hessian: second moments of the inputs [columns, columns]; mean: of |x| [columns]; columns of the same mean have the
     same scale.
@@ -48,21 +48,21 @@ def input_scales(
 
 
 def nearest(weight: Tensor, grid: Grid) -> Tensor:
-    """Rounded and restored."""
+    """Round to nearest and dequantize."""
     groups = grouped(weight, grid)
     scales = fit(groups, grid)
     return restored(rounded(groups, scales, grid), scales).reshape(weight.shape)
 
 
 def change(before: Tensor, after: Tensor, moments: Tensor) -> float:
-    """The sum over rows of the mean squared change of outputs."""
+    """Return the sum over rows of the mean squared change of outputs."""
     apart = after - before
     return float(((apart @ moments) * apart).sum())
 
 
 def clipped(weight: Tensor, hessian: Tensor, grid: Grid) -> Scales:
-    """Scales by that share of each group's range that changes the group's part of the outputs least (AWQ's search of
-    clipping): of shares by COARSE, then of those about the best of these by FINE.
+    """Return scales by the clipping ratio of each group's range that minimizes the group's output error (AWQ's
+    clipping search): first among the ratios COARSE, then around the best of them by FINE.
     """
     groups = grouped(weight, grid)
     size = groups.shape[-1]
@@ -74,7 +74,7 @@ def clipped(weight: Tensor, hessian: Tensor, grid: Grid) -> Scales:
 
 
 def _clipped(groups: Tensor, blocks: Tensor, grid: Grid) -> Scales:
-    """Of some rows: groups [rows, groups, size], moments of their inputs [groups, size, size]."""
+    """Search the scales of some rows: groups [rows, groups, size], moments of their inputs [groups, size, size]."""
     turned, ends = groups.transpose(0, 1).contiguous(), extremes(groups, grid)
     best, least, share = ends.scales(grid), torch.full(groups.shape[:2], float("inf")), torch.ones(groups.shape[:2])
     apart = torch.empty_like(turned)

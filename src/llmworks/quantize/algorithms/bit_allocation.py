@@ -1,4 +1,4 @@
-"""Bits for each part of a model: what each number of them would cost, and which are had within a budget.
+"""Allocate bits to the parts of a model within a budget, by the estimated cost of each bit width.
 
 See `mixed.py`.
 """
@@ -27,11 +27,11 @@ from llmworks.tokenize.load import load_tokenizer
 if TYPE_CHECKING:
     from llmworks.quantize.algorithms.config import MixedConfig
 
-SHARES = (1.0, 0.9, 0.8, 0.7)  # of ranges, that a try looks at
+SHARES = (1.0, 0.9, 0.8, 0.7)  # clipping ratios that a candidate searches
 
 
 def run(config: MixedConfig, model: Model, ctx: Context, data: Dataset) -> Model:
-    """See `mixed.mixed`."""
+    """Run `mixed.mixed`."""
     source = rounding.open_source(model)
     skip = rounding.skipping(source, config.ignore)
     stored = rounding.stored_of(source, config.dtype)
@@ -71,7 +71,7 @@ def run(config: MixedConfig, model: Model, ctx: Context, data: Dataset) -> Model
 def _chosen(
     source: Source, found: Mapping[str, list[float]], grids: Sequence[Grid], budget: float
 ) -> tuple[dict[str, Grid], float]:
-    """(each layer's grid, the divergence that is expected). Layers of a part have the same."""
+    """Return (each layer's grid, the expected KL divergence). Layers of a part have the same grid."""
     units: list[list[str]] = []
     sizes: dict[str, tuple[int, int]] = {}
     for number in range(source.shape.num_hidden_layers):
@@ -96,15 +96,15 @@ def _chosen(
         )
     except ValueError:
         raise ModelError(
-            f"config.bits: {budget:g} bits a weight are fewer than {sum(min(take) for take in takes) / total:.3g}, the"
-            " fewest of config.choices with their scales"
+            f"config.bits: {budget:g} bits per weight is less than {sum(min(take) for take in takes) / total:.3g},"
+            " the minimum of config.bit_choices with their scales"
         ) from None
     grid_of = {name: grids[choice] for unit, choice in zip(units, choices, strict=True) for name in unit}
     return grid_of, sum(found[name][choice] for unit, choice in zip(units, choices, strict=True) for name in unit)
 
 
 def _bits(shape: tuple[int, int], grid: Grid) -> float:
-    """All bits of a matrix, scales in 16 bits and zero points included."""
+    """Return all bits of a matrix, 16-bit scales and zero points included."""
     rows, columns = shape
     return rows * columns * grid.bits + rows * (columns // grid.size(columns)) * (
         16 + (0 if grid.symmetric else grid.bits)

@@ -1,8 +1,8 @@
-"""Layer-by-layer distillation: a block whose weights and inputs are rounded, taught to give what it gave before, of
-inputs that the blocks before it, quantized already, give.
+"""Layer-by-layer knowledge distillation: train a block with rounded weights and activations to reproduce its original
+outputs, on inputs from the already quantized blocks before it.
 
-Yao et al. 2022 (arXiv:2206.01861), section 3.2. Rounding passes gradients on as they come (straight through: Bengio et
-al. 2013, arXiv:1308.3432).
+Yao et al. 2022 (arXiv:2206.01861), section 3.2. Gradients pass through rounding unchanged (straight-through estimator:
+Bengio et al. 2013, arXiv:1308.3432).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llmworks.quantize.calibrate.layerwise import Part, Passing, layer_of
 
 
 class Learning(nn.Linear):
-    """A layer that computes with rounded weights and inputs, and learns as if it did not."""
+    """A linear layer with rounded weights and activations and straight-through gradients."""
 
     def __init__(self, base: nn.Linear, grid: Grid) -> None:
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
@@ -42,15 +42,15 @@ def _rounded(x: Tensor, reading: Reading) -> Tensor:
 
 
 class Distilled:
-    """Each block taught by Adam for some epochs, at a rate that falls to zero; it keeps its old weights where they do
-    better.
+    """ZeroQuant's distillation: each block is trained by Adam for some epochs, with a learning rate that decays
+    linearly to zero; it keeps its original weights if training does not reduce the error.
     """
 
     def __init__(self, texts: int, *, epochs: int, batch: int, rate: float, seed: int) -> None:
         self.texts, self.epochs, self.batch, self.rate, self.seed = texts, epochs, batch, rate, seed
 
     def prepare(self, passing: Passing, grids: Callable[[str], Grid | None]) -> None:
-        """Teach the block; its weights are then those that round best."""
+        """Distill the block; its weights become those that round best."""
         names = {name: grid for part in passing.parts for name in part.layers if (grid := grids(name)) is not None}
         if not self.epochs or not names:
             return
@@ -75,7 +75,7 @@ class Distilled:
     def _taught(
         self, passing: Passing, learner: Any, layers: dict[str, Learning], wanted: Tensor
     ) -> tuple[float, float]:
-        """(mean squared error before, after)."""
+        """Train the block. Return the mean squared error before and after."""
         walk, before = passing.walk, passing.before
         optimizer = torch.optim.Adam(
             [
@@ -110,8 +110,8 @@ class Distilled:
         return first, whole_gap()
 
     def part(self, passing: Passing, part: Part, grids: Callable[[str], Grid | None]) -> dict[str, Whole]:
-        """The layers of a part, each weight the nearest."""
-        for _ in passing.inputs(part):  # the states go on
+        """Round the layers of a part to nearest."""
+        for _ in passing.inputs(part):  # computes the hidden states as a side effect
             pass
         wanted = {name: grids(name) for name in part.layers}
         return {

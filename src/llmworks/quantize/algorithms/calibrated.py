@@ -1,6 +1,4 @@
-"""Rounding by what layers read: all layers of a part have the same inputs, so that their rows are looked at as one
-matrix.
-"""
+"""Calibrated rounding: all layers of a part have the same inputs, so their rows are processed as one matrix."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ Grids = Callable[[str], Grid | None]
 
 
 class Gptq:
-    """GPTQ; see `gptq.py`. `scale`: inputs are scaled before, as by AWQ."""
+    """GPTQ; see `gptq.py`. `awq_scaling`: scale inputs before, as AWQ does."""
 
     def __init__(self, texts: int, *, damping: float, by_activation: bool, search: bool, scale: bool = False) -> None:
         self.texts, self.damping, self.by_activation, self.search, self.scale = (
@@ -34,12 +32,12 @@ class Gptq:
         )
 
     def prepare(self, passing: Passing, grids: Grids) -> None:
-        """Scale what parts read, where that is wanted."""
+        """Scale the parts' inputs, if configured."""
         if self.scale:
             Awq(self.texts, clip=False).prepare(passing, grids)
 
     def part(self, passing: Passing, part: Part, grids: Grids) -> dict[str, Whole]:
-        """The layers of a part."""
+        """Quantize the layers of a part."""
         moments = passing.moments(part)
         kinds: dict[Grid, list[str]] = {}
         for name in part.layers:
@@ -68,13 +66,15 @@ class Gptq:
 
 
 class Awq:
-    """AWQ; see `awq.py`. `clip`: ranges by what groups' outputs lose."""
+    """AWQ; see `awq.py`. `apply_clip`: search clipping ranges by the groups' output error."""
 
     def __init__(self, texts: int, *, clip: bool) -> None:
         self.texts, self.clip = texts, clip
 
     def prepare(self, passing: Passing, grids: Grids) -> None:
-        """Look at all parts of a block as it is, then scale what they read; the block computes the same as before."""
+        """Compute the scales of all parts of the unmodified block, then apply them; the block's function is
+        unchanged.
+        """
         scales: list[tuple[Part, Tensor]] = []
         for part in passing.parts:
             moments, weights = (
@@ -89,7 +89,7 @@ class Awq:
             scale_inputs(passing.block, part.layers, scale)
 
     def part(self, passing: Passing, part: Part, grids: Grids) -> dict[str, Whole]:
-        """The layers of a part."""
+        """Quantize the layers of a part."""
         hessian, found = passing.moments(part).hessian, {}
         for name in part.layers:
             wanted, weight = grids(name), layer_of(passing.block, name).weight
@@ -99,13 +99,13 @@ class Awq:
 
 
 class Smooth:
-    """SmoothQuant; see `smoothquant.py`. `powers`: that are tried."""
+    """SmoothQuant; see `smoothquant.py`. `smoothing_strengths`: candidates for the smoothing strength."""
 
     def __init__(self, texts: int, *, powers: Sequence[float]) -> None:
         self.texts, self.powers = texts, tuple(powers)
 
     def prepare(self, passing: Passing, grids: Grids) -> None:
-        """Look at all parts of a block as it is, then scale what they read."""
+        """Compute the scales of all parts of the unmodified block, then apply them."""
         scales: list[tuple[Part, Tensor]] = []
         for part in passing.parts:
             moments, weights = passing.moments(part), [layer_of(passing.block, name).weight for name in part.layers]
@@ -135,8 +135,8 @@ class Smooth:
             scale_inputs(passing.block, part.layers, scale)
 
     def part(self, passing: Passing, part: Part, grids: Grids) -> dict[str, Whole]:
-        """The layers of a part, each weight the nearest."""
-        for _ in passing.inputs(part):  # the states go on
+        """Round the layers of a part to nearest."""
+        for _ in passing.inputs(part):  # computes the hidden states as a side effect
             pass
         found = {}
         for name in part.layers:
@@ -147,24 +147,26 @@ class Smooth:
 
 
 def _as_given(block: Any, part: Part, known: Tensor, *, largest: bool = False) -> Tensor | None:
-    """What is known of each column of a part's inputs, its mean (or its largest) for columns that can only be scaled
-    together; None where nothing before can be scaled.
+    """Return a statistic of each input column of a part, averaged (or maximized) over columns that can only be
+    scaled together; None if nothing before the part can be scaled.
     """
     if part.layers[0] == "feed_forward.down":
-        return known if block.feed_forward.gate is not None else None  # without a gate a bend stands between them
+        return (
+            known if block.feed_forward.gate is not None else None
+        )  # without a gate the activation function lies between them
     if part.layers[0] != "attention.out":
         return None if block.place == "post" else known
     attention = block.attention
     if attention.groups == attention.heads:
         return known
-    heads = known.view(attention.groups, -1, attention.per_head)  # that one head of values feeds
+    heads = known.view(attention.groups, -1, attention.per_head)  # query heads fed by one value head
     each = heads.amax(1, keepdim=True) if largest else heads.mean(1, keepdim=True)
     return each.expand(-1, attention.heads // attention.groups, -1).reshape(-1)
 
 
 def scale_inputs(block: Any, layers: Sequence[str], scale: Tensor) -> None:
-    """Columns of layers times `scale` [columns], and what makes their inputs divided by it, so that nothing else
-    changes.
+    """Multiply columns of layers by `scale` [columns] and divide what produces their inputs by it; the function is
+    unchanged.
     """
     for name in layers:
         layer_of(block, name).weight.mul_(scale)
@@ -185,7 +187,7 @@ def _divide_rows(layer: Any, scale: Tensor) -> None:
 
 
 def divide_norm(norm: Any, scale: Tensor) -> None:
-    """What a norm gives, divided: by its weights, which count from 0 or from 1."""
+    """Divide a norm's outputs by scaling its weights, which may be stored as offsets from 1."""
     if isinstance(norm, RMSNorm) and norm.from_zero:
         norm.weight.copy_((1 + norm.weight) / scale - 1)
         return

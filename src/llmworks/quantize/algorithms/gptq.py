@@ -1,9 +1,9 @@
-"""GPTQ's solver: a matrix rounded column by column, each error made up for by the columns that are still to come.
+"""GPTQ's solver: round a matrix column by column, compensating each error in the remaining columns.
 
 Pure tensor functions.
 
-Frantar et al. 2022 (arXiv:2210.17323), algorithm 1; the order by activations and scales that are known beforehand are
-those of its reference implementation. Knows no model.
+Frantar et al. 2022 (arXiv:2210.17323), algorithm 1; act-order and static groups are those of its reference
+implementation. Does not know models.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from llmworks.core.errors import ModelError
 from llmworks.model.lowbit.integer import Grid, Scales, Whole, fit, grouped
 from llmworks.quantize.algorithms.awq import clipped
 
-LAZY = 128  # columns whose errors are passed on at once
-NEAR = 16  # of these, columns whose errors are passed on one by one
+LAZY = 128  # columns per lazy batch update
+NEAR = 16  # columns within it whose errors are propagated one by one
 
 
 def solve(
@@ -31,17 +31,16 @@ def solve(
     by_activation: bool = False,
     search: bool = True,
 ) -> Whole:
-    """Round a matrix [rows, columns] so that x W' changes little for inputs x of the second moments `hessian` [columns,
+    """Round a matrix [rows, columns] so that x W' changes little for inputs x with second moments `hessian` [columns,
     columns].
 
-    damping: share of the mean moment that is added to all. by_activation: columns of large moments first; scales are
-    then those of the weights as they were, so that groups stay whole.
-    search: scales by which a group's part of the outputs changes least when it is rounded to the nearest; else by
-    largest and smallest weight, of each group as it is when its turn comes.
-    Errors: ModelError for weights or moments that are no numbers.
+    dampening_frac: fraction of the Hessian's mean diagonal that is added to the diagonal. act_order: columns of large
+    moments first; scales are then those of the original weights, so that groups stay intact. mse_scales: scales that
+    minimize each group's output error under rounding to nearest; otherwise by largest and smallest weight, of each
+    group as updated when its turn comes. Errors: ModelError for weights or moments with NaN or infinite values.
     """
     if not (isfinite(float(weight.sum(dtype=torch.float64))) and isfinite(float(hessian.sum(dtype=torch.float64)))):
-        raise ModelError("weights or the moments of their inputs are no numbers (NaN or infinite)")
+        raise ModelError("weights or the moments of their inputs hold NaN or infinite values")
     columns, size = weight.shape[1], grid.size(weight.shape[1])
     rest, own = weight.float().clone(), hessian.diagonal().to(torch.float64, copy=True)
     dead = own <= 0
@@ -63,11 +62,11 @@ def solve(
 
 
 def inverse_root(moments: Tensor, own: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
-    """The upper Cholesky factor, fp32, of the inverse of a matrix of second moments, which is damped until it has one:
-    the inverse of R where the damped moments are R R', R upper triangular.
+    """Return the upper Cholesky factor, fp32, of the inverse of a second-moment matrix, dampened until it has one: the
+    inverse of R where the dampened moments are R R', R upper triangular.
 
-    own: what stands on the diagonal, in `order` of columns; the moments are in the order of weights. R is found in
-    fp64; that it is inverted in fp32 costs as much as the last bit of what is returned.
+    diagonal: the moments' diagonal, in `order` of columns; the moments are in the original order. R is computed in
+    fp64; inverting it in fp32 costs about the last bit of the result.
     """
     back = (torch.arange(len(own)) if order is None else order).flip(0)
     share = damping
@@ -81,13 +80,13 @@ def inverse_root(moments: Tensor, own: Tensor, damping: float, order: Tensor | N
                 return upper
         share = max(share * 10, 1e-4)
     raise ModelError(
-        f"the moments of its inputs cannot be inverted, though {share:g} of their mean was added; give more calibration"
-        " text"
+        f"the Hessian of its inputs cannot be inverted, even with {share:g} of its mean diagonal added; give more"
+        " calibration data"
     )
 
 
 def inverse_of_upper(matrix: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix [count, count], by halves: a third of the work of solving for all
+    """Invert an upper triangular matrix [count, count] recursively by halves: a third of the work of solving for all
     columns of the identity.
     """
     count = len(matrix)
@@ -109,9 +108,9 @@ def inverse_of_upper(matrix: Tensor) -> Tensor:
 def _update_columns(
     rest: Tensor, upper: Tensor, grid: Grid, size: int, known: Scales | None, order: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes, scales, zero points), columns in their order of work."""
+    """Return (codes, scales, zero points), columns in processing order."""
     columns, rows = rest.shape[1], len(rest)
-    turned = rest.T.contiguous()  # a column is a row here, so that it is one piece
+    turned = rest.T.contiguous()  # transposed, so that a column is contiguous
     codes = torch.empty(columns, rows)
     groups = 1 if grid.group == -1 else columns // size
     scale, zero = (
@@ -135,7 +134,7 @@ def _update_columns(
             errors.numpy(),
             codes[start:end].numpy(),
             corner.diagonal().tolist(),
-        )  # the same memory: on so few numbers a step of numpy is many times shorter
+        )  # numpy views of the same memory: much less overhead per small operation
         for i in range(end - start):
             column = start + i
             if known is None and column % size == 0:

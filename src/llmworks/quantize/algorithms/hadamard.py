@@ -1,4 +1,4 @@
-"""Hadamard matrices: orthogonal, all entries of one size, so that what they turn has no large columns.
+"""Hadamard matrices: orthogonal, with entries of equal magnitude, so rotating by them spreads outlier columns.
 
 Pure tensor functions.
 
@@ -15,14 +15,14 @@ from llmworks.core.errors import ModelError
 
 
 def hadamard(order: int) -> Tensor:
-    """[order, order] of 1 and -1 with orthogonal rows, fp64. ModelError for an order that none is known for here."""
+    """Return a Hadamard matrix [order, order], fp64. ModelError for an order without a known construction."""
     powers, rest = 0, order
     while True:
         base = _paley(rest)
         if base is not None:
             break
         if rest % 2:
-            raise ModelError(f"no Hadamard matrix of {order} columns is known here")
+            raise ModelError(f"no Hadamard matrix of order {order} is known")
         rest, powers = rest // 2, powers + 1
     two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     for _ in range(powers):
@@ -31,7 +31,7 @@ def hadamard(order: int) -> Tensor:
 
 
 def _paley(order: int) -> Tensor | None:
-    """One of an order that no doubling is needed for."""
+    """Return a matrix of an order that needs no doubling, or None."""
     if order in (1, 2):
         return torch.tensor([[1.0]] if order == 1 else [[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     if order % 4:
@@ -57,7 +57,7 @@ def _prime(q: int) -> bool:
 
 
 def _residues(q: int) -> Tensor:
-    """Jacobsthal's matrix: 1 where j - i is a square modulo q, -1 where not, 0 on the diagonal."""
+    """Return the Jacobsthal matrix: 1 where j - i is a square modulo q, -1 where not, 0 on the diagonal."""
     squares = {n * n % q for n in range(1, q)}
     signs = torch.tensor([0.0] + [1.0 if n in squares else -1.0 for n in range(1, q)], dtype=torch.float64)
     at = torch.arange(q)
@@ -65,7 +65,7 @@ def _residues(q: int) -> Tensor:
 
 
 def rotation(order: int, seed: int) -> Tensor:
-    """An orthogonal matrix [order, order], fp64: a Hadamard matrix over its root, its rows with random signs."""
+    """Return an orthogonal matrix [order, order], fp64: a normalized Hadamard matrix, its rows with random signs."""
     signs = (
         torch.randint(0, 2, (order, 1), generator=torch.Generator().manual_seed(seed), dtype=torch.int64).to(
             torch.float64

@@ -1,10 +1,9 @@
-"""Half-quadratic quantization: zero points that make the errors of weights sparse, with nothing known of what layers
-read.
+"""Half-quadratic quantization: zero points for a sparse weight error, without calibration data.
 
 Pure tensor functions.
 
 Badri and Shaji 2023 (mobiusml.github.io/hqq_blog): min over z of |W - s (round(W / s + z) - z)|_p with p below 1,
-solved in turns for the errors W_e and for z.
+alternating between the errors W_e and z.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from llmworks.core.errors import ModelError
 from llmworks.model.lowbit.integer import Grid, Scales, Whole, extremes, grouped, kept_zero, restored, rounded
 
 POWER = 0.7
-TURNS = 8  # of fitting scales and zero points to numbers, and numbers to these
-SHARES = (1.0, 0.92, 0.84)  # of a group's range, at which this is begun: a step finds only what is near
+TURNS = 8  # iterations of fitting scales and zero points to codes, and codes to these
+SHARES = (1.0, 0.92, 0.84)  # initial clipping ratios of a group's range: the iteration only finds a local optimum
 
 
 def zeros(
@@ -30,8 +29,8 @@ def zeros(
     growth: float = 1.01,
     steps: int = 20,
 ) -> Scales:
-    """Real zero points for groups [rows, groups, size] under given scales, until the mean error of all falls no more
-    (the reference's own stop).
+    """Optimize real zero points of groups [rows, groups, size] at given scales, until the mean error no longer falls
+    (the reference's stopping rule).
     """
     best, least = scales, float("inf")
     now = scales
@@ -51,8 +50,8 @@ def zeros(
 
 
 def refined(groups: Tensor, scales: Scales, grid: Grid) -> Scales:
-    """Scales and zero points by least squares for the numbers that weights are rounded to, and again, for groups whose
-    squared error falls by it (the reference leaves scales as they are).
+    """Refit scales and zero points by least squares to the codes, repeatedly, for groups whose squared error falls
+    by it (the reference keeps the scales).
     """
     least = _lost(groups, scales, grid)
     mean = groups.mean(-1, keepdim=True)
@@ -73,15 +72,15 @@ def refined(groups: Tensor, scales: Scales, grid: Grid) -> Scales:
 
 
 def solve(weight: Tensor, grid: Grid) -> Whole:
-    """Round a matrix [rows, columns] by half-quadratic zero points, refined; or by what smaller ranges are refined to:
-    of each group the one of least squared error.
+    """Round a matrix [rows, columns] with half-quadratic zero points, refined; or with refined smaller ranges: for each
+    group the one of least squared error.
 
-    All are begun at whole zero points, as the reference does with 4 bits: 0 is then nearly a number, about which most
-    weights are. They are rounded to the format they are kept in before weights are rounded by them.
-    ModelError for weights that are no numbers.
+    All start from integer zero points, as the reference does with 4 bits: 0 is then nearly representable, around which
+    most weights lie. Scales and zero points are rounded to their stored dtype before weights are rounded by them.
+    ModelError for NaN or infinite weights.
     """
     if not torch.isfinite(weight).all():
-        raise ModelError(f"{int((~torch.isfinite(weight)).sum())} of its weights are no numbers (NaN or infinite)")
+        raise ModelError(f"{int((~torch.isfinite(weight)).sum())} of its weights are NaN or infinite")
     groups = grouped(weight, grid)
     ends = extremes(groups, grid)
     found: list[tuple[Scales, Tensor]] = []
@@ -103,5 +102,5 @@ def solve(weight: Tensor, grid: Grid) -> Whole:
 
 
 def _lost(groups: Tensor, scales: Scales, grid: Grid) -> Tensor:
-    """The squared error of each group [rows, groups]."""
+    """Return the squared error of each group [rows, groups]."""
     return (restored(rounded(groups, scales, grid), scales) - groups).square_().sum(-1)

@@ -1,7 +1,7 @@
-"""Bits for each part of a model within a budget: the smallest sum of what each costs. Pure functions.
+"""Allocate bits to parts within a budget at the least total cost. Pure functions.
 
-As EXL2 solves it over a table of measured errors (turboderp, exllamav2); here by marginal gains on each part's lower
-convex hull, which is within one step of the optimum of the relaxed problem (Shoham and Gersho 1988).
+As EXL2 does over a table of measured errors (turboderp, exllamav2); here by marginal gains on each part's lower convex
+hull, which is within one step of the optimum of the relaxed problem (Shoham and Gersho 1988).
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from itertools import pairwise
 
 
 def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], budget: float) -> list[int]:
-    """The choice of each part. costs, sizes: [parts][choices], sizes growing; budget: what all sizes may be together.
+    """Return the choice of each part. costs, sizes: [parts][choices], sizes increasing; budget: maximum total size.
 
-    Errors: ValueError when the smallest choices are beyond the budget.
+    Errors: ValueError when the smallest choices exceed the budget.
     """
     chosen = [0] * len(costs)
     used = sum(size[0] for size in sizes)
     if used > budget:
-        raise ValueError(f"the smallest choices take {used:g}, {budget:g} are there")
+        raise ValueError(f"the smallest choices take {used:g}, which exceeds the budget of {budget:g}")
     steps = sorted(
         (step for part, (cost, size) in enumerate(zip(costs, sizes, strict=True)) for step in hull(part, cost, size)),
         key=lambda step: -step[0],
     )
     stopped: set[int] = set()
-    for _, part, choice in steps:  # a part's own steps come in their order, since gains fall along its hull
+    for _, part, choice in steps:  # a part's own steps are in order, since gains decrease along its hull
         more = sizes[part][choice] - sizes[part][chosen[part]]
         if part in stopped or used + more > budget:
             stopped.add(part)
@@ -34,7 +34,7 @@ def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]],
 
 
 def hull(part: int, cost: Sequence[float], size: Sequence[float]) -> list[tuple[float, int, int]]:
-    """(gain for each unit of size, part, choice) of the steps along the lower convex hull, gains falling."""
+    """Return (gain per unit of size, part, choice) of the steps along the lower convex hull, gains decreasing."""
     corners = [0]
     for choice in range(1, len(cost)):
         while len(corners) > 1 and _gain(cost, size, corners[-2], corners[-1]) <= _gain(

@@ -1,5 +1,5 @@
-"""A model's states turned, block by block: norms folded into what reads them, one rotation into all that reads and
-writes the state, another into values and what reads them.
+"""Rotate a model's hidden states block by block: fold norms into the layers after them, one rotation into all layers
+that read and write the residual stream, another into values and the output projection.
 
 See `rotate.py`.
 """
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from llmworks.model.shape import Shape
     from llmworks.quantize.algorithms.config import RotateConfig
 
-BOUND = {"float32": 0.02, "float16": 0.1, "bfloat16": 0.3}  # how far golden logits may move on average
+BOUND = {"float32": 0.02, "float16": 0.1, "bfloat16": 0.3}  # maximum mean change of golden logits
 
 
 def turned(config: RotateConfig, model: Model, ctx: Context) -> Model:
-    """See `rotate.rotate`."""
+    """Run `rotate.rotate`."""
 
     source, shape = _open_rotatable(model)
     tokenizer = load_tokenizer(model.path)
@@ -71,8 +71,8 @@ def turned(config: RotateConfig, model: Model, ctx: Context) -> Model:
     }
     ctx.report.title = f"{model.name} rotated"
     ctx.report.lead = (
-        f"It computes the same, golden logits {gap.mean:.2g} away on average. The largest weight of a row is"
-        f" {before:.1f} times the row's root mean square before, {after:.1f} times after, at most."
+        f"The function is unchanged; golden logits differ by {gap.mean:.2g} on average. The largest weight of a row"
+        f" is at most {before:.1f} times the row's root mean square before, {after:.1f} times after."
     )
     ctx.report.data = metrics
     ctx.progress.say(ctx.report.lead)
@@ -85,11 +85,13 @@ def turned(config: RotateConfig, model: Model, ctx: Context) -> Model:
 
 
 def _open_rotatable(model: Model) -> tuple[Source, Shape]:
-    """The directory, piece by piece, and its shape. ModelError for one that cannot be rotated."""
+    """Open the directory for reading block by block; return it with its shape. ModelError for one that cannot be
+    rotated.
+    """
     if model.format != "hf":
         raise ModelError(
-            f"{model.name}: a Hugging Face directory is rotated, this is {model.format}; convert it with the stage"
-            " model.from_gguf"
+            f"{model.name}: only a Hugging Face directory can be rotated, not {model.format}; convert it with the"
+            " stage model.from_gguf"
         )
     source = Source(model.path)
     shape = source.shape
@@ -100,13 +102,12 @@ def _open_rotatable(model: Model) -> tuple[Source, Shape]:
         or shape.experts
     ):
         raise ModelError(
-            f"{model.name}: cannot be rotated: its norms must only scale (RMSNorm, before each part), its positions be"
-            " rotary, and its experts be none"
+            f"{model.name}: cannot be rotated: it must have RMSNorm before each part, rotary positions, and no experts"
         )
     if shape.norm_position == "sandwich":
         raise ModelError(
-            f"{model.name}: cannot be rotated: it norms what a block gives, too, before it is added to the state (as"
-            " Gemma does), and those weights cannot be folded"
+            f"{model.name}: cannot be rotated: it also normalizes a block's outputs before they are added to the"
+            " residual stream (as Gemma does), and those norm weights cannot be folded"
         )
     return source, shape
 
@@ -140,7 +141,7 @@ def _rotate_blocks(shape: Shape, ctx: Context, config: RotateConfig, source: Sou
 
 
 def _largest(source: Source, block: int) -> float:
-    """The largest weight of a block over the root mean square of its row."""
+    """Return the largest ratio of a block's weights to the root mean square of their row."""
     matrices = [tensor for tensor in source.ours(block).values() if tensor.ndim == 2]
     return max(
         float((tensor.abs().amax(1) / tensor.square().mean(1).sqrt().clamp(min=1e-12)).max()) for tensor in matrices
@@ -148,7 +149,7 @@ def _largest(source: Source, block: int) -> float:
 
 
 def _scale(tensors: dict[str, Tensor], name: str, shape: Shape) -> Tensor:
-    """What a norm multiplies by; the norm itself becomes one that does not."""
+    """Return a norm's scale, and replace the norm's weights by the identity."""
     weight = tensors[name]
     scale = weight + 1 if shape.norm_unit_offset else weight
     tensors[name] = torch.zeros_like(weight) if shape.norm_unit_offset else torch.ones_like(weight)
@@ -156,7 +157,7 @@ def _scale(tensors: dict[str, Tensor], name: str, shape: Shape) -> Tensor:
 
 
 def _outside(tensors: dict[str, Tensor], turn: Tensor, shape: Shape) -> dict[str, Tensor]:
-    """Embedding and head, which are no longer the same."""
+    """Rotate embedding and head, which become untied."""
     head = tensors.get("head.weight", tensors["decoder.embedding.weight"])
     made = {
         "decoder.embedding.weight": tensors["decoder.embedding.weight"] @ turn,
@@ -169,7 +170,7 @@ def _outside(tensors: dict[str, Tensor], turn: Tensor, shape: Shape) -> dict[str
 def _block(
     tensors: dict[str, Tensor], block: int, turn: Tensor, shape: Shape, heads: Tensor | None
 ) -> dict[str, Tensor]:
-    """One block: what reads the state, and what writes to it."""
+    """Rotate one block: the layers that read the residual stream, and those that write to it."""
     head = f"decoder.blocks.{block}."
     for norm, layers in (
         ("attention_norm", ("attention.query", "attention.key", "attention.value")),

@@ -1,4 +1,4 @@
-"""Rounding each weight by itself, with nothing known of what layers read."""
+"""Round each weight independently, without calibration data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmworks.quantize.calibrate.layerwise import Part, Passing, layer_of
 
 
 class Nearest:
-    """`matrix_of`: from a matrix [rows, columns] and its grid to what it becomes."""
+    """Round-to-nearest. `quantize_matrix`: from a matrix [rows, columns] and its grid to the quantized matrix."""
 
     texts = 0
 
@@ -20,10 +20,10 @@ class Nearest:
         self.matrix_of = matrix_of
 
     def prepare(self, passing: Passing, grids: Callable[[str], Any]) -> None:
-        """Nothing."""
+        """Do nothing: no preparation is needed."""
 
     def part(self, passing: Passing, part: Part, grids: Callable[[str], Any]) -> dict[str, Any]:
-        """The layers of a part."""
+        """Quantize the layers of a part."""
         wanted = {name: grids(name) for name in part.layers}
         return {
             name: self.matrix_of(layer_of(passing.block, name).weight, grid)
@@ -33,5 +33,5 @@ class Nearest:
 
 
 def best_ranges(weight: Tensor, grid: Grid) -> Whole:
-    """By the scales of least squared error."""
+    """Round to nearest with the scales of least squared error."""
     return whole(weight, grid, searched(grouped(weight, grid), grid))

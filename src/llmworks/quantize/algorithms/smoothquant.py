@@ -1,9 +1,9 @@
-"""SmoothQuant: what is hard to round in a layer's inputs is moved into its weights, where it is easier.
+"""SmoothQuant: move activation outliers, which are hard to quantize, into the weights.
 
 Pure tensor functions.
 
-Xiao et al. 2022 (arXiv:2211.10438), equation 4: s = max|x|^a / max|w|^(1 - a) for each column; here a is searched for
-each part of a block, on the error of its outputs.
+Xiao et al. 2022 (arXiv:2211.10438), equation 4: s = max|x|^a / max|w|^(1 - a) for each column; a is searched for each
+part of a block, by its output error.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def smoothing(
     powers: Sequence[float] = POWERS,
     shared: Callable[[Tensor], Tensor | None] = lambda columns: columns,
 ) -> tuple[Tensor, float, float, float]:
-    """(what inputs are divided by [columns], the power, the error without, the error with it) of layers [rows, columns]
-    that read the same.
+    """Search the smoothing scales of layers [rows, columns] with the same input. Return (divisor of the inputs
+    [columns], exponent, error without smoothing, error with it).
 
-    sample: some inputs [tokens, columns]; most: the largest |x| of each column [columns]; `shared`: one number for
-    columns that can only be scaled together. The power is 0 where no scaling does better.
+    sample: some inputs [tokens, columns]; max_abs: the largest |x| of each column [columns]; `shared`: reduces columns
+    that can only be scaled together to one value. The exponent is 0 where no scaling helps.
     """
     stacked = torch.cat(list(weights)).float()
     wanted = sample @ stacked.T

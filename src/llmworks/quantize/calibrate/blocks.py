@@ -1,5 +1,5 @@
-"""Quantize a model block by block: each is read, quantized, written to scratch, and what it gives goes to the next
-one.
+"""Quantize a model block by block: read a block, quantize it, write it to scratch, and pass its outputs on to the
+next.
 """
 
 from __future__ import annotations
@@ -24,37 +24,39 @@ if TYPE_CHECKING:
     pass
 
 
-BINS = 121  # of a histogram of weights
+BINS = 121  # bins of a weight histogram
 
 
-SEEN = 1 << 17  # of a matrix, for its histogram
+SEEN = 1 << 17  # weights of a matrix sampled for its histogram
 
 
 class Matrix(Protocol):
-    """What a matrix became: `grid.Whole`, or `four_bits.Matrix`."""
+    """A quantized matrix: `integer.Whole`, or `bnb_4bit.Matrix`."""
 
     @property
     def grid(self) -> Any:
-        """Which numbers it may have."""
+        """Return its quantization grid."""
 
     @property
     def bits(self) -> float:
-        """Bits of a weight, scales included."""
+        """Return the bits per weight, scales included."""
 
     def weight(self) -> Tensor:
-        """[rows, columns]."""
+        """Return the dequantized matrix [rows, columns]."""
 
 
 class Method(Protocol):
-    """What a matrix becomes."""
+    """A method of quantizing matrices."""
 
-    texts: int  # to calibrate by
+    texts: int  # number of calibration sequences
 
     def prepare(self, passing: Passing, grids: Callable[[str], Any]) -> None:
-        """What is done to a block before its parts are asked for."""
+        """Transform a block before its parts are quantized."""
 
     def part(self, passing: Passing, part: Part, grids: Callable[[str], Any]) -> Mapping[str, Matrix]:
-        """The matrices of layers that read the same, by name; those whose grid is None stay."""
+        """Return the quantized matrices of layers with the same input, by name; those whose grid is None are
+        skipped.
+        """
 
 
 def _walked(
@@ -67,7 +69,9 @@ def _walked(
     form: Any,
     stored: torch.dtype,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """(what became of each layer, the damage). Each block is written to scratch when it is done."""
+    """Quantize all blocks. Return (statistics of each layer, the divergence). Finished blocks are written to
+    scratch.
+    """
 
     folder = ctx.scratch / "blocks"
     folder.mkdir(exist_ok=True)
@@ -123,7 +127,7 @@ def _save_block(
     told: list[dict[str, Any]],
     stored: torch.dtype,
 ) -> None:
-    """Write a finished block to scratch, with what is told of its layers."""
+    """Write a finished block to scratch, with the statistics of its layers."""
     from safetensors.torch import save_file
 
     rest = to_standard(plain, source.kind) if source.kind else plain
@@ -135,8 +139,8 @@ def _save_block(
 
 
 def shape_of(before: Tensor, after: Tensor) -> dict[str, Any]:
-    """How many weights there are of each size, before and after, in rows evenly taken (SEEN weights about): counts of
-    BINS equal bins within five times their root mean square; what is beyond is in the last.
+    """Return histograms of the weights before and after, in evenly spaced rows (about SAMPLED weights): counts of
+    BINS equal bins within five times their root mean square; values beyond it are in the outer bins.
     """
     step = max(1, before.numel() // SEEN)
     before, after = before[::step], after[::step]

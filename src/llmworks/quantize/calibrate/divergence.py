@@ -1,4 +1,4 @@
-"""How far a model's chances of tokens are from those of another, text by text. Knows no model."""
+"""Divergence of a model's token probabilities from another's, sequence by sequence. Does not know models."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch.nn import functional as F
 
 
 class Damage:
-    """Sums over tokens: the divergence from the first model, agreement on the best guess, and both losses."""
+    """Sums over tokens: KL divergence from the original model, top-1 agreement, and both losses."""
 
     def __init__(self) -> None:
         self.kl = self.same = self.before = self.after = 0.0
         self.tokens = self.guesses = 0
 
     def add(self, old: Tensor, new: Tensor, told: Tensor) -> None:
-        """Logits [tokens, vocabulary] of both, and the tokens that came next, of which the last place may have none."""
+        """Add logits [tokens, vocabulary] of both models, and the next tokens; the last position may lack one."""
         old, new = F.log_softmax(old.float(), -1), F.log_softmax(new.float(), -1)
         self.same += float((old.argmax(-1) == new.argmax(-1)).sum())
         self.before -= float(old[: len(told)].gather(-1, told[:, None]).sum())
@@ -24,7 +24,7 @@ class Damage:
         self.tokens, self.guesses = self.tokens + len(told), self.guesses + len(old)
 
     def figures(self) -> dict[str, float]:
-        """KL divergence in nats a token, share of tokens of the same best guess, perplexities; {} of nothing."""
+        """Return KL divergence in nats per token, top-1 agreement and perplexities; {} without tokens."""
         if not self.tokens:
             return {}
         before, after = (float(torch.tensor(loss / self.tokens).exp()) for loss in (self.before, self.after))

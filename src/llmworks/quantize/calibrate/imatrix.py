@@ -1,7 +1,6 @@
-"""What is important to a GGUF file's quantizer: the mean square of each column that a matrix reads, on texts of what
-the model is for (llama.cpp's importance matrix).
+"""Compute llama.cpp's importance matrix: the mean square of each input column of each matrix, on calibration data.
 
-Knows no format.
+Does not know GGUF quantization formats.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from llmworks.quantize.calibrate.layerwise import Walk
 
 
 def importance(source: Source, ids: Tensor, held: Tensor, ctx: Context) -> tuple[dict[str, Any], Walk]:
-    """(mean squares by the tensor's name in a GGUF file, numpy fp32 [columns]; the walk at its end, which has the
-    states of the texts apart).
+    """Return (mean squares by the tensor's GGUF name, numpy fp32 [columns]; the finished calibration, which holds the
+    hidden states of the held-out sequences).
 
-    Blocks are walked one by one; a killed walk goes on at its block.
+    Blocks are processed one by one; an interrupted run resumes at its block.
     """
     kept = ctx.scratch / "importance"
     kept.mkdir(exist_ok=True)
     with torch.inference_mode():
         walk = Walk(source, ids, held, ctx.scratch / "walk")
-        with ctx.progress.bar("look", source.shape.num_hidden_layers, "blocks") as bar:
+        with ctx.progress.bar("imatrix", source.shape.num_hidden_layers, "blocks") as bar:
             bar.advance(walk.done)
             for passing in walk.blocks():
                 found: dict[str, Tensor] = {}
@@ -63,7 +62,7 @@ def _read_by_the_head(walk: Walk) -> Tensor:
 
 
 def write_importance(target: Path, found: Mapping[str, Any], data: str, texts: int, length: int) -> None:
-    """The file that llama.cpp's tools read: sums of squares and counts by tensor."""
+    """Write the imatrix file that llama.cpp's tools read: sums of squares and counts by tensor."""
     import gguf
     import numpy as np
 
@@ -83,10 +82,10 @@ def write_importance(target: Path, found: Mapping[str, Any], data: str, texts: i
 
 
 def read_importance(file: Path) -> dict[str, Any]:
-    """Mean squares by the tensor's name, numpy fp32 [columns]. DataError for a file that is none."""
+    """Read an imatrix file: mean squares by the tensor's name, numpy fp32 [columns]. DataError for an invalid file."""
     from libgguf import load_imatrix
 
     try:
         return {str(name): values for name, values in load_imatrix(file).items()}
     except (ValueError, OSError, KeyError) as error:
-        raise DataError(f"{file}: is no importance matrix ({error})") from None
+        raise DataError(f"{file}: is not an importance matrix ({error})") from None

@@ -1,8 +1,8 @@
-"""A walk through a model, block by block: what its layers read, of the texts of a calibration, with what came before
-already as it will be.
+"""Layerwise calibration: run calibration sequences through a model block by block, with the blocks before already
+quantized, and yield the inputs of its layers.
 
-In memory are one block and the states of the texts before and after it; they lie in files, so that a killed walk goes
-on at its block. Knows no method.
+Memory holds one block and the hidden states before and after it; they are memory-mapped files, so an interrupted run
+resumes at its block. Does not know methods.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from llmworks.model.nn.decoder import Block
 from llmworks.quantize.calibrate.divergence import Damage
 from llmworks.quantize.calibrate.memmap import mapped, release
 
-CHUNK = 4096  # tokens that go through a block at once
-SAMPLE = 64  # tokens of these whose inputs are kept
-LOGITS = 64  # tokens whose chances over the vocabulary are in memory
-PIECE = 192  # columns of moments that are computed at once: only those on and above the diagonal
+CHUNK = 4096  # tokens per forward pass of a block
+SAMPLE = 64  # tokens per chunk whose inputs are kept
+LOGITS = 64  # tokens whose logits are in memory at a time
+PIECE = 192  # columns of moments computed at a time: only on and above the diagonal
 
 
 @dataclass(frozen=True)
 class Part:
-    """Layers of a block that read the same: their names in the block."""
+    """Layers of a block with the same input: their names in the block."""
 
     layers: tuple[str, ...]
 
 
 def parts_of(block: Block) -> tuple[Part, ...]:
-    """What of a block is quantized, in the order in which it computes."""
+    """Return the parts of a block that are quantized, in order of computation."""
     gate = ("feed_forward.gate",) if getattr(block.feed_forward, "gate", None) is not None else ()
     return (
         Part(("attention.query", "attention.key", "attention.value")),
@@ -45,15 +45,15 @@ def parts_of(block: Block) -> tuple[Part, ...]:
 
 
 def layer_of(block: Block, name: str) -> nn.Linear:
-    """A layer of a block by its name in it."""
+    """Return a layer of a block by its name."""
     found = block.get_submodule(name)
     assert isinstance(found, nn.Linear)
     return found
 
 
 class Moments:
-    """Sums over the inputs [tokens, columns] of some layers: x'x, |x| (if `sizes`), and the largest |x| of each column;
-    and some of the inputs themselves.
+    """Statistics of the inputs [tokens, columns] of some layers: sums of x'x and |x| (the latter if `with_abs_mean`),
+    the largest |x| of each column, and a sample of the inputs.
     """
 
     def __init__(self, columns: int, *, sizes: bool = False) -> None:
@@ -63,7 +63,7 @@ class Moments:
         self.kept: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
-        """Some more of them."""
+        """Add more inputs."""
         for start in range(0, x.shape[1], PIECE):
             self.square[start : start + PIECE, start:] += x[:, start : start + PIECE].T @ x[:, start:]
         if self.size is not None:
@@ -74,7 +74,7 @@ class Moments:
 
     @property
     def hessian(self) -> Tensor:
-        """Second moments [columns, columns], their mean over tokens."""
+        """Return the second moments [columns, columns], averaged over tokens."""
         whole = self.square / max(1, self.tokens)
         for start in range(0, len(whole), PIECE):
             end = start + PIECE
@@ -83,23 +83,21 @@ class Moments:
 
     @property
     def sample(self) -> Tensor:
-        """Some of the inputs [tokens, columns]."""
+        """Return a sample of the inputs [tokens, columns]."""
         return torch.cat(self.kept)
 
     @property
     def mean(self) -> Tensor:
-        """The mean of |x| [columns]."""
+        """Return the mean of |x| [columns]."""
         assert self.size is not None
         return self.size / max(1, self.tokens)
 
 
 class Walk:
-    """ids: [texts, length] of the calibration; held: [texts, length] of texts apart, on which the walked model is
-    compared with the model as it was.
+    """ids: calibration sequences [sequences, length]; eval_ids: held-out sequences [sequences, length], on which the
+    quantized model is compared with the original.
 
-    `folder`: where states are kept;
-
-    `stored`: the number format of what is not quantized.
+    `folder`: where hidden states are stored; `stored`: dtype of what is not quantized.
     """
 
     def __init__(
@@ -110,7 +108,10 @@ class Walk:
         self.stack: Any = self.frame.decoder
         self.count, self.length, self.width = len(ids), ids.shape[1], source.shape.hidden_size
         folder.mkdir(parents=True, exist_ok=True)
-        self.done, self.held = 0, held  # blocks; one file says both how many, and what the texts apart are after them
+        self.done, self.held = (
+            0,
+            held,
+        )  # finished blocks; one file holds their number and the held-out hidden states after them
         if (folder / "walk.pt").exists():
             self.done, self.as_was, self.as_is = torch.load(folder / "walk.pt", weights_only=True)
         else:
@@ -124,32 +125,32 @@ class Walk:
                 self.states(0)[at : at + len(some)] = self.begin(some)
 
     def begin(self, ids: Tensor) -> Tensor:
-        """States before the first block, of [texts, length]."""
+        """Return the hidden states before the first block, for [sequences, length]."""
         made: Tensor = self.stack.begin(self.stack.embedding(ids), self.positions(len(ids)))
         return made
 
     def positions(self, texts: int) -> Tensor:
-        """[texts, length]."""
+        """Return positions [sequences, length]."""
         return torch.arange(self.length)[None].expand(texts, -1)
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """(where it begins, ids) of some texts at a time."""
+        """Yield (start index, ids) of chunks of sequences."""
         each = max(1, CHUNK // self.length)
         for at in range(0, self.count, each):
             yield at, self.ids[at : at + each]
 
     def states(self, parity: int, width: int = 0, name: str = "states") -> Tensor:
-        """A file of numbers, mapped: [texts, length, width]."""
+        """Return a memory-mapped file of values [sequences, length, width]."""
         width = width or self.width
         return mapped(self.folder / f"{name}-{parity % 2}.bin", (self.count, self.length, width))
 
     def blocks(self) -> Iterator[Passing]:
-        """The blocks that are still to be walked."""
+        """Yield the remaining blocks."""
         for number in range(self.done, self.source.shape.num_hidden_layers):
             yield Passing(self, number)
 
     def through(self, block: Block, states: Tensor) -> Tensor:
-        """States [texts, length, width] after a block."""
+        """Return the hidden states [sequences, length, hidden size] after a block."""
         if not len(states):
             return states
         with self.source.only(self.stack, block) as stack:
@@ -160,17 +161,17 @@ class Walk:
         return torch.cat(found)
 
     def advanced(self, number: int, block: Block) -> None:
-        """Note that a block is done, and what the texts apart are after it."""
+        """Record that a block is finished, and the held-out hidden states after it."""
         self.as_is = self.through(block, self.as_is)
         self.done = number + 1
         torch.save((self.done, self.as_was, self.as_is), self.folder / "walk.pt.new")
         (self.folder / "walk.pt.new").replace(self.folder / "walk.pt")
 
     def damage(self) -> dict[str, float]:
-        """How far the model as it is now is from what it was, on the texts apart: KL divergence in nats a token, share
-        of tokens of the same best guess, perplexities.
+        """Compare the current model with the original on the held-out sequences: KL divergence in nats per token, top-1
+        agreement, perplexities.
 
-        Both have the head as it is stored.
+        Both use the head as it is stored.
         """
         found = Damage()
         for ids, was, now in zip(self.held, self.as_was, self.as_is, strict=True):
@@ -179,13 +180,13 @@ class Walk:
         return found.figures()
 
     def logits(self, states: Tensor) -> Tensor:
-        """[tokens, vocabulary], of states after the last block."""
+        """Return logits [tokens, vocabulary] of hidden states after the last block."""
         made: Tensor = self.frame.head(self.stack.norm(states))
         return made
 
 
 class Passing:
-    """One block on the walk. Its parts are asked for in their order; each is replaced before the next is read."""
+    """One block and its inputs. Its parts are requested in order; each is replaced before the next is read."""
 
     def __init__(self, walk: Walk, number: int) -> None:
         self.walk, self.number, self.block = walk, number, walk.source.block(number)
@@ -195,11 +196,11 @@ class Passing:
             self.before, self.after = walk.states(number), walk.states(number + 1)
         self.apart: dict[
             str, float
-        ] = {}  # by the first layer of a part: how many times the largest column of its inputs is the median one
-        self.middle: Tensor | None = None  # what the last matrix of attention, or of the feed-forward layer, reads
+        ] = {}  # by the first layer of a part: ratio of its largest input column to the median
+        self.middle: Tensor | None = None  # input of the output projection, or of the down projection
 
     def inputs(self, part: Part) -> Iterator[Tensor]:
-        """What the layers of a part read, [tokens, columns], some texts at a time."""
+        """Yield the inputs of a part's layers [tokens, columns], chunk by chunk."""
         kind = self.parts.index(part)
         block: Any = self.block
         if kind in (1, 3):
@@ -216,7 +217,7 @@ class Passing:
                 release(self.before, self.after, self.middle)
 
     def read(self, kind: int, some: slice, ids: Tensor, stack: Any) -> Tensor:
-        """What the layers of a part, by its number, read of some texts."""
+        """Return the inputs of a part's layers, by the part's index, for some sequences."""
         block: Any = self.block
         if kind == 0:
             made: Tensor = block.heard(self.before[some])
@@ -232,7 +233,7 @@ class Passing:
         return made
 
     def moments(self, part: Part, *, sizes: bool = False) -> Moments:
-        """Of what the layers of a part read; with the sizes of columns where they are wanted."""
+        """Return statistics of the inputs of a part's layers; `with_abs_mean`: with mean |x|."""
         found: Moments | None = None
         for x in self.inputs(part):
             found = found or Moments(x.shape[1], sizes=sizes)
@@ -242,7 +243,7 @@ class Passing:
         return found
 
     def finish(self) -> None:
-        """The states after the block, when all of its parts are as they will be."""
+        """Compute the hidden states after the block, once all its parts are final."""
         block: Any = self.block
         for at, ids in self.walk.chunks():
             some = slice(at, at + len(ids))
@@ -251,5 +252,5 @@ class Passing:
             release(self.after, self.middle)
 
     def done(self) -> None:
-        """Nothing of it has to be done again."""
+        """Mark the block as finished, so that it is not repeated."""
         self.walk.advanced(self.number, self.block)

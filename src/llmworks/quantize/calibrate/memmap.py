@@ -1,4 +1,4 @@
-"""Numbers that lie in a file and are used as if they were in memory. Knows no model."""
+"""Memory-mapped tensors in files. Does not know models."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def mapped(file: Path, shape: tuple[int, ...]) -> Tensor:
-    """A file's fp32 numbers [shape], shared: what is written is in the file.
+    """Open a file's fp32 values [shape] as a shared tensor: writes go to the file.
 
-    Its room on the disk is taken at once: a disk that fills later would kill the process, not raise. OSError when there
-    is none.
+    Disk space is allocated upfront: a disk that fills up later would kill the process instead of raising. OSError if
+    there is not enough.
     """
     size = math.prod(shape)
     with file.open("ab") as out:
@@ -26,9 +26,7 @@ def mapped(file: Path, shape: tuple[int, ...]) -> Tensor:
 
 
 def release(*tensors: Tensor | None) -> None:
-    """Whole mapped tensors leave the process's memory; their numbers stay in the file, and are read again when they are
-    asked for.
-    """
+    """Release mapped tensors from the process's memory; their values stay in the file and are read again on access."""
     with contextlib.suppress(OSError, AttributeError):
         advise = ctypes.CDLL(None).madvise
         for tensor in tensors:

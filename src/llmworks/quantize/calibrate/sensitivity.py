@@ -1,10 +1,10 @@
-"""What a change of each matrix would do to a model's chances of tokens, without trying each: by gradients, walked block
-by block, back from the end.
+"""Sensitivity: estimate how a change of each matrix would affect a model's token probabilities, without evaluating
+each, by one forward and one backward pass, block by block.
 
-To second order the divergence of a model with W + D from that with W is half the mean of (g' D x)^2 over tokens, for
-what the matrix reads (x) and the gradient at what it gives (g) of the log-probability of tokens drawn from the model
-itself (the Fisher information: Amari 1998; for quantization Kim et al. 2023, arXiv:2306.07629, section 4). Effects of
-two tokens, or of two matrices, on one another are left out. Knows no method of rounding.
+To second order the KL divergence of a model with W + D from that with W is half the mean of (g' D x)^2 over tokens, for
+the matrix's input x and the gradient g at its output of the log-probability of tokens sampled from the model itself
+(the Fisher information: Amari 1998; for quantization Kim et al. 2023, arXiv:2306.07629, section 4). Interactions of two
+tokens, or of two matrices, are neglected. Does not know rounding methods.
 """
 
 from __future__ import annotations
@@ -24,17 +24,15 @@ from llmworks.model.nn.decoder import Block
 from llmworks.quantize.calibrate.layerwise import CHUNK, LOGITS, layer_of, parts_of
 from llmworks.quantize.calibrate.memmap import mapped
 
-KEPT = 4096  # tokens whose inputs and gradients are looked at; of more, every so manieth
+KEPT = 4096  # maximum tokens whose inputs and gradients are used; of more, every n-th
 Seen = dict[str, list[tuple[Tensor, Tensor]]]  # by layer: inputs and gradients [tokens, columns]
-Tries = Callable[
-    [str, Tensor], Sequence[Tensor]
-]  # (name of a layer in the directory, its weight) -> what it may become
+Tries = Callable[[str, Tensor], Sequence[Tensor]]  # (name of a layer in the directory, its weight) -> candidate weights
 
 
 def costs(source: Source, ids: Tensor, ctx: Context, tries: Tries) -> dict[str, list[float]]:
-    """What each try of each layer would cost, in nats a token, by the layer's name in the directory.
+    """Estimate the cost of each candidate of each layer, in nats per token, by the layer's name in the directory.
 
-    ids: [texts, length]. A killed run goes on at its block.
+    ids: [sequences, length]. An interrupted run resumes at its block.
     """
     folder = ctx.scratch / "sensing"
     folder.mkdir(exist_ok=True)
@@ -51,7 +49,7 @@ def costs(source: Source, ids: Tensor, ctx: Context, tries: Tries) -> dict[str, 
         json.loads(mark.read_text()) if mark.exists() else {"forward": 0, "backward": layers, "costs": {}}
     )
     each = max(1, CHUNK // length)
-    with torch.no_grad(), ctx.progress.bar("sense", 2 * layers, "blocks") as bar:
+    with torch.no_grad(), ctx.progress.bar("sensitivity", 2 * layers, "blocks") as bar:
         bar.advance(done["forward"] + layers - done["backward"])
         if not done["forward"]:
             states("0").copy_(stack.begin(stack.embedding(ids), places.expand(count, -1)))
@@ -89,7 +87,7 @@ def costs(source: Source, ids: Tensor, ctx: Context, tries: Tries) -> dict[str, 
 
 
 def _at_the_end(frame: Any, states: Tensor, seed: int) -> Tensor:
-    """Gradients at the last states, of minus the log-probabilities of tokens drawn from the model."""
+    """Return gradients at the last hidden states of the negative log-probabilities of tokens sampled from the model."""
     found = torch.empty_like(states)
     draw = torch.Generator().manual_seed(seed)
     for text in range(len(states)):
@@ -105,8 +103,8 @@ def _at_the_end(frame: Any, states: Tensor, seed: int) -> Tensor:
 
 
 def _back(block: Block, state: Tensor, gradient: Tensor, places: Tensor, stack: Any, seen: Seen, stride: int) -> Tensor:
-    """The gradient before a block; every `stride`th token of what its layers read, and of the gradients at what they
-    gave, is added to `seen`.
+    """Return the gradient before a block; add every `stride`th token's layer inputs and output gradients to
+    `captured`.
     """
     hooks = []
     for part in parts_of(block):
@@ -133,7 +131,7 @@ def _back(block: Block, state: Tensor, gradient: Tensor, places: Tensor, stack: 
 
 
 def _tried(source: Source, block: Block, number: int, seen: Seen, tries: Tries, stride: int) -> dict[str, list[float]]:
-    """Twice what each try of each layer costs all tokens."""
+    """Return twice the total cost over tokens of each candidate of each layer."""
     found = {}
     for layer, pairs in seen.items():
         name, weight = source.rename(f"decoder.blocks.{number}.{layer}"), layer_of(block, layer).weight

@@ -1,7 +1,6 @@
-"""Texts that show what a model's layers read: full rows of tokens of a data set, and others apart on which the damage
-is measured.
+"""Calibration data: full sequences of tokens of a data set, and held-out sequences for evaluation.
 
-Knows no method.
+Does not know methods.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from llmworks.data.conversations.training_rows import ids_of, training_rows
 
 
 def calibration(tokenizer: Any, data: Dataset, texts: int, held: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(ids of the calibration [texts, length], ids of other rows of the data [held, length]).
+    """Return (ids of calibration sequences [samples, length], ids of held-out sequences [eval_samples, length]).
 
-    Rows are joined in an order by the seed and cut; each begins as the tokenizer's texts do.
+    Rows are shuffled by the seed, packed and cut; each sequence begins with the BOS token if the tokenizer adds it.
 
-    Errors: DataError for data of too few tokens, which says how many texts there are.
+    Errors: DataError for data with too few tokens, with the number of available sequences.
     """
     rows = training_rows(data)
     random.Random(seed).shuffle(rows)
@@ -42,21 +41,24 @@ def calibration(tokenizer: Any, data: Dataset, texts: int, held: int, length: in
             break
     if len(found) < texts + held:
         raise DataError(
-            f"{data.name}: is {len(found)} texts of {length} tokens, {texts} to calibrate by and {held} apart are"
-            " wanted; give more data, or set texts, held or length"
+            f"{data.name}: has only {len(found)} sequences of {length} tokens, but {texts} for calibration and {held}"
+            " held-out ones are required; give more data, or set num_calibration_samples, eval_samples or"
+            " max_seq_length"
         )
     ids = torch.tensor(found).view(len(found), length)
     return ids[held:], ids[:held]
 
 
 def check_length(length: int, context: int) -> None:
-    """Whether a model reads texts of so many tokens. DataError where not."""
+    """Check that a model supports a sequence length. DataError otherwise."""
     if length > context:
-        raise DataError(f"config.length: texts of {length} tokens, the model reads {context} at most")
+        raise DataError(
+            f"config.max_seq_length: sequences of {length} tokens exceed the model's context length of {context}"
+        )
 
 
 def _texts(tokenizer: Any, rows: list[Any], length: int, bos: list[int]) -> Iterator[list[int]]:
-    """Full texts of the tokens of rows, one row after the other."""
+    """Yield full sequences of packed rows."""
     rest: list[int] = []
     refused = 0
     for row in rows:
@@ -65,7 +67,7 @@ def _texts(tokenizer: Any, rows: list[Any], length: int, bos: list[int]) -> Iter
         except (RequestError, ModelError, ValueError) as error:
             refused += 1
             if refused == len(rows):
-                raise DataError(f"none of {refused} rows can be read by this model: {error}") from None
+                raise DataError(f"none of {refused} rows can be tokenized for this model: {error}") from None
             continue
         rest += ids[len(bos) :] if bos and ids[:1] == bos else ids
         while len(rest) >= length - len(bos):

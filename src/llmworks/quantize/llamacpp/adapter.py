@@ -1,8 +1,8 @@
-"""A LoRA adapter as llama.cpp reads it, and the proof that it computes the same. See `adapter.py`.
+"""Write a LoRA adapter as GGUF and check that llama.cpp computes the same with it. See `quantize/adapter.py`.
 
-Names and metadata as of llama.cpp's convert_lora_to_gguf.py: of each layer `lora_a` [rank, in] and `lora_b` [out,
-rank], a layer adding alpha / rank times their product. Rows of queries' and keys' B are turned as those of their
-weights are.
+Names and metadata as in llama.cpp's convert_lora_to_gguf.py: for each layer `lora_a` [rank, in] and `lora_b` [out,
+rank], a layer adding alpha / rank times their product. Rows of the queries' and keys' B are permuted like those of
+their weights.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from llmworks.quantize.report.page import figures
 if TYPE_CHECKING:
     from llmworks.quantize.llamacpp.config import AdapterConfig
 
-WITHIN, BEST = 0.05, 16  # how far log-probabilities of the most probable tokens may be apart on average
+WITHIN, BEST = 0.05, 16  # maximum mean gap, in nats, of the log-probabilities of the 16 most probable tokens
 
 
 def run(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context) -> Adapter:
-    """See `adapter.adapter`."""
+    """Run `adapter.adapter`."""
     if not require_base(adapter, model):
         ctx.progress.say(
-            f"warning: {adapter.name} does not say by a digest which model it was trained on; that it was {model.name}"
-            " is taken on trust"
+            f"warning: {adapter.name} does not record the digest of its base model; assuming it was trained on"
+            f" {model.name}"
         )
     if model.format != "hf":
         raise ModelError(
-            f"{model.name}: give the Hugging Face directory that the adapter was trained on, not {model.format}"
+            f"{model.name}: give the Hugging Face directory that the adapter was trained on, not a {model.format} file"
         )
     target = ctx.out / "adapter.gguf"
     layers = write_adapter(adapter.path, model.path, target, config.type)
     apart, same = compared(adapter.path, model, target, ctx.scratch)
     if apart > WITHIN:
         raise GoldenMismatch(
-            f"quantize.adapter: llama.cpp with {target.name} is {apart:.3f} nats away from the folded model on average"
-            f" (at most {WITHIN})"
+            f"quantize.adapter: log-probabilities of llama.cpp with {target.name} differ from the merged model by"
+            f" {apart:.3f} nats on average (at most {WITHIN})"
         )
     for file in sorted(adapter.path.iterdir()):
         if file.is_file() and file.name != "manifest.json":
@@ -64,8 +64,8 @@ def run(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context) -> 
     }
     ctx.report.title = f"{adapter.name} as GGUF"
     ctx.report.lead = (
-        f"{layers} layers, {metrics['bytes'] / 1e6:,.1f} MB. On golden tokens llama.cpp with it is {apart:.4f} nats"
-        f" away from the folded model, its best guess the same for {same:.0%}."
+        f"{layers} layers, {metrics['bytes'] / 1e6:,.1f} MB. On golden tokens llama.cpp's log-probabilities differ"
+        f" from the merged model by {apart:.4f} nats on average, top-1 agreement {same:.0%}."
     )
     figures(ctx.report, metrics)
     ctx.progress.say(ctx.report.lead)
@@ -73,18 +73,20 @@ def run(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context) -> 
 
 
 def write_adapter(source: Path, base: Path, target: Path, kind: str) -> int:
-    """Write the file; returns how many layers it adapts. ModelError for an adapter that llama.cpp has no place for."""
+    """Write the file; return the number of layers it adapts. ModelError for an adapter that llama.cpp cannot
+    represent.
+    """
     import gguf
 
     config, (given, tensors) = read_config(base), read_adapter(source)
     if given.get("use_dora"):
         raise ModelError(
-            f"{source}: is a DoRA, whose lengths of rows llama.cpp has no place for; fold it (merge.adapter)"
+            f"{source}: is a DoRA, whose magnitudes llama.cpp does not support; merge it into its model (merge.adapter)"
         )
     if base_of(source):
         raise ModelError(
-            f"{source}: was trained on weights in 4 bits, which it corrects; fold it (merge.adapter), which takes"
-            " them so"
+            f"{source}: was trained on a 4-bit base model (QLoRA), whose quantization errors it corrects; merge it"
+            " into its model (merge.adapter), which uses those 4-bit weights"
         )
     model_type = str(config["model_type"])
     heads, layout = int(config["num_attention_heads"]), LAYOUTS[model_type]
@@ -102,12 +104,13 @@ def write_adapter(source: Path, base: Path, target: Path, kind: str) -> int:
         low, high = (tensors.get(f"{layer}.lora_{part}.weight") for part in "AB")
         if place is None or place == "token_embd.weight" or low is None or high is None:
             raise ModelError(
-                f"{source}: llama.cpp has no place for what the adapter does to {name}; fold it (merge.adapter)"
+                f"{source}: llama.cpp does not support the adapter's change of {name}; merge it into its model"
+                " (merge.adapter)"
             )
         a, b = low.float().numpy(), high.float().numpy()
         b = b * (
             scale_of(given, name, len(a)) * len(a) / float(given["lora_alpha"])
-        )  # llama.cpp knows one alpha for all, over the rank
+        )  # llama.cpp has one alpha for all layers, divided by the rank
         turned = heads_of(place, heads, kv_heads) if layout.interleaved else None
         writer.add_tensor(f"{place}.lora_a", np.ascontiguousarray(a.astype(number)))
         writer.add_tensor(
@@ -122,8 +125,8 @@ def write_adapter(source: Path, base: Path, target: Path, kind: str) -> int:
 
 
 def compared(adapter: Path, model: Model, file: Path, scratch: Path) -> tuple[float, float]:
-    """(mean distance of the log-probabilities of the most probable next tokens, share of the same best guess) of
-    llama.cpp with the file, and of the folded model, after each half of a golden conversation.
+    """Compare llama.cpp with the file and the merged model, after each half of a golden conversation. Return (mean
+    gap of the log-probabilities of the most probable next tokens, top-1 agreement).
     """
     base = scratch / "base.gguf"
     if not base.exists():

@@ -1,7 +1,7 @@
-"""Number formats of a GGUF file's tensors by what each would cost the model, within the size that the file's type has
-by itself.
+"""Allocate quantization formats to a GGUF file's tensors by their cost, within the size that the file's type would
+have.
 
-Knows no file.
+Does not know GGUF files.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from llmworks.quantize.llamacpp.types import bits_of, fitting
 from llmworks.quantize.llamacpp.writer import encoded
 
 CHOICES = ("Q2_K", "IQ3_S", "Q3_K", "IQ4_NL", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0")
-Table = Mapping[str, Mapping[str, float]]  # what each format would cost each tensor, in nats a token
+Table = Mapping[str, Mapping[str, float]]  # cost of each format for each tensor, in nats per token
 
 
 def kinds_of(row: int) -> list[str]:
-    """The formats that a matrix with such rows may have, the smallest first."""
+    """Return the formats that a matrix with such rows may have, the smallest first."""
     return sorted({fitting(kind, row) for kind in CHOICES}, key=lambda kind: (bits_of(kind), kind))
 
 
 def table_of(source: Source, ids: Tensor, ctx: Context, importance: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """What each format would cost each matrix of the blocks, by its name in the file.
+    """Estimate the cost of each format for each matrix of the blocks, by its name in the file.
 
-    ids: texts by which costs are found; importance: as of `importance.importance`, may be empty.
+    ids: sequences for the estimate; importance: as of `compute_importance`, may be empty.
     """
     rows: dict[str, int] = {}
     for name, entry in source.shapes.items():
@@ -53,9 +53,7 @@ def table_of(source: Source, ids: Tensor, ctx: Context, importance: Mapping[str,
 def allocated(
     table: Table, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]
 ) -> tuple[dict[str, str], float]:
-    """(formats of the tensors of a table, that together are no larger than `types`; the divergence that is
-    expected).
-    """
+    """Return (formats of a table's tensors, in total no larger than with `types`; the expected KL divergence)."""
     names, rows = list(table), []
     for name in names:
         best: dict[float, tuple[float, str]] = {}
@@ -75,7 +73,7 @@ def allocated(
 
 
 def restored(weight: Tensor, kind: str, importance: Any) -> Tensor:
-    """A matrix in a format, and back."""
+    """Quantize a matrix to a format and dequantize it."""
     from libgguf import GGMLQuantizationType, dequantize_rows
 
     made = encoded(weight.detach().numpy(), kind, importance)

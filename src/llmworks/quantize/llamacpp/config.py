@@ -14,41 +14,40 @@ BOUNDS = {"f32": 0.02, "f16": 0.05, "bf16": 0.3, "q8": 0.3, "q6": 0.8, "q5": 1.5
 
 
 def bound_of(kind: str) -> float:
-    """How far golden logits of a type may move on average; infinite for those of three bits and fewer."""
+    """Return the maximum mean change of golden logits of a type; infinite for three and fewer bits."""
     return BOUNDS.get(kind if kind in BOUNDS else kind.removeprefix("i")[:2], float("inf"))
 
 
 class GgufConfig(Config):
-    """Which number formats, and what is looked at for them."""
+    """Config of `quantize.gguf`."""
 
     type: FileType = Field(
         "q8_0",
         description=(
-            "type of the file, as llama.cpp names them: a mix of number formats of about so many bits a weight (q4_k_m,"
-            " iq3_xs ...)"
+            "file type in llama.cpp's naming: a mix of quantization formats with about this many bits per weight"
+            " (q4_k_m, iq3_xs ...)"
         ),
     )
     tensor_types: dict[str, str] = Field(
         {},
         description=(
-            'number formats of tensors by a pattern of their names, which go before the type\'s, as {"blk\\.0\\.":'
-            ' "q8_0"}'
+            'quantization formats by a regex on tensor names, overriding the type\'s, e.g. {"blk\\.0\\.": "q8_0"}'
         ),
     )
-    use_imatrix: bool = Field(
-        True, description="formats are told what is important, where `data` is given (llama.cpp's importance matrix)"
-    )
+    use_imatrix: bool = Field(True, description="compute an importance matrix (llama.cpp's imatrix) if `data` is given")
     allocate_bits: bool = Field(
         False,
         description=(
-            "number formats by what each matrix would cost the model, within the size that the type has by itself;"
-            " needs `data`"
+            "allocate quantization formats by each matrix's sensitivity, within the size of the file type; requires"
+            " `data`"
         ),
     )
-    sensitivity_samples: int = Field(8, gt=0, description="texts of `data` by which such costs are found")
-    num_calibration_samples: int = Field(128, gt=0, description="texts of `data` that say what is important")
-    eval_samples: int = Field(8, ge=0, description="other texts of `data`, on which model and file are compared")
-    max_seq_length: int = Field(512, gt=1, le=2048, description="tokens of a text of `data`")
+    sensitivity_samples: int = Field(8, gt=0, description="sequences of `data` used to estimate the sensitivity")
+    num_calibration_samples: int = Field(128, gt=0, description="sequences of `data` for the importance matrix")
+    eval_samples: int = Field(
+        8, ge=0, description="held-out sequences of `data` on which the model and the file are compared"
+    )
+    max_seq_length: int = Field(512, gt=1, le=2048, description="tokens of a sequence of `data`")
 
     @field_validator("type", mode="before")
     @classmethod
@@ -61,26 +60,27 @@ class GgufConfig(Config):
         for pattern, kind in tensors.items():
             if kind.upper() not in FORMATS:
                 raise ValueError(
-                    f"{pattern}: {kind!r} is no number format of a tensor; known: {', '.join(sorted(FORMATS)).lower()}"
+                    f"{pattern}: {kind!r} is not a quantization format of a tensor; known:"
+                    f" {', '.join(sorted(FORMATS)).lower()}"
                 )
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{pattern!r} is no pattern ({error})") from None
+                raise ValueError(f"{pattern!r} is not a valid regex ({error})") from None
         return tensors
 
 
 class ImatrixConfig(Config):
-    """How much is looked at."""
+    """Config of `quantize.imatrix`."""
 
-    num_calibration_samples: int = Field(128, gt=0, description="texts of `data` that say what is important")
+    num_calibration_samples: int = Field(128, gt=0, description="sequences of `data` for the importance matrix")
     sensitivity_samples: int = Field(
-        8, ge=0, description="of these, texts by which costs of formats are found; 0: costs are not"
+        8, ge=0, description="how many of these are used to estimate the cost of formats; 0: no estimate"
     )
-    max_seq_length: int = Field(512, gt=1, le=2048, description="tokens of a text of `data`")
+    max_seq_length: int = Field(512, gt=1, le=2048, description="tokens of a sequence of `data`")
 
 
 class AdapterConfig(Config):
-    """The number format."""
+    """Config of `quantize.adapter`."""
 
-    type: Literal["f32", "f16"] = Field("f16", description="number format of the adapter's matrices")
+    type: Literal["f32", "f16"] = Field("f16", description="dtype of the adapter's matrices")

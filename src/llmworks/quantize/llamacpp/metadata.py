@@ -1,6 +1,6 @@
-"""A model's shape as a GGUF file's keys, architecture by architecture, as llama.cpp's converter writes them.
+"""Write a model's hyperparameters as GGUF keys, by architecture, as llama.cpp's converter does.
 
-Knows no tensor of weights and no tokenizer.
+Does not know weights or tokenizers.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ NEEDED = (
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """`config.json`, checked to be of a layout that GGUF writing covers.
+    """Read `config.json` and check that its architecture can be written as GGUF.
 
-    ModelError in one line for what llama.cpp would compute in another way.
+    ModelError for anything that llama.cpp would compute differently.
     """
     config = read_json(path / "config.json")
     kind = config.get("model_type")
@@ -42,22 +42,25 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     missing = [key for key in NEEDED if not isinstance(config.get(key), (int, float))]
     if missing:
-        raise ModelError(f"{path}: config.json: {missing[0]!r} is missing, or no number")
+        raise ModelError(f"{path}: config.json: {missing[0]!r} is missing, or not a number")
     bend = config.get("hidden_activation") or config.get("hidden_act") or "silu"
     wanted_bends = ("gelu_pytorch_tanh",) if kind == "gemma3_text" else ("silu", "swish")
     if bend not in wanted_bends:
-        raise ModelError(f"{path}: its activation is {bend!r}, llama.cpp computes {wanted_bends[0]} in this layout")
+        raise ModelError(
+            f"{path}: its activation function is {bend!r}, but llama.cpp computes {wanted_bends[0]} for"
+            " this architecture"
+        )
     rope = rope_of(config)
     if rope.get("mscale") or rope.get("mscale_all_dim"):
-        raise ModelError(f"{path}: rope scaling with mscale has no place in this GGUF layout")
+        raise ModelError(f"{path}: RoPE scaling with mscale is not supported for this GGUF architecture")
     if rope.get("rope_type", "default") not in ("default", "linear", "yarn", "llama3"):
-        raise ModelError(f"{path}: rope scaling {rope['rope_type']!r} cannot be written as GGUF here")
+        raise ModelError(f"{path}: RoPE scaling {rope['rope_type']!r} cannot be written as GGUF")
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ModelError(f"{path}: positions that turn a part of each head cannot be written as GGUF here")
+        raise ModelError(f"{path}: partial rotary embeddings (partial_rotary_factor) cannot be written as GGUF")
     if kind in ("llama", "qwen3") and (config.get("attention_bias") or config.get("mlp_bias")):
-        raise ModelError(f"{path}: biases cannot be written in this GGUF layout")
+        raise ModelError(f"{path}: biases are not supported for this GGUF architecture")
     if kind in ("qwen2", "qwen3") and config.get("use_sliding_window"):
-        raise ModelError(f"{path}: its sliding window has no place in this GGUF layout")
+        raise ModelError(f"{path}: sliding-window attention is not supported for this GGUF architecture")
     if kind == "gemma3_text":
         wanted = [
             "full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(config["num_hidden_layers"])
@@ -69,14 +72,16 @@ def read_config(path: Path) -> dict[str, Any]:
             or config.get("final_logit_softcapping")
         ):
             raise ModelError(
-                f"{path}: llama.cpp computes a Gemma 3 whose every sixth layer sees all, whose query_pre_attn_scalar is"
-                " its head_dim, without soft caps; this is another"
+                f"{path}: llama.cpp only supports a Gemma 3 with full attention in every sixth layer,"
+                " query_pre_attn_scalar equal to head_dim, and no soft-capping; this model differs"
             )
     return config
 
 
 def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary positions of a config, in either of transformers' forms; of layers that see all where they differ."""
+    """Return the RoPE parameters of a config, in either of transformers' forms; those of full-attention layers if
+    they differ.
+    """
     given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     given = dict(given.get("full_attention") or given)
     given.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
@@ -85,8 +90,8 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def frequencies(config: Mapping[str, Any]) -> Any:
-    """What each rotary frequency is divided by, numpy fp32 [head width / 2], where positions are scaled as Llama 3's;
-    else None.
+    """Return the divisors of the rotary frequencies for Llama 3's RoPE scaling, numpy fp32 [head dim / 2]; None for
+    other models.
     """
     rope = rope_of(config)
     if rope["rope_type"] != "llama3":
@@ -116,7 +121,7 @@ def _head_width(config: Mapping[str, Any]) -> int:
 
 
 def add_hyperparameters(writer: Any, config: Mapping[str, Any]) -> None:
-    """The keys of the architecture."""
+    """Write the architecture's keys."""
     kind, heads, width, rope = (
         config["model_type"],
         int(config["num_attention_heads"]),
@@ -126,7 +131,9 @@ def add_hyperparameters(writer: Any, config: Mapping[str, Any]) -> None:
     window = config.get("sliding_window")
     context = int(config["max_position_embeddings"])
     if kind == "mistral" and window:
-        context = min(context, int(window))  # llama.cpp has no window in this layout; within it there is no difference
+        context = min(
+            context, int(window)
+        )  # llama.cpp has no sliding window for this architecture; within it attention is the same
     writer.add_block_count(int(config["num_hidden_layers"]))
     writer.add_context_length(context)
     writer.add_embedding_length(int(config["hidden_size"]))

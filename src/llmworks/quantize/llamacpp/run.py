@@ -1,5 +1,5 @@
-"""From a Hugging Face directory to a GGUF file: what is important, the file, its golden tokens in llama.cpp, the
-damage, the page.
+"""Convert a Hugging Face directory to a GGUF file: importance matrix, file, golden tokens in llama.cpp, divergence,
+report.
 
 See `gguf.py`.
 """
@@ -39,11 +39,13 @@ if TYPE_CHECKING:
 
 
 def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, sensed: Report | None) -> Model:
-    """See `gguf.gguf`."""
+    """Run `gguf.gguf`."""
     check(model)
     golden = model.golden or record(model.path)
     if config.allocate_bits and data is None and sensed is None:
-        raise DataError("config.allocate has to see what the model is for; give `data`: conversations or texts")
+        raise DataError(
+            "config.allocate_bits requires `data`: conversations or documents like those the model is used for"
+        )
     seen: Mapping[str, Any] | None = None
     table: Table | None = None
     walk: Walk | None = None
@@ -68,7 +70,7 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, se
     engine = LlamaCppEngine(target, name="model.gguf")
     try:
         bound = bound_of(config.type)
-        bound = max(bound, BOUNDS["q8"]) if config.allocate_bits else bound  # whose formats have 8 bits at most
+        bound = max(bound, BOUNDS["q8"]) if config.allocate_bits else bound  # whose formats have at most 8 bits
         gap = require(golden, engine.tokenizer, engine.stops, engine.logits, mean_within=bound, step="quantize.gguf")
         damage = _damage(walk, engine) if walk is not None and len(walk.held) else {}
     finally:
@@ -101,12 +103,13 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, se
 def _choose_formats(
     config: GgufConfig, table: Mapping[str, Mapping[str, float]] | None, model: Model, seen: Mapping[str, Any] | None
 ) -> tuple[dict[str, str], float | None]:
-    """Formats of tensors by their names, and the divergence that is expected of them."""
+    """Return the formats of tensors by their names, and their expected KL divergence."""
     given, expected = dict(config.tensor_types), None
     if config.allocate_bits:
         if not table:
             raise DataError(
-                "config.allocate needs the costs of formats, which `sense` has not: make it with sensed above 0"
+                "config.allocate_bits needs the costs of formats, which `imatrix` lacks: create it with"
+                " sensitivity_samples above 0"
             )
         tensors = Tensors(model.path, read_config(model.path))
         kinds, expected = allocated(
@@ -130,10 +133,10 @@ def _write_card(
     metrics: dict[str, Any],
     data: Dataset | None,
 ) -> None:
-    """Write the card of the file."""
+    """Write the file's model card."""
     said = (
-        f"as llama.cpp reads it, {config.type}"
-        + (", formats by what each matrix bears" if config.allocate_bits else "")
+        f"in GGUF format for llama.cpp, {config.type}"
+        + (", formats allocated by sensitivity" if config.allocate_bits else "")
         + (", with an importance matrix." if seen is not None else ".")
     )
     write_card(
@@ -151,28 +154,30 @@ def _write_card(
 
 
 def check(model: Model) -> None:
-    """Whether a GGUF file can be made of a model. ModelError where not."""
+    """Check that a model can be converted to GGUF. ModelError otherwise."""
     if model.format != "hf":
-        raise ModelError(f"{model.path}: is {model.format} already; quantize.gguf takes a Hugging Face directory")
+        raise ModelError(f"{model.path}: is already {model.format}; quantize.gguf takes a Hugging Face directory")
     check_weights(model.path)
     read_config(model.path)
     if read_json(model.path / "config.json").get("quantization_config"):
-        raise ModelError(f"{model.path}: is quantized already; give the model that it was made of")
+        raise ModelError(f"{model.path}: is already quantized; give the unquantized model")
 
 
 def known(sensed: Report, model: Model) -> tuple[dict[str, Any], Table]:
-    """What `quantize.imatrix` found. DataError for another report, or one of another model."""
+    """Read the result of `quantize.imatrix`. DataError for another report, or one of another model."""
     file = sensed.path / "importance.gguf"
     if not file.exists():
-        raise DataError(f"{sensed.name}: is no result of quantize.imatrix (no importance.gguf)")
+        raise DataError(f"{sensed.name}: is not a result of quantize.imatrix (no importance.gguf)")
     told = sensed.read()
     if told["model"] != model.digest:
-        raise DataError(f"{sensed.name}: was made of another model ({told['model'][:12]}), this is {model.digest[:12]}")
+        raise DataError(
+            f"{sensed.name}: was computed for another model ({told['model'][:12]}), this is {model.digest[:12]}"
+        )
     return read_importance(file), told["costs"]
 
 
 def sense(config: ImatrixConfig, model: Model, ctx: Context, data: Dataset) -> Report:
-    """See `sense.sense`."""
+    """Run `quantize.imatrix`."""
     check(model)
     source = Source(model.path)
     check_length(config.max_seq_length, source.shape.max_position_embeddings)
@@ -184,8 +189,8 @@ def sense(config: ImatrixConfig, model: Model, ctx: Context, data: Dataset) -> R
         ctx.out / "importance.gguf", found, data.name, config.num_calibration_samples, config.max_seq_length
     )
     table = table_of(source, ids[: config.sensitivity_samples], ctx, found) if config.sensitivity_samples else {}
-    ctx.report.title = f"What quantizers have to know of {model.name}"
-    ctx.report.lead = f"What {len(found)} matrices read, on {ids.numel():,} tokens of {data.name}."
+    ctx.report.title = f"Importance matrix of {model.name}"
+    ctx.report.lead = f"Inputs of {len(found)} matrices, on {ids.numel():,} tokens of {data.name}."
     ctx.report.data = {"model": model.digest, "metrics": {"tokens": ids.numel(), "tensors": len(found)}, "costs": table}
     if table:
         rows = sorted(
@@ -193,7 +198,8 @@ def sense(config: ImatrixConfig, model: Model, ctx: Context, data: Dataset) -> R
             key=lambda row: -max(table[row[0]].values()),
         )
         ctx.report.lead += (
-            f" What each number format would cost each of {len(table)}, in nats a token, is below, the dearest first."
+            f" The cost of each quantization format for each of {len(table)} tensors, in nats per token, is below,"
+            " most sensitive first."
         )
         ctx.report.table(
             "Costs",
@@ -208,13 +214,13 @@ def sense(config: ImatrixConfig, model: Model, ctx: Context, data: Dataset) -> R
 
 
 def _bits(written: Written) -> float:
-    """Bits of a weight on average, scales included."""
+    """Return the average bits per weight, scales included."""
     weights = {name: math.prod(shape) for name, shape in written.shapes.items()}
     return sum(bits_of(written.types[name]) * count for name, count in weights.items()) / sum(weights.values())
 
 
 def _damage(walk: Walk, engine: LlamaCppEngine) -> dict[str, float]:
-    """Of the file in llama.cpp beside the model as it was, on the texts apart."""
+    """Compare the file in llama.cpp with the original model on the held-out sequences."""
     found = Damage()
     with torch.inference_mode():
         for ids, state in zip(walk.held, walk.as_is, strict=True):
@@ -229,17 +235,17 @@ def _describe(ctx: Context, model: Model, kind: str, written: Written, metrics: 
     report = ctx.report
     report.title = f"{model.name} as GGUF, {kind}"
     report.lead = (
-        f"{metrics['bytes'] / 1e6:,.1f} MB of {before / 1e6:,.1f}; {metrics['bits_per_weight']:.2f} bits a weight."
+        f"{metrics['bytes'] / 1e6:,.1f} MB of {before / 1e6:,.1f}; {metrics['bits_per_weight']:.2f} bits per weight."
     )
     if written.fallen:
         report.lead += (
-            f" {len(written.fallen)} of {len(written.types)} tensors have a neighbouring format, since {kind}'s blocks"
-            " do not divide their rows."
+            f" {len(written.fallen)} of {len(written.types)} tensors have a fallback format, because {kind}'s block"
+            " size does not divide their rows."
         )
     if "kl" in metrics:
         report.lead += (
-            f" In llama.cpp, on {metrics['eval_tokens']:,.0f} tokens apart, it is {metrics['kl']:.4f} nats a token away"
-            f" from the model as it was; its best guess is the same for {metrics['top1_agreement']:.1%} of them; perplexity"
+            f" In llama.cpp, on {metrics['eval_tokens']:,.0f} held-out tokens, the KL divergence from the original"
+            f" model is {metrics['kl']:.4f} nats per token; top-1 agreement {metrics['top1_agreement']:.1%}; perplexity"
             f" {metrics['perplexity_before']:.3f} before, {metrics['perplexity']:.3f} after."
         )
     report.data = {"metrics": dict(metrics), "types": written.types, "fallen": list(written.fallen)}
@@ -248,8 +254,8 @@ def _describe(ctx: Context, model: Model, kind: str, written: Written, metrics: 
     for name, found in written.types.items():
         kinds.setdefault(found, []).append(name)
     report.table(
-        "Number formats",
-        ("format", "tensors", "weights", "as"),
+        "Quantization formats",
+        ("format", "tensors", "weights", "examples"),
         [
             (found, len(names), sum(math.prod(written.shapes[name]) for name in names), ", ".join(names[:3]))
             for found, names in sorted(kinds.items(), key=lambda one: -len(one[1]))

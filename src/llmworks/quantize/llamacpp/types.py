@@ -1,10 +1,10 @@
-"""Which number format each tensor of a GGUF file has, by the file's type: llama.cpp's mixes (`llama_tensor_get_type`),
+"""Quantization format of each tensor of a GGUF file, by the file's type: llama.cpp's mixes (`llama_tensor_get_type`),
 for dense models.
 
-Knows no weights.
+Does not know weights.
 
-A file's type names the format of most matrices; those that a model bears least to lose have more bits. Rows that a
-format's blocks do not divide have a neighbouring one.
+A file's type names the format of most matrices; the most sensitive ones have more bits. Rows that are not a multiple of
+a format's block size get a fallback format.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ FORMATS = (
     "IQ2_XXS",
     "IQ1_M",
     "IQ1_S",
-)  # of a tensor
+)  # formats of a tensor
 BASE = {
     "iq3_xs": "IQ3_S",
     "iq3_m": "IQ3_S",
     "iq2_s": "IQ2_XS",
     "iq2_m": "IQ2_S",
-}  # of file types whose most common format has another name
+}  # file types whose most common format has another name
 LARGE = (
     "IQ1_S",
     "IQ1_M",
@@ -85,7 +85,7 @@ LARGE = (
     "IQ3_XXS",
     "IQ3_S",
     "IQ4_XS",
-)  # blocks of 256 weights, as K formats have
+)  # blocks of 256 weights, like K-quants
 FALLBACK = {
     **dict.fromkeys(LARGE, "IQ4_NL"),
     "Q2_K": "Q4_0",
@@ -94,14 +94,14 @@ FALLBACK = {
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }
-SEEING = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")  # cannot be without an importance matrix
+SEEING = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")  # require an importance matrix
 SMALL = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the mixes look at: `layers`; `shared`: heads of queries for each head of keys; `tied`: whether the embedding
-    is the head; `importance`: whether there is an importance matrix.
+    """What the mixes depend on: `layers`; `gqa_ratio`: query heads per key-value head; `tied`: tied embeddings;
+    `importance`: whether there is an importance matrix.
     """
 
     layers: int
@@ -111,16 +111,16 @@ class Layout:
 
 
 def base_of(kind: str) -> str:
-    """The format that most matrices of a file have."""
+    """Return the format that most matrices of a file have."""
     return BASE.get(kind) or re.sub(r"(?<=_K)_[SML]$", "", kind.upper())
 
 
 def types_of(
     shapes: Mapping[str, tuple[int, ...]], kind: str, layout: Layout, given: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Each tensor's format by its name.
+    """Return each tensor's format by its name.
 
-    shapes: as numpy has them, rows last. given: formats of tensors by a pattern of their names, which go before.
+    shapes: in numpy's order, rows last. overrides: formats by a regex on tensor names, which take precedence.
     """
     return {name: _type_of(name, shape, kind, layout, given or {}) for name, shape in shapes.items()}
 
@@ -140,12 +140,12 @@ def _type_of(name: str, shape: tuple[int, ...], kind: str, layout: Layout, given
 
 
 def block(kind: str) -> int:
-    """Weights of a block of a format."""
+    """Return the number of weights in a block of a format."""
     return 1 if kind in PLAIN else 256 if kind.endswith("_K") or kind in LARGE else 32
 
 
 def bits_of(kind: str) -> float:
-    """Bits of a weight, scales included."""
+    """Return the bits per weight, scales included."""
     import gguf
 
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
@@ -153,7 +153,7 @@ def bits_of(kind: str) -> float:
 
 
 def fitting(kind: str, row: int) -> str:
-    """A format, or the one in its place where its blocks do not divide a row."""
+    """Return a format, or its fallback if its block size does not divide a row."""
     if row % block(kind) == 0:
         return kind
     other = FALLBACK.get(kind, kind)
@@ -161,7 +161,7 @@ def fitting(kind: str, row: int) -> str:
 
 
 def _outside(name: str, row: int, kind: str, base: str, layout: Layout) -> str | None:
-    """Of the head and the embedding; None for any other tensor."""
+    """Return the format of the head or the embedding; None for any other tensor."""
     if name == "output.weight" or (name == "token_embd.weight" and layout.tied):
         if row % block(base):
             return "Q8_0"
@@ -182,12 +182,12 @@ def _outside(name: str, row: int, kind: str, base: str, layout: Layout) -> str |
 
 
 def more_bits(layer: int, layers: int) -> bool:
-    """Whether a layer is of the first or last eighth, or every third between them."""
+    """Return whether a layer is in the first or last eighth, or every third between them."""
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
 def _inside(name: str, kind: str, base: str, layout: Layout) -> str:
-    """Of the matrices of blocks."""
+    """Return the format of a matrix of the blocks."""
     found = re.fullmatch(r"blk\.(\d+)\.(.+)\.weight", name)
     layer, part, layers = (int(found[1]), found[2], layout.layers) if found else (0, "", layout.layers)
     early = layer < layers // 8

@@ -1,7 +1,8 @@
-"""A tokenizer as a GGUF file's keys: byte-level BPE with its merges, SentencePiece's with its scores. Knows no weights.
+"""Write a tokenizer as GGUF keys: byte-level BPE with its merges, SentencePiece BPE with its scores. Does not know
+weights.
 
-SentencePiece's scores are not in `tokenizer.json`; what counts is their order, which is that of the merges: a token's
-score is minus the place of the first merge that makes it.
+SentencePiece's scores are not in `tokenizer.json`; only their order matters, which is that of the merges: a token's
+score is minus the rank of the first merge that produces it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from llmworks.model.gguf.layout import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, U
 from llmworks.model.gguf.tokenizer import LLAMA_WORDS, QWEN_WORDS
 from llmworks.tokenize.load import load_tokenizer, stop_ids
 
-NEVER = -1e6  # score of a token that no merge makes
+NEVER = -1e6  # score of a token that no merge produces
 
 
 def add_vocabulary(writer: Any, source: Path, config: dict[str, Any]) -> None:
-    """The `tokenizer.*` keys.
+    """Write the `tokenizer.*` keys.
 
-    Errors: ModelError for a tokenizer that llama.cpp has no name for, or that it would not follow to the token.
+    Errors: ModelError for a tokenizer that llama.cpp does not support, or would not reproduce exactly.
     """
     tokenizer = load_tokenizer(source)
     definition = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
@@ -41,7 +42,7 @@ def add_vocabulary(writer: Any, source: Path, config: dict[str, Any]) -> None:
     )
     largest = max([*model["vocab"].values(), *(added["id"] for added in definition["added_tokens"])])
     if largest >= size:
-        raise ModelError(f"{source}: its tokenizer has an id {largest}, its embedding {size} rows")
+        raise ModelError(f"{source}: its tokenizer has an id {largest}, but its embedding only {size} rows")
     for token, index in model["vocab"].items():
         tokens[index], types[index] = token, BYTE if pieces and re.fullmatch(r"<0x[0-9A-F]{2}>", token) else NORMAL
     for added in definition["added_tokens"]:
@@ -70,7 +71,7 @@ def _add_ids(writer: Any, source: Path, tokenizer: Any) -> None:
         writer.add_eos_token_id(tokenizer.eos_token_id)
     others = [i for i in stops if i != tokenizer.eos_token_id]
     if len(others) > 1:
-        raise ModelError(f"{source}: has {len(stops)} stop ids, GGUF keeps two (eos and eot)")
+        raise ModelError(f"{source}: has {len(stops)} stop ids, but GGUF stores only two (eos and eot)")
     if others:
         writer.add_eot_token_id(others[0])
     for role, add in (
@@ -84,12 +85,12 @@ def _add_ids(writer: Any, source: Path, tokenizer: Any) -> None:
 
 
 def _begins(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts its first token before a text."""
+    """Return whether the tokenizer prepends its BOS token."""
     return tokenizer.bos_token_id is not None and list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id]
 
 
 def _prefixed(definition: dict[str, Any]) -> bool:
-    """Whether a space is put before a text."""
+    """Return whether a space is prepended to the text."""
     normal, pre = definition.get("normalizer") or {}, definition.get("pre_tokenizer") or {}
     parts = [normal, pre, *(normal.get("normalizers") or ()), *(pre.get("pretokenizers") or ())]
     return any(
@@ -99,10 +100,10 @@ def _prefixed(definition: dict[str, Any]) -> bool:
 
 
 def scores_of(model: dict[str, Any], types: list[int], source: Path) -> list[float]:
-    """Scores by which llama.cpp joins pieces as the merges do.
+    """Return scores with which llama.cpp merges pieces as the BPE merges do.
 
-    ModelError where it would not: merges that make one token have to follow one another, and no two pieces that make a
-    token may be without a merge.
+    ModelError if that is impossible: merges that produce the same token must be consecutive, and any two pieces that
+    form a token must have a merge.
     """
     pairs = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     vocabulary = model["vocab"]
@@ -112,8 +113,8 @@ def scores_of(model: dict[str, Any], types: list[int], source: Path) -> list[flo
         first.setdefault(left + right, rank)
         if last.get(left + right, rank - 1) != rank - 1:
             raise ModelError(
-                f"{source}: merges that make {left + right!r} do not follow one another, so that llama.cpp would"
-                " tokenize in another way"
+                f"{source}: merges that produce {left + right!r} are not consecutive, so llama.cpp would tokenize"
+                " differently"
             )
         last[left + right] = rank
     known = set(pairs)
@@ -129,15 +130,15 @@ def scores_of(model: dict[str, Any], types: list[int], source: Path) -> list[flo
                     and all(types[vocabulary[part]] in (NORMAL, BYTE) for part in (token[:at], token[at:]))
                 ):
                     raise ModelError(
-                        f"{source}: {token[:at]!r} and {token[at:]!r} have no merge though {token!r} is a token, so"
-                        " that llama.cpp would tokenize in another way"
+                        f"{source}: {token[:at]!r} and {token[at:]!r} have no merge although {token!r} is a token, so"
+                        " llama.cpp would tokenize differently"
                     )
     return made
 
 
 def pre_tokenizer_name(definition: dict[str, Any], source: Path) -> str:
-    """llama.cpp's name of the way texts are split: plain byte level is "gpt-2", digits apart "smollm", words by a
-    pattern "qwen2" or "llama-bpe".
+    """Return llama.cpp's name of the pre-tokenizer: plain byte level is "gpt-2", with individual digits "smollm",
+    split by a regex "qwen2" or "llama-bpe".
     """
     pre = definition.get("pre_tokenizer") or {}
     parts = pre.get("pretokenizers", [pre])
@@ -158,4 +159,4 @@ def pre_tokenizer_name(definition: dict[str, Any], source: Path) -> str:
         return "qwen2"
     if pattern == LLAMA_WORDS and definition["model"].get("ignore_merges"):
         return "llama-bpe"
-    raise ModelError(f"{source}: its pre-tokenizer has no name in llama.cpp that is known here")
+    raise ModelError(f"{source}: its pre-tokenizer is not supported by llama.cpp (no known name)")

@@ -27,9 +27,7 @@ from llmworks.quantize.llamacpp.vocabulary import add_vocabulary
 
 @dataclass(frozen=True)
 class Written:
-    """What became of each tensor: its shape and format, and those whose format is not that which the file's type would
-    have for them.
-    """
+    """The written tensors: formats and shapes, and the tensors with a fallback format instead of the file type's."""
 
     types: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
@@ -46,10 +44,9 @@ def write_gguf(
 ) -> Written:
     """Write `target` from the Hugging Face directory `source`, one tensor in memory at a time.
 
-    kind: the file's type (see `gguf_types`); importance: mean squares of what a tensor reads, by its name, numpy fp32
-    [columns]; given: formats of tensors by a pattern of their names.
-    Errors: ModelError for an architecture or tokenizer that the layout does not cover, or a type that needs an
-    importance matrix and has none.
+    kind: the file's type (see `types.py`); importance: mean squares of a tensor's inputs, by its name, numpy fp32
+    [columns]; overrides: formats by a regex on tensor names. Errors: ModelError for an unsupported architecture or
+    tokenizer, or a type that requires an importance matrix without one.
     """
     import gguf
 
@@ -68,8 +65,8 @@ def write_gguf(
     ]
     if blind:
         raise ModelError(
-            f"{kind} needs an importance matrix: {blind[0]} would be {types[blind[0]]}; give `data`, texts of what the"
-            " model is for"
+            f"{kind} requires an importance matrix: {blind[0]} would be {types[blind[0]]}; give `data` like that the"
+            " model is used for"
         )
     writer = gguf.GGUFWriter(target, LAYOUTS[config["model_type"]].architecture)
     writer.add_file_type(getattr(gguf.LlamaFileType, {"f32": "ALL_F32"}.get(kind, f"MOSTLY_{kind.upper()}")))
@@ -89,7 +86,7 @@ def write_gguf(
 
 
 def _add_tensors(tensors: Tensors, types: dict[str, str], writer: GGUFWriter) -> None:
-    """Announce every tensor with its shape and format."""
+    """Add the shape and format of each tensor."""
     import gguf
 
     for name, shape in tensors.shapes.items():
@@ -110,7 +107,7 @@ def _add_tensors(tensors: Tensors, types: dict[str, str], writer: GGUFWriter) ->
 
 
 def encoded(weight: Any, kind: str, importance: Any = None) -> Any:
-    """A numpy matrix [rows, columns] in a format's bytes. The simplest formats do not look at what is important."""
+    """Encode a numpy matrix [rows, columns] in a format's bytes. The simplest formats ignore the importance."""
     from libgguf import GGMLQuantizationType, quantize_rows
 
     if kind == "F32":
@@ -118,9 +115,9 @@ def encoded(weight: Any, kind: str, importance: Any = None) -> Any:
     if kind == "F16":
         import torch
 
-        half = torch.from_numpy(weight).half()  # five times as fast as numpy's
+        half = torch.from_numpy(weight).half()  # five times as fast as numpy
         if half.isinf().any():
-            raise ModelError("weights beyond 65504 have no place in f16; take bf16 or f32")
+            raise ModelError("weights exceed the range of f16 (65504); use bf16 or f32")
         return half.numpy()
     return quantize_rows(
         weight, GGMLQuantizationType[kind], None if importance is None or kind == "Q8_0" else importance
@@ -128,7 +125,7 @@ def encoded(weight: Any, kind: str, importance: Any = None) -> Any:
 
 
 class Tensors:
-    """The tensors of a directory in llama.cpp's names and row order: `shapes`, and each when it is asked for, fp32."""
+    """The tensors of a directory with llama.cpp's names and row order: `shapes`, and each tensor on request, fp32."""
 
     def __init__(self, source: Path, config: Mapping[str, Any]) -> None:
         self.source = source
@@ -156,7 +153,7 @@ class Tensors:
                 gguf_name = to_gguf_name(name, self.kind)
                 if gguf_name is None:
                     raise ModelError(
-                        f"{source}: the tensor {name} has no place in a {self.layout_of.architecture} GGUF file"
+                        f"{source}: the tensor {name} is unknown in a {self.layout_of.architecture} GGUF file"
                     )
                 self.places[gguf_name], self.shapes[gguf_name] = (file, name), tuple(entry["shape"])
 
@@ -164,11 +161,11 @@ class Tensors:
             self.shapes = {"rope_freqs.weight": self.factors.shape, **self.shapes}
 
     def layout(self, importance: bool) -> Layout:
-        """What the mixes of types look at."""
+        """Return what the mixes of formats depend on."""
         return Layout(self.layers, self.heads // self.kv_heads, "output.weight" not in self.shapes, importance)
 
     def read(self, gguf_name: str) -> Any:
-        """One tensor, numpy. ModelError for one that holds no numbers."""
+        """Read one tensor as numpy. ModelError for NaN or infinite values."""
         import torch
         from safetensors import safe_open
 
@@ -179,10 +176,7 @@ class Tensors:
         with opened as stored:
             weight = stored.get_tensor(name).to(torch.float32).numpy()
         if not np.isfinite(weight).all():
-            raise ModelError(
-                f"{self.source}: {name} holds {int((~np.isfinite(weight)).sum())} values that are no numbers (NaN or"
-                " infinite)"
-            )
+            raise ModelError(f"{self.source}: {name} holds {int((~np.isfinite(weight)).sum())} NaN or infinite values")
         if self.layout_of.from_zero and name.endswith("norm.weight"):
             weight = weight + 1
         interleaved = heads_of(name, self.heads, self.kv_heads) if self.layout_of.interleaved else None
@@ -190,6 +184,6 @@ class Tensors:
 
 
 def order_of(name: str) -> tuple[int, str]:
-    """Tensors outside of blocks first, then block by block."""
+    """Return a sort key: tensors outside of blocks first, then block by block."""
     found = re.search(r"layers\.(\d+)\.", name)
     return (int(found[1]) if found else -1, name)

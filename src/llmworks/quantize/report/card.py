@@ -1,6 +1,6 @@
-"""The model card (README.md) of a quantized model, and the name that it would have on the Hub.
+"""Write the model card (README.md) of a quantized model, and its usual name on the Hub.
 
-Knows no method and no tensor.
+Does not know methods or tensors.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from llmworks.core.artifact import Dataset, Model
 from llmworks.model.card import bases_of, front_of, plain, write
 
 FIGURES = {
-    "kl": "divergence from the original, nats a token",
-    "top1_agreement": "share of tokens of the same best guess",
+    "kl": "KL divergence from the original, nats per token",
+    "top1_agreement": "top-1 agreement with the original",
     "perplexity_before": "perplexity of the original",
     "perplexity": "perplexity",
-    "golden_gap_mean": "golden tokens' logits, moved by, on average",
+    "golden_gap_mean": "mean change of the golden tokens' logits",
 }
 USE = {
     "gguf": (
@@ -37,10 +37,10 @@ USE = {
 
 
 def hub_name(base: str, form: str, bits: float, *, inputs: int = 16) -> str:
-    """The name that people look for on the Hub: as Qwen (GPTQ, AWQ), Unsloth (bitsandbytes), Mobius Labs (HQQ), Red Hat
-    (compressed-tensors) and llama.cpp's users name theirs.
+    """Return the name that people search for on the Hub, in the style of Qwen (GPTQ, AWQ), Unsloth (bitsandbytes),
+    Mobius Labs (HQQ), Red Hat (compressed-tensors) and llama.cpp's users.
 
-    `inputs`: bits of what weights are multiplied by.
+    `inputs`: activation bits.
     """
     base = plain(base)
     ends = {
@@ -55,7 +55,7 @@ def hub_name(base: str, form: str, bits: float, *, inputs: int = 16) -> str:
 
 
 def gguf_name(base: str, kind: str) -> str:
-    """The name of a GGUF file: Model-Q4_K_M.gguf."""
+    """Return the usual name of a GGUF file: Model-Q4_K_M.gguf."""
     return f"{plain(base)}-{kind.upper()}.gguf"
 
 
@@ -72,7 +72,7 @@ def write_card(
     data: Dataset | None,
     file: str = "",
 ) -> None:
-    """README.md beside the weights. `said`: one sentence on how they were made; `name`, `file`: on the Hub."""
+    """Write README.md beside the weights. `summary`: one sentence on how they were made; `name`, `file`: on the Hub."""
     use = USE.get(form, USE["bitsandbytes" if form.startswith("bitsandbytes") else ""]).format(
         name=name, file=file, package="compressed-tensors" if form == "compressed-tensors" else "gptqmodel"
     )
@@ -92,7 +92,7 @@ def write_card(
         "| | |",
         "|---|---|",
         f"| weights | {metrics['bytes'] / 1e6:,.1f} MB |",
-        f"| bits of a weight, scales included | {metrics['bits_per_weight']:.2f} |",
+        f"| bits per weight, scales included | {metrics['bits_per_weight']:.2f} |",
     ]
     lines += [f"| {what} | {metrics[key]:.4g} |" for key, what in FIGURES.items() if key in metrics]
     lines = _add_damage(data, metrics, lines)
@@ -112,18 +112,18 @@ def write_card(
 
 
 def _add_damage(data: Dataset | None, metrics: Mapping[str, Any], lines: list[str]) -> list[str]:
-    """Add where the damage was measured."""
+    """Add what the divergence was measured on."""
     where = (
-        f" on {metrics['eval_tokens']:,.0f} tokens of {data.name} that nothing was calibrated by"
+        f" on {metrics['eval_tokens']:,.0f} held-out tokens of {data.name}"
         if data is not None and "eval_tokens" in metrics
         else ""
     )
     lines += [
         "",
         (
-            f"Divergence, agreement and perplexity are measured{where}; they say little about a skill."
+            f"Divergence, agreement and perplexity are measured{where}; they say little about downstream tasks."
             if where
-            else "The damage was not measured on texts."
+            else "The divergence from the original was not measured."
         ),
     ]
     return lines

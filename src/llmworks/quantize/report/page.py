@@ -1,4 +1,4 @@
-"""The report of a quantization: what each layer lost, and what the model is worth after it. Knows no tensor."""
+"""Report of a quantization: error of each layer, and the model's divergence. Does not know tensors."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from llmworks.core.report import ReportBuilder
 
 READ = {
     "attention.query": "queries, keys, values",
-    "attention.out": "output of attention",
+    "attention.out": "attention output",
     "feed_forward.gate": "gate and up",
     "feed_forward.up": "up",
     "feed_forward.down": "down",
 }
 
 MEANS = {
-    "bytes": "of the weights' files",
-    "bits_per_weight": "of what was quantized, scales included",
-    "quantized_weights": "how many are whole numbers now",
-    "weights": "how many there are",
-    "fallen": "tensors in a neighbouring format, since blocks do not divide their rows",
-    "kl": "divergence from the model as it was, nats a token, on texts apart",
-    "expected_kl": "the same, as the allocation foresaw it",
-    "top1_agreement": "share of tokens for which its best guess is the same",
-    "perplexity_before": "of the model as it was, on the same texts",
-    "perplexity": "of this one",
-    "eval_tokens": "of the texts apart",
-    "layers": "that the adapter changes",
-    "gap": "how far what llama.cpp says is from the folded model, nats, on golden tokens",
-    "greedy_agreement": "share of golden tokens for which its best guess is the folded model's",
-    "golden_gap_mean": "how far the logits of the golden conversations moved, on average",
-    "golden_gap_largest": "at most",
-    "golden_greedy_agreement": "share of golden tokens for which its best guess is the same",
+    "bytes": "size of the weight files",
+    "bits_per_weight": "bits per quantized weight, scales included",
+    "quantized_weights": "number of quantized weights",
+    "weights": "number of weights",
+    "fallen": "tensors in a fallback format, because the block size does not divide their rows",
+    "kl": "KL divergence from the original model, nats per token, on held-out sequences",
+    "expected_kl": "the same, as predicted by the bit allocation",
+    "top1_agreement": "top-1 agreement: fraction of tokens with the same most probable token",
+    "perplexity_before": "of the original model, on the same sequences",
+    "perplexity": "of the quantized model",
+    "eval_tokens": "number of held-out tokens",
+    "layers": "layers that the adapter changes",
+    "gap": "mean log-probability gap between llama.cpp and the merged model, nats, on golden tokens",
+    "greedy_agreement": "top-1 agreement with the merged model on golden tokens",
+    "golden_gap_mean": "mean change of the golden conversations' logits",
+    "golden_gap_largest": "largest change of the golden conversations' logits",
+    "golden_greedy_agreement": "top-1 agreement on golden tokens",
 }
 
 
 def figures(report: ReportBuilder, metrics: Mapping[str, Any]) -> None:
-    """The table of all figures, with what they mean."""
+    """Add the table of all metrics, with their meaning."""
     report.table(
-        "Figures",
-        ("figure", "value", "what it is"),
+        "Metrics",
+        ("metric", "value", "meaning"),
         [(name, value, MEANS.get(name, "")) for name, value in metrics.items()],
     )
 
@@ -53,16 +53,16 @@ def describe(
     metrics: Mapping[str, Any],
     before: int,
 ) -> None:
-    """Figures, curves over the blocks, and the layers that lost most."""
+    """Write the report: metrics, curves over the blocks, and the layers with the largest error."""
     report.title = f"{title} quantized by {method}"
     report.lead = (
-        f"{metrics['bytes'] / 1e6:,.1f} MB of {before / 1e6:,.1f}; {metrics['quantized_weights']:,} weights in"
-        f" {metrics['bits_per_weight']:.2f} bits each."
+        f"{metrics['bytes'] / 1e6:,.1f} MB of {before / 1e6:,.1f}; {metrics['quantized_weights']:,} weights at"
+        f" {metrics['bits_per_weight']:.2f} bits per weight."
     )
     if "kl" in metrics:
         report.lead += (
-            f" On {metrics['eval_tokens']:,.0f} tokens apart it is {metrics['kl']:.4f} nats a token away from the model"
-            f" as it was; its best guess is the same for {metrics['top1_agreement']:.1%} of them; perplexity"
+            f" On {metrics['eval_tokens']:,.0f} held-out tokens the KL divergence from the original model is"
+            f" {metrics['kl']:.4f} nats per token; top-1 agreement {metrics['top1_agreement']:.1%}; perplexity"
             f" {metrics['perplexity_before']:.3f} before, {metrics['perplexity']:.3f} after."
         )
     report.data = {
@@ -77,31 +77,31 @@ def describe(
         for one in told:
             bits.setdefault(str(one["layer"]), []).append((float(one["block"]), float(one["bits"])))
         report.curves(
-            "Bits of a weight",
+            "Bits per weight",
             bits,
             x="block",
             y="bits, scales included",
-            note="More where a rounding would change the model's chances of tokens most.",
+            note="More where rounding would change the model's token probabilities most.",
         )
     figures(report, metrics)
     report.table(
-        "Layers that lost most",
-        ("layer", "share lost", "bits a weight"),
+        "Layers with the largest error",
+        ("layer", "relative squared error", "bits per weight"),
         [(one["name"], round(float(one["lost"]), 5), round(float(one["bits"]), 3)) for one in worst[:12]],
     )
 
 
 def _draw_curves(told: Sequence[Mapping[str, Any]], report: ReportBuilder) -> None:
-    """Curves over the blocks: what rounding takes, and outliers of inputs."""
+    """Draw curves over the blocks: quantization error, and activation outliers."""
     series: dict[str, list[tuple[float, float]]] = {}
     for one in told:
         series.setdefault(str(one["layer"]), []).append((float(one["block"]), float(one["lost"])))
     report.curves(
-        "What rounding takes from the weights",
+        "Quantization error of the weights",
         series,
         x="block",
-        y="share of their squares",
-        note="By layer. What it takes from the model depends on what the layers read, too.",
+        y="relative squared error",
+        note="By layer. The effect on the model also depends on the layers' inputs.",
     )
     outliers: dict[str, list[tuple[float, float]]] = {}
     for one in told:
@@ -109,19 +109,19 @@ def _draw_curves(told: Sequence[Mapping[str, Any]], report: ReportBuilder) -> No
             outliers.setdefault(READ[str(one["layer"])], []).append((float(one["block"]), float(one["apart"])))
     if outliers:
         report.curves(
-            "Outliers: how many times the largest column of inputs is the median one",
+            "Activation outliers: ratio of the largest input column to the median",
             outliers,
             x="block",
-            y="times",
+            y="ratio",
             note=(
-                "What is read in few columns only is what rounding hurts most, and what AWQ, SmoothQuant and rotations"
-                " look at."
+                "Inputs concentrated in a few columns suffer most from rounding; AWQ, SmoothQuant and rotations"
+                " address them."
             ),
         )
 
 
 def _draw_extremes(worst: list[Mapping[str, Any]], report: ReportBuilder) -> None:
-    """Histograms of the layers that lost most and least."""
+    """Draw histograms of the layers with the largest and smallest error."""
     for one in (worst[0], worst[-1]) if worst else ():
         shape = one["shape"]
         step = (shape["high"] - shape["low"]) / len(shape["before"])
@@ -130,12 +130,12 @@ def _draw_extremes(worst: list[Mapping[str, Any]], report: ReportBuilder) -> Non
             for when in ("before", "after")
         }
         report.curves(
-            f"Weights of {one['name']}, which lost {'most' if one is worst[0] else 'least'}",
+            f"Weights of {one['name']}, {'largest' if one is worst[0] else 'smallest'} error",
             series,
             x="weight",
-            y="how many",
+            y="count",
             note=(
-                "Of rows evenly taken, within five times their root mean square. They are whole numbers times a scale:"
-                " where groups have scales of their own the steps blur."
+                "Of evenly sampled rows, within five times their root mean square. Weights are integers times a"
+                " scale; where groups have separate scales the steps blur."
             ),
         )

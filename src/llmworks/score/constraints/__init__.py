@@ -1,12 +1,11 @@
-"""Instructions that can be verified by looking: so many words, no comma, JSON only.
+"""Verifiable instructions, such as word counts, no commas, JSON only: IFEval and IFBench.
 
-IFEval's (Zhou et al. 2023, arXiv:2311.07911) and IFBench's
+IFEval (Zhou et al. 2023, arXiv:2311.07911) and IFBench (Pyatkin et al. 2025, arXiv:2507.02833), by their instruction
+ids and arguments.
 
-(Pyatkin et al. 2025, arXiv:2507.02833), by their names and arguments.
-
-Verdicts agree with the published checkers on the cases in the tests, but where those call a language model's tools:
-sentences and languages are told by simpler means here. Some of IFBench's need word lists or taggers and are not checked
-at all (`UNCHECKED`).
+Verdicts agree with the published checkers on the cases in the tests, except where those use NLP models: sentences and
+languages are detected by simpler means here. Some IFBench instructions need word lists or taggers and are not
+supported (`UNCHECKED`).
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ UNCHECKED = (
 
 
 def followed(answer: str, names: Sequence[str], arguments: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """Whether an answer follows each instruction; an empty answer follows none."""
+    """Return whether an answer follows each instruction; an empty answer follows none."""
     return [bool(answer.strip()) and CHECKS[name](answer, given) for name, given in zip(names, arguments, strict=True)]
 
 
 def instructions_of(row: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
-    """(names, arguments) of a row's instructions: `answer.constraints` and `answer.arguments`.
+    """Return (names, arguments) of a row's instructions: `answer.constraints` and `answer.arguments`.
 
-    DataError for unknown ones.
+    Errors: DataError for unknown ones.
     """
     answer = row.get("answer")
     names = answer.get("constraints") if isinstance(answer, Mapping) else None
@@ -50,20 +49,21 @@ def instructions_of(row: Mapping[str, Any]) -> tuple[list[str], list[dict[str, A
         )
     unknown = next((name for name in names if name not in CHECKS), None)
     if unknown is not None:
-        why = "needs tools that are not here" if unknown in UNCHECKED else "is unknown"
+        why = "is not supported" if unknown in UNCHECKED else "is unknown"
         raise DataError(f"row {row.get('id')!r}: the instruction {unknown!r} {why}")
     return names, [{k: v for k, v in (given or {}).items() if v is not None} for given in arguments]
 
 
 def constraints(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """1 when every instruction is followed, by the answer as it is (strict, by prompt)."""
+    """Return 1 when every instruction is followed (prompt-level strict accuracy)."""
     names, arguments = instructions_of(row)
     return _score(names, followed(completion, names, arguments))
 
 
 def constraints_loose(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """1 when every instruction is followed by the answer with or without its first line, its last, and its
-    asterisks.
+    """Return 1 when every instruction is followed by some variant (prompt-level loose accuracy).
+
+    Variants: with or without the first line, the last line and asterisks.
     """
     names, arguments = instructions_of(row)
     lines = completion.split("\n")
@@ -73,7 +73,7 @@ def constraints_loose(prompt: Sequence[Message], completion: str, row: Mapping[s
 
 
 def constraints_share(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """The share of instructions that are followed, by the answer as it is."""
+    """Return the share of followed instructions (instruction-level strict accuracy)."""
     names, arguments = instructions_of(row)
     found = followed(completion, names, arguments)
     return Score(sum(found) / len(found), _score(names, found).reason)

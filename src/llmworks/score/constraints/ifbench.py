@@ -1,8 +1,6 @@
-"""IFBench's instructions, as far as they can be checked without taggers and word lists.
+"""Checkers of IFBench instructions that need no taggers or word lists.
 
-Every check is (answer, arguments) -> bool.
-
-Reference: the checkers of allenai/IFBench.
+Every checker is (answer, arguments) -> bool. Reference: the checkers of allenai/IFBench.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ Given = Mapping[str, Any]
 _WORDS = json.loads(Path(__file__).with_name("ifbench.json").read_text(encoding="utf-8"))
 CONJUNCTIONS = frozenset(["and", "but", "for", "nor", "or", "so", "yet"])
 PRONOUNS = frozenset(_WORDS["pronouns"])
-NAMES: list[str] = _WORDS["names"]  # those that the prompts ask for
+NAMES: list[str] = _WORDS["names"]  # names that the prompts list
 CAPITALS: list[str] = _WORDS["capitals"]  # of Europe, from north to south
 CONSONANTS = re.compile(r"[bcdfghjklmnpqrstvwxyz]{2}")
 DATE = re.compile(r"(\d{4})-(\d{2})-(\d{2})")
@@ -45,7 +43,7 @@ def _ends(answer: str) -> Counter[str]:
 
 
 def _alphabet(answer: str, given: Given) -> bool:
-    """Each word begins with the next letter of the alphabet, A after Z."""
+    """Return whether each word begins with the next letter of the alphabet, A after Z."""
     first = [word[0].lower() for word in _words(answer)]
     letters = string.ascii_lowercase
     return (
@@ -57,13 +55,13 @@ def _alphabet(answer: str, given: Given) -> bool:
 
 
 def _alliterations(sentence: str) -> int:
-    """Words that stand beside one with the same first letter."""
+    """Count the words that are next to one with the same first letter."""
     first = [word[0] for word in (w.lstrip(string.punctuation + " ") for w in sentence.lower().split()) if word]
     return sum(length for length in (len(list(run)) for _, run in groupby(first)) if length > 1)
 
 
 def _punctuation(answer: str, given: Given) -> bool:
-    """Every mark once at least, an interrobang among them."""
+    """Return whether every punctuation mark occurs, including an interrobang."""
     if not any(mark in answer for mark in ("!?", "?!", "‽")):
         return False
     rest = answer.replace("?!", "", 1) if "?!" in answer else answer.replace("!?", "", 1)
@@ -71,7 +69,7 @@ def _punctuation(answer: str, given: Given) -> bool:
 
 
 def _nested(answer: str, given: Given) -> bool:
-    """Brackets of any kind, five deep, the innermost closed."""
+    """Return whether brackets of any kind are nested five deep, the innermost closed."""
     pairs, stack, deepest = {")": "(", "]": "[", "}": "{"}, [], 0
     for char in answer:
         if char in "([{":
@@ -88,7 +86,7 @@ def _nested(answer: str, given: Given) -> bool:
 
 
 def _quotes(answer: str, given: Given) -> bool:
-    """Quotations within quotations, three deep, all closed."""
+    """Return whether quotations are nested three deep, all closed."""
     stack: list[str] = []
     deepest = 0
     for char in answer:
@@ -103,7 +101,7 @@ def _quotes(answer: str, given: Given) -> bool:
 
 
 def _options(answer: str, given: Given) -> bool:
-    """One of the options and nothing else."""
+    """Return whether the answer is one of the options and nothing else."""
     options = [o.strip() for o in re.split(r"/|\bor\b|,", str(given["options"])) if o.strip()]
     return bare(answer).lower() in [bare(option).lower() for option in options]
 
@@ -115,7 +113,7 @@ def _japanese(answer: str, given: Given) -> bool:
 
 
 def _overlap(answer: str, given: Given) -> bool:
-    """Three letters that follow one another, shared with a text: so many of the answer's, within two percent."""
+    """Return whether the share of character trigrams in common with a reference text is as asked, within 2 percent."""
     grams, others = ({text[i : i + 3] for i in range(len(text) - 2)} for text in (answer, str(given["reference_text"])))
     return bool(grams) and abs(100 * len(grams & others) / len(grams) - given["percentage"]) <= 2
 
@@ -126,7 +124,7 @@ def _increment(answer: str, given: Given) -> bool:
 
 
 def _chained(answer: str, given: Given) -> bool:
-    """The last word of a sentence begins the next."""
+    """Return whether each sentence begins with the last word of the one before."""
     found = [[bare(w).lower() for w in s.split() if bare(w)] for s in sentences(answer)]
     return all(a and b and a[-1] == b[0] for a, b in pairwise(found))
 
@@ -142,20 +140,20 @@ def _stairs(answer: str, given: Given) -> bool:
 
 
 def _explained(answer: str, given: Given) -> bool:
-    """Every quotation is followed by words outside it."""
+    """Return whether every quotation is followed by words outside it."""
     body = "".join(answer.replace("“", '"').replace("”", '"').replace("'\"'", "").split())
     rest = body.strip(string.digits + string.punctuation.replace('"', ""))
     return bool(rest) and '""' not in body and not rest.endswith('"')
 
 
 def _thesis(answer: str, given: Given) -> bool:
-    """A thesis in HTML italics, and text after it."""
+    """Return whether there is a thesis in HTML italics and text after it."""
     found = re.search(r"<(i|em)>(.*?)</(?:i|em)>(.*)", answer, re.DOTALL)
     return found is not None and bool(found[2].strip()) and bool(found[3].strip())
 
 
 def _bullets_last(answer: str, given: Given) -> bool:
-    """Two sentences at least, then two bullets at least, and nothing after."""
+    """Return whether there are at least two sentences, then at least two bullets, and nothing after."""
     lines = [line.strip() for line in answer.split("\n")]
     first = next((i for i, line in enumerate(lines) if line.startswith("*")), len(lines))
     return (
@@ -166,7 +164,7 @@ def _bullets_last(answer: str, given: Given) -> bool:
 
 
 def _table(answer: str, header: Sequence[str], rows: int, fields: int, delimiter: str = ",") -> list[list[str]] | None:
-    """The fields of a table with such a header and so many rows below it; quotation marks are kept."""
+    """Return the fields of a table with this header and number of rows; quotation marks are kept."""
     found = list(csv.reader(io.StringIO(answer), delimiter=delimiter, quoting=csv.QUOTE_NONE))
     good = (
         len(found) == rows + 1
@@ -198,7 +196,7 @@ def _quoted(answer: str, given: Given) -> bool:
 
 
 def _dates(answer: str, given: Given) -> bool:
-    """Dates of Napoleon's life, written YYYY-MM-DD."""
+    """Return whether all are dates of Napoleon's life, written YYYY-MM-DD."""
     found = [DATE.fullmatch(part.strip()) for part in answer.strip().split(",")]
     return all(
         m is not None and 1769 <= int(m[1]) <= 1821 and int(m[2]) <= 12 and int(m[3]) <= DAYS[int(m[2]) - 1]
@@ -212,7 +210,7 @@ def _capitals(answer: str, given: Given) -> bool:
 
 
 def _backwards(answer: str, given: Given) -> bool:
-    """Sentences whose words stand in reverse order: read back, they speak of the bald eagle."""
+    """Return whether the sentences, with their words in reverse order, mention the bald eagle."""
     body = " ".join(reversed(without_punctuation(answer.lower()).split()))
     return "bald eagle" in body and body in sentences(body)
 
@@ -236,7 +234,7 @@ def _second_and_last(answer: str, given: Given) -> bool:
 
 
 def _changed(answer: str, given: Given) -> bool:
-    """The prompt again, its first word another."""
+    """Return whether the answer is the prompt with another first word."""
     asked = str(given["prompt_to_repeat"])
     return answer != asked and answer.split()[1:] == asked.split()[1:]
 

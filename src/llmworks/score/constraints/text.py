@@ -1,4 +1,4 @@
-"""Words and sentences of a text, without tools. Pure functions."""
+"""Split texts into words and sentences without NLP libraries. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ END = re.compile(r"[.!?]+[\"'”’)]*(?=[\s<]|$)")
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text: they end in full stops, question or exclamation marks, but for usual abbreviations and
-    initials.
+    """Split a text into sentences at full stops, question and exclamation marks.
+
+    Common abbreviations and initials do not end a sentence.
     """
     line = " ".join(text.split())
     out, begin = [], 0
@@ -32,15 +33,15 @@ def sentences(text: str) -> list[str]:
 
 
 def bare(word: str) -> str:
-    """A word without punctuation and spaces around it."""
+    """Strip punctuation and spaces from a word."""
     return word.strip(string.punctuation + " ")
 
 
 def without_punctuation(text: str) -> str:
-    """A text without ASCII punctuation."""
+    """Remove ASCII punctuation from a text."""
     return text.translate(str.maketrans("", "", string.punctuation))
 
 
 def tokens(text: str) -> list[str]:
-    """Words and punctuation marks, each apart (about as the Penn treebank divides them)."""
+    """Split a text into words and punctuation marks, similar to Penn Treebank tokenization."""
     return re.findall(r"\w+(?:[-.]\w+)*|[^\w\s]", text)

@@ -1,6 +1,5 @@
-"""Texts that are unlike one another: what is too much like one that is there is refused.
-
-By ROUGE-L, as in Self-Instruct (Wang et al. 2023).
+"""Diversity filter: reject texts that are too similar to earlier ones, by ROUGE-L as in Self-Instruct (Wang et al.
+2023).
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from llmworks.score.rouge import rouge_l, words
 
 
 class Pool:
-    """Grows by texts whose ROUGE-L with every one that is there is below `threshold`.
+    """A set of texts whose pairwise ROUGE-L is below `threshold`.
 
-    Two texts that alike share a word among the longest of each (prefix filtering, Chaudhuri et al. 2006), so few have
-    to be compared.
+    Prefix filtering (Chaudhuri et al. 2006) finds candidates: similar texts share one of the longest words of each, so
+    few pairs are compared.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -27,7 +26,7 @@ class Pool:
         return len(self._texts)
 
     def add(self, text: str) -> bool:
-        """Add a text; False when one like it is there already, or when it has no words."""
+        """Add a text; return False when it is too similar to another one, or has no words."""
         own = words(text)
         prefix = self._prefix(own)
         near = {i for word in prefix for i in self._by_word[word]}
@@ -39,8 +38,9 @@ class Pool:
         return True
 
     def _prefix(self, own: list[str]) -> set[str]:
-        """Words of which at least one is shared by any text that is alike: all but so many of the shortest as are not
-        needed for it.
+        """Return a set of words of which any similar text shares at least one.
+
+        The shortest words that are not needed for this are left out.
         """
         # F >= t needs LCS >= t / (2 - t) times the longer... of either text, since the other has at least LCS words
         needed = math.ceil(self.threshold / (2 - self.threshold) * len(own) - 1e-9)

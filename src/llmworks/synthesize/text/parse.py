@@ -1,4 +1,4 @@
-"""Read what models write: lists of numbered items, labelled lines, signs that an answer is none. Pure functions."""
+"""Parse model output: numbered lists, labeled lines, refusals. Pure functions."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ REFUSALS = re.compile(
 
 
 def numbered(text: str) -> list[str]:
-    """The items of a numbered list, or of a list with bullets, without marks of emphasis and quotes around them; what
-    stands before the list is left out.
-    """
+    """Return the items of a numbered or bulleted list, without emphasis and quotes; text before the list is ignored."""
     mark = ITEM if ITEM.search(text) else BULLET
     if not mark.search(text):
         return []
@@ -27,7 +25,7 @@ def numbered(text: str) -> list[str]:
 
 
 def bare(text: str) -> str:
-    """A text without white space, emphasis and quotes around it."""
+    """Strip white space, emphasis and quotes."""
     text = text.strip().strip("*").strip()
     while len(text) > 1 and text[0] in QUOTES and text[-1] in QUOTES:
         text = text[1:-1].strip()
@@ -35,9 +33,7 @@ def bare(text: str) -> str:
 
 
 def labelled(text: str, label: str) -> str:
-    """What stands behind `Label:`, up to the next label at the beginning of a line; empty when the label is not
-    there.
-    """
+    """Return the text after `Label:`, up to the next label at the start of a line; empty without the label."""
     found = re.search(
         rf"^\W*{label}\W*:\**\s*(.*?)(?=^\W*[A-Z][A-Za-z ]{{1,24}}\**:|\Z)",
         text,
@@ -47,5 +43,5 @@ def labelled(text: str, label: str) -> str:
 
 
 def refuses(text: str, words: int = 80) -> bool:
-    """Whether a short answer only says that it cannot answer."""
+    """Return whether a short answer is a refusal."""
     return len(text.split()) < words and REFUSALS.search(text[:200]) is not None

@@ -1,8 +1,7 @@
-"""Encode much text fast: a byte-level BPE tokenizer's own merges run by tiktoken, most words looked up, with the same
-ids.
+"""Fast bulk encoding: run a byte-level BPE tokenizer's merges with tiktoken and a word cache, with identical ids.
 
-Works for tokenizers whose pre-tokenizer is byte-level with a pattern that is known; `bulk_encoder` checks ids on a
-probe before it is trusted, and gives None for all others, which are encoded by `tokenizers` itself.
+Works for tokenizers whose pre-tokenizer is byte-level with a known pattern; `build_bulk_encoder` verifies the ids on
+probe texts, and returns None for all other tokenizers, which `tokenizers` itself encodes.
 """
 
 from __future__ import annotations
@@ -17,12 +16,11 @@ from llmworks.core.errors import MissingDependency
 
 GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 GPT2_DIGITS = (
-    r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"""  # digits stand alone
+    r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"""  # each digit is a word
 )
-# The same for Python. A run that goes on beyond ASCII is taken whole, up to the next white space, where both patterns
-# divide in any case.
-# The fifth and the last alternative match where that is not certain: before what may be a number, and other white
-# space.
+# The same for Python's `re`. A run that continues beyond ASCII is taken whole, up to the next white space, where both
+# patterns split in any case. The fifth and the last alternative match where that is not certain: before what may be a
+# number, and other white space.
 _SPACE, _LETTERS = (
     r"\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000",
     r"\xa1\xab\xbf-\u024f\u0400-\u0481\u2010-\u2027\u3041-\u30ff\u4e00-\u9fff",
@@ -42,33 +40,33 @@ RUN = 5000
 _RUN = re.compile(rf"\s{{{RUN}}}")
 _NEW = re.compile(
     "[\U00011de0-\U00011de9\U00016ff4-\U00016ff6\ud800-\udfff]"
-)  # digits of Unicode 17, which tiktoken does not know, and what is no text
+)  # digits of Unicode 17, which tiktoken does not know, and surrogates
 PROBE = (
     "Hello world, it's 1234.5 tests!  Two  spaces\n\n\tindent = {'key': [1, 22, 333]}  \n they'll I'VE don't",
     "Grüße aus Köln – 日本語のテキスト мир ١٢٣ ½ ²  \u00a0x\u3000y 🙂👩‍💻 \r\n end ",
     "    def f(x):\n        return x ** 2  # a comment\n\n\n7 8 9 a1b2 _under_score --flag=1",
     "“It’s café-owned,” said naïve 3é é3 a½ \n\n“Yes”\t–x  7é",
 )
-KEPT, LONGEST = 100_000, 32  # words that are remembered, and characters of one
+KEPT, LONGEST = 100_000, 32  # maximum number of cached words, and characters of a cached word
 
 
 def byte_characters() -> dict[str, int]:
-    """GPT-2's printable characters for the 256 bytes (Radford et al. 2019, encoder.py)."""
+    """Return GPT-2's mapping of printable characters to the 256 bytes (Radford et al. 2019, encoder.py)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in set(printable)]
     return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}
 
 
 class _Uncertain(Exception):
-    """The text might be divided otherwise."""
+    """The tokenizer might split the text into other words."""
 
 
 class _Absent(Exception):
-    """The text has a byte without a token, or something else that tiktoken does not take as the tokenizer does."""
+    """The text has a byte without a token, or something else that tiktoken encodes differently."""
 
 
 class _Words(dict[str, tuple[int, ...]]):
-    """The ids of words, found when they are first asked for."""
+    """Cache of the ids of words, filled on first use."""
 
     def __init__(self, merge: Callable[[str], list[int]]) -> None:
         self._merge = merge
@@ -83,10 +81,10 @@ class _Words(dict[str, tuple[int, ...]]):
 
 
 class BulkEncoder:
-    """Texts to ids without a beginning and an end, as the tokenizer that it was made from gives them.
+    """Encode texts, without bos and eos, to the ids of the original tokenizer.
 
-    `ids` are those of tiktoken's ranks, -1 for a byte without a token; `added` are the tokens that are found in any
-    text.
+    `ids` maps tiktoken's ranks to token ids, -1 for a byte without a token; `added` are the added tokens, which are
+    recognized in any text.
     """
 
     def __init__(
@@ -99,11 +97,11 @@ class BulkEncoder:
         self._known = _Words(self._merge).__getitem__
 
     def encode(self, text: str) -> list[int]:
-        """The ids of one text."""
+        """Encode one text."""
         return self._by_library(text) if self.holds_added(text) else self.encode_ordinary(text)
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """The ids of a text that holds no added token."""
+        """Encode a text that contains no added token."""
         try:
             if self._split is None:
                 return self._merge(text)
@@ -114,7 +112,7 @@ class BulkEncoder:
             return self._by_library(text)
 
     def holds_added(self, text: str) -> bool:
-        """Whether the text holds an added token."""
+        """Return whether the text contains an added token."""
         for first in self._first:
             if first in text:
                 return self._added.search(text) is not None
@@ -131,20 +129,20 @@ class BulkEncoder:
         return ids
 
     def _merge(self, text: str) -> list[int]:
-        if len(text) > RUN and _RUN.search(text):  # more than tiktoken's stack takes
+        if len(text) > RUN and _RUN.search(text):  # would overflow tiktoken's stack
             raise _Absent
         if not text.isascii() and _NEW.search(text):
             raise _Absent
         ids = [self._ids[rank] for rank in self._encoding.encode_ordinary(text)]
-        if -1 in ids:  # the tokenizer leaves such bytes out as it merges
+        if -1 in ids:  # the tokenizer drops such bytes before merging
             raise _Absent
         return ids
 
 
 def bulk_encoder(tokenizer: Any) -> BulkEncoder | None:
-    """The fast form of a `tokenizers.Tokenizer`, or None when it is of another kind.
+    """Return the fast encoder of a `tokenizers.Tokenizer`, or None when it is not supported.
 
-    MissingDependency without the extra `corpus`.
+    Errors: MissingDependency without the extra `corpus`.
     """
     try:
         import tiktoken
@@ -186,14 +184,14 @@ def bulk_encoder(tokenizer: Any) -> BulkEncoder | None:
         return None
     try:
         encoding = tiktoken.Encoding("llmworks", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    except ValueError:  # a pattern of the other library's own kind
+    except ValueError:  # a pattern that tiktoken's regex engine does not support
         return None
     encoder = BulkEncoder(encoding, ids, tokenizer, added, WORDS.get(pattern))
     return encoder if _agrees(encoder, lambda text: tokenizer.encode(text, add_special_tokens=False).ids) else None
 
 
 def _pattern(pre: Any) -> str | None:
-    """The regular expression that divides text as a pre-tokenizer does, where it is known."""
+    """Return the regular expression that splits text as a pre-tokenizer does, or None when it is not known."""
     steps = pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre]
     if not steps or not steps[-1] or steps[-1]["type"] != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return None
@@ -216,26 +214,26 @@ def _pattern(pre: Any) -> str | None:
             return found
         return (
             rf"{found}|(?:(?!{found})[\s\S])+" if _least_width(found) else None
-        )  # what it leaves out between two finds is a piece too
+        )  # the text between two matches is a piece too
     return None
 
 
 def _least_width(pattern: str) -> int:
-    """The fewest characters that a pattern finds; 0 for one that is not understood."""
+    """Return the minimum number of characters that a pattern matches; 0 for one that cannot be parsed."""
     from re import _parser  # type: ignore[attr-defined]
 
     try:
         return int(
             _parser.parse(re.sub(r"\\[pP](?:\{[^}]*\}|\w)", "a", pattern)).getwidth()[0]
-        )  # Python knows no \p{L}
+        )  # Python's re does not support \p{L}
     except (re.error, OverflowError, RecursionError):
         return 0
 
 
 def _finds_words(bpe: Any, model: Mapping[str, Any], added: Collection[str], ranked: Callable[[str], bool]) -> bool:
-    """Whether every word that is a token becomes that token, which tiktoken takes for granted.
+    """Return whether every token that is a word encodes to that token, which tiktoken assumes.
 
-    Then its merges, which go by the rank of what is made, are those of the tokenizer, which go by the rank of the pair.
+    Then tiktoken's merges, ranked by the merged token, equal those of the tokenizer, ranked by the pair.
     """
     if model.get("ignore_merges"):
         return all(ranked(token) for token in model["vocab"] if token not in added)

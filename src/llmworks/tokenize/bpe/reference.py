@@ -1,7 +1,7 @@
-"""Byte-pair encoding, whole and readable: join the two neighbours that stand together most often, again and again.
+"""Reference implementation of byte-level BPE: merge the most frequent adjacent pair, again and again.
 
-Sennrich et al. 2016 (arXiv:1508.07909), over bytes as in GPT-2 (Radford et al. 2019). The reference that the fast
-library is tested against: the same merges and the same ids. Slow on purpose; knows no special tokens and no files.
+Sennrich et al. 2016 (arXiv:1508.07909), over bytes as in GPT-2 (Radford et al. 2019). The fast library is tested
+against it: the same merges and the same ids. Slow on purpose; does not handle special tokens or files.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from llmworks.tokenize.bpe.fast import GPT2, byte_characters
 Pair = tuple[int, int]
 ORDER = [
     byte for _, byte in sorted(byte_characters().items())
-]  # ids of bytes follow their printable characters, as GPT-2's do
+]  # ids of bytes are in the order of their printable characters, as in GPT-2
 
 
 class BPE:
-    """Text to ids and back by a list of merges.
+    """Byte-level BPE tokenizer given by a list of merges.
 
-    Ids: `first` and on for the 256 bytes, then one for each merge that makes something new.
+    Ids start at `first`: 256 for the bytes, then one for each merge that gives a new token.
 
-    `pattern` divides text into words, and no token reaches over the end of a word.
+    `pattern` splits text into words; no token crosses a word boundary.
     """
 
     def __init__(self, merges: Sequence[Pair] = (), *, pattern: str = GPT2, first: int = 0) -> None:
         self._words, self._first = regex.compile(pattern), first
         self.bytes_of = {first + i: bytes([byte]) for i, byte in enumerate(ORDER)}
         self._id_of = {token: id for id, token in self.bytes_of.items()}
-        self.merges: dict[Pair, int] = {}  # what each pair becomes, in the order in which they were learned
+        self.merges: dict[Pair, int] = {}  # pair -> merged id, in the order of training
         self._rank: dict[Pair, int] = {}
         for pair in merges:
             self._learn(pair)
 
     def _learn(self, pair: Pair) -> int:
         token = self.bytes_of[pair[0]] + self.bytes_of[pair[1]]
-        id = self._id_of.setdefault(token, self._first + len(self.bytes_of))  # two merges may make the same token
+        id = self._id_of.setdefault(token, self._first + len(self.bytes_of))  # two merges may give the same token
         self.bytes_of[id] = token
         self.merges[pair] = id
         self._rank.setdefault(pair, len(self._rank))
         return id
 
     def _divide(self, data: str | bytes) -> list[list[int]]:
-        """Words as ids of bytes. Bytes that are no UTF-8 pass through as they are."""
+        """Split text into words of byte ids; bytes that are not valid UTF-8 are preserved."""
         text = data.decode("utf-8", "surrogateescape") if isinstance(data, bytes) else data
         return [
             [self._id_of[bytes([b])] for b in word.encode("utf-8", "surrogateescape")]
@@ -54,14 +54,15 @@ class BPE:
         ]
 
     def train(self, texts: Iterable[str], size: int, *, least: int = 1) -> None:
-        """Learn merges until there are `size` ids, those before `first` too, or no pair stands `least` times.
+        """Train merges until the vocabulary has `size` ids (including those before `first`), or no pair occurs `least`
+        times.
 
-        Of equally frequent pairs the one of smaller ids.
+        Of equally frequent pairs the one with the smaller ids is merged first.
         """
         words = Counter(tuple(word) for text in texts for word in self._divide(text))
         spelled = [(list(word), count) for word, count in words.items()]
         counts: Counter[Pair] = Counter()
-        where: defaultdict[Pair, set[int]] = defaultdict(set)  # words that hold a pair
+        where: defaultdict[Pair, set[int]] = defaultdict(set)  # pair -> words that contain it
 
         def count(number: int, sign: int) -> None:
             ids, times = spelled[number]
@@ -80,12 +81,10 @@ class BPE:
                 count(number, -1)
                 spelled[number] = (join(spelled[number][0], pair, joined), spelled[number][1])
                 count(number, 1)
-            counts = +counts  # those that are left
+            counts = +counts  # drop pairs with count 0
 
     def encode(self, data: str | bytes) -> list[int]:
-        """The ids of a text: in each word the pair that was learned first is joined, the leftmost of its kind, until
-        none is left.
-        """
+        """Encode a text: in each word, merge the pair of lowest rank, leftmost first, until none is left."""
         out: list[int] = []
         for ids in self._divide(data):
             while len(ids) > 1:
@@ -98,16 +97,16 @@ class BPE:
         return out
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """What the ids stand for. KeyError for one that is none."""
+        """Decode ids to bytes; KeyError for an unknown id."""
         return b"".join(self.bytes_of[id] for id in ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The same as text; bytes that are no UTF-8 become U+FFFD."""
+        """Decode ids to text; invalid UTF-8 bytes become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
 
 def join(ids: Sequence[int], pair: Pair, joined: int) -> list[int]:
-    """The ids with every occurrence of the pair, from the left, as one."""
+    """Replace every occurrence of the pair, from the left, by the merged id."""
     out: list[int] = []
     at = 0
     while at < len(ids):

@@ -1,8 +1,8 @@
-"""The three ways in which a vocabulary is learned, each as the `tokenizers` library does it: how text is divided, what
-is learned, how it is put together again.
+"""Trainers of the `tokenizers` library for BPE, Unigram and WordPiece, with their normalizers, pre-tokenizers and
+decoders.
 
-`learn` runs one of them, `as_transformers` gives the result its control tokens and template. Knows no files and no data
-sets.
+`train_tokenizer` runs one of them, `to_transformers` adds special tokens and a chat template. Does not access files or
+datasets.
 """
 
 from __future__ import annotations
@@ -23,21 +23,19 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPACE = "▁"  # what SentencePiece writes for a space
-NEVER = -1e5  # a score that no path takes
-LETTERS = 1000  # of an alphabet of WordPiece
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # and for a byte of a character that is no token
+SPACE = "▁"  # SentencePiece's symbol for a space
+NEVER = -1e5  # score so low that no segmentation uses the piece
+LETTERS = 1000  # maximum alphabet size of WordPiece
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # byte-fallback tokens of SentencePiece
 
 
 def learn(config: TrainConfig, control: Sequence[str], texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """A vocabulary of texts; `control` are its first tokens."""
+    """Train a tokenizer with the configured algorithm; `control` are its first tokens."""
     return {"bpe": bpe, "unigram": unigram, "wordpiece": wordpiece}[config.algorithm](config, control, texts)
 
 
 def bpe(config: TrainConfig, control: Sequence[str], texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """Byte-pair encoding over bytes (Sennrich et al. 2016; Radford et al. 2019): every text has tokens, and is given
-    back as it was.
-    """
+    """Train byte-level BPE (Sennrich et al. 2016; Radford et al. 2019): lossless, without unknown tokens."""
     made = Tokenizer(models.BPE())
     made.normalizer = normalizer(config.normalizer)
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -67,14 +65,13 @@ def bpe(config: TrainConfig, control: Sequence[str], texts: Callable[[], Iterabl
 
 
 def unigram(config: TrainConfig, control: Sequence[str], texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """A unigram language model over pieces (Kudo 2018, arXiv:1804.10959), bytes for characters that are no piece, as
-    SentencePiece's byte fallback.
+    """Train a Unigram tokenizer (Kudo 2018, arXiv:1804.10959) with SentencePiece's byte fallback.
 
-    A text with "▁" in it comes back with a space there.
+    A "▁" in the text is decoded to a space.
     """
     made = Tokenizer(models.Unigram())
     made.normalizer = normalizer(config.normalizer)
-    # lines end words too: without that what is between two spaces may be a page
+    # split at line ends too: otherwise a word between two spaces may be a whole page
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"[\r\n\t]+"), "isolated"), pre_tokenizers.Metaspace(SPACE, prepend_scheme="never")]
     )
@@ -91,7 +88,7 @@ def unigram(config: TrainConfig, control: Sequence[str], texts: Callable[[], Ite
     )
     state = json.loads(made.to_str())
     first, pieces = state["model"]["vocab"][: len(control)], settled(state["model"]["vocab"][len(control) :])
-    # who writes "<0x41>" means these six characters, so their pieces must be better together
+    # a literal "<0x41>" in the text means these six characters, so their pieces must score higher than the byte token
     state["model"] |= {"vocab": [*first, *((byte, NEVER) for byte in BYTES), *pieces], "byte_fallback": True}
     whole: Tokenizer = Tokenizer.from_str(json.dumps(state))
     whole.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -99,10 +96,10 @@ def unigram(config: TrainConfig, control: Sequence[str], texts: Callable[[], Ite
 
 
 def settled(vocab: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Pieces in an order, and with scores, that are the same in every run.
+    """Make the order and scores of the pieces reproducible.
 
-    The library adds up in any order, so the last digits differ; and the letters that it keeps although they are no good
-    pieces get scores in any order.
+    The library sums in varying order, so the last digits of scores differ; and single letters that it keeps despite low
+    scores get their scores in varying order.
     """
     pieces = sorted(((piece, round(score, 6)) for piece, score in vocab), key=lambda item: (-item[1], item[0]))
     tail = len(pieces)
@@ -113,8 +110,9 @@ def settled(vocab: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
 
 
 def wordpiece(config: TrainConfig, control: Sequence[str], texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """WordPiece as BERT has it (Devlin et al. 2019, arXiv:1810.04805): words at white space and punctuation, the
-    longest piece first, what has none is unknown.
+    """Train WordPiece as in BERT (Devlin et al. 2019, arXiv:1810.04805).
+
+    Splits at white space and punctuation, matches the longest piece first, else [UNK].
     """
     made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     own = normalizers.BertNormalizer(lowercase=config.lowercase)
@@ -128,7 +126,7 @@ def wordpiece(config: TrainConfig, control: Sequence[str], texts: Callable[[], I
             : min(LETTERS, (config.vocab_size - len(control)) // 4)
         ]
     ]
-    inside = [f"##{c}" for c in sorted(alphabet)]  # given ids beforehand, which the library else gives in any order
+    inside = [f"##{c}" for c in sorted(alphabet)]  # ids are assigned here, since the library's order varies
     made.train_from_iterator(
         texts(),
         trainers.WordPieceTrainer(
@@ -152,17 +150,17 @@ def wordpiece(config: TrainConfig, control: Sequence[str], texts: Callable[[], I
 
 
 def added(control: Sequence[str]) -> list[AddedToken]:
-    """Control tokens, found in text as they are."""
+    """Return the special tokens as AddedTokens, matched in text without normalization."""
     return [AddedToken(token, special=True, normalized=False) for token in control]
 
 
 def normalizer(form: Literal["none", "nfc", "nfkc"]) -> Any:
-    """A Unicode form, or nothing."""
+    """Return the normalizer of a Unicode form, None for "none"."""
     return {"none": lambda: None, "nfc": normalizers.NFC, "nfkc": normalizers.NFKC}[form]()
 
 
 def as_transformers(made: Tokenizer, roles: Mapping[str, str], template: str) -> PreTrainedTokenizerFast:
-    """With its control tokens by role (`eos_token` ...) and its chat template."""
+    """Wrap as a transformers tokenizer with special tokens by role (`eos_token` ...) and a chat template."""
     from transformers import PreTrainedTokenizerFast
 
     kind: Any = PreTrainedTokenizerFast

@@ -1,7 +1,4 @@
-"""Control tokens that stand in somebody's text: whoever writes `<|im_end|>` there ends a turn and speaks for others.
-
-Knows no template.
-"""
+"""Detect special tokens in message text: a user who writes `<|im_end|>` ends a turn and can speak for others."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from llmworks.core.types import Json, Message
 
 
 class ControlTokens:
-    """A tokenizer's special tokens, and where they are found."""
+    """Detector of a tokenizer's special tokens in text."""
 
     def __init__(self, tokenizer: Any) -> None:
         added = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -23,19 +20,19 @@ class ControlTokens:
         self._first = "".join(sorted({token[0] for token in self.tokens}))
 
     def within(self, text: str) -> list[str]:
-        """The control tokens in a text, in their order, each once."""
-        for first in self._first:  # most texts end here, which is much faster
+        """Return the distinct special tokens in a text, in order."""
+        for first in self._first:  # most texts contain none of these characters, so the regex is not run
             if first in text:
                 return list(dict.fromkeys(self._any.findall(text)))
         return []
 
     def of_turn(self, message: Message) -> list[str]:
-        """Those in a turn's text and in its calls."""
+        """Return the special tokens in a turn's content and tool calls."""
         calls = [
             text for call in message.tool_calls for text in (call.name, json.dumps(call.arguments, ensure_ascii=False))
         ]
         return list(dict.fromkeys(token for text in (message.content, *calls) for token in self.within(text)))
 
     def of_tools(self, tools: Sequence[Json]) -> list[str]:
-        """Those in the descriptions of tools."""
+        """Return the special tokens in tool definitions."""
         return self.within(json.dumps(list(tools), ensure_ascii=False)) if tools else []

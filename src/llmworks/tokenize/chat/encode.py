@@ -1,11 +1,10 @@
-"""Conversations to token ids with a loss mask, many of them: what `templates.render_masked` gives, faster where the
-template allows it.
+"""Bulk encoding of conversations to token ids with a loss mask: the result of `templates.render_masked`, but faster.
 
-Packed rows and pages of chats are made with it; `train.sft`, whose rows are fewer, calls `render_masked` itself
+Used for packing and for pages of chats; `train.sft`, whose rows are fewer, calls `render_masked` itself
 (`data/conversations/training_rows.py`).
 
-A template that only writes the contents is not run for every conversation, and a tokenizer that `bulk` knows encodes
-only the contents.
+A template that only inserts the contents is not run for every conversation, and with a tokenizer that
+`build_bulk_encoder` supports only the contents are encoded.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from llmworks.tokenize.chat.template_cache import HOLE, TRIM, Pattern, Skeletons
 from llmworks.tokenize.chat.templates import encode, flatten_tools, render_masked, renders_tools
 
 Ids = list[int]
-Mask = bytearray | bytes  # 1 where a token is learned
+Mask = bytearray | bytes  # loss mask: 1 for label tokens
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """Ids that stand in every conversation of a pattern, and their mask."""
+    """Ids that are the same in every conversation of a pattern, and their loss mask."""
 
     ids: Ids
     mask: bytes
@@ -36,22 +35,21 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Filled:
-    """A text around contents: pieces that are text, or (turn, what trims its content)."""
+    """Template text around message contents: pieces that are text, or (turn, function that trims its content)."""
 
     pieces: tuple[str | tuple[int, Callable[[str], str]], ...]
-    mask: bytes  # of one token
+    mask: bytes  # loss mask of one token
 
     def text(self, contents: Sequence[str]) -> str:
-        """The text with these contents."""
+        """Fill in the contents."""
         return "".join([p if isinstance(p, str) else p[1](contents[p[0]]) for p in self.pieces])
 
 
 class ConversationEncoder:
-    """Encodes conversations with a tokenizer's own template.
+    """Encoder of conversations with a tokenizer's own chat template.
 
-    `fast` False always runs the template itself; `frozen` fixes the dates that some templates insert, so that a day
-    later gives the same;
-    `strict` refuses control tokens in somebody's text.
+    `fast=False` always runs the template itself; `frozen` fixes the dates that some templates insert, so that results
+    do not depend on the day; `strict` rejects special tokens in message text.
     """
 
     def __init__(self, tokenizer: Any, *, fast: bool = True, frozen: bool = False, strict: bool = False) -> None:
@@ -64,9 +62,10 @@ class ConversationEncoder:
         self._plans: dict[Pattern, list[Fixed | Filled] | None] = {}
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> tuple[Ids, Mask]:
-        """(ids, mask).
+        """Encode a conversation to (ids, loss mask).
 
-        Tools are written into the text where the template would drop them. ModelError, RequestError as `render_masked`.
+        Tools are written into the text where the template would drop them.
+        Errors: ModelError and RequestError as in `render_masked`.
         """
         if self._bulk is None or tools or any(m.tool_calls for m in messages):
             self._check(messages, tools)
@@ -85,7 +84,7 @@ class ConversationEncoder:
         return list(rendered.ids), bytes(rendered.mask)
 
     def encode_plain(self, roles: Sequence[str], contents: Sequence[str]) -> tuple[Ids, Mask]:
-        """The same for turns that have a role, one of `types.ROLES`, and a content only, all answers learned."""
+        """Encode turns that have only a role (one of `types.ROLES`) and a content, with all answers trained on."""
         if self._skeletons is not None:
             pattern = tuple(
                 [(role, 1, content != "", bool(content.strip())) for role, content in zip(roles, contents, strict=True)]
@@ -96,9 +95,9 @@ class ConversationEncoder:
         return self.encode([Message(role, content) for role, content in zip(roles, contents, strict=True)])
 
     def _check(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> None:
-        """RequestError for a control token where none may be.
+        """Raise RequestError for a special token in message text.
 
-        What `bulk` encodes holds no added token at all, so it needs no look.
+        Text that the bulk encoder takes contains no added token, so it needs no check.
         """
         if self._control is not None:
             found = next(
@@ -106,12 +105,10 @@ class ConversationEncoder:
                 None,
             )
             if found:
-                raise RequestError(f"a control token in the text ({found[0]})")
+                raise RequestError(f"a special token in the text ({found[0]})")
 
     def text(self, text: str) -> Ids:
-        """The ids of a document: none are added, and control tokens that stand in it are encoded as the text that they
-        are.
-        """
+        """Encode a document: no special tokens are added, and those in its text are encoded as plain text."""
         if self._bulk is not None and not self._bulk.holds_added(text):
             return self._bulk.encode_ordinary(text)
         return list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
@@ -128,7 +125,7 @@ class ConversationEncoder:
             if self._bulk is None:
                 new = list(encode(self._tokenizer, text))
             elif self._bulk.holds_added(text):
-                return None  # it may reach over what was encoded apart
+                return None  # an added token may span the border to ids that were encoded separately
             else:
                 new = self._bulk.encode_ordinary(text)
             ids += new
@@ -145,9 +142,7 @@ class ConversationEncoder:
         return self._plans[pattern]
 
     def _divided(self, text: str, learned: int) -> list[Fixed | Filled]:
-        """A segment divided at the special tokens that the template writes, which part what is encoded, if the
-        tokenizer is known so well.
-        """
+        """Split a segment at the template's special tokens, where these always separate the encoding."""
         parts = self._apart.split(text) if self._apart and self._bulk else [text]
         found: list[Fixed | Filled] = []
         for part in filter(None, parts):
@@ -175,13 +170,11 @@ def _bulk(tokenizer: Any) -> BulkEncoder | None:
     try:
         return bulk_encoder(backend) if backend is not None else None
     except MissingDependency:
-        return None  # slower, the same ids
+        return None  # slower, with the same ids
 
 
 def _apart(tokenizer: Any) -> re.Pattern[str] | None:
-    """Finds added tokens that part a text whatever is beside them; None when some take white space in, or two could
-    overlap.
-    """
+    """Return a regex of the added tokens if they always separate text; None if some strip white space or overlap."""
     known = list(tokenizer.added_tokens_decoder.values())
     added = {str(t.content) for t in known}
     begins = {token[:end] for token in added for end in range(1, len(token))}

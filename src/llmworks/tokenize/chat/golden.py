@@ -1,8 +1,8 @@
-"""Golden tokens: a handful of conversations whose ids, loss mask, stop ids and largest logits a model must replay after
-every step.
+"""Golden tokens: a few conversations whose ids, loss mask, stop ids and top logits a model must reproduce after every
+step.
 
-Ids, mask and stop ids are compared exactly; logits within a bound that the step declares. Where logits come from is
-passed in, so that one record serves torch, llama.cpp and any other engine. Knows no model weights.
+Ids, mask and stop ids are compared exactly; logits within a tolerance that the step declares. The function that
+computes logits is passed in, so that one record serves torch, llama.cpp and any other engine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llmworks.tokenize.chat.templates import Rendered, encode, render_masked, re
 
 TOP = 32
 POSITIONS = 4  # per conversation
-Logits = Callable[[Sequence[int]], Any]  # ids -> [len(ids), vocabulary], numpy
+Logits = Callable[[Sequence[int]], Any]  # ids -> [len(ids), vocab_size], numpy
 
 _WEATHER: Json = {
     "name": "get_weather",
@@ -66,9 +66,9 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class LogitGap:
-    """How far replayed logits are from the recorded ones, over the recorded top 32 at every position.
+    """Difference between replayed and recorded logits, over the recorded top 32 at every position.
 
-    A shift common to all of them is taken out first, since softmax does not see it.
+    The mean difference is subtracted first, since softmax is invariant to it.
     """
 
     largest: float
@@ -77,7 +77,7 @@ class LogitGap:
 
 
 def record(tokenizer: Any, stop_ids: Sequence[int], logits: Logits) -> Golden:
-    """Make the golden record of a model: with its template where it has one, else on plain text."""
+    """Record the golden tokens of a model: with its chat template if it has one, else on plain text."""
     made = [_conversation(messages_to_json(m), list(t), "", r.ids, r.mask, logits) for m, t, r in renderable(tokenizer)]
     for text in () if made else TEXTS:
         ids = encode(tokenizer, text)
@@ -86,8 +86,9 @@ def record(tokenizer: Any, stop_ids: Sequence[int], logits: Logits) -> Golden:
 
 
 def renderable(tokenizer: Any) -> list[tuple[tuple[Message, ...], tuple[Json, ...], Rendered]]:
-    """The conversations that this tokenizer's template accepts: many refuse a system turn, or drop tools; without a
-    template none.
+    """Render the golden conversations that the template accepts; none without a template.
+
+    Many templates refuse a system turn or drop tools.
     """
     found = []
     for messages, tools in CONVERSATIONS if tokenizer.chat_template else ():
@@ -119,9 +120,7 @@ def _conversation(
 
 
 def replay_tokens(golden: Golden, tokenizer: Any, stop_ids: Sequence[int]) -> list[str]:
-    """What differs in ids, mask and stop ids under this tokenizer and template: one line each, empty when all is as
-    recorded.
-    """
+    """Replay ids, loss mask and stop ids; returns one line per difference, empty when all are as recorded."""
     problems: list[str] = []
     if sorted(stop_ids) != sorted(golden.stop_ids):
         problems.append(f"stop ids are {sorted(stop_ids)}, recorded {sorted(golden.stop_ids)}")
@@ -148,12 +147,12 @@ def replay_tokens(golden: Golden, tokenizer: Any, stop_ids: Sequence[int]) -> li
                 f" tokens, recorded {len(conversation.ids)})"
             )
         elif list(mask) != conversation.mask:
-            problems.append(f"conversation {number}: same tokens, another loss mask")
+            problems.append(f"conversation {number}: same tokens, different loss mask")
     return problems
 
 
 def replay_logits(golden: Golden, logits: Logits) -> LogitGap:
-    """The distance between recorded and replayed logits."""
+    """Measure the difference between recorded and replayed logits."""
     import numpy as np
 
     largest, total, count, same = 0.0, 0.0, 0, 0
@@ -178,17 +177,17 @@ def require(
     mean_within: float = 0.0,
     step: str,
 ) -> LogitGap | None:
-    """Replay everything; GoldenMismatch, saying what differs, when a step did not preserve what it must."""
+    """Replay tokens and logits; raise GoldenMismatch, with the differences, when a step did not preserve them."""
     problems = replay_tokens(golden, tokenizer, stop_ids)
     if problems:
         raise GoldenMismatch(f"{step}: golden tokens do not replay: {'; '.join(problems)}; nothing was published")
     if logits is None:
         return None
     gap = replay_logits(golden, logits)
-    if not gap.mean <= mean_within:  # nor where it is no number
+    if not gap.mean <= mean_within:  # also true for NaN
         raise GoldenMismatch(
-            f"{step}: golden logits are {gap.mean:.3g} away on average (largest {gap.largest:.3g}, same greedy token"
-            f" {gap.same_greedy:.0%}), allowed is {mean_within:g}; nothing was published"
+            f"{step}: golden logits differ by {gap.mean:.3g} on average (maximum {gap.largest:.3g}, top-1 agreement"
+            f" {gap.same_greedy:.0%}), the tolerance is {mean_within:g}; nothing was published"
         )
     return gap
 

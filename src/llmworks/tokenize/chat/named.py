@@ -1,8 +1,8 @@
-"""Chat templates by name, for a model that has none or gets another: as their models' makers published them, stated
-anew in `named/`.
+"""Named chat templates, for a model that has none or is to use another one.
 
-A model's own template comes first; a name is given on purpose. Where a template has no place for a system turn, it
-stands before the first user turn's text; a role or an order that a template cannot show is refused, never dropped.
+They follow the templates published with the models and are rewritten in `named/`. Where a template has no system role,
+the system text is put before the text of the first user turn. A role or an order that a template cannot render is an
+error, never dropped.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from llmworks.tokenize.load import load_tokenizer
 Template = Literal[
     "keep", "tools", "chatml", "alpaca", "llama-2", "llama-3", "mistral", "mistral-v3", "gemma", "phi", "zephyr"
 ]
-CHOICES = "keep: the model's own; tools: its own, taught to show tools and calls; or the name of a published one"
+CHOICES = "keep: the model's own; tools: its own, extended to render tools and tool calls; else a named template"
 FOLDER = Path(__file__).parent / "named"
 
 
 @dataclass(frozen=True)
 class Named:
-    """A template: the models that it comes from, the tokens that it writes beside the beginning and end tokens, and
-    which of them ends an answer, if one does.
+    """A named template: the models that use it, the special tokens that it writes besides bos and eos, and the one that
+    ends an answer ("" for eos).
     """
 
     models: str
@@ -36,7 +36,7 @@ class Named:
 
 NAMED: dict[str, Named] = {
     "chatml": Named("Qwen, SmolLM, Yi, OpenHermes", ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
-    "alpaca": Named("Stanford Alpaca and its kin"),
+    "alpaca": Named("Stanford Alpaca and derivatives"),
     "llama-2": Named("Llama 2 Chat, Code Llama Instruct"),
     "llama-3": Named("Llama 3 Instruct", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"),
     "mistral": Named("Mistral 7B Instruct v0.1 and v0.2, Mixtral 8x7B Instruct"),
@@ -48,14 +48,14 @@ NAMED: dict[str, Named] = {
 
 
 def named_template(name: str) -> str:
-    """The Jinja text of a named template. UserError for a name that is not known."""
+    """Return the Jinja source of a named template; UserError for an unknown name."""
     if name not in NAMED:
         raise UserError(f"unknown chat template {name!r}; known: {', '.join(NAMED)}")
     return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
 
 
 def use_template(tokenizer: Any, template: Template) -> None:
-    """Give a tokenizer the template that a config names."""
+    """Set the tokenizer's chat template to the one that a config names."""
     if template == "tools":
         tokenizer.chat_template = tool_aware(str(tokenizer.chat_template or ""))
     elif template != "keep":
@@ -63,13 +63,13 @@ def use_template(tokenizer: Any, template: Template) -> None:
 
 
 def tokenizer_of(model: Model | Adapter | Tokenizer, template: Template = "keep") -> Any:
-    """A model directory's tokenizer with the template that a config names.
+    """Load the tokenizer of a model directory with the chat template that a config names.
 
-    ModelError for a GGUF file or a server, which have none of their own here.
+    Errors: ModelError for a GGUF file or a server, which have no tokenizer files.
     """
     if isinstance(model, Model) and model.format != "hf":
         raise ModelError(
-            f"{model.name}: its tokenizer is needed, so a Hugging Face directory; this is {model.format}"
+            f"{model.name}: its tokenizer is needed, which only a Hugging Face directory has; this is {model.format}"
             + ("; convert it with the stage model.from_gguf" if model.format == "gguf" else "")
         )
     tokenizer = load_tokenizer(model.path)

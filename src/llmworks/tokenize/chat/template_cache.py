@@ -1,9 +1,7 @@
-"""What a chat template writes around the turns: rendered once for conversations of the same roles, then filled with
-their texts.
+"""Cache of rendered chat templates: render once per pattern of roles, then fill in the message contents.
 
-The template is run on opaque contents, which can only be written, joined to other text, trimmed, and asked whether they
-are there; one that does anything else with them has no skeleton and has to be run for every conversation. Knows no
-tokenizer's ids.
+The template is run on opaque contents, which can only be written, concatenated, trimmed, and tested for being empty. A
+template that does anything else with them has no skeleton and is run for every conversation. Does not handle token ids.
 """
 
 from __future__ import annotations
@@ -20,31 +18,31 @@ from llmworks.tokenize.chat.templates import FROZEN_DATE, Segment, render_text, 
 MARK = "\U0010fffe"
 HOLE = re.compile(
     MARK + "([0-9]+)([rbet])"
-)  # a content in rendered text: its turn, and whether it is raw or trimmed at the beginning, end, or both
+)  # a content in rendered text: its turn, and r (raw) or trimmed at b (beginning), e (end), t (both)
 TRIM: dict[str, Callable[[str], str]] = {"r": str, "b": str.lstrip, "e": str.rstrip, "t": str.strip}
 Pattern = tuple[
     tuple[str, int, bool, bool], ...
-]  # of each turn: role, weight, whether there is text, whether any beside white space
+]  # per turn: role, weight, whether the content is not empty, whether it is more than white space
 
 
 class Inspected(Exception):
-    """The template looked into a content."""
+    """The template inspected a content."""
 
 
 class Hole(NamedTuple):
-    """The content of a turn in a text, how it is trimmed (a key of `TRIM`), and whether it is more than white space."""
+    """Placeholder for a turn's content: its trimming (a key of `TRIM`), and whether it is more than white space."""
 
     turn: int
     trim: str
     filled: bool
 
     def trimmed(self, side: str) -> Hole:
-        """Trimmed at one more side, "b" or "e"."""
+        """Return the slot trimmed at one more side, "b" (beginning) or "e" (end)."""
         return self._replace(trim=side if self.trim in ("r", side) else "t")
 
 
 class Opaque:
-    """A text that is not known: pieces that are text or holes; `there` says whether it is not empty."""
+    """Text with unknown contents: pieces that are strings or slots, and whether it is not empty."""
 
     def __init__(self, pieces: Sequence[str | Hole], there: bool) -> None:
         self.pieces, self.there = tuple(pieces), there
@@ -56,7 +54,7 @@ class Opaque:
         return self._joined(other, self)
 
     def _joined(self, *sides: Any) -> Opaque:
-        # text that is marked as safe for HTML escapes what it is joined to
+        # jinja2.Markup is refused (type is not str), since it escapes what it is concatenated with
         pieces = [
             piece
             for side in sides
@@ -68,13 +66,13 @@ class Opaque:
         return Opaque(pieces, any(map(bool, sides)))
 
     def strip(self) -> Opaque:
-        """The text without white space around it."""
+        """Return the text without surrounding white space."""
         pieces = list(self.pieces)
         for at, side in ((0, "b"), (-1, "e")):
             end = pieces[at]
             trimmed = end.trimmed(side) if isinstance(end, Hole) else TRIM[side](end)
             if len(pieces) > 1 and not (trimmed.filled if isinstance(trimmed, Hole) else trimmed):
-                self._inspected()  # white space goes on into what is beside it
+                self._inspected()  # the trimming would continue into the neighboring piece
             pieces[at] = trimmed
         return Opaque(pieces, any(p.filled if isinstance(p, Hole) else bool(p) for p in pieces))
 
@@ -115,11 +113,11 @@ OF_LISTS = {
     "rejectattr",
     "default",
     "d",
-}  # filters that only pass on what is in a list
+}  # filters that only pass list items on
 
 
 class Skeletons:
-    """The skeletons of one tokenizer's template, one for each pattern of turns that was met."""
+    """Cache of the skeletons of one tokenizer's template, one for each pattern of turns."""
 
     def __init__(self, tokenizer: Any, *, frozen: bool = False) -> None:
         self._tokenizer, self._frozen = tokenizer, frozen
@@ -127,9 +125,9 @@ class Skeletons:
         self._known: dict[Pattern, list[Segment] | None] = {}
 
     def of(self, pattern: Pattern, messages: Callable[[], Sequence[Message]]) -> list[Segment] | None:
-        """The segments of a pattern with `HOLE`s for contents, or None.
+        """Return the segments of a pattern with slots for contents, or None if the template has no skeleton.
 
-        `messages` gives a conversation of it, to see that it is right.
+        `messages` returns a conversation of this pattern, on which the skeleton is verified.
         """
         if pattern not in self._known:
             self._known[pattern] = self._made(pattern, messages())
@@ -143,7 +141,7 @@ class Skeletons:
         try:
             made = segments(lambda count, prompt: self._render(pattern[:count], contents, prompt), turns)
             texts = [message.content for message in example]
-            # without an end token, what is learned ends where the white space of the content begins
+            # without an end token, the trained part would end at the trailing white space of the content
             if any(HOLE.split(text)[-1] == "" for text, _ in made):
                 return None
             real = segments(
@@ -152,7 +150,7 @@ class Skeletons:
                 ),
                 example,
             )
-        except Exception:  # whatever the template raises, the renderer will raise and word it
+        except Exception:  # the normal renderer will raise and report it
             return None
         return made if [(fill(text, texts), learned) for text, learned in made] == real else None
 
@@ -167,21 +165,19 @@ class Skeletons:
 
 
 def pattern_of(messages: Sequence[Message]) -> Pattern | None:
-    """The pattern of a conversation; None with tool calls, results or names."""
+    """Return the pattern of a conversation; None with tool calls, tool results or names."""
     if any(m.tool_calls or m.tool_call_id or m.name for m in messages):
         return None
     return tuple((m.role, m.weight, bool(m.content), bool(m.content.strip())) for m in messages)
 
 
 def fill(text: str, contents: Sequence[str]) -> str:
-    """A segment with contents in its holes."""
+    """Fill the slots of a segment with contents."""
     return HOLE.sub(lambda m: TRIM[m[2]](contents[int(m[1])]), text)
 
 
 def _compiled(template: str, frozen: bool) -> Any:
-    """The template as Jinja runs it on opaque contents; None for one that catches its own output, which could then be
-    looked into.
-    """
+    """Compile the template for opaque contents; None if it captures its own output, which it could then inspect."""
     import jinja2
     from jinja2 import nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -199,7 +195,9 @@ def _compiled(template: str, frozen: bool) -> Any:
     environment.filters = {name: _guarded(name, function) for name, function in filters.items()}
     environment.filters["trim"] = lambda value, *chars: value.strip(*chars)
     environment.tests = {name: _tested(name, function) for name, function in environment.tests.items()}
-    source = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)  # transformers' own marks, which write nothing
+    source = re.sub(
+        r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template
+    )  # generation tags of transformers, which write nothing
     try:
         tree = environment.parse(source)
         kept = (
@@ -240,7 +238,7 @@ def _holds_content(value: Any) -> bool:
 
 
 def _guarded(name: str, function: Any) -> Any:
-    """A filter that takes no content. Those that Jinja gives its context pass it first."""
+    """Wrap a filter so that it refuses opaque contents."""
     if name in OF_LISTS:
         return function
 
@@ -253,7 +251,7 @@ def _guarded(name: str, function: Any) -> Any:
 
 
 def _tested(name: str, function: Any) -> Any:
-    """A test that answers for a content as for any text, or refuses."""
+    """Wrap a test so that it treats opaque contents as strings, or refuses them."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if any(isinstance(a, Opaque) for a in args):
@@ -266,7 +264,7 @@ def _tested(name: str, function: Any) -> Any:
 
 
 def _like(function: Any, call: Any) -> Any:
-    """What Jinja passes to the function it passes to its guard: context, evaluation context or environment."""
+    """Copy Jinja's pass_context, pass_eval_context or pass_environment mark from the function to its wrapper."""
     if hasattr(function, "jinja_pass_arg"):
         call.jinja_pass_arg = function.jinja_pass_arg
     return call

@@ -1,6 +1,6 @@
-"""What is wrong with a chat template and its tokenizer, found by rendering conversations of marked words.
+"""Find faults of a chat template and its tokenizer by rendering probe conversations.
 
-Knows no data and no weights.
+Does not access datasets or weights.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ TOOL = {
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault (`error`: what is trained or asked is not what was meant; `warning`: it may be; `note`: to know), and
-    what to do.
-    """
+    """A fault and its fix; `error`: training or prompting goes wrong, `warning`: it may, `note`: for information."""
 
     code: str
     level: Literal["error", "warning", "note"]
@@ -38,18 +36,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class Uses:
-    """What the data need of a template."""
+    """Template features that the data use."""
 
     system: bool = False
     tools: bool = False
     results: bool = False
-    turns: bool = False  # more than one answer
+    turns: bool = False  # more than one assistant turn
 
 
 def probe(tokenizer: Any, stops: Sequence[int], uses: Uses, vocabulary: int | None = None) -> list[Finding]:
-    """Every fault of a template for these uses.
+    """Find all faults of a template for these uses.
 
-    `vocabulary` is the number of rows of the model's embedding, where it is known.
+    `vocabulary` is the number of rows of the model's embedding, None if unknown.
     """
     found = _tokens(tokenizer, vocabulary)
     if not tokenizer.chat_template:
@@ -59,7 +57,7 @@ def probe(tokenizer: Any, stops: Sequence[int], uses: Uses, vocabulary: int | No
                 "no-template",
                 "error",
                 "the model has no chat template",
-                "give it one by name (template: chatml), or train on plain text",
+                "name one (chat_template: chatml), or train on plain text",
             ),
         ]
     try:
@@ -71,7 +69,7 @@ def probe(tokenizer: Any, stops: Sequence[int], uses: Uses, vocabulary: int | No
                 "template-broken",
                 "error",
                 str(error),
-                "correct the template, or give the variable that it needs a default",
+                "correct the template, or give the variable that it needs a default value",
             ),
         ]
     try:
@@ -96,7 +94,7 @@ def _tokens(tokenizer: Any, vocabulary: int | None) -> list[Finding]:
                 "vocabulary",
                 "error",
                 f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocabulary} rows",
-                "resize the embedding, or take the model's own tokenizer",
+                "resize the embedding, or use the model's own tokenizer",
             )
         )
     if tokenizer.eos_token_id is None:
@@ -105,22 +103,22 @@ def _tokens(tokenizer: Any, vocabulary: int | None) -> list[Finding]:
         )
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
         what = (
-            f"the padding token is the end token {tokenizer.eos_token!r}: trainers that leave padding out of the loss"
-            " leave the end out too"
+            f"the padding token is the end token {tokenizer.eos_token!r}: trainers that mask padding in the loss mask"
+            " the end token too"
         )
         found.append(
             Finding(
                 "pad-is-eos",
                 "note",
                 what,
-                "llmworks masks by place, not by id; for other trainers set another pad_token",
+                "llmworks masks by position, not by id; for other trainers set another pad_token",
             )
         )
     return found
 
 
 def _marks(tokenizer: Any, full: str) -> list[Finding]:
-    """Marks of the template that are no single tokens."""
+    """Find marks of the template that are not single tokens."""
     split = [mark for mark in dict.fromkeys(MARKS.findall(full)) if len(encode(tokenizer, mark)) > 1]
     if not split:
         return []
@@ -133,7 +131,7 @@ def _marks(tokenizer: Any, full: str) -> list[Finding]:
             "split-mark",
             "warning",
             what,
-            "the template is another model's: take the model's own, or add the tokens and train their embeddings",
+            "the template is another model's: use the model's own, or add the tokens and train their embeddings",
         )
     ]
 
@@ -149,7 +147,7 @@ def _begin(tokenizer: Any, full: str) -> list[Finding]:
                 "double-bos",
                 "error",
                 f"the template writes {tokenizer.bos_token!r} twice",
-                "take one of them out of the template",
+                "remove one of them from the template",
             )
         ]
     if added[:2] == (bos, bos):
@@ -164,7 +162,7 @@ def _begin(tokenizer: Any, full: str) -> list[Finding]:
             Finding(
                 "no-bos",
                 "warning",
-                f"the tokenizer begins texts with {tokenizer.bos_token!r}, the template does not write it",
+                f"the tokenizer adds {tokenizer.bos_token!r} at the beginning, the template does not write it",
                 "begin the template with {{ bos_token }}",
             )
         ]
@@ -172,7 +170,7 @@ def _begin(tokenizer: Any, full: str) -> list[Finding]:
 
 
 def _prompt(tokenizer: Any, prompt: str, full: str) -> list[Finding]:
-    """Whether what is trained continues what is asked."""
+    """Check that the training text continues the generation prompt."""
     bare = render_text(tokenizer, (Message("user", ASKED),), generation_prompt=False)
     fix = (
         "let the template write the same beginning of an answer with add_generation_prompt as before an assistant turn"
@@ -184,13 +182,13 @@ def _prompt(tokenizer: Any, prompt: str, full: str) -> list[Finding]:
             Finding(
                 "rewrites-turns",
                 "error",
-                "the template renders a turn otherwise when another follows, so no loss mask can be made",
-                "let every turn be rendered by itself",
+                "the template renders a turn differently when another follows, so no loss mask can be computed",
+                "render every turn independently of later ones",
             )
         ]
     if not full.startswith(prompt):
         what = (
-            f"asked, an answer begins after {prompt[len(bare) :]!r}; trained, after"
+            f"in generation an answer begins after {prompt[len(bare) :]!r}; in training after"
             f" {full[len(bare) : full.index(SAID)]!r}"
         )
         return [Finding("generation-prompt", "error", what, fix)]
@@ -200,7 +198,7 @@ def _prompt(tokenizer: Any, prompt: str, full: str) -> list[Finding]:
             Finding(
                 "generation-prompt",
                 "error",
-                f"add_generation_prompt does not write {between!r}, which stands before every trained answer",
+                f"add_generation_prompt does not write {between!r}, which precedes every answer in training",
                 fix,
             )
         ]
@@ -208,7 +206,7 @@ def _prompt(tokenizer: Any, prompt: str, full: str) -> list[Finding]:
 
 
 def _end(tokenizer: Any, stops: Sequence[int], uses: Uses) -> list[Finding]:
-    """Whether every answer ends with a token that is learned and that generation stops at."""
+    """Check that every answer ends with a label token that is a stop token of generation."""
     turns = (Message("user", ASKED), Message("assistant", SAID), Message("user", AGAIN), Message("assistant", MORE))
     found: list[Finding] = []
     for messages in (turns[:2], turns):
@@ -216,7 +214,9 @@ def _end(tokenizer: Any, stops: Sequence[int], uses: Uses) -> list[Finding]:
             rendered = render_masked(tokenizer, messages)
         except (RequestError, ModelError) as error:
             if len(messages) == 2 or uses.turns:
-                found.append(Finding("rewrites-turns", "error", str(error), "let every turn be rendered by itself"))
+                found.append(
+                    Finding("rewrites-turns", "error", str(error), "render every turn independently of later ones")
+                )
             continue
         ends = [
             i for i, m in enumerate(rendered.mask) if m and (i + 1 == len(rendered.mask) or not rendered.mask[i + 1])
@@ -231,8 +231,8 @@ def _end(tokenizer: Any, stops: Sequence[int], uses: Uses) -> list[Finding]:
                     Finding(
                         "no-end",
                         "error",
-                        "answers end without an end token: the model never learns to stop",
-                        "write eos_token or an end-of-turn token behind each answer",
+                        "answers end without an end token: the model is not trained to stop",
+                        "write eos_token or an end-of-turn token after each answer",
                     )
                 )
             else:
@@ -248,7 +248,7 @@ def _end(tokenizer: Any, stops: Sequence[int], uses: Uses) -> list[Finding]:
 
 
 def _own_mask(tokenizer: Any) -> list[Finding]:
-    """A template may mark what is learned with {% generation %}: other trainers follow it."""
+    """Compare the loss mask with the template's own {% generation %} marks, which other trainers use."""
     if "generation %}" not in str(tokenizer.chat_template).replace("-%}", "%}"):
         return []
     turns = (Message("user", ASKED), Message("assistant", SAID), Message("user", AGAIN), Message("assistant", MORE))
@@ -271,7 +271,7 @@ def _own_mask(tokenizer: Any) -> list[Finding]:
                 "mask-too-wide",
                 "error",
                 f"the template's own generation marks cover {extra[:60]!r}",
-                "let {% generation %} hold the answer and its end token only",
+                "let {% generation %} enclose only the answer and its end token",
             )
         )
     if missing.strip():
@@ -279,8 +279,8 @@ def _own_mask(tokenizer: Any) -> list[Finding]:
             Finding(
                 "end-not-learned",
                 "error",
-                f"the template's own generation marks leave out {missing[:60]!r}",
-                "let {% generation %} hold the answer's end token too",
+                f"the template's own generation marks omit {missing[:60]!r}",
+                "let {% generation %} enclose the answer's end token too",
             )
         )
     return found
@@ -306,7 +306,7 @@ def _system(tokenizer: Any, uses: Uses) -> list[Finding]:
     if all(shown):
         return []
     where = (
-        "" if not any(shown) else " when it is asked" if shown[1] else " when an answer follows, so it is never trained"
+        "" if not any(shown) else " in generation" if shown[1] else " when an answer follows, so it is never trained on"
     )
     return [
         Finding(
@@ -327,7 +327,7 @@ def _tools(tokenizer: Any, uses: Uses) -> list[Finding]:
                 "tools-dropped",
                 level,
                 "the template drops tools silently; llmworks writes them into the system turn instead",
-                "train with template: tools, so that the saved template shows them",
+                "train with chat_template: tools, so that the saved template renders them",
             )
         )
         return found
@@ -358,7 +358,7 @@ def _tools(tokenizer: Any, uses: Uses) -> list[Finding]:
 
 
 def _text(tokenizer: Any, prompt: str) -> list[Finding]:
-    """What a template does to text: adds some of its own, dates, trims."""
+    """Check what the template does to text: own system prompt, dates, trimming."""
     found: list[Finding] = []
     before = MARKS.sub(" ", prompt.partition(ASKED)[0])
     words = re.findall(r"[A-Za-z]{2,}", before)
@@ -367,8 +367,8 @@ def _text(tokenizer: Any, prompt: str) -> list[Finding]:
             Finding(
                 "own-system",
                 "note",
-                f"without a system turn the template inserts one of its own: {' '.join(before.split())[:80]!r}",
-                "give a system turn where that is not wanted",
+                f"without a system turn the template inserts its own system prompt: {' '.join(before.split())[:80]!r}",
+                "give a system turn if that is not wanted",
             )
         )
     if render_text(tokenizer, (Message("user", ASKED),), frozen=True) != prompt:
@@ -376,7 +376,7 @@ def _text(tokenizer: Any, prompt: str) -> list[Finding]:
             Finding(
                 "date",
                 "warning",
-                "the template inserts today's date: the same conversation is other tokens tomorrow",
+                "the template inserts today's date: the same conversation gives different tokens tomorrow",
                 "give the date as a variable with a default",
             )
         )

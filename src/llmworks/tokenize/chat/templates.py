@@ -1,8 +1,7 @@
-"""Chat templates: render a conversation to token ids with a mask of what is to be learned, and make a template
-tool-aware.
+"""Chat templates: render a conversation to token ids with a loss mask, and make a template tool-aware.
 
-Renders with the model's own Jinja template, always; never guesses a format. The mask is found by rendering prefixes, so
-it holds for every template that only appends, and a template that does not is refused. Knows no model weights.
+Always renders with the model's own Jinja template; never guesses a format. The mask is found by rendering prefixes, so
+it is correct for every template that only appends; other templates are refused.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 from llmworks.core.errors import ModelError, RequestError
 from llmworks.core.types import Json, Message, ToolCall
 
-# Put in front of a template: the date that some templates insert becomes a constant.
+# Prepended to a template: makes the date that some templates insert a constant.
 FROZEN_DATE = "26 Jul 2024"
 _FROZEN = (
     f"{{%- macro strftime_now(format) -%}}{FROZEN_DATE}{{%- endmacro -%}}{{%- set date_string = '{FROZEN_DATE}' -%}}"
@@ -26,8 +25,8 @@ TOOL_PREAMBLE = (
     f'Answer by calling a function: {CALL_OPEN}{{"name": NAME, "arguments": {{...}}}}{CALL_CLOSE}\nFunctions:'
 )
 
-# Put in front of a model's own template: rewrites `messages` so that tools stand in the system turn and calls are text.
-# It renders exactly what `flatten_tools` builds; without tools and calls it changes nothing.
+# Prepended to a model's own template: rewrites `messages` so that tools are in the system turn and tool calls are text.
+# It renders exactly what `flatten_tools` builds; without tools and tool calls it changes nothing.
 _TOOL_PREFIX = Path(__file__).with_name("tools.jinja").read_text(encoding="utf-8")
 
 
@@ -36,14 +35,14 @@ Segment = tuple[str, int]
 
 @dataclass(frozen=True)
 class Rendered:
-    """Token ids of a conversation and, of the same length, 1 where the token is to be learned."""
+    """Token ids of a conversation, and its loss mask of the same length: 1 for label tokens."""
 
     ids: tuple[int, ...]
     mask: tuple[int, ...]
 
 
 def tool_aware(template: str) -> str:
-    """The template, taught to render `tools` and tool calls; the same text as before for conversations without them."""
+    """Extend a template to render `tools` and tool calls; conversations without them are rendered as before."""
     if "flat.text" in template:
         return template
     prefix = _TOOL_PREFIX
@@ -59,9 +58,7 @@ def _jinja_string(text: str) -> str:
 
 
 def flatten_tools(messages: Sequence[Message], tools: Sequence[Json] = ()) -> tuple[Message, ...]:
-    """Messages with the tools written into the system turn and calls written as text, for a template that knows no
-    tools.
-    """
+    """Write tools into the system turn and tool calls as text, for a template without tool support."""
     out = [
         replace(m, content=m.content + "".join(render_call(c) for c in m.tool_calls), tool_calls=()) for m in messages
     ]
@@ -75,8 +72,9 @@ def flatten_tools(messages: Sequence[Message], tools: Sequence[Json] = ()) -> tu
 
 
 def describe_tool(tool: Json) -> str:
-    """A function's signature (`?` marks what is optional) and its parameters; fewer tokens than its JSON schema,
-    nothing of it left out.
+    """Describe a function: signature (`?` marks optional parameters) and parameters.
+
+    Takes fewer tokens than its JSON schema, without omitting anything.
     """
     tool = tool.get("function", tool)
     parameters = tool.get("parameters") or {}
@@ -96,7 +94,7 @@ def describe_tool(tool: Json) -> str:
 
 
 def render_call(call: ToolCall) -> str:
-    """A tool call as the text that a tool-aware model writes."""
+    """Format a tool call as the text that a tool-aware model generates."""
     return (
         f'{CALL_OPEN}{{"name": {json.dumps(call.name, ensure_ascii=False)}, "arguments":'
         f" {json.dumps(call.arguments, ensure_ascii=False)}}}{CALL_CLOSE}"
@@ -104,7 +102,7 @@ def render_call(call: ToolCall) -> str:
 
 
 def parse_calls(text: str, *, strip: bool = True) -> tuple[str, tuple[ToolCall, ...]]:
-    """Split an answer into its plain text and the tool calls in it. A call that is not valid JSON stays in the text."""
+    """Split an answer into its plain text and its tool calls; a call that is not valid JSON stays in the text."""
     plain, calls, at = "", [], 0
     while (start := text.find(CALL_OPEN, at)) >= 0:
         end = text.find(CALL_CLOSE, start)
@@ -137,7 +135,7 @@ def render_text(
     generation_prompt: bool = True,
     frozen: bool = False,
 ) -> str:
-    """The text that the model's template makes of a conversation; `frozen` fixes the dates that some templates insert.
+    """Render a conversation to text with the model's chat template; `frozen` fixes dates that some templates insert.
 
     Errors: ModelError without a template, RequestError when the template refuses the conversation.
     """
@@ -146,8 +144,7 @@ def render_text(
     template = tokenizer.chat_template
     if not template:
         raise ModelError(
-            "this model has no chat template; give it one (tokenizer_config.json: chat_template) or use a base-model"
-            " task"
+            "this model has no chat template; set one (tokenizer_config.json: chat_template) or use a base-model task"
         )
     turns: list[Json] = []
     for m in messages:
@@ -176,7 +173,7 @@ def render_text(
 
 
 def renders_tools(tokenizer: Any) -> bool:
-    """Whether the model's template shows tools at all; many drop them silently."""
+    """Return whether the model's template renders tools; many drop them silently."""
     probe = (Message("user", "?"),)
     tool = {
         "type": "function",
@@ -191,9 +188,7 @@ def renders_tools(tokenizer: Any) -> bool:
 def for_template(
     tokenizer: Any, messages: Sequence[Message], tools: Sequence[Json]
 ) -> tuple[tuple[Message, ...], tuple[Json, ...]]:
-    """(messages, tools) as the model's template can show them: as they are, or written into the text where it would
-    drop them.
-    """
+    """Return (messages, tools) as the template can render them: tools become text if the template would drop them."""
     if (tools or any(m.tool_calls for m in messages)) and not renders_tools(tokenizer):
         return flatten_tools(messages, tools), ()
     return tuple(messages), tuple(
@@ -202,21 +197,21 @@ def for_template(
 
 
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Token ids of rendered text; special tokens are recognised, none are added."""
+    """Encode rendered text to token ids; special tokens are recognized, none are added."""
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def render_prompt(tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Json] = ()) -> tuple[int, ...]:
-    """Token ids of a conversation that waits for the assistant's answer."""
+    """Render a conversation with the generation prompt and encode it to token ids."""
     return encode(tokenizer, render_text(tokenizer, messages, tools=tools))
 
 
 def segments(render: Callable[[int, bool], str], messages: Sequence[Message]) -> list[Segment]:
-    """A conversation's text in pieces, each with 1 where it is learned: every assistant turn (but those of weight 0)
-    with its end-of-turn token.
+    """Split a conversation's text into (text, loss mask) segments.
 
-    `render(count, prompt)` gives the text of the first turns, with a generation prompt or without. White space that the
-    template writes after the end token is not learned.
+    The mask is 1 for every assistant turn (except those of weight 0) including its end-of-turn token, and 0 for the
+    white space that the template writes after it. `render(count, prompt)` renders the first turns, with or without a
+    generation prompt.
     Errors: ModelError when rendering a longer conversation changes the text of a shorter one.
     """
     found: list[Segment] = []
@@ -227,8 +222,8 @@ def segments(render: Callable[[int, bool], str], messages: Sequence[Message]) ->
         prompt, full = render(i, True), render(i + 1, False)
         if not prompt.startswith(done) or not full.startswith(prompt):
             raise ModelError(
-                "the chat template rewrites earlier turns when the conversation goes on, so no loss mask can be made"
-                " for it"
+                "the chat template rewrites earlier turns when the conversation continues, so no loss mask can be"
+                " computed"
             )
         answer = full[len(prompt) :]
         end = len(answer.rstrip())
@@ -243,11 +238,10 @@ def segments(render: Callable[[int, bool], str], messages: Sequence[Message]) ->
 def render_masked(
     tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Json] = (), frozen: bool = False
 ) -> Rendered:
-    """Token ids of a whole conversation, with mask 1 on every assistant turn (but those of weight 0) including its
-    end-of-turn token.
+    """Render a conversation to token ids with a loss mask.
 
-    Each assistant turn is encoded apart from what precedes it, exactly as generation will see it, so no token straddles
-    the border.
+    The mask is 1 for every assistant turn (except those of weight 0) including its end-of-turn token. Each assistant
+    turn is encoded separately from the text before it, as in generation, so no token spans the border.
     Errors: ModelError when rendering a longer conversation changes the text of a shorter one.
     """
     ids: list[int] = []

@@ -1,8 +1,7 @@
-"""A decoder in pieces: each process has a run of its blocks, and the parts of a step go through them in the order 1F1B
-(Narayanan et al. 2019, arXiv:1806.03377).
+"""Pipeline parallelism with the 1F1B schedule (Narayanan et al. 2019, arXiv:1806.03377).
 
-torch's `PipelineStage` and `Schedule1F1B` do it. The first process embeds, the last has the head; where both are one
-matrix, each keeps a copy and their gradients are summed. Knows no loop and no optimizer.
+Each process holds a stage: consecutive layers of the decoder. Uses torch's `PipelineStage` and `Schedule1F1B`. The
+first stage has the embedding, the last the LM head; if they are tied, each keeps a copy and their gradients are summed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from llmworks.train.distributed.world import World
 
 
 class Piece(nn.Module):
-    """Some blocks of a decoder, under the names that they have in the whole."""
+    """Consecutive layers of a decoder, with the parameter names of the full model."""
 
     def __init__(self, network: Any, first: bool, last: bool, layers: range) -> None:
         super().__init__()
@@ -39,7 +38,7 @@ class Piece(nn.Module):
                 self.decoder.embedding = None
 
     def forward(self, x: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
-        """Ids [rows, length] at the first, states [rows, length, width] else -> states."""
+        """Map token ids [rows, length] (first stage) or hidden states [rows, length, hidden size] to hidden states."""
         state = self.decoder.begin(self.decoder.embedding(x), position_ids) if self.first else x
         state = self.decoder.through(state, position_ids, segments=segment_ids)
         finished: Tensor = self.decoder.norm(state)
@@ -47,7 +46,7 @@ class Piece(nn.Module):
 
 
 class Pipelined:
-    """A piece that this process can call, beside others. `parameters` as in `Placed`."""
+    """The pipeline stage of this process. `parameters` as in `DistributedModel`."""
 
     def __init__(
         self,
@@ -60,9 +59,14 @@ class Pipelined:
     ) -> None:
         shape, pieces, at = network.shape, world.count("pipeline"), world.at("pipeline")
         if shape.num_hidden_layers < pieces:
-            raise UserError(f"parallel.pipeline {pieces} is more than the model's {shape.num_hidden_layers} layers")
+            raise UserError(
+                f"parallel.pipeline_parallel_size {pieces} exceeds the model's {shape.num_hidden_layers} layers"
+            )
         if shape.experts or precision == "fp16":
-            raise UserError(f"parallel.pipeline: not with {'experts' if shape.experts else 'precision fp16'}")
+            raise UserError(
+                "parallel.pipeline_parallel_size: not supported"
+                f" with {'experts' if shape.experts else 'precision fp16'}"
+            )
         self.world, self.first, self.last = world, at == 0, at == pieces - 1
         each, more = divmod(shape.num_hidden_layers, pieces)
         begin = at * each + min(at, more)
@@ -83,7 +87,7 @@ class Pipelined:
         self.ends = _ends(world) if shape.tie_word_embeddings else None
 
     def backward(self, batches: Sequence[Any], loss: Loss, labels: float, scaler: Any, precision: str) -> float:
-        """As in `Placed`; the parts are what flows. The last process knows the loss, and says it."""
+        """As in `DistributedModel`; micro-batches go through the pipeline. The last stage broadcasts the loss."""
         from torch.distributed.pipelining import Schedule1F1B
 
         shares, head = self.world.count("data"), self.piece.head
@@ -97,8 +101,8 @@ class Pipelined:
         if self.schedule is None:
             if len(batches) < self.world.count("pipeline"):
                 raise UserError(
-                    f"a step has {len(batches)} parts in each process, the pipeline {self.world.count('pipeline')}"
-                    " pieces; make accumulation larger"
+                    f"a step has {len(batches)} micro-batches per process, but the pipeline"
+                    f" has {self.world.count('pipeline')} stages; raise gradient_accumulation_steps"
                 )
             self.schedule = Schedule1F1B(self.stage, len(batches), loss_fn=scored, scale_grads=False)
         ids, positions, segments, label_ids = (
@@ -124,7 +128,7 @@ class Pipelined:
         return self.world.total([total], "pipeline")[0]
 
     def clip(self, most: float) -> float:
-        """As in `Placed`."""
+        """As in `DistributedModel`."""
         return clip(
             self.parameters.values(),
             most,
@@ -133,7 +137,7 @@ class Pipelined:
         )
 
     def gather(self, into: nn.Module | None) -> None:
-        """As in `Placed`: every piece sends what the first has not."""
+        """As in `DistributedModel`: every stage sends the parameters that the first process does not hold."""
         own = dict(self.piece.named_parameters())
         held: list[Any] = [None] * self.world.size
         dist.all_gather_object(held, sorted(own))
@@ -152,9 +156,9 @@ class Pipelined:
 
 
 def average(gradients: Sequence[Tensor], group: Any, shares: int) -> None:
-    """Each gradient becomes its mean over a group, in one exchange.
+    """Average the gradients over a group in one all-reduce.
 
-    DDP does not go with a pipeline: it counts each part of a step as a step.
+    DDP cannot be combined with a pipeline: it takes each micro-batch for a step.
     """
     flat = torch.cat([g.reshape(-1) for g in gradients])
     dist.all_reduce(flat, group=group)
@@ -164,7 +168,7 @@ def average(gradients: Sequence[Tensor], group: Any, shares: int) -> None:
 
 
 def _ends(world: World) -> Any:
-    """The group of the first and the last piece of this process's pipeline; all processes make all groups."""
+    """Create the groups of first and last stages; return that of this process's pipeline. A collective operation."""
     ranks = world.mesh.mesh  # [pipeline, data, tensor]
     mine = None
     for at in range(ranks.shape[1]):

@@ -1,7 +1,6 @@
-"""A model as one process holds it: whole, replicated (DDP), or sharded (FSDP2) with matrices shared out (tensor
-parallel); how its gradients come about.
+"""Data and tensor parallelism: a model that is whole, replicated (DDP), or sharded (FSDP2, tensor parallel).
 
-torch's own modules do it. `pipeline.py` holds one that has some of the blocks. Knows no loop and no optimizer.
+Uses torch's own modules. `pipeline.py` implements pipeline parallelism.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ WIDTHS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolved(precision: str, device: torch.device, *, spread: bool = False) -> str:
-    """What `auto` is: bf16 on a GPU that computes it (8.0 and newer), fp16 on an older one, fp32 on a CPU.
+    """Resolve precision `auto`: bf16 on a GPU of compute capability 8.0 or newer, fp16 on an older one, fp32 on a CPU.
 
-    `spread`: weights are sharded, so that nothing can be scaled for fp16.
+    `sharded`: fp16 is not an option, since its gradient scaler does not support shards.
     """
     if precision != "auto":
         return precision
@@ -35,21 +34,24 @@ def resolved(precision: str, device: torch.device, *, spread: bool = False) -> s
 
 
 def cast(device: torch.device, precision: str) -> Any:
-    """The context in which products are computed."""
+    """Return the autocast context of a precision."""
     return torch.autocast(device.type, WIDTHS[precision]) if precision != "fp32" else contextlib.nullcontext()
 
 
 class Placed:
-    """A model that this process can call. `parameters`: those that are trained, by their names in the whole model."""
+    """The model of this process, ready for training.
+
+    `parameters`: the trainable ones, by their names in the full model.
+    """
 
     def __init__(self, network: nn.Module, world: World, forward: Any = None) -> None:
         self.network, self.world, self.forward = network, world, forward if forward is not None else network
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
 
     def backward(self, batches: Sequence[Any], loss: Loss, labels: float, scaler: Any, precision: str) -> float:
-        """Add up the gradients of all parts; returns this process's share of the mean loss.
+        """Accumulate the gradients of all micro-batches; return this process's share of the mean loss.
 
-        `labels`: of the step, in all processes.
+        `num_labels`: label tokens of the step over all processes.
         """
         shares, total = self.world.count("data"), 0.0
         for number, batch in enumerate(batches):
@@ -57,20 +59,20 @@ class Placed:
                 with cast(self.world.device, precision):
                     part = loss(self.forward, batch) / labels
                     if shares > 1:
-                        part = part * shares  # gradients are averaged over shares; they should be summed
+                        part = part * shares  # DDP and FSDP average gradients; a sum is needed
                 scaler.scale(part).backward()
             total += float(part.detach()) / shares
         add_partial(self.parameters, self.world)
         return total
 
     def clip(self, most: float) -> float:
-        """The norm of all gradients, which are scaled down to `most`."""
+        """Clip the gradients to `max_norm`; return their norm before clipping."""
         if self.world.size == 1:
             return float(nn.utils.clip_grad_norm_(self.parameters.values(), most))
         return clip(self.parameters.values(), most, self.world)
 
     def gather(self, into: nn.Module | None) -> None:
-        """Put all weights into a whole model, at the first process. All take part."""
+        """Copy all weights into a full model in the first process. A collective operation."""
         if into is self.network:
             return
         targets = dict(into.named_parameters()) if into is not None else {}
@@ -82,7 +84,7 @@ class Placed:
 
     @contextlib.contextmanager
     def _in_step(self, last: bool) -> Iterator[None]:
-        """Gradients are exchanged once in a step: after its last part."""
+        """Synchronize gradients only after the last micro-batch of a step."""
         if isinstance(self.forward, nn.parallel.DistributedDataParallel) and not last:
             with self.forward.no_sync():
                 yield
@@ -101,7 +103,7 @@ def place(
     precision: str = "fp32",
     compiled: bool = False,
 ) -> Placed:
-    """The model as this process holds it. Errors: UserError for one that cannot be spread so."""
+    """Prepare the model for this process. Errors: UserError for a model that cannot be parallelized so."""
     blocks: Any = blocks_of(network)
     spread = parallel.data_parallel == "fsdp" or parallel.tensor_parallel_size > 1
     if world.size == 1 or not spread:
@@ -118,10 +120,14 @@ def place(
         return Placed(network, world, forward)
     if blocks is None:
         raise UserError(
-            "parallel: only decoders can be sharded or share matrices; set parallel.data to replicate, and tensor to 1"
+            "parallel: only decoders can be sharded or tensor-parallel; set parallel.data_parallel to replicate,"
+            " and parallel.tensor_parallel_size to 1"
         )
     if precision == "fp16":
-        raise UserError("precision fp16 is scaled in one piece; take bf16 with parallel.data shard or parallel.tensor")
+        raise UserError(
+            "precision fp16 cannot be combined with sharding (gradient scaling); use bf16 with"
+            " parallel.data_parallel shard or parallel.tensor_parallel_size"
+        )
     if parallel.tensor_parallel_size > 1:
         share_matrices(network, blocks, world)
     if compiled:
@@ -141,14 +147,15 @@ def place(
 
 
 def blocks_of(network: nn.Module) -> Any:
-    """The blocks of our decoder that are here; None for other models."""
+    """Return the decoder layers that this process holds; None for other architectures."""
     blocks = getattr(getattr(network, "decoder", None), "blocks", None)
     return None if blocks is None else list(blocks.children())
 
 
 def add_partial(parameters: Mapping[str, nn.Parameter], world: World) -> None:
-    """Norms of queries and keys are whole in processes that share heads, and their gradients are of their own heads:
-    they are summed.
+    """Sum the gradients of query and key norms over the tensor parallel group.
+
+    These norms are replicated, but each process computes gradients of its own heads only.
     """
     if world.count("tensor") > 1:
         for name, p in parameters.items():
@@ -157,21 +164,24 @@ def add_partial(parameters: Mapping[str, nn.Parameter], world: World) -> None:
 
 
 def share_matrices(network: Any, blocks: Any, world: World) -> None:
-    """Heads and inner numbers of each block are divided among the processes along `tensor`; embedding, head and norms
-    are whole in each.
+    """Apply tensor parallelism: split the heads and the MLP hidden dimension of each layer along `tensor`.
 
-    Errors: UserError for a shape that cannot be divided.
+    Embedding, LM head and norms are replicated. Errors: UserError for a shape that cannot be divided.
     """
     from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
     shape, ways = network.shape, world.count("tensor")
-    for name, number in (("heads", shape.num_attention_heads), ("kv_heads", shape.groups), ("hidden", shape.inner)):
+    for name, number in (
+        ("num_attention_heads", shape.num_attention_heads),
+        ("num_key_value_heads", shape.groups),
+        ("intermediate_size", shape.inner),
+    ):
         if number % ways:
-            raise UserError(f"parallel.tensor {ways} does not divide the model's {name} {number}")
+            raise UserError(f"parallel.tensor_parallel_size {ways} does not divide the model's {name} {number}")
     if shape.experts or shape.position_embedding_type == "alibi":
         raise UserError(
-            f"parallel.tensor: a model with {'experts' if shape.experts else 'ALiBi'} cannot share its matrices; set it"
-            " to 1"
+            f"parallel.tensor_parallel_size: a model with {'experts' if shape.experts else 'ALiBi'} cannot be"
+            " tensor-parallel; set it to 1"
         )
     for block in blocks:
         plan: dict[str, ParallelStyle] = {f"attention.{name}": ColwiseParallel() for name in ("query", "key", "value")}
@@ -187,19 +197,19 @@ def share_matrices(network: Any, blocks: Any, world: World) -> None:
 
 
 def local(x: Any) -> Tensor:
-    """What this process has of a tensor."""
+    """Return the local shard of a tensor."""
     return x.to_local() if hasattr(x, "to_local") else x  # type: ignore[no-any-return]
 
 
 def full(x: Any) -> Tensor:
-    """The whole of a tensor; all processes that share it take part."""
+    """Return the full tensor; a collective operation of all processes that share it."""
     return x.detach().full_tensor() if hasattr(x, "full_tensor") else x.detach()  # type: ignore[no-any-return]
 
 
 def clip(parameters: Any, most: float, world: World, *, twice: Sequence[nn.Parameter] = ()) -> float:
-    """The norm of gradients that are spread over processes, which are scaled down to `most`.
+    """Clip sharded gradients to `max_norm`; return their global norm before clipping.
 
-    `twice`: those that another process counts, too.
+    `duplicates`: parameters that another process counts, too.
     """
     squares: dict[tuple[str, ...], Tensor] = {}
     found = [p for p in parameters if p.grad is not None]
@@ -218,7 +228,8 @@ def clip(parameters: Any, most: float, world: World, *, twice: Sequence[nn.Param
                 squares.get(axes, torch.zeros((), device=world.device)) + local(p.grad).float().square().sum()
             )
     total = torch.zeros((), device=world.device)
-    for axes in sorted({*squares, (), ("data",), ("tensor",), ("data", "tensor")}):  # the same in all processes
+    # the same collectives in the same order in all processes
+    for axes in sorted({*squares, (), ("data",), ("tensor",), ("data", "tensor")}):
         here = squares.get(axes, torch.zeros((), device=world.device))
         for axis in axes:
             dist.all_reduce(here, group=world.group(axis))

@@ -1,6 +1,6 @@
-"""The processes of a training: who each is, how they add up, agree and wait.
+"""Process groups of a training: ranks, device mesh, reductions and barriers.
 
-One process alone is a world, too. Knows no model.
+A single process works the same way.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from llmworks.core.errors import LlmworksError, WorkerLost
 from llmworks.train.distributed.config import DataParallel, Parallel
 
-AXES = ("pipeline", "data", "tensor")  # the last are neighbours, which have the fastest wires
-PATIENCE = timedelta(hours=1)  # the others wait while the first looks, samples and saves
+AXES = ("pipeline", "data", "tensor")  # the innermost axis has neighboring ranks, with the fastest links
+PATIENCE = timedelta(hours=1)  # other ranks wait while the first evaluates, samples and saves
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class World:
-    """One process among `size`. `mesh` [pipeline, data, tensor] where there are several."""
+    """One process among `size`. `mesh` [pipeline, data, tensor] if there are several."""
 
     device: torch.device
     rank: int = 0
@@ -35,23 +35,23 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that looks, says and saves."""
+        """Whether this is the main process, which evaluates, logs and saves."""
         return self.rank == 0
 
     def count(self, axis: str) -> int:
-        """Processes along an axis."""
+        """Return the number of processes along an axis."""
         return 1 if self.mesh is None else int(self.mesh[axis].size())
 
     def at(self, axis: str) -> int:
-        """The place of this process along an axis."""
+        """Return the rank of this process along an axis."""
         return 0 if self.mesh is None else int(self.mesh[axis].get_local_rank())
 
     def group(self, axis: str) -> Any:
-        """The processes that differ from this one along an axis only."""
+        """Return the process group along an axis."""
         return self.mesh[axis].get_group()
 
     def total(self, values: list[float], axis: str = "data") -> list[float]:
-        """Each value summed along an axis."""
+        """Sum each value over the processes along an axis (all-reduce)."""
         if self.count(axis) == 1:
             return values
         summed = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -59,7 +59,7 @@ class World:
         return summed.tolist()
 
     def agreed(self, value: Value) -> Value:
-        """What the first process says."""
+        """Return the first process's value in all processes (broadcast)."""
         if self.size == 1:
             return value
         box = [value]
@@ -67,13 +67,13 @@ class World:
         return box[0]
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait for all processes (barrier)."""
         if self.size > 1:
             dist.barrier()
 
 
 def own_device() -> torch.device:
-    """Where this process trains: its GPU, if there is one."""
+    """Return the device of this process: its GPU, if there is one."""
     return (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if torch.cuda.is_available()
@@ -82,15 +82,15 @@ def own_device() -> torch.device:
 
 
 def processes() -> int:
-    """How many processes were started together (torchrun, `--nproc`)."""
+    """Return the number of processes launched together (torchrun, `--nproc`)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextlib.contextmanager
 def opened(parallel: Parallel | DataParallel) -> Iterator[World]:
-    """The world that this process was started in.
+    """Initialize the process group that this process was launched in.
 
-    Errors: UserError for a number of processes that cannot be divided so; WorkerLost where another process is gone.
+    Errors: UserError for a number of processes that is not divisible; WorkerLost if another process is gone.
     """
     size, rank = processes(), int(os.environ.get("RANK", "0"))
     parallel.over(size)
@@ -110,14 +110,14 @@ def opened(parallel: Parallel | DataParallel) -> Iterator[World]:
         yield World(device, rank, size, mesh)
     except LlmworksError:
         raise
-    except RuntimeError as error:  # gloo and nccl raise nothing more precise
+    except RuntimeError as error:  # gloo and nccl raise nothing more specific
         if any(
             word in str(error)
             for word in ("Connection", "connection", "timed out", "Timed out", "peer", "NCCL", "Gloo", "gloo")
         ):
             raise WorkerLost(
-                f"process {rank} of {size} lost another one of the training; the same command goes on from the last"
-                " checkpoint"
+                f"process {rank} of {size} lost the connection to another process; run the same command again to"
+                " resume from the last checkpoint"
             ) from error
         raise
     finally:

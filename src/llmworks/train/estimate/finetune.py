@@ -1,6 +1,6 @@
-"""What a fine-tuning will take, before it starts.
+"""Estimate a fine-tuning before it starts.
 
-Lengths are guessed by letters until a trial has encoded the conversations. Knows no recipe.
+Sequence lengths are estimated from characters until a trial run has tokenized the conversations.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from llmworks.train.distill import DistillConfig
 from llmworks.train.estimate.pretrain import NUMBER, PROCESS, Trial, has_room, kept_of, run_trial
 from llmworks.train.sft import SftConfig
 
-LETTERS = 3.5  # of a token, about: prose has more, code and JSON have fewer
-IN_BITS = 4.127 / 8  # bytes of a weight in nf4, its scales in 8 bits
-CHUNK = 2.0 * NUMBER * (1 << 25)  # bytes of logits that exist at once, and their chances
-TURN = 20  # letters of what a template puts around a turn, about
-LOOKED = 4096  # conversations whose letters are counted
+LETTERS = 3.5  # characters per token, about: prose has more, code and JSON have fewer
+IN_BITS = 4.127 / 8  # bytes per weight in NF4 with double quantization
+CHUNK = 2.0 * NUMBER * (1 << 25)  # bytes of a chunk of logits and their probabilities
+TURN = 20  # characters that a chat template adds per turn, about
+LOOKED = 4096  # conversations whose characters are counted
 ADAPTED = {
     "query": "q_proj",
     "key": "k_proj",
@@ -37,9 +37,7 @@ ADAPTED = {
 
 @dataclass(frozen=True)
 class Conversations:
-    """Conversations, or other rows: how many there are, and letters of one: in the mean, of the longest, and the share
-    of them that is learned.
-    """
+    """Size of a dataset: number of rows, mean and maximum characters per row, share of label characters."""
 
     count: int
     letters: float
@@ -48,9 +46,9 @@ class Conversations:
 
 
 def conversations_of(data: Dataset) -> Conversations:
-    """What is known of a data set without its tokens; the first rows stand for all.
+    """Measure a dataset without tokenizing it; the first rows stand for all.
 
-    Errors: DataError for rows that cannot be learned.
+    Errors: DataError for rows that cannot be trained on.
     """
     from llmworks.data.conversations.training_rows import training_rows
     from llmworks.data.store.rows import open_rows, row_files, row_tables, schema_of, table_rows
@@ -85,8 +83,9 @@ def conversations_of(data: Dataset) -> Conversations:
 
 @dataclass(frozen=True)
 class Tuning:
-    """A fine-tuning as far as it is known; `conversations` where its data are made, `teacher` and its shape `guide`
-    where it learns a teacher's chances.
+    """Estimate of a fine-tuning.
+
+    `conversations`: if its data exists; `teacher` and its shape `teacher_shape`: if it is distilled from logits.
     """
 
     config: SftConfig
@@ -100,13 +99,14 @@ class Tuning:
 
     @property
     def parameters(self) -> int:
-        """Numbers of the model."""
+        """Number of parameters of the model."""
         return sum(part.parameters for part in parts_of(self.shape, 1))
 
     @cached_property
     def learned(self) -> int:
-        """Numbers that are trained: of the adapter rank times the inputs and outputs of each layer that it stands
-        beside; or all, whatever is frozen of them.
+        """Number of trainable parameters.
+
+        LoRA: rank times inputs plus outputs of each adapted layer. Full: all parameters, ignoring `freeze`.
         """
         if self.config.method == "full":
             return self.parameters
@@ -127,12 +127,12 @@ class Tuning:
 
     @property
     def saved(self) -> int:
-        """The adapter alone, or the model."""
+        """Number of parameters that are saved: the adapter's, or the model's."""
         return self.learned
 
     @property
     def frozen(self) -> float:
-        """Bytes of the model's weights: in 4 bits those of its layers, where they are kept so."""
+        """Bytes of the base model's weights; with load_in_4bit the linear layers count in NF4."""
         if not self.config.lora.load_in_4bit:
             return float(self.parameters * NUMBER)
         inner = sum(part.parameters for part in parts_of(self.shape, 1) if part.where and part.name in ADAPTED)
@@ -140,11 +140,11 @@ class Tuning:
 
     @property
     def ready(self) -> bool:
-        """Whether its conversations are made."""
+        """Whether its conversations exist."""
         return self.data is not None
 
     def check(self) -> None:
-        """Refuse what the training would refuse at its beginning, as far as it is known. Errors: UserError."""
+        """Reject early what the training would reject at its start, as far as it is known. Errors: UserError."""
         targets = self.config.lora.target_modules
         if self.config.method == "lora" and isinstance(targets, list):
             known = sorted(
@@ -159,7 +159,7 @@ class Tuning:
             if known and unknown is not None:
                 near = difflib.get_close_matches(unknown, known, n=1)
                 raise UserError(
-                    f"lora.targets: the model has no layer {unknown!r}"
+                    f"lora.target_modules: the model has no layer {unknown!r}"
                     + (f", did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}")
                 )
         if (
@@ -169,13 +169,13 @@ class Tuning:
             and (self.config.ce_weight or self.config.divergence != "forward_kl" or self.config.temperature != 1.0)
         ):
             raise UserError(
-                "temperature, mix and direction are of logits, and this teacher teaches by its text (an adapter is to"
-                " be merged first; or other vocabularies)"
+                "temperature, ce_weight and divergence need logits, but this teacher only provides text (an"
+                " adapter has to be merged first; or the vocabularies differ)"
             )
 
     @property
     def steps(self) -> int:
-        """How many steps there are, if no conversation is set aside; as `examples.Steps` has it."""
+        """Number of steps, if no conversation is dropped; as in `examples.ExampleSteps`."""
         if self.conversations is None:
             return 0
         parts = max(1, round(self.config.num_train_epochs * -(-self.conversations.count // self.config.batch_size)))
@@ -183,7 +183,7 @@ class Tuning:
 
     @property
     def read(self) -> int:
-        """Tokens that are read in all steps, about."""
+        """Approximate number of tokens over all steps."""
         return (
             round(self.config.num_train_epochs * self.conversations.count * self._tokens(self.conversations.letters))
             if self.conversations
@@ -195,9 +195,9 @@ class Tuning:
 
     @property
     def work(self) -> float:
-        """Operations of all steps: forward, and back through frozen layers once; thrice for the adapter.
+        """FLOPs of all steps: forward, backward through frozen layers once; three times forward for the adapter.
 
-        The head is for learned tokens only.
+        The LM head counts for label tokens only.
         """
         if self.conversations is None:
             return 0.0
@@ -218,23 +218,24 @@ class Tuning:
 
     @property
     def memory(self) -> float:
-        """Bytes of one process: frozen weights, the adapter with gradients and moments, and what the longest batch
-        leaves for the way back.
+        """Memory of one process in bytes.
+
+        Frozen weights, adapter with gradients and moments, and the activations of the longest batch.
         """
         longest = self._tokens(self.conversations.longest) if self.conversations else self.config.max_length
         tokens = longest * self.config.batch_size
         held = (
             self.learned * NUMBER * 3 if self.config.method == "full" else self.learned * NUMBER * 4
-        )  # gradients and moments, and the adapter itself
+        )  # gradients, moments, and the adapter itself
         guide = sum(part.parameters for part in parts_of(self.guide, 1)) * NUMBER if self.guide else 0
-        read = 2.0 * self.parameters * NUMBER  # for a moment, in fp32, before anything is kept in fewer bits
+        read = 2.0 * self.parameters * NUMBER  # while loading in fp32, before quantization
         return PROCESS + max(
             read,
             self.frozen + guide + held + tokens * NUMBER * kept_of(self.shape) * self.shape.num_hidden_layers + CHUNK,
         )
 
     def attempt(self) -> Trial:
-        """Run a few steps of it here, of its own model and conversations. Errors: LlmworksError when that fails."""
+        """Run a few steps here on its own model and conversations. Errors: LlmworksError when that fails."""
         has_room(PROCESS + self.frozen + NUMBER * 4 * self.learned)
         return run_trial(
             "sft",
@@ -248,8 +249,6 @@ class Tuning:
         )
 
     def seconds(self, trial: Trial) -> float:
-        """Of the whole stage, from what was tried here: steps, and the held-out questions answered before and after;
-        `row` is what encoding one conversation took.
-        """
+        """Estimate the duration of the stage: steps, sampling before and after, tokenizing the conversations."""
         count = self.conversations.count if self.conversations else 0
         return trial.around + self.steps * trial.step + 2 * trial.samples + count * trial.row

@@ -1,8 +1,7 @@
-"""What a training will take, before it starts: parameters, operations, memory of a process, and time where a few steps
-were tried here.
+"""Estimate a training before it starts: parameters, FLOPs, memory per process, and time from a trial run.
 
-Counting needs no weights and no torch; `trial.py` runs the steps in a process of its own. Here pre-training, in
-`finetune.py` fine-tuning. Knows no recipe.
+Counting needs no weights and no torch; `trial.py` runs a few steps in its own process. Pretraining is here, fine-tuning
+in `finetune.py`.
 """
 
 from __future__ import annotations
@@ -23,15 +22,16 @@ from llmworks.model.shape import RecurrentShape, Shape
 from llmworks.train.distributed.config import share_of
 from llmworks.train.pretrain import PretrainConfig
 
-NUMBER = 4  # bytes of weights, gradients and moments
-PROCESS = 700_000_000  # bytes of Python, torch and transformers, with nothing loaded
-LAYERS, WHOLE = 8, 60_000_000  # decoders of more layers, or parameters, are tried with one and with two layers
+NUMBER = 4  # bytes per fp32 weight, gradient or optimizer moment
+PROCESS = 700_000_000  # bytes of Python, torch and transformers with no model loaded
+LAYERS, WHOLE = 8, 60_000_000  # larger decoders are tried with one and with two layers, then extrapolated
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a few steps took: seconds of a step and of a held-out row, of all samples, and of what comes before and
-    after; the most bytes of the process.
+    """Measurements of a trial run.
+
+    Seconds per step, per held-out row, of all samples, and of startup and saving; peak memory in bytes.
     """
 
     step: float
@@ -41,8 +41,9 @@ class Trial:
     memory: float
 
     def deeper(self, other: Trial, times: int) -> Trial:
-        """`self` with one layer and `other` with two give what it is with `times` more than one; no layer takes less
-        than nothing, whatever else the machine did.
+        """Extrapolate from a trial with one layer (`self`) and one with two (`other`) to `extra_layers` more than one.
+
+        A layer never counts as negative, even if timing noise says so.
         """
         return Trial(
             *(
@@ -53,64 +54,66 @@ class Trial:
 
 
 class Estimate(Protocol):
-    """What `plan` asks of a training, whatever is trained."""
+    """What `plan` needs to know of a training."""
 
     @property
     def parameters(self) -> int:
-        """Numbers of the model."""
+        """Number of parameters of the model."""
         ...
 
     @property
     def learned(self) -> int:
-        """Numbers that are learned."""
+        """Number of trainable parameters."""
         ...
 
     @property
     def saved(self) -> int:
-        """Numbers that are written at the end."""
+        """Number of parameters that are saved at the end."""
         ...
 
     @property
     def steps(self) -> int:
-        """How many steps there are; 0 where the data are not known."""
+        """Number of steps; 0 if the data is not known."""
         ...
 
     @property
     def read(self) -> int:
-        """Tokens that are read in all steps."""
+        """Number of tokens over all steps."""
         ...
 
     @property
     def work(self) -> float:
-        """Operations of all steps."""
+        """FLOPs of all steps."""
         ...
 
     @property
     def memory(self) -> float:
-        """Bytes of one process."""
+        """Memory of one process in bytes."""
         ...
 
     @property
     def ready(self) -> bool:
-        """Whether all that a trial needs is there."""
+        """Whether a trial run is possible now."""
         ...
 
     def check(self) -> None:
-        """Refuse what the training would refuse at its beginning, as far as it is known. Errors: UserError."""
+        """Reject early what the training would reject at its start, as far as it is known. Errors: UserError."""
         ...
 
     def attempt(self) -> Trial:
-        """Run a few steps of it here. Errors: LlmworksError when that fails."""
+        """Run a few steps here. Errors: LlmworksError when that fails."""
         ...
 
     def seconds(self, trial: Trial) -> float:
-        """Of the whole stage, from what was tried."""
+        """Estimate the duration of the stage from a trial run."""
         ...
 
 
 def kept_of(shape: Shape) -> int:
-    """Numbers that a token leaves in a layer for the way back: the inputs of each product and bend (Korthikanti et al.
-    2022, arXiv:2205.05198, section 4, with our blocks).
+    """Return the activations that a token keeps per layer for the backward pass.
+
+    Inputs of each matrix product and activation function (Korthikanti et al. 2022, arXiv:2205.05198, section 4, for our
+    layers).
     """
     inner = shape.inner * (shape.experts.num_experts_per_tok if shape.experts else 1)
     return (
@@ -122,9 +125,7 @@ def kept_of(shape: Shape) -> int:
 
 @dataclass(frozen=True)
 class Training:
-    """A pre-training as far as it is known: `rows` and `tokens` of its data, `held_out` rows; 0 where they are not made
-    yet.
-    """
+    """Estimate of a pretraining: `rows` and `tokens` of its data, held-out rows; 0 if they do not exist yet."""
 
     config: PretrainConfig
     shape: Shape | RecurrentShape
@@ -133,64 +134,73 @@ class Training:
     tokens: int = 0
     held_out: int = 0
     processes: int = 1
-    data: Path | None = None  # of the packed tokens, where they are made
+    data: Path | None = None  # folder of the packed tokens, if they exist
 
     @cached_property
     def parameters(self) -> int:
-        """Numbers that are learned."""
+        """Number of parameters, all trainable."""
         return sum(part.parameters for part in parts_of(self.shape, self.length))
 
     @property
     def learned(self) -> int:
-        """All of them."""
+        """All parameters."""
         return self.parameters
 
     @property
     def saved(self) -> int:
-        """All of them."""
+        """All parameters."""
         return self.parameters
 
     @property
     def ready(self) -> bool:
-        """Whether all that a trial needs is there."""
+        """Whether a trial run is possible now."""
         return True
 
     def check(self) -> None:
-        """Refuse what the training would refuse at its beginning, as far as it is known. Errors: UserError."""
+        """Reject early what the training would reject at its start, as far as it is known. Errors: UserError."""
         parallel, shape = self.config.parallel, self.shape
         if self.rows and self.rows < self.per_step:
             raise UserError(
-                f"the data has {self.rows:,} rows, a step takes {self.per_step:,} (batch {self.config.batch_size},"
-                f" accumulation {self.config.gradient_accumulation_steps}); give more data, or make the step smaller"
+                f"the data has {self.rows:,} rows, a step needs {self.per_step:,} (batch_size {self.config.batch_size},"
+                f" gradient_accumulation_steps {self.config.gradient_accumulation_steps}); provide more data, or"
+                " make the step"
+                " smaller"
             )
         if self.length > shape.max_position_embeddings:
             raise UserError(
-                f"rows have {self.length:,} tokens, the model reads {shape.max_position_embeddings:,}; pack shorter rows, or make a"
-                " model with more context"
+                f"rows have {self.length:,} tokens, but the context length of the model is"
+                f" {shape.max_position_embeddings:,}; pack"
+                " shorter rows, or create a model with a longer context"
             )
         if parallel.pipeline_parallel_size > 1 and (
             isinstance(shape, RecurrentShape) or shape.experts or self.config.precision == "fp16"
         ):
-            raise UserError("parallel.pipeline: not with experts, precision fp16, or models other than the decoder")
+            raise UserError(
+                "parallel.pipeline_parallel_size: not supported with experts, precision fp16, or models"
+                " other than the decoder"
+            )
         if parallel.pipeline_parallel_size > 1 and shape.num_hidden_layers < parallel.pipeline_parallel_size:
             raise UserError(
-                f"parallel.pipeline {parallel.pipeline_parallel_size} is more than the model's {shape.num_hidden_layers} layers"
+                f"parallel.pipeline_parallel_size {parallel.pipeline_parallel_size} exceeds the model's"
+                f" {shape.num_hidden_layers} layers"
             )
         if parallel.tensor_parallel_size > 1 and (
             isinstance(shape, RecurrentShape)
             or shape.num_attention_heads % parallel.tensor_parallel_size
             or shape.groups % parallel.tensor_parallel_size
         ):
-            raise UserError(f"parallel.tensor {parallel.tensor_parallel_size} does not divide the model's heads")
+            raise UserError(
+                f"parallel.tensor_parallel_size {parallel.tensor_parallel_size} does not divide the model's heads"
+            )
 
     @property
     def per_step(self) -> int:
-        """Rows of a step."""
+        """Rows per step."""
         return self.config.batch_size * self.config.gradient_accumulation_steps
 
     @property
     def steps(self) -> int:
-        """How many steps there are; 0 where the data are not known. As `pretrain.steps_of` has it."""
+        """Number of steps; 0 if the data is not known. As in `pretrain.count_steps`."""
         if self.config.num_train_tokens:
             each = self.tokens / self.rows if self.rows else self.length
             return max(1, round(self.config.num_train_tokens / (each * self.per_step)))
@@ -198,21 +208,20 @@ class Training:
 
     @property
     def read(self) -> int:
-        """Tokens that are read in all steps."""
+        """Number of tokens over all steps."""
         return round(self.steps * self.per_step * (self.tokens / self.rows if self.rows else self.length))
 
     @property
     def work(self) -> float:
-        """Operations of all steps: matrix products forward, twice as much backward; once more forward where blocks are
-        computed again.
-        """
+        """FLOPs of all steps: the backward pass is twice the forward; gradient checkpointing adds one forward."""
         each = sum(part.work for part in parts_of(self.shape, self.length // 2))
         return (4.0 if self.config.gradient_checkpointing else 3.0) * each * self.read
 
     @property
     def memory(self) -> float:
-        """Bytes of one process: weights, gradients, moments and average of its share, and activations of one part of a
-        step.
+        """Memory of one process in bytes.
+
+        Its share of weights, gradients, optimizer moments and EMA, and the activations of one micro-batch.
         """
         parallel = self.config.parallel
         share = (
@@ -229,7 +238,7 @@ class Training:
         return PROCESS + states + self.activations()
 
     def activations(self) -> float:
-        """Bytes that a part of a step keeps for the way back."""
+        """Bytes of activations that a micro-batch keeps for the backward pass."""
         shape, parallel = self.shape, self.config.parallel
         rows = share_of(
             self.per_step,
@@ -255,14 +264,15 @@ class Training:
         return tokens * number * kept / parallel.tensor_parallel_size + tokens * NUMBER * shape.hidden_size * 4 + logits
 
     def seconds(self, trial: Trial) -> float:
-        """Of the whole stage, from what was tried here: steps, looks on the way, and the held-out rows at the end."""
+        """Estimate the duration of the stage: steps, evaluations during training, and the final evaluation."""
         looks = self.steps // self.config.eval_steps + 1
         rows = looks * min(self.config.eval_samples, self.held_out) + self.held_out
         return trial.around + self.steps * trial.step + (looks + 2) * trial.samples + rows * trial.row
 
     def attempt(self) -> Trial:
-        """Run a few steps of it here, of one process, on its own first rows where they are made, else on ids by chance;
-        large models with one layer and with two.
+        """Run a few steps here in one process, on its first rows if they exist, else on random ids.
+
+        Large models are tried with one and with two layers.
         """
         if isinstance(self.shape, RecurrentShape) or (
             self.shape.num_hidden_layers <= LAYERS and self.parameters <= WHOLE
@@ -287,7 +297,7 @@ class Training:
 
 
 def run_trial(kind: str, given: dict[str, Any]) -> Trial:
-    """Try a training in a process of its own. Errors: LlmworksError when that fails."""
+    """Run a trial in its own process. Errors: LlmworksError when that fails."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     asked = {"threads": int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1), **given}
     done = subprocess.run(
@@ -298,9 +308,7 @@ def run_trial(kind: str, given: dict[str, Any]) -> Trial:
         env=environment,
     )
     if done.returncode:
-        raise LlmworksError(
-            f"a few steps of the training cannot be tried here ({(done.stderr.strip().splitlines() or ['killed'])[-1]})"
-        )
+        raise LlmworksError(f"the trial run failed ({(done.stderr.strip().splitlines() or ['killed'])[-1]})")
     found = json.loads(done.stdout.splitlines()[-1])
     if "error" in found:
         raise getattr(errors, found["kind"], LlmworksError)(found["error"])
@@ -308,7 +316,7 @@ def run_trial(kind: str, given: dict[str, Any]) -> Trial:
 
 
 def has_room(needed: float) -> None:
-    """Refuse a trial that this machine's memory cannot hold. Errors: UserError."""
+    """Reject a trial run that does not fit in this machine's memory. Errors: UserError."""
     free = (
         next(
             (
@@ -323,6 +331,6 @@ def has_room(needed: float) -> None:
     )
     if 0 < free < needed:
         raise UserError(
-            f"a few steps of the training need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free here; leave out"
-            " --measure, or make batch smaller"
+            f"a trial run needs about {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free; leave out"
+            " --measure, or reduce the batch size"
         )

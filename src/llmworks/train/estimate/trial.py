@@ -1,5 +1,6 @@
-"""A few steps of a training in a process of its own, so that its memory is its own: `python -m
-llmworks.train.estimate.trial KIND`, its question on standard input.
+"""Run a few training steps in a separate process, so that its peak memory is measured on its own.
+
+`python -m llmworks.train.estimate.trial KIND`, with the request as JSON on standard input.
 """
 
 from __future__ import annotations
@@ -31,14 +32,13 @@ STEPS, MOST, ENOUGH, LOOKS = (
     60,
     10.0,
     4,
-    # steps at least and at most, and seconds: the first quarter is slow, while memory is fresh; batches that are only
-    # looked at
+    # minimum and maximum steps, seconds to run (the first quarter warms up and is not counted), batches to evaluate
 )
-ENCODED = 1000  # conversations, of all parts of the data
+ENCODED = 1000  # conversations to tokenize, spread over the data
 
 
 def main() -> None:
-    """The kind of training as argument, what it is on standard input as JSON; print a Trial as JSON."""
+    """Run the trial of the kind in argv[1] with JSON from standard input; print a Trial as JSON."""
     import torch
 
     given = json.load(sys.stdin)
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def pretrain(given: dict[str, Any]) -> dict[str, float]:
-    """A few steps of `train.pretrain`. given: {shape, recurrent, config, length, data}."""
+    """Run a few steps of `train.pretrain`. `request`: {shape, recurrent, config, length, data}."""
     began = time.perf_counter()
     import matplotlib.figure  # noqa: F401
     import torch
@@ -101,7 +101,7 @@ def pretrain(given: dict[str, Any]) -> dict[str, float]:
         if tokens and config.sample_prompts:
             network.generate(ids[:1, :2], max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, pad_token_id=0)
         samples = (time.perf_counter() - start) / max(1, tokens) * config.sample_max_tokens * len(config.sample_prompts)
-    # opening, golden tokens and saving take about as long as this began
+        # opening, golden tokens and saving take about as long as loading here
     return {
         "step": statistics.fmean(seconds[len(seconds) // 4 :]),
         "row": row,
@@ -111,9 +111,9 @@ def pretrain(given: dict[str, Any]) -> dict[str, float]:
 
 
 def sft(given: dict[str, Any]) -> dict[str, float]:
-    """A few steps of `train.sft`, of its own conversations; first the longest of those that are encoded here.
+    """Run a few steps of `train.sft` on its own conversations, the longest first.
 
-    given: {config, model, data, held_out}.
+    `request`: {config, model, data, held_out}.
     """
     began = time.perf_counter()
     import matplotlib.figure  # noqa: F401
@@ -170,7 +170,7 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
 
 
 def _prepare(tuned: Tuned, config: SftConfig, given: dict[str, Any]) -> tuple[Any, device, Any, list[Optimizer]]:
-    """What is trained, its device, optimizers and loss."""
+    """Set up the trainable parameters; return (model, device, loss, optimizers)."""
     import torch
 
     from llmworks.train.distill import DistillConfig
@@ -206,7 +206,7 @@ def _time_steps(
     network: Any,
     optimizers: list[Optimizer],
 ) -> tuple[list[float], list[int]]:
-    """Seconds of some steps, the longest rows first, and tokens of each."""
+    """Return seconds and padded tokens of some steps, the longest rows first."""
     from llmworks.train.distributed.sharding import cast, resolved
 
     longest = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))[-config.batch_size :]
@@ -227,12 +227,12 @@ def _time_steps(
 
 
 def enough(seconds: list[float]) -> bool:
-    """Whether so many steps tell what one takes."""
+    """Return whether these steps suffice for an estimate."""
     return len(seconds) >= STEPS and (len(seconds) >= MOST or sum(seconds) >= ENOUGH)
 
 
 def update(network: Any, optimizers: list[Any]) -> None:
-    """The end of a step."""
+    """Clip gradients and apply the optimizers."""
     import torch
 
     torch.nn.utils.clip_grad_norm_((p for p in network.parameters() if p.requires_grad), 1.0)
@@ -244,10 +244,10 @@ def update(network: Any, optimizers: list[Any]) -> None:
 def batches_of(
     given: dict[str, Any], config: PretrainConfig, vocabulary: int, device: torch.device
 ) -> list[PackedBatch]:
-    """Parts of the first steps, as the training will read them: a step's time depends on how its rows are parted into
-    texts.
+    """Return micro-batches of the first steps as the training will read them.
 
-    Without data, ids by chance, two texts in every second row.
+    A step's time depends on how its rows are divided into documents. Without data: random ids, two documents in every
+    second row.
     """
     import torch
 
@@ -284,7 +284,7 @@ def batches_of(
 
 
 def model_of(given: dict[str, Any]) -> Any:
-    """The model that is asked for, untrained."""
+    """Create the requested model with random weights."""
     if given["recurrent"]:
         from llmworks.model.nn import recurrent
 
@@ -295,7 +295,7 @@ def model_of(given: dict[str, Any]) -> Any:
 
 
 def peak() -> float:
-    """The most bytes that this process, or its GPU, held."""
+    """Return the peak memory in bytes of this process, or of its GPU."""
     import torch
 
     from llmworks.train.loop.loop import memory

@@ -1,4 +1,4 @@
-"""Fields that all fine-tunings and alignments share. Torch-free."""
+"""Fields shared by all fine-tuning and alignment stages. Torch-free."""
 
 from __future__ import annotations
 
@@ -18,64 +18,70 @@ if TYPE_CHECKING:
 
 
 class TuneConfig(Config):
-    """What is trained, and on how much."""
+    """What is trained, and on how much data."""
 
     rates: ClassVar[Mapping[str, float]] = {
         "full": 5e-5
-    }  # of methods where none is given: an adapter's would break all weights
+    }  # default learning rates by method: the one for adapters is too large for all weights
 
     method: Literal["lora", "full"] = Field(
         "lora",
-        description="lora: an adapter, all else is frozen; full: the weights themselves, those that `freeze` leaves",
+        description=(
+            "lora: train an adapter on frozen weights; full: train the weights themselves, except those that"
+            " `freeze` matches"
+        ),
     )
-    lora: LoraConfig = Field(LoraConfig(), description="the adapter")
+    lora: LoraConfig = Field(LoraConfig(), description="LoRA adapter settings")
     freeze: list[str] = Field(
         [],
         description=(
-            "full: weights that stay as they are, by names in the model's files with * and [0-9], as"
+            "full: weights to freeze, by their names in the model's files, with wildcards * and [0-9], e.g."
             " model.embed_tokens.* or model.layers.[0-9].*"
         ),
     )
-    num_train_epochs: float = Field(2.0, gt=0, description="passes over the data; may be a fraction")
-    batch_size: int = Field(4, gt=0, description="rows of data per part of a step")
+    num_train_epochs: float = Field(2.0, gt=0, description="number of training epochs; may be a fraction")
+    batch_size: int = Field(4, gt=0, description="rows per micro-batch")
     gradient_accumulation_steps: int = Field(
-        1, gt=0, description="parts per step; the step's loss is normalised over all of them"
+        1, gt=0, description="micro-batches per optimizer step; the loss is normalized over all of them"
     )
-    max_length: int = Field(2048, gt=1, description="the longest row that is read whole")
-    chat_template: Template = Field("keep", description=f"the chat template that is trained with and saved. {CHOICES}")
+    max_length: int = Field(2048, gt=1, description="maximum sequence length in tokens")
+    chat_template: Template = Field(
+        "keep", description=f"chat template used for training and saved with the model. {CHOICES}"
+    )
     golden: str = Field(
         "keep",
         pattern=r"^(keep|renew: .+)$",
         description=(
-            "keep: the base's golden tokens must replay; 'renew: REASON' when the template or vocabulary changes"
+            "keep: the base model's golden tokens must replay; 'renew: REASON' when the template or vocabulary changes"
         ),
     )
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="learning rate schedule and optimizer")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and learning rate schedule")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description=(
-            "of products, under autocast; weights that are trained stay fp32. auto: bf16 on a GPU that has it, fp16 on"
-            " an older one, fp32 on a CPU, where the others are many times slower"
+            "mixed precision under autocast; trained weights stay fp32. auto: bf16 on a GPU that supports it, fp16"
+            " on an older one, fp32 on a CPU, where the others are many times slower"
         ),
     )
     gradient_checkpointing: bool = Field(
-        False, description="keep no activations of blocks, compute them again backward: less memory, a third more time"
+        False,
+        description=(
+            "gradient checkpointing: recompute activations in the backward pass; less memory, about a third slower"
+        ),
     )
-    eval_steps: int = Field(
-        0, ge=0, description="steps between two looks at how well held-out rows are done; 0: at the end only"
-    )
-    eval_samples: int = Field(64, gt=0, description="held-out rows of a look")
+    eval_steps: int = Field(0, ge=0, description="steps between evaluations on the eval set; 0 = only at the end")
+    eval_samples: int = Field(64, gt=0, description="held-out rows per evaluation")
     metric_for_best_model: Literal["", "eval_loss", "accuracy"] = Field(
         "",
         description=(
-            "which look's weights are saved: the one with the lowest loss (held_out), or with the most that is right"
-            " (accuracy); empty: the last step's"
+            "save the weights of the evaluation with the lowest eval loss (held_out) or the highest accuracy"
+            " (accuracy); empty = the weights of the last step"
         ),
     )
     early_stopping_patience: int = Field(
-        0, ge=0, description="end after so many looks that are no better than the best; 0: never"
+        0, ge=0, description="early stopping: stop after this many evaluations without improvement; 0 = never"
     )
-    save_steps: int = Field(20, gt=0, description="steps between two checkpoints")
+    save_steps: int = Field(20, gt=0, description="steps between checkpoints")
 
     @model_validator(mode="before")
     @classmethod
@@ -95,14 +101,14 @@ class TuneConfig(Config):
         if self.freeze and self.method != "full":
             raise ValueError("freeze is for method full; an adapter freezes all weights")
         if self.method != "lora" and self.lora != LoraConfig():
-            raise ValueError(f"lora is for method lora; with {self.method} there is no adapter")
+            raise ValueError(f"lora is for method lora; method {self.method} has no adapter")
         if self.early_stopping_patience and not self.metric_for_best_model:
-            raise ValueError("patience needs `best`, the metric that is to get better")
+            raise ValueError("early_stopping_patience needs metric_for_best_model, the metric that is to improve")
         return self
 
     @property
     def spread(self) -> DataParallel:
-        """How the training is spread over processes; here it is not."""
+        """How training is parallelized over processes; a single process here."""
         return DataParallel()
 
     @property
@@ -112,6 +118,8 @@ class TuneConfig(Config):
 
 
 class WriterConfig(TuneConfig):
-    """Fields of trainings of a model that writes answers."""
+    """Fields for training a model that generates text."""
 
-    num_sample_prompts: int = Field(4, ge=0, description="held-out questions answered before and after")
+    num_sample_prompts: int = Field(
+        4, ge=0, description="held-out prompts to generate completions for before and after training"
+    )

@@ -1,8 +1,7 @@
-"""How far a student's chances are from a teacher's: pure functions on logits, and the loss of a batch, some tokens at a
-time.
+"""Knowledge distillation losses: divergences between student and teacher logits, computed in chunks.
 
-Sources: Hinton et al. 2015 (arXiv:1503.02531): temperature, and gradients times its square; Gu et al. 2023, MiniLLM
-(arXiv:2306.08543): the reverse direction; Agarwal et al. 2023, GKD (arXiv:2306.13649): what lies between.
+Sources: Hinton et al. 2015 (arXiv:1503.02531): temperature, and scaling the loss by its square; Gu et al. 2023, MiniLLM
+(arXiv:2306.08543): reverse KL; Agarwal et al. 2023, GKD (arXiv:2306.13649): generalized Jensen-Shannon divergence.
 """
 
 from __future__ import annotations
@@ -25,9 +24,10 @@ DIRECTIONS = {"forward_kl": 0.0, "reverse_kl": 1.0}
 
 
 def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0) -> Tensor:
-    """Of each row of logits [rows, vocabulary], in nats: KL(teacher || student) for beta 0, KL(student || teacher) for
-    1, between them the generalised Jensen-Shannon divergence: beta KL(teacher || m) + (1 - beta) KL(student || m), m =
-    beta teacher + (1 - beta) student. -> [rows]
+    """Compute the generalized Jensen-Shannon divergence of each row of logits [rows, vocabulary], in nats -> [rows].
+
+    beta 0: forward KL(teacher || student); beta 1: reverse KL(student || teacher); between: beta KL(teacher || m) + (1
+    - beta) KL(student || m) with m = beta teacher + (1 - beta) student.
     """
     s, t = F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1)
     if beta in (0.0, 1.0):
@@ -38,10 +38,9 @@ def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float
 
 
 def taught(teacher: Any, *, beta: float, temperature: float, mix: float) -> Callable[[Any, Any], Tensor]:
-    """The loss of a batch under a teacher of the same vocabulary: (1 - mix) T^2 divergence + mix cross-entropy, summed
-    over the labels.
+    """Return the distillation loss of a batch for a teacher with the same vocabulary, summed over the labels.
 
-    Logits exist for some labels at once.
+    (1 - ce_weight) T^2 divergence + ce_weight cross-entropy. Logits are materialized in chunks.
     """
 
     def loss(student: Any, batch: Batch | PackedBatch) -> Tensor:

@@ -1,7 +1,4 @@
-"""From conversations and texts to training examples and batches: ids, labels, and what is computed together.
-
-Knows no model.
-"""
+"""Turn conversations and documents into tokenized training examples and batches."""
 
 from __future__ import annotations
 
@@ -20,12 +17,12 @@ from llmworks.data.store.rows import Row
 from llmworks.model.loss.linear_cross_entropy import IGNORED
 from llmworks.train.loop.packed import PackedBatch
 
-BUCKET = 16  # batches sorted together by length
+BUCKET = 16  # batches per bucket that is sorted by length
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids and, of the same length, 1 where the token is a label."""
+    """Token ids and a loss mask of the same length: 1 where the token is a label."""
 
     ids: tuple[int, ...]
     mask: tuple[int, ...]
@@ -33,7 +30,7 @@ class Example:
 
     @property
     def labels(self) -> int:
-        """Number of label tokens; the first token can be none, since nothing predicts it."""
+        """Number of label tokens; the first token is never one, since nothing predicts it."""
         return sum(self.mask[1:])
 
 
@@ -41,7 +38,7 @@ class Example:
 class Batch:
     """Right-padded examples.
 
-    ids: [rows, length]; label positions as (row, column) of the token to be predicted; lengths: [rows].
+    ids: [rows, length]; `rows` and `columns`: position of each label token; lengths: [rows].
     """
 
     ids: Tensor
@@ -52,7 +49,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens, padding left out."""
+        """Number of tokens without padding."""
         return int(self.lengths.sum())
 
     @property
@@ -61,16 +58,15 @@ class Batch:
         return len(self.rows)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on a device."""
+        """Move the batch to a device."""
         return Batch(self.ids.to(device), self.rows.to(device), self.columns.to(device), self.lengths, self.where)
 
 
 def make_example(tokenizer: Any, row: Row, max_tokens: int, *, last: bool = False, cut: bool = False) -> Example | str:
-    """The example of one conversation, or of a row of `text`, or of `prompt` and `completion`; or the reason why it
-    cannot be trained on.
+    """Tokenize one row (conversation, `text`, or `prompt` and `completion`), or return why it cannot be trained on.
 
-    `last`: of several answers only the last is learned. `cut`: what is too long loses its end; else nothing is cut,
-    since a cut answer teaches no end.
+    `last`: train only on the last assistant turn. `truncate`: cut sequences that are too long at the end; otherwise
+    they are rejected, since a truncated completion lacks its end token.
     """
     try:
         ids, mask = ids_of(tokenizer, row)
@@ -81,16 +77,16 @@ def make_example(tokenizer: Any, row: Row, max_tokens: int, *, last: bool = Fals
     if cut:
         ids, mask = ids[:max_tokens], mask[:max_tokens]
     end = max((i for i, m in enumerate(mask) if m), default=0)
-    ids, mask = ids[: end + 1], mask[: end + 1]  # what follows the last label teaches nothing
+    ids, mask = ids[: end + 1], mask[: end + 1]  # tokens after the last label have no effect on the loss
     if not any(mask[1:]):
-        return "no assistant token to learn" if "messages" in row else "no token to learn"
+        return "no assistant tokens to train on" if "messages" in row else "no tokens to train on"
     if len(ids) > max_tokens:
-        return f"{len(ids)} tokens, longer than max_tokens {max_tokens}"
+        return f"{len(ids)} tokens, longer than max_length {max_tokens}"
     return Example(tuple(ids), tuple(mask), str(row["id"]))
 
 
 def _last_run(mask: Sequence[int]) -> list[int]:
-    """Only the last run of ones."""
+    """Keep only the last run of ones."""
     end = max((i for i, m in enumerate(mask) if m), default=-1)
     begin = end
     while begin > 0 and mask[begin - 1]:
@@ -99,7 +95,10 @@ def _last_run(mask: Sequence[int]) -> list[int]:
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pad on the right. Causal attention never looks right, so padding needs no mask; it has no labels."""
+    """Pad on the right. Causal attention never attends to right padding, so no attention mask is needed.
+
+    Padding has no labels.
+    """
     width = max(len(e.ids) for e in examples)
     ids = torch.zeros(len(examples), width, dtype=torch.long)
     mask = torch.zeros(len(examples), width, dtype=torch.bool)
@@ -111,7 +110,7 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def joined(examples: Sequence[Example], device: torch.device | str = "cpu") -> PackedBatch:
-    """One after the other in one row, without padding; none sees another, and each begins at position 0."""
+    """Concatenate examples in one row without padding; no attention across examples, positions restart at 0."""
     ids = torch.tensor([[i for e in examples for i in e.ids]], device=device)
     labels = torch.tensor(
         [
@@ -129,14 +128,15 @@ def joined(examples: Sequence[Example], device: torch.device | str = "cpu") -> P
 
 
 def where(examples: Sequence[Any]) -> str:
-    """Which rows these are, for who looks for one that broke a training."""
+    """Name the rows of a batch, to find one that broke a training."""
     names = [e.id for e in examples if e.id]
     return f"rows {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else ""
 
 
 def plan_epoch(lengths: Sequence[int], size: int, seed: int, *, by_length: bool = True) -> list[list[int]]:
-    """Indices of one epoch's batches: shuffled; `by_length`: sorted by length within buckets of 16 batches, so that
-    there is little padding, batches shuffled again.
+    """Return the example indices of one epoch's batches, shuffled.
+
+    `by_length`: sort by length within buckets of 16 batches, so that there is little padding, then shuffle the batches.
     """
     rng = random.Random(seed)
     order = list(range(len(lengths)))
@@ -155,13 +155,14 @@ def plan_epoch(lengths: Sequence[int], size: int, seed: int, *, by_length: bool 
 
 
 class Steps(Sequence[list[Callable[[], Any]]]):
-    """The steps of a training over examples, the same for the same seed: each a list of makers of parts of `size`
-    examples.
+    """The steps of a training over examples, determined by the seed: each a list of factories of micro-batches.
 
-    `free`: parts are joined without padding, else padded; or as `join` has it, of a part's examples and the whole
-    step's. `share` (number, of how many): the examples of each step that are this process's, `cut` of them at once;
-    what cannot be divided is left out, so that all processes have as many parts. Errors: UserError where no step has an
-    example for each.
+    A micro-batch has `batch_size` examples. `padding_free`: examples are concatenated without padding, else padded;
+    `collate_fn`: collates a micro-batch's examples, given those of the whole step. `shard` (index, count): which share
+    of each step's examples belongs to this process, in micro-batches of `micro_batch_size`; a remainder is dropped, so
+    that all processes have the same number of micro-batches.
+
+    Errors: UserError when no step has an example for each process.
     """
 
     def __init__(
@@ -199,7 +200,7 @@ class Steps(Sequence[list[Callable[[], Any]]]):
         ]
         self.steps = [step for whole in self.steps if (step := whole[: len(whole) // share[1] * share[1]])]
         if not self.steps:
-            raise UserError(f"{len(examples)} rows cannot be divided among {share[1]} processes; start fewer")
+            raise UserError(f"{len(examples)} rows cannot be divided among {share[1]} processes; start fewer processes")
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -209,7 +210,7 @@ class Steps(Sequence[list[Callable[[], Any]]]):
     @overload
     def __getitem__(self, step: slice) -> Sequence[list[Callable[[], Any]]]: ...
     def __getitem__(self, step: int | slice) -> Any:
-        """The makers of a step's parts."""
+        """Return the factories of a step's micro-batches."""
         if isinstance(step, slice):
             return [self[i] for i in range(*step.indices(len(self)))]
         at, shares = self.share
@@ -218,7 +219,7 @@ class Steps(Sequence[list[Callable[[], Any]]]):
         return [functools.partial(self.part, own[i : i + self.size], whole) for i in range(0, len(own), self.size)]
 
     def part(self, numbers: Sequence[int], step: Sequence[int] = ()) -> Any:
-        """These examples, of the step's, as one batch."""
+        """Collate these examples of a step as one batch."""
         some = [self.examples[i] for i in numbers]
         if self.join is not None:
             return self.join(some, [self.examples[i] for i in step or numbers])

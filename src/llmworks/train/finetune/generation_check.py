@@ -1,7 +1,6 @@
-"""Held-out questions answered before and after a fine-tuning, how well held-out answers are predicted on the way, and
-the report of it all.
+"""Sample completions of held-out prompts before and after fine-tuning, evaluate on held-out rows, and report.
 
-Knows no method of training.
+Does not depend on the training method.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from llmworks.train.loop.report import plots
 if TYPE_CHECKING:
     from llmworks.train.finetune.examples import Example
 
-TOKENS = 96  # of an answer
+TOKENS = 96  # max_tokens of a completion
 
 
 def answerable(held_out: Dataset) -> list[Row]:
-    """Conversations that end with an answer to something."""
+    """Return the conversations that end with an assistant turn after another turn."""
     return [
         row
         for row in training_rows(held_out)
@@ -37,7 +36,10 @@ def answerable(held_out: Dataset) -> list[Row]:
 
 
 def answers(engine: Engine, questions: Sequence[Row], kept: Path | None) -> list[str]:
-    """Greedy answers to held-out questions; kept in a file where a resumed run would find a changed model."""
+    """Generate greedy completions of held-out prompts.
+
+    `cache`: a file with the completions of the initial model, which a resumed run no longer has.
+    """
     if kept is not None and kept.exists():
         return list(json.loads(kept.read_text(encoding="utf-8")))
     done = engine.generate([Request(_asked(row), sampling=Sampling(max_tokens=TOKENS)) for row in questions])
@@ -52,8 +54,9 @@ def _asked(row: Row) -> tuple[Message, ...]:
 
 
 def predicted(network: Any, examples: Sequence[Example], *, free: bool, size: int, device: Any) -> dict[str, float]:
-    """How well the labels of examples are predicted: `held_out`, their mean cross-entropy in nats, `perplexity`, and
-    `accuracy`, the share that is the most probable token.
+    """Evaluate on the labels of examples: `held_out` (mean cross-entropy in nats), `perplexity`, `accuracy`.
+
+    Accuracy is the share of label tokens that are the most probable token.
     """
     import torch
 
@@ -76,21 +79,21 @@ def predicted(network: Any, examples: Sequence[Example], *, free: bool, size: in
 
 
 def warnings_of(questions: Sequence[Row], before: Sequence[str], after: Sequence[str]) -> list[str]:
-    """What looks wrong with the answers of a tuned model."""
+    """Return warnings about the completions of a fine-tuned model."""
     found: list[str] = []
     if questions and list(before) == list(after):
-        found.append("nothing changed: every held-out answer is the same as before training")
+        found.append("nothing changed: every held-out completion is the same as before training")
     if after and all(not text.strip() for text in after):
-        found.append("every held-out answer is empty")
+        found.append("every held-out completion is empty")
     if after and any(len(text.split()) > 20 and len(set(text.split())) < len(text.split()) / 5 for text in after):
-        found.append("a held-out answer repeats itself")
+        found.append("a held-out completion repeats itself")
     for what, parses in (("a function call", _calls), ("JSON", _json)):
         if (
             questions
             and all(parses(flat_messages(row)[-1].content) for row in questions)
             and not any(parses(text) for text in after)
         ):
-            found.append(f"the data's answers are all {what}, and none of the model's is")
+            found.append(f"the reference completions are all {what}, but none of the model's is")
     return found
 
 
@@ -113,12 +116,12 @@ def write_report(
     config: Mapping[str, Any],
     set_aside: Sequence[tuple[str, str]],
 ) -> None:
-    """Curves and figures; what was asked and answered is added by `write_samples`."""
+    """Write curves and metrics to the report; `write_samples` adds the completions."""
     steps, looks = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
     report.title = f"Fine-tuning of {title}"
     report.lead = (
-        f"{len(steps):,} steps, {metrics['tokens']:,} tokens; from the first tenth of the steps to the last the loss"
-        f" went from {metrics['loss_first']:.3f} to {metrics['loss']:.3f} nats a learned token."
+        f"{len(steps):,} steps, {metrics['tokens']:,} tokens; mean loss went from {metrics['loss_first']:.3f}"
+        f" (first tenth of the steps) to {metrics['loss']:.3f} nats per label token (last tenth)."
         if steps
         else ""
     )
@@ -126,8 +129,8 @@ def write_report(
         last = looks[-1]
         chosen = next((row for row in looks if row["step"] == metrics.get("best_step", -1)), last)
         report.lead += (
-            f" Held-out answers: {chosen['eval_loss']:.3f} nats a token, {chosen['accuracy']:.1%} of their tokens"
-            " foreseen" + (f" after step {chosen['step'] + 1}, whose weights these are." if chosen is not last else ".")
+            f" Eval set: loss {chosen['eval_loss']:.3f} nats per token, token accuracy {chosen['accuracy']:.1%}"
+            + (f"; the saved weights are those of step {chosen['step'] + 1}." if chosen is not last else ".")
         )
     report.data = {
         "warnings": [],
@@ -139,17 +142,17 @@ def write_report(
         report.curves(heading, series, x="step", y=y)
     if set_aside:
         report.table(
-            "Rows set aside",
+            "Dropped rows",
             ("id", "reason"),
             set_aside[:50],
-            f"{len(set_aside)} of them; all are in set_aside.jsonl." if len(set_aside) > 50 else "",
+            f"{len(set_aside)} rows; all are in set_aside.jsonl." if len(set_aside) > 50 else "",
         )
 
 
 def write_samples(
     report: ReportBuilder, questions: Sequence[Row], before: Sequence[str], after: Sequence[str]
 ) -> list[str]:
-    """What was asked and answered; returns warnings, which stand first."""
+    """Add held-out prompts and completions to the report; return warnings, which are put first."""
     warnings = warnings_of(questions, before, after)
     report.data["warnings"] = warnings
     if warnings:
@@ -164,5 +167,5 @@ def write_samples(
         for row, b, a in zip(questions, before, after, strict=True)
     ]
     if items:
-        report.samples("Held-out questions, before and after", items)
+        report.samples("Held-out prompts: completions before and after training", items)
     return warnings

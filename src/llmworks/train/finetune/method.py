@@ -1,4 +1,4 @@
-"""What a training method gives to the one loop (`Way`), and what it trains on (`Material`)."""
+"""Interface of training methods to the training loop (`TrainMethod`) and their data (`TrainingData`)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Material:
-    """What is learned from: the rows as examples, those set aside with the reason, the held-out rows that are looked
-    at, and questions that are answered.
+    """Tokenized data of a training.
+
+    `examples`: training examples; `dropped`: (id, reason) of rows that cannot be trained on; `eval_examples`: held-out
+    examples; `prompt_rows`: held-out rows to generate completions for before and after.
     """
 
     tokenizer: Any
@@ -28,14 +30,14 @@ class Material:
 
 @dataclass(frozen=True)
 class Way:
-    """What differs between methods.
+    """What differs between training methods.
 
-    `join`: some examples, of the step's, as one batch; `look`: figures of held-out examples, and `said` of them in
-    words; `told`: of a step, beside its loss.
+    `collate`: make a batch of some examples, given all examples of the step; `evaluate`: metrics of held-out examples,
+    and `format_metrics` formats them for the log; `step_metrics`: further metrics of a step, beside its loss.
 
-    `steps`: in place of batches of the material's examples; a step may be made when it is asked for. `again`: whether
-    the weights that are saved have to be looked at once more, since what they were looked at for is not known; `done`:
-    is told when training ends, before anything is saved.
+    `steps`: replaces batches of the data's examples; a step may be made on demand. `needs_final_evaluation`: whether to
+    evaluate the saved weights once more, since the last evaluation may be of other weights; `on_train_end`: called when
+    training ends, before anything is saved.
     """
 
     loss: Callable[[Any, Any], Any]

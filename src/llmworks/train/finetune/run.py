@@ -1,10 +1,7 @@
-"""What all methods that tune a model share: the fields of what is trained and how often, and the run from a model to an
-artifact.
+"""Train a model by any method and save an artifact. What differs between methods is a `TrainMethod`.
 
-`Way` is what differs.
-
-Ends by answering held-out questions as before and after, and says so when nothing changed or answers degenerate. Knows
-no data and no loss.
+Ends by generating completions of held-out prompts as before training, and warns when nothing changed or completions
+degenerate.
 """
 
 from __future__ import annotations
@@ -39,10 +36,10 @@ Finish = Callable[["Tuned", dict[str, Any]], Adapter | Model]
 
 
 def require_held_out(config: TuneConfig, *, given: bool) -> None:
-    """UserError where a configuration evaluates on held-out rows that are not given."""
+    """Raise UserError if a config evaluates on an eval set that is not given."""
     if (config.metric_for_best_model or config.eval_steps) and not given:
-        field = "best" if config.metric_for_best_model else "look_every"
-        raise UserError(f"config.{field} looks at held-out rows; give them as eval_data")
+        field = "metric_for_best_model" if config.metric_for_best_model else "eval_steps"
+        raise UserError(f"config.{field} needs held-out rows; provide them as eval_data")
 
 
 def tune(
@@ -57,10 +54,10 @@ def tune(
     adapter: Adapter | None = None,
     finish: Finish | None = None,
 ) -> Adapter | Model:
-    """Train in one of the processes; the first looks, answers and saves.
+    """Train in one of the processes; the first one evaluates, generates completions and saves.
 
-    `way_of` is asked when what is trained was chosen; `adapter`: that the training begins with; `finish`: saves
-    something else.
+    `create_method` is called after the trainable parameters are set up; `adapter`: an adapter to continue training;
+    `finish`: saves something else than the model.
     """
     import torch
 
@@ -72,7 +69,7 @@ def tune(
     before = _answers_before(material, world, adapter, tuned, model, ctx)
     torch.manual_seed(ctx.seed)
     precision, network = _prepare_network(tuned, config, adapter, world)
-    with cast(world.device, precision):  # a reference that is computed here computes as the policy will
+    with cast(world.device, precision):  # so that reference log-probabilities use the policy's precision
         way = way_of(tuned, material)
     steps = _steps_of(config, world, way, material, ctx, tuned)
     placed = place(network, config.spread, world, precision=precision)
@@ -110,12 +107,12 @@ def tune(
 def _answers_before(
     material: Material, world: World, adapter: Adapter | None, tuned: Tuned, model: Model, ctx: Context
 ) -> list[str]:
-    """What the model answers before it is trained."""
+    """Generate completions of the held-out prompts before training."""
     from llmworks.generate.engines.torch import TorchEngine
     from llmworks.train.finetune.generation_check import answers
 
     before: list[str] = []
-    if material.questions and world.first:  # on the CPU, where the engine reads
+    if material.questions and world.first:  # on the CPU, before the model moves to its device
         engine = (
             TorchEngine(tuned.network, material.tokenizer, material.stops, model.name)
             if adapter is None
@@ -126,19 +123,19 @@ def _answers_before(
 
 
 def _prepare_network(tuned: Tuned, config: TuneConfig, adapter: Adapter | None, world: World) -> tuple[str, Any]:
-    """Choose what is trained, its number format and device."""
+    """Select the trainable parameters, precision and device."""
     from llmworks.train.distributed.sharding import resolved
 
     prepare(tuned, config, adapter)
     precision = resolved(config.precision, world.device, spread=config.spread.data_parallel == "fsdp")
     if (
         precision != "fp32" and config.method == "lora" and config.spread.data_parallel != "fsdp"
-    ):  # whose pieces are of one format
+    ):  # FSDP shards need one dtype
         tuned.narrow(precision)
     network = tuned.network.to(world.device)
     if config.gradient_checkpointing:
         if not network.supports_gradient_checkpointing:
-            raise UserError("config.gradient_checkpointing: this architecture does not have it")
+            raise UserError("config.gradient_checkpointing: this architecture does not support it")
         network.activation_checkpointing_enable({"use_reentrant": False})
     return precision, network
 
@@ -146,7 +143,7 @@ def _prepare_network(tuned: Tuned, config: TuneConfig, adapter: Adapter | None, 
 def _steps_of(
     config: TuneConfig, world: World, way: Way, material: Material, ctx: Context, tuned: Tuned
 ) -> Sequence[Any] | Steps:
-    """The steps: those of the method, else batches of the examples."""
+    """Return the steps: those of the method, else batches of the examples."""
     from llmworks.train.finetune.examples import Steps
 
     each, shares = config.batch_size * config.gradient_accumulation_steps, world.count("data")
@@ -170,7 +167,7 @@ def _steps_of(
 
 
 def _whole_of(tuned: Tuned, config: TuneConfig, world: World, model: Model, adapter: Adapter | None) -> Tuned:
-    """The model that the first process looks at and saves: another one where weights are spread."""
+    """Return the full model that the first process evaluates and saves: a second copy if weights are sharded."""
     from llmworks.train.finetune.trainable import open_tuned
     from llmworks.train.pretrain import parallel_whole
 
@@ -190,7 +187,7 @@ def _habits_of(
     look: Callable[[int], dict[str, float]],
     way: Way,
 ) -> tuple[Best | None, Habits]:
-    """How the loop runs: when it looks, saves and stops."""
+    """Create early stopping, if configured, and the loop settings."""
     from llmworks.train.loop.early_stopping import Best
     from llmworks.train.loop.loop import Habits
 
@@ -212,7 +209,7 @@ def _habits_of(
 
 
 def looked(rows: Sequence[Mapping[str, Any]], best: int | None) -> dict[str, Any]:
-    """Figures of the look at the weights that are saved."""
+    """Return the metrics of the evaluation of the saved weights."""
     looks = [row for row in rows if "eval_loss" in row]
     if not looks:
         return {}
@@ -225,7 +222,7 @@ def looked(rows: Sequence[Mapping[str, Any]], best: int | None) -> dict[str, Any
 
 
 def save_records(ctx: Context, set_aside: Sequence[tuple[str, str]]) -> None:
-    """Keep beside the result what its steps measured, and the rows that were set aside with their reasons."""
+    """Save step metrics and dropped rows with their reasons beside the result."""
     if ctx.progress.metrics is not None:
         shutil.copyfile(ctx.progress.metrics, ctx.out / "metrics.jsonl")
     if set_aside:
@@ -243,7 +240,7 @@ def _finish(
     metrics: dict[str, Any],
     describe: Describe,
 ) -> Adapter | Model:
-    """Save, answer again, report, and record golden tokens."""
+    """Save the model, generate completions again, write the report, and record golden tokens."""
     from llmworks.generate.engines.torch import TorchEngine
     from llmworks.model.golden import record as recorded
     from llmworks.model.golden import torch_logits
@@ -270,7 +267,7 @@ def _finish(
     for warning in warnings:
         ctx.progress.say(f"warning: {warning}")
     metrics["warnings"] = len(warnings)
-    if config.method == "full":  # of what was written, in its number format
+    if config.method == "full":  # from the files that were written, in their dtype
         return Model(
             ctx.out,
             metrics=metrics,
@@ -293,7 +290,7 @@ def _finish(
 
 
 def prepare(tuned: Any, config: Any, adapter: Adapter | None = None) -> None:
-    """Choose what is trained. Seed torch before: an adapter begins at random, unless it is there already."""
+    """Set up the trainable parameters. Seed torch before: a new adapter is initialized randomly."""
     if adapter is not None:
         tuned.go_on(adapter.path)
     elif config.method == "lora":
@@ -307,26 +304,26 @@ def prepare(tuned: Any, config: Any, adapter: Adapter | None = None) -> None:
 
 
 def in_memory(error: RuntimeError) -> TrainingError | None:
-    """What is to be said of a step that does not fit into memory; None for any other error."""
+    """Return the error to raise when a step ran out of memory; None for any other error."""
     if "allocate memory" not in str(error) and "out of memory" not in str(error):
         return None
     return TrainingError(
-        "there is too little memory for a step; make batch_size smaller and accumulation larger, set recompute, or keep"
-        " the base in fewer bits (lora.base)"
+        "out of memory; reduce batch_size and raise gradient_accumulation_steps, set gradient_checkpointing, or"
+        " quantize the base model (lora.load_in_4bit)"
     )
 
 
 def require_directory(model: Model) -> None:
-    """Whether a model can be trained. ModelError for one file, or a server."""
+    """Check that a model can be trained. ModelError for a single file or a server."""
     if model.format != "hf":
         raise ModelError(
-            f"{model.name}: training needs a Hugging Face directory, this is {model.format}; convert it with the stage"
-            " model.from_gguf"
+            f"{model.name}: training needs a Hugging Face directory, but this is {model.format}; convert it with"
+            " the stage model.from_gguf"
         )
 
 
 def context_of(model: Model) -> int:
-    """Tokens that a model reads."""
+    """Return a model's maximum context length in tokens."""
     from llmworks.tokenize.load import read_json
 
     config = read_json(model.path / "config.json")
@@ -339,7 +336,7 @@ def context_of(model: Model) -> int:
 def check_golden(
     config: TuneConfig, model: Model | Adapter, tokenizer: Any, stops: Sequence[int], stage: str = "train.sft"
 ) -> None:
-    """Whether the model's golden tokens replay, or may change. GoldenMismatch, with what to do, where neither is so."""
+    """Check that the model's golden tokens replay, or may change. GoldenMismatch, with what to do, otherwise."""
     from llmworks.tokenize.chat.golden import require
 
     if model.golden is not None and config.golden == "keep":
@@ -347,5 +344,6 @@ def check_golden(
             require(model.golden, tokenizer, stops, step=f"{stage} (golden: keep)")
         except GoldenMismatch as error:
             raise GoldenMismatch(
-                f"{error}; if the template is to change (template: {config.chat_template}), set golden to 'renew: WHY'"
+                f"{error}; if the template is meant to change (chat_template: {config.chat_template}), set golden to"
+                " 'renew: REASON'"
             ) from None

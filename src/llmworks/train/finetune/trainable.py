@@ -1,7 +1,6 @@
-"""What of a model a fine-tuning trains, and how the result is written: an adapter beside frozen weights, perhaps in 4
-bits, or the weights themselves.
+"""The trainable model of a fine-tuning, and saving the result.
 
-Knows no data and no loop.
+An adapter on frozen weights, optionally in 4 bits; a soft prompt; or the weights themselves.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 class Tuned:
     """A model in training.
 
-    `rename`: the names of its layers in its files; `free`: whether it reads texts of one row apart, so that none needs
-    padding.
+    `rename`: maps layer names to the names in the model's files; `padding_free`: whether it keeps sequences of one row
+    apart (segment ids), so that batches need no padding.
     """
 
     network: Any
@@ -51,7 +50,7 @@ class Tuned:
     narrowed: bool = False
 
     def adapt(self, config: LoraConfig) -> None:
-        """Freeze all and put an adapter beside the targets. Seed torch before."""
+        """Freeze all weights and attach a new LoRA adapter. Seed torch before."""
         self.lora = Lora(config.r, config.lora_alpha, config.lora_dropout, config.use_rslora, config.use_dora)
         if config.load_in_4bit:
             names = lora.linear_layers(self.network)
@@ -64,9 +63,9 @@ class Tuned:
         lora.attach(self.network, config.target_modules, self.lora, self.rename)
 
     def go_on(self, path: Path) -> None:
-        """Freeze all and put an adapter beside the layers that it was trained for, as it is.
+        """Freeze all weights and load an existing LoRA adapter to continue training it.
 
-        Errors: ModelError for one that is no LoRA, or for other layers.
+        Errors: ModelError for an adapter that is not a LoRA, or is for other layers.
         """
         config, tensors = adapter.read_adapter(path)
         kept = adapter.base_of(path)
@@ -76,12 +75,13 @@ class Tuned:
         here = {self.rename(name): name for name in lora.linear_layers(self.network)}
         if not names or any(name not in here for name in names):
             raise ModelError(
-                f"{path}: the adapter is for layers that this model does not have, as"
-                f" {next((n for n in names if n not in here), '(none)')}"
+                f"{path}: the adapter is for layers that this model does not have,"
+                f" e.g. {next((n for n in names if n not in here), '(none)')}"
             )
         if config.get("alpha_pattern") or config.get("rank_pattern"):
             raise ModelError(
-                f"{path}: its layers differ in rank or alpha; merge it first (llmworks merge adapter), and begin anew"
+                f"{path}: layers differ in rank or alpha; merge the adapter first (llmworks merge adapter) and"
+                " train a new one"
             )
         self.lora = Lora(
             int(config["r"]),
@@ -97,9 +97,9 @@ class Tuned:
         adapter.load_state(self.network, tensors, self.rename)
 
     def put_before(self, kind: str, tokens: int, text: str) -> None:
-        """Freeze all and put a soft prompt before every text: `kind` prompt or prefix, through peft.
+        """Freeze all weights and prepend a soft prompt: prompt tuning or prefix tuning, through peft.
 
-        It begins as `text`, else as tokens that are drawn.
+        `kind`: prompt or prefix. A prompt is initialized from `init_text`, or from sampled tokens if it is empty.
         """
         try:
             from peft import PrefixTuningConfig, PromptTuningConfig, PromptTuningInit, get_peft_model
@@ -124,13 +124,13 @@ class Tuned:
             )
             config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens, **begins)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # it reads a name that transformers renamed
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses a name that transformers renamed
             self.network = get_peft_model(self.network, config)
 
     def freeze(self, patterns: Sequence[str]) -> None:
-        """Train all weights but those whose names in the model's files fit a pattern.
+        """Train all weights except those whose names in the model's files match a pattern.
 
-        ModelError for a pattern that none fits, or where nothing is left.
+        Errors: ModelError for a pattern without a match, or when no weights are left to train.
         """
         names = {name: self.rename(name) for name, _ in self.network.named_parameters()}
         for pattern in patterns:
@@ -139,18 +139,17 @@ class Tuned:
                     names.values()
                 )[:2]
                 raise ModelError(
-                    f"freeze: no weight of the model fits {pattern!r}; names are such as {', '.join(some)}"
+                    f"freeze: no weight of the model matches {pattern!r}; names are such as {', '.join(some)}"
                 )
         for name, p in self.network.named_parameters():
             p.requires_grad_(not any(fnmatch.fnmatch(names[name], pattern) for pattern in patterns))
         if not any(p.requires_grad for p in self.network.parameters()):
-            raise ModelError("freeze: all weights are frozen, so that nothing is trained")
+            raise ModelError("freeze: all weights are frozen; nothing is left to train")
 
     def narrow(self, precision: str) -> None:
-        """Keep frozen matrices in the format that autocast makes of them for every product: the same numbers in half
-        the memory.
+        """Cast frozen linear weights to the autocast dtype: the same results in half the memory.
 
-        Embeddings and head stay.
+        Embeddings and LM head keep their dtype.
         """
         for layer in self.network.modules():
             if (
@@ -163,11 +162,11 @@ class Tuned:
 
     @property
     def trained(self) -> int:
-        """Numbers that are trained."""
+        """Number of trainable parameters."""
         return sum(p.numel() for p in self.network.parameters() if p.requires_grad)
 
     def save(self, out: Path, base_name: str) -> None:
-        """Write the adapter, or the whole model in the form and number format that it was read in."""
+        """Write the adapter, or the full model in the file format and dtype that it was loaded from."""
         if self.lora is not None:
             adapter.save_adapter(self.network, out, self.lora, base_name=base_name, rename=self.rename, base=self.kept)
             if self.kept is not None:
@@ -178,14 +177,14 @@ class Tuned:
         if self.soft:
             config = self.network.peft_config["default"]
             config.base_model_name_or_path, config.tokenizer_name_or_path = base_name, None
-            self.network.save_pretrained(out, save_embedding_layers=False)  # else it looks for the base on the hub
-            (out / "README.md").unlink(missing_ok=True)  # peft's, with nothing in it
+            self.network.save_pretrained(out, save_embedding_layers=False)  # else peft queries the hub
+            (out / "README.md").unlink(missing_ok=True)  # peft's empty model card
             return
         save_like(self.network, self.source, out)
 
 
 def open_tuned(path: Path) -> Tuned:
-    """The model of a directory, in fp32, untouched. ModelError for a broken directory."""
+    """Open the model of a directory in fp32, all weights trainable. ModelError for a broken directory."""
     from llmworks.model.nn.decoder import DecoderForCausalLM
 
     network, rename = open_adaptable(path)
@@ -193,7 +192,7 @@ def open_tuned(path: Path) -> Tuned:
 
 
 def save_like(network: nn.Module, source: Path, out: Path) -> None:
-    """Write a model's weights as its source has them: names, number format, config and generation config."""
+    """Save a model's weights like its source: tensor names, dtype, config and generation config."""
     from safetensors.torch import save_file
 
     from llmworks.model.io.families import shape_of

@@ -1,7 +1,7 @@
-"""Checkpoints: everything that decides the next step, written whole or not at all, the last few kept. Knows no loop.
+"""Checkpoints: everything that decides the next step, written atomically; the newest few are kept.
 
-A folder in the form of torch's distributed checkpoints, so that any number of processes reads what another number
-wrote, and `state.json` beside it.
+A folder in the format of `torch.distributed.checkpoint`, so that any number of processes reads what another number
+wrote, with `state.json` beside it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ STATE = "state.json"
 
 @dataclass
 class Running:
-    """What a run consists of, as far as this process has it.
+    """The state of a training run that this process holds.
 
-    `average`: a running mean of the parameters, where one is kept; `scaler`: of losses in fp16.
+    `ema`: exponential moving average of the parameters, if one is kept; `scaler`: the fp16 gradient scaler.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -44,7 +44,7 @@ class Running:
     world: World = field(default_factory=lambda: World(torch.device("cpu")))
 
     def tensors(self) -> dict[str, Any]:
-        """All tensors of the run, by name."""
+        """Return all tensors of the run, by name."""
         found: dict[str, Any] = {f"parameters.{name}": p.detach() for name, p in self.parameters.items()}
         found |= {f"average.{name}": mean for name, mean in self.average.items()}
         for name, (optimizer, p) in self._owners().items():
@@ -56,7 +56,7 @@ class Running:
         return found
 
     def _owners(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Parameter]]:
-        """The optimizer of each parameter."""
+        """Return each parameter with its optimizer, by parameter name."""
         names = {id(p): name for name, p in self.parameters.items()}
         return {
             names[id(p)]: (optimizer, p)
@@ -67,11 +67,11 @@ class Running:
 
 
 def save(running: Running, step: int, scratch: Path, keep: int) -> None:
-    """Write the checkpoint after `step` finished steps, and delete older ones than the last `keep`.
+    """Write the checkpoint after `step` finished steps and delete all but the newest `keep`.
 
-    All processes take part.
+    A collective operation: all processes take part.
 
-    Errors: OSError for a full disk; what was there stays.
+    Errors: OSError for a full disk; existing checkpoints stay.
     """
     world = running.world
     target = scratch / FOLDER / f"step-{step:09d}"
@@ -97,14 +97,14 @@ def save(running: Running, step: int, scratch: Path, keep: int) -> None:
                 json.dump(state, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
-    except BaseException as error:  # a full disk, an interrupt: what was there stays
+    except BaseException as error:  # a full disk, an interrupt: existing checkpoints stay
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, CheckpointException):
             first = next(failure[0] for failure in error.failures.values())
             raise (
                 first
                 if isinstance(first, OSError)
-                else TrainingError(f"{temporary}: the checkpoint cannot be written ({type(first).__name__}: {first})")
+                else TrainingError(f"{temporary}: cannot write the checkpoint ({type(first).__name__}: {first})")
             ) from None
         raise
     if world.first:
@@ -115,16 +115,16 @@ def save(running: Running, step: int, scratch: Path, keep: int) -> None:
 
 
 def found(scratch: Path) -> list[Path]:
-    """The checkpoints of a run, the oldest first."""
+    """Return the checkpoints of a run, oldest first."""
     return sorted(path for path in (scratch / FOLDER).glob("step-*") if path.suffix != ".tmp")
 
 
 def resume(running: Running, scratch: Path) -> int:
-    """Load the newest checkpoint, if there is one; returns the number of finished steps.
+    """Load the newest checkpoint, if there is one, and return the number of finished steps.
 
-    All processes take part, of whatever number wrote it.
+    A collective operation. The number of processes may differ from the one that wrote the checkpoint.
 
-    Errors: TrainingError for one that cannot be read, or of another model or optimizer.
+    Errors: TrainingError for an unreadable checkpoint, or one of another model or optimizer.
     """
     world = running.world
     files = found(scratch)
@@ -145,10 +145,10 @@ def resume(running: Running, scratch: Path) -> int:
             for name, entry in reader.read_metadata().state_dict_metadata.items()
             if hasattr(entry, "size")
         }
-    except Exception as error:  # torch raises many kinds for a broken file
+    except Exception as error:  # torch raises many exception types for a broken file
         raise TrainingError(_broken(folder, error)) from None
     wanted = _require_same(running, world, sizes, made_by, folder)
-    for name, (optimizer, p) in running._owners().items():  # moments exist after the first step only
+    for name, (optimizer, p) in running._owners().items():  # optimizer moments exist only after the first step
         for key in [k for k in sizes if k.startswith(f"moments.{name}.") and "." not in k[len(f"moments.{name}.") :]]:
             made = (
                 torch.zeros_like(p.detach())
@@ -165,11 +165,11 @@ def resume(running: Running, scratch: Path) -> int:
     try:
         with _unwarned():
             load(wanted | random, storage_reader=reader, no_dist=world.size == 1)
-    except (Exception, CheckpointException) as error:  # which is no Exception
+    except (Exception, CheckpointException) as error:  # CheckpointException is not an Exception
         raise TrainingError(_broken(folder, error)) from None
     if running.scaler is not None:
         running.scaler.load_state_dict(scaler)
-    if processes == world.size:  # draws of another number of processes are other draws anyway
+    if processes == world.size:  # with another number of processes the random states do not carry over
         torch.set_rng_state(random[f"random.{world.rank}"])
         if f"cuda.{world.rank}" in random and world.device.type == "cuda":
             torch.cuda.set_rng_state(random[f"cuda.{world.rank}"], world.device)
@@ -179,7 +179,7 @@ def resume(running: Running, scratch: Path) -> int:
 def _require_same(
     running: Running, world: World, sizes: dict[str, tuple[Any, ...]], made_by: Any, folder: Path
 ) -> dict[str, Any]:
-    """TrainingError for a checkpoint of another model or optimizer."""
+    """Return the tensors to load. TrainingError for a checkpoint of another model or optimizer."""
     wanted = running.tensors()
     own = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     differs = next((name for name, size in own.items() if sizes.get(name) != size), "")
@@ -188,19 +188,18 @@ def _require_same(
     if differs or made_by != [type(o).__name__ for o in running.optimizers]:
         what = differs.removeprefix("parameters.") if differs else "the optimizer"
         raise TrainingError(
-            f"{folder}: is the checkpoint of another configuration ({what} differs); delete {folder.parent} to begin"
-            " anew"
+            f"{folder}: checkpoint of another configuration ({what} differs); delete {folder.parent} to start over"
         )
     return wanted
 
 
 @contextlib.contextmanager
 def _unwarned() -> Iterator[None]:
-    """It warns of one process, which is meant."""
+    """Suppress torch's warning about a single process, which is intended here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _broken(folder: Path, error: BaseException) -> str:
-    return f"{folder}: the checkpoint cannot be read ({type(error).__name__}); delete it to go on from the one before"
+    return f"{folder}: cannot read the checkpoint ({type(error).__name__}); delete it to resume from the previous one"

@@ -1,7 +1,4 @@
-"""The best of a training's looks: its weights are kept, and a training that gets no better may end early.
-
-Knows no model and no loop.
-"""
+"""Early stopping: keep the weights of the best evaluation and stop when it no longer improves."""
 
 from __future__ import annotations
 
@@ -15,14 +12,14 @@ from torch import nn
 from llmworks.core.errors import TrainingError
 from llmworks.core.progress import write_whole
 
-HIGHER = ("accuracy",)  # metrics of which more is better; of the others less is
+HIGHER = ("accuracy",)  # metrics where higher is better; for all others lower is
 
 
 class Best:
-    """Hears of every look.
+    """The best evaluation so far and its saved weights.
 
-    `metric`: what is compared; `patience`: looks without a better one after which it is enough, 0: never; `folder`:
-    where the weights are kept.
+    `metric`: the metric that is compared; `patience`: evaluations without improvement after which training stops, 0 =
+    never; `folder`: where the weights are saved.
     """
 
     def __init__(self, metric: str, folder: Path, patience: int = 0) -> None:
@@ -31,9 +28,9 @@ class Best:
         self.value, self.worse = 0.0, 0
 
     def begin(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Take up what was seen before a training was interrupted.
+        """Restore the state from the metrics of an interrupted run.
 
-        Looks that come again give the same weights again.
+        Evaluations that are repeated after a resume give the same weights again.
         """
         for row in rows:
             if self.metric in row:
@@ -49,7 +46,7 @@ class Best:
     def heard(
         self, step: int, seen: Mapping[str, float], parameters: Mapping[str, nn.Parameter], *, first: bool
     ) -> bool:
-        """Compare a look; keep the weights of a better one, in the first process. Returns whether it is enough."""
+        """Compare an evaluation and save improved weights in the first process. Return whether to stop."""
         if self.metric in seen and self._compare(step, float(seen[self.metric])) and first:
             from safetensors.torch import save
 
@@ -59,19 +56,19 @@ class Best:
         return bool(self.patience) and self.worse >= self.patience
 
     def restore(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Put the best weights back. TrainingError when they are gone."""
+        """Load the best weights into the model. TrainingError when they are missing."""
         from safetensors import safe_open
 
         try:
             with safe_open(self.file, "pt") as kept, torch.no_grad():
                 if kept.metadata().get("step") != str(self.step):
                     raise TrainingError(
-                        f"{self.file}: is of step {kept.metadata().get('step')}, the best was {self.step}; delete"
-                        f" {self.file.parent} to begin anew"
+                        f"{self.file}: has the weights of step {kept.metadata().get('step')}, but the best step"
+                        f" was {self.step}; delete {self.file.parent} to start over"
                     )
                 for name, p in parameters.items():
                     p.copy_(kept.get_tensor(name))
         except (OSError, KeyError) as error:
             raise TrainingError(
-                f"{self.file}: the best weights cannot be read ({error}); delete {self.file.parent} to begin anew"
+                f"{self.file}: cannot read the best weights ({error}); delete {self.file.parent} to start over"
             ) from None

@@ -1,6 +1,6 @@
-"""How well a model predicts packed tokens that it did not see: nats per token, perplexity, bits per byte.
+"""Evaluate a language model on held-out packed tokens: loss, perplexity, bits per byte.
 
-Any model that gives a loss for labels.
+Works for any model that returns a loss for labels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from llmworks.data.store.packed_tokens import Packed, stack
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What was measured: summed surprise of all learned tokens in nats, and the text that they stand for."""
+    """Total loss of all label tokens in nats, their number, and the bytes of text that they encode."""
 
     nats: float
     tokens: int
@@ -22,24 +22,24 @@ class HeldOut:
 
     @property
     def per_token(self) -> float:
-        """Mean cross-entropy, in nats."""
+        """Mean cross-entropy per label token, in nats."""
         return self.nats / max(1, self.tokens)
 
     @property
     def perplexity(self) -> float:
-        """As unsure as between so many tokens."""
+        """Exponential of the mean cross-entropy."""
         return math.exp(min(700.0, self.per_token))
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers: control tokens are paid for and hold no bytes."""
+        """Comparable between tokenizers. Control tokens count in the loss but encode no bytes."""
         return self.nats / math.log(2) / max(1, self.bytes)
 
 
 def measure(model: Any, packed: Packed, tokenizer: Any, *, rows: int = 0, batch: int = 8) -> HeldOut:
-    """Read the first `rows` (0: all) of packed rows; texts of a row do not see one another.
+    """Evaluate on the first `max_rows` packed rows (0 = all), without attention across documents of a row.
 
-    Bytes are those of the learned tokens.
+    Bytes are those of the label tokens.
     """
     import torch
 
@@ -67,7 +67,7 @@ def measure(model: Any, packed: Packed, tokenizer: Any, *, rows: int = 0, batch:
 
 
 def _bytes(tokenizer: Any, row: Any) -> int:
-    """Bytes of the text of a row's learned tokens, which is decoded in runs."""
+    """Count the UTF-8 bytes of a row's label tokens, decoded in contiguous runs."""
     import numpy as np
 
     learned = np.append(False, row.learned[1:])

@@ -1,7 +1,7 @@
-"""The one training loop. What differs between methods is a list of batches and a loss function.
+"""The training loop, shared by all methods, which differ in a sequence of batches and a loss function.
 
-An accumulated batch is one batch: its loss is normalised by the label tokens of all its parts. Checkpoints hold
-everything that decides the next step, so that a resumed run is the uninterrupted run, bit for bit.
+Gradient accumulation: the loss of a step is normalized by the label tokens of all its micro-batches. Checkpoints hold
+everything that decides the next step, so that a resumed run equals the uninterrupted run bit for bit.
 """
 
 from __future__ import annotations
@@ -34,42 +34,40 @@ if TYPE_CHECKING:
 
 
 class Batch(Protocol):
-    """What the loop asks of a part of a step."""
+    """What the loop needs of a micro-batch."""
 
     @property
     def labels(self) -> int:
-        """Tokens that are learned."""
+        """Number of label tokens."""
         ...
 
     @property
     def tokens(self) -> int:
-        """Tokens that are read, padding left out."""
+        """Number of tokens without padding."""
         ...
 
 
 @dataclass(frozen=True)
 class Habits:
-    """How the loop runs, beside what it optimizes.
+    """Settings of the loop besides the optimizer.
 
-    `look(step)` is asked every `look_every` steps and after the last; what the first process sees is written to the
+    `evaluate(step)` runs every `eval_steps` steps and after the last one; the first process writes its result to the
     metrics.
     """
 
     checkpoint_every: int
     keep: int = 2
-    precision: str = "fp32"  # or bf16, fp16: of products under autocast; weights stay fp32
-    average: float = 0.0  # decay of a running mean of the weights, which are what is left at the end; 0: none
+    precision: str = "fp32"  # fp32, bf16 or fp16 under autocast; master weights stay fp32
+    average: float = 0.0  # EMA decay; the averaged weights are the result; 0 = off
     spike: float = 0.0
     look: Callable[[int], dict[str, float]] | None = None
     look_every: int = 0
-    rate: Callable[[int], float] | None = None  # of a step, in place of the schedule's
-    best: Best | None = None  # which look is the best; its weights are what is left at the end
-    told: Callable[[], Mapping[str, float]] | None = (
-        None  # what the loss says of a step beside its value, for the metrics
-    )
+    rate: Callable[[int], float] | None = None  # learning rate of a step, instead of the schedule
+    best: Best | None = None  # the weights of the best evaluation are the result
+    told: Callable[[], Mapping[str, float]] | None = None  # further metrics of a step, beside its loss
     faster: Mapping[str, float] = field(
         default_factory=dict
-    )  # by the last name of a parameter, how many times the learning rate it has
+    )  # learning rate multiplier by the last component of the parameter name
 
 
 def train(
@@ -82,12 +80,11 @@ def train(
     scratch: Path,
     progress: Progress,
 ) -> dict[str, float]:
-    """Run all steps; each is a list of parts (batches, made when needed) whose gradients are accumulated.
+    """Run all steps; each is a list of factories of micro-batches whose gradients are accumulated.
 
-    Of several processes each is given its own parts.
+    Each process gets its own micro-batches. Trains the parameters that require gradients. Returns metrics.
 
-    Trains the parameters that require gradients. Returns metrics. Errors: TrainingError when the loss is not finite, or
-    jumps.
+    Errors: TrainingError when the loss is not finite or spikes.
     """
     placed = Placed(model, World(next(model.parameters()).device)) if isinstance(model, nn.Module) else model
     best = habits.best
@@ -96,14 +93,14 @@ def train(
     rows = [row for row in progress.read_metrics() if row.get("step", -1) < start]
     progress.keep_metrics(rows)
     if best is not None:
-        best.begin(world.agreed(rows))  # which the first process has
+        best.begin(world.agreed(rows))  # only the first process has them
     watch = Watch(habits.spike, world.agreed([row["loss"] for row in rows if "loss" in row]))
     network = placed.network
     network.train()
     with progress.bar("train", len(steps), "steps") as bar:
         bar.resume(start)
         if start:
-            progress.say(f"going on from step {start} of {len(steps)}")
+            progress.say(f"resuming from step {start} of {len(steps)}")
         for step in range(start, len(steps)):
             _take_step(habits, step, steps, config, running, world, placed, loss, watch, progress, bar)
             last = step + 1 == len(steps)
@@ -115,8 +112,8 @@ def train(
                 network.train()
                 if enough:
                     progress.say(
-                        f"step {step + 1}: {best.metric if best else ''} has not been better for"
-                        f" {best.patience if best else 0} looks; this is enough"
+                        f"step {step + 1}: early stopping: no improvement of {best.metric if best else ''}"
+                        f" in {best.patience if best else 0} evaluations"
                     )
                     break
             if (step + 1) % habits.checkpoint_every == 0 and not last:
@@ -145,7 +142,7 @@ def _take_step(
     progress: Progress,
     bar: Bar,
 ) -> None:
-    """One step: forward and backward over its parts, clip, update, average, and note its figures."""
+    """Run one optimizer step: forward, backward, gradient clipping, update, EMA, metrics."""
     began = time.monotonic()
     rate = habits.rate(step) if habits.rate is not None else learning_rate(step, len(steps), config)
     for group in (group for optimizer in running.optimizers for group in optimizer.param_groups):
@@ -154,7 +151,7 @@ def _take_step(
     loaded = time.monotonic() - began
     labels, tokens = (int(n) for n in world.total([sum(b.labels for b in batches), sum(b.tokens for b in batches)]))
     if not labels:
-        raise TrainingError("a step has no label: no token of its batches is learned")
+        raise TrainingError("batch has no trainable tokens (all labels are masked)")
     (total,) = world.total([placed.backward(batches, loss, labels, running.scaler, habits.precision)])
     for optimizer in running.optimizers:
         running.scaler.unscale_(optimizer)
@@ -165,7 +162,7 @@ def _take_step(
         len(steps),
         total,
         norm,
-        batch + (f"; and those of {world.size - 1} other processes" if world.size > 1 else ""),
+        batch + (f"; and the batches of {world.size - 1} other processes" if world.size > 1 else ""),
         scaled=habits.precision == "fp16",
     )
     for optimizer in running.optimizers:
@@ -175,7 +172,7 @@ def _take_step(
     for name, mean in running.average.items():
         mean.lerp_(
             running.parameters[name].detach(), 1 - min(habits.average, (1 + step) / (10 + step))
-        )  # the untrained weights are soon forgotten
+        )  # warm-up: the initial weights are soon forgotten
     seconds = time.monotonic() - began
     progress.metric(
         step=step,
@@ -194,7 +191,7 @@ def _take_step(
 
 def _running(placed: Placed | Pipelined, config: OptimizerConfig, habits: Habits) -> checkpoints.Running:
     if not placed.parameters:
-        raise TrainingError("no parameter of the model is trained")
+        raise TrainingError("the model has no trainable parameters")
     average = {name: p.detach().clone() for name, p in placed.parameters.items()} if habits.average else {}
     scaler = torch.amp.GradScaler(placed.world.device.type, enabled=habits.precision == "fp16")
     return checkpoints.Running(
@@ -204,7 +201,7 @@ def _running(placed: Placed | Pipelined, config: OptimizerConfig, habits: Habits
 
 @contextlib.contextmanager
 def averaged(running: checkpoints.Running) -> Iterator[None]:
-    """The averaged weights, where there are some, for as long as this lasts."""
+    """Swap in the EMA weights, if there are any, for the duration of the context."""
     own = {name: running.parameters[name].detach().clone() for name in running.average}
     with torch.no_grad():
         for name, mean in running.average.items():
@@ -218,14 +215,14 @@ def averaged(running: checkpoints.Running) -> Iterator[None]:
 
 
 def memory(device: torch.device) -> int:
-    """The most memory that was held so far, in bytes: of the GPU where training runs on one, else of this process."""
+    """Return peak memory in bytes: of the GPU when training runs on one, else of this process (RSS)."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Metrics of a finished training: mean loss of the first and last tenth, tokens, seconds, tokens per second."""
+    """Summarize a finished training: mean loss of the first and last tenth, tokens, seconds, tokens per second."""
     tenth = max(1, len(rows) // 10)
     tokens, seconds = sum(r["tokens"] for r in rows), sum(r["seconds"] for r in rows)
     return {

@@ -1,4 +1,4 @@
-"""Watches a training: stops at a loss that is no number, or that jumps, and says which batch it was. Knows no model."""
+"""Loss guard: stop a training whose loss is not finite or spikes, and name the batch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from collections.abc import Sequence
 
 from llmworks.core.errors import TrainingError
 
-LOOK, LEAST = 50, 20  # steps that a jump is measured against, and how many there must be
+LOOK, LEAST = 50, 20  # window of steps for the median loss, and how many it needs
 
 
 class Watch:
-    """`spike`: how many nats above the median of the last steps stop the run, thrice that above the first loss while
-    there are few; 0: none does.
+    """Detector of loss spikes.
+
+    `threshold`: nats above the median of the last steps at which the run stops; with fewer than 20 steps, three times
+    that above the first loss; 0 = never.
     """
 
     def __init__(self, spike: float = 0.0, earlier: Sequence[float] = ()) -> None:
@@ -22,26 +24,27 @@ class Watch:
         self.losses = deque(earlier, LOOK)
 
     def look(self, step: int, steps: int, loss: float, norm: float, batch: str, *, scaled: bool = False) -> None:
-        """Hear of a step before its gradients are used.
+        """Check the loss and gradient norm of a step before its gradients are used.
 
-        `scaled`: a norm that is no number is left to the scaler of fp16.
+        `scaled`: a non-finite gradient norm is left to the fp16 gradient scaler.
 
         Errors: TrainingError.
         """
         where = f"step {step + 1} of {steps}{f' ({batch})' if batch else ''}"
         if not math.isfinite(loss) or not (scaled or math.isfinite(norm)):
             raise TrainingError(
-                f"{where}: the loss is {loss}, the gradient norm {norm}; lower optimizer.learning_rate, or look at this"
-                " batch"
+                f"{where}: the loss is {loss}, the gradient norm is {norm}; lower optimizer.learning_rate, or"
+                " inspect this batch"
             )
         if self.spike and len(self.losses) >= LEAST and loss > (usual := statistics.median(self.losses)) + self.spike:
             raise TrainingError(
-                f"{where}: the loss is {loss:.3f}, {loss - usual:.3f} above the median of the last {len(self.losses)}"
-                " steps; look at this batch, lower optimizer.learning_rate, or set spike to more (0: never stop)"
+                f"{where}: the loss is {loss:.3f}, {loss - usual:.3f} above the median of the"
+                f" last {len(self.losses)} steps; inspect this batch, lower optimizer.learning_rate, or raise"
+                " loss_spike_threshold (0 = never stop)"
             )
         if self.spike and 0 < len(self.losses) < LEAST and loss > self.losses[0] + 3 * self.spike:
             raise TrainingError(
-                f"{where}: the loss is {loss:.3f}, it began at {self.losses[0]:.3f}; lower optimizer.learning_rate, or"
-                " set spike to more (0: never stop)"
+                f"{where}: the loss is {loss:.3f}, the first one was {self.losses[0]:.3f}; lower"
+                " optimizer.learning_rate, or raise loss_spike_threshold (0 = never stop)"
             )
         self.losses.append(loss)

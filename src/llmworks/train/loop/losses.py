@@ -1,4 +1,4 @@
-"""Losses of next tokens as pure functions of a model and a batch, summed over its labels in nats."""
+"""Next-token losses: functions of a model and a batch, summed over the label tokens, in nats."""
 
 from __future__ import annotations
 
@@ -17,47 +17,43 @@ SHAPED = (
     "final_logit_softcapping",
     "logit_scale",
     "logits_scaling",
-)  # a config that has one of these makes more of the head's product than its logits
+)  # configs with one of these transform the output of the LM head
 Loss = Callable[[Any, Any], Tensor]
 
 
 def next_token_loss(model: Any, batch: Batch) -> Tensor:
-    """Summed cross-entropy of a padded batch's label tokens.
+    """Compute the summed cross-entropy of a padded batch's label tokens.
 
-    The output head runs on label positions only, some at a time: for short answers to long prompts that saves most of
-    its work, and the logits never exist all at once.
+    The LM head runs on label positions only, in chunks. For short completions of long prompts this saves most of its
+    work, and the full logits are never materialized.
     """
     labels = batch.ids[batch.rows, batch.columns]
-    if getattr(model, "head_on_labels", False):  # such models do so themselves
+    if getattr(model, "head_on_labels", False):  # such models apply the head to label positions themselves
         label_ids = torch.full_like(batch.ids, IGNORED)
         label_ids[batch.rows, batch.columns] = labels
         mean: Tensor = model(input_ids=batch.ids, labels=label_ids).loss
         return mean * batch.labels
-    if hasattr(model, "module") or whole_logits(model):  # the first: of several replicas
+    if hasattr(model, "module") or whole_logits(model):  # `module`: wrapped in DDP
         return F.cross_entropy(_logits(model, batch).float(), labels, reduction="sum")
-    hidden = model.get_decoder()(input_ids=batch.ids, use_cache=False).last_hidden_state  # [rows, length, width]
+    hidden = model.get_decoder()(input_ids=batch.ids, use_cache=False).last_hidden_state  # [rows, length, hidden size]
     picked, head = (
         hidden[batch.rows, batch.columns - 1],
         model.get_output_embeddings(),
-    )  # the position before predicts the label
+    )  # the position before the label predicts it
     if is_plain(head):
         return linear_cross_entropy(picked, head.weight, labels)
     return F.cross_entropy(head(picked).float(), labels, reduction="sum")
 
 
 def whole_logits(model: Any) -> bool:
-    """Whether a model's logits are more than its states times its head: shaped after it, or with a soft prompt in
-    front.
-    """
+    """Return whether logits are more than hidden states times LM head: soft-capped, scaled, or a soft prompt."""
     return hasattr(model, "peft_config") or any(
         getattr(model.config, name, None) not in (None, 0, 1) for name in SHAPED
     )
 
 
 def _logits(model: Any, batch: Batch) -> Tensor:
-    """The logits at the labels of a padded batch [labels, vocabulary]; those of a soft prompt, which stand before them,
-    are left out.
-    """
+    """Return logits at the labels of a padded batch [labels, vocabulary], without positions of a soft prompt."""
     found: Tensor = model(input_ids=batch.ids, use_cache=False).logits[:, -batch.ids.shape[1] :][
         batch.rows, batch.columns - 1
     ]
@@ -65,10 +61,7 @@ def _logits(model: Any, batch: Batch) -> Tensor:
 
 
 def label_logits(model: Any, batch: Batch | PackedBatch) -> Iterator[tuple[Tensor, Tensor]]:
-    """(logits [labels, vocabulary], labels) of a batch, some at a time, for who looks at more than the loss.
-
-    Of one process.
-    """
+    """Yield (logits [labels, vocabulary], labels) of a batch in chunks. For a model in one process."""
     if not isinstance(batch, PackedBatch) and whole_logits(model):
         yield _logits(model, batch).float(), batch.ids[batch.rows, batch.columns]
         return
@@ -79,8 +72,9 @@ def label_logits(model: Any, batch: Batch | PackedBatch) -> Iterator[tuple[Tenso
 
 
 def states_of(model: Any, batch: Batch | PackedBatch) -> tuple[Tensor, Tensor, Any]:
-    """(labels [n], states before them [n, width], the head that makes logits of states), of a model of one process that
-    is not `whole_logits`.
+    """Return (labels [n], hidden states that predict them [n, hidden size], LM head).
+
+    For a model in one process for which `needs_full_logits` is false.
     """
     head = model.get_output_embeddings()
     if isinstance(batch, PackedBatch):
@@ -94,8 +88,9 @@ def states_of(model: Any, batch: Batch | PackedBatch) -> tuple[Tensor, Tensor, A
 
 
 class Noise:
-    """NEFTune: uniform noise on embedded tokens while training, up to alpha / sqrt(tokens of the text * width) (Jain et
-    al. 2023, arXiv:2310.05914).
+    """NEFTune: uniform noise on input embeddings during training (Jain et al. 2023, arXiv:2310.05914).
+
+    The magnitude is at most alpha / sqrt(tokens of the sequence * hidden size).
     """
 
     def __init__(self, model: Any, alpha: float) -> None:
@@ -109,7 +104,7 @@ class Noise:
         return embedded + torch.empty_like(embedded).uniform_(-1, 1) * most[..., None].to(embedded)
 
     def around(self, loss: Loss) -> Loss:
-        """The same loss; the lengths of its batch's texts are known to the noise."""
+        """Wrap a loss so that the noise knows the sequence lengths of its batch."""
 
         def noisy(model: Any, batch: Any) -> Tensor:
             if isinstance(batch, PackedBatch):

@@ -1,6 +1,6 @@
-"""Optimizers: AdamW, Lion, and Muon for matrices with AdamW for the rest.
+"""Optimizers: AdamW, Lion, and Muon for matrices with AdamW for the other parameters.
 
-Weight decay is for matrices only. Knows no loop and no schedule.
+Weight decay applies to matrices only.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from llmworks.train.loop.schedule import OptimizerConfig
 
 
 class Lion(torch.optim.Optimizer):
-    """A step along the sign of the momentum, so all of one size (Chen et al. 2023, arXiv:2302.06675, algorithm 2).
+    """Lion: update by the sign of the momentum (Chen et al. 2023, arXiv:2302.06675, algorithm 2).
 
-    u = sign(b1 m + (1 - b1) g); p <- p - rate (u + decay p); m <- b2 m + (1 - b2) g. One moment, half of Adam's memory.
+    u = sign(b1 m + (1 - b1) g); p <- p - lr (u + decay p); m <- b2 m + (1 - b2) g. One moment, half of Adam's memory.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
@@ -26,7 +26,7 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Take a step."""
+        """Perform one optimizer step."""
         for group in self.param_groups:
             (b1, b2), rate = group["betas"], group["lr"]
             for p in group["params"]:
@@ -41,8 +41,9 @@ class Lion(torch.optim.Optimizer):
 def optimizers_of(
     model: nn.Module, config: OptimizerConfig, faster: Mapping[str, float] | None = None
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of all parameters that are trained; each group has `times`, what its learning rate is multiplied
-    by: of parameters whose last name is in `faster`.
+    """Create the optimizers of all trainable parameters.
+
+    Each parameter group has `lr_multiplier`, taken from `lr_multipliers` by the last component of the parameter name.
 
     Errors: MissingDependency for adamw_8bit without bitsandbytes or a GPU.
     """
@@ -71,7 +72,7 @@ def optimizers_of(
         inner = inner_matrices(model)
         turned = [p for p in matrices if id(p) in inner]
         other = [p for p in matrices if id(p) not in inner]
-        # steps of the size that AdamW's have, so that one learning rate and one decay serve both (Liu et al. 2025,
+        # update RMS matched to AdamW's, so that one learning rate and one weight decay serve both (Liu et al. 2025,
         # arXiv:2502.16982)
         found: list[torch.optim.Optimizer] = (
             [torch.optim.Muon(turned, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")] if turned else []
@@ -88,7 +89,7 @@ def optimizers_of(
 
 
 def _alike(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters that one kernel may step together: those that are spread over the same processes in the same way."""
+    """Group parameters that one fused kernel may update together: same device mesh and same placements."""
     found: dict[Any, list[nn.Parameter]] = {}
     for p in params:
         found.setdefault((getattr(p, "device_mesh", None), getattr(p, "placements", None)), []).append(p)
@@ -96,7 +97,7 @@ def _alike(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 def inner_matrices(model: nn.Module) -> set[int]:
-    """The matrices that turn one state into another: those of linear layers, without the head's. By `id`."""
+    """Return the ids of the weight matrices of all linear layers except the LM head."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     return {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
 
@@ -109,5 +110,5 @@ def _eight_bit() -> Any:
             "optimizer.name adamw_8bit needs a GPU and bitsandbytes; install it with: pip install bitsandbytes"
         ) from None
     if not torch.cuda.is_available():
-        raise MissingDependency("optimizer.name adamw_8bit needs a GPU; take adamw or lion here")
+        raise MissingDependency("optimizer.name adamw_8bit needs a GPU; use adamw or lion here")
     return AdamW8bit

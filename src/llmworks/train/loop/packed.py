@@ -1,8 +1,4 @@
-"""Packed rows as the steps of a training: which rows a step reads follows from its number, so that a run goes on
-anywhere.
-
-Knows no model.
-"""
+"""Packed rows as training steps. The step number decides which rows a step reads, so that a run resumes anywhere."""
 
 from __future__ import annotations
 
@@ -23,9 +19,9 @@ from llmworks.model.loss.linear_cross_entropy import IGNORED
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Rows of several texts that do not see one another; each tensor [rows, length].
+    """Packed rows of several documents without attention across documents; each tensor is [rows, length].
 
-    Positions begin anew with each text; labels are IGNORED where nothing is learned.
+    Positions restart with each document; labels are IGNORED where the token is not trained on.
     """
 
     ids: Tensor
@@ -38,11 +34,11 @@ class PackedBatch:
 
 
 class PackedSteps(Sequence[list[Callable[[], PackedBatch]]]):
-    """`steps` steps of `parts` parts of `rows` rows each, in an order shuffled by seed and epoch.
+    """`steps` steps of `num_micro_batches` micro-batches of `batch_size` rows each, shuffled by seed and epoch.
 
-    A step's rows do not depend on how they are divided into parts.
+    A step's rows do not depend on how they are divided into micro-batches.
 
-    `share` (number, of how many): the parts that are this process's, where several divide the rows of a step.
+    `shard` (index, count): which share of each step's rows belongs to this process when several divide them.
     """
 
     def __init__(
@@ -59,8 +55,8 @@ class PackedSteps(Sequence[list[Callable[[], PackedBatch]]]):
     ) -> None:
         if len(packed) < rows * parts:
             raise DataError(
-                f"the data has {len(packed):,} rows, a step takes {rows * parts:,} (batch {rows}, accumulation"
-                f" {parts}); give more data, or make the step smaller"
+                f"the data has {len(packed):,} rows, a step needs {rows * parts:,} (batch_size {rows},"
+                f" gradient_accumulation_steps {parts}); provide more data, or make the step smaller"
             )
         self.packed, self.steps, self.rows, self.parts, self.length, self.seed, self.device, self.share = (
             packed,
@@ -81,7 +77,7 @@ class PackedSteps(Sequence[list[Callable[[], PackedBatch]]]):
     @overload
     def __getitem__(self, step: slice) -> Sequence[list[Callable[[], PackedBatch]]]: ...
     def __getitem__(self, step: int | slice) -> Any:
-        """The makers of a step's parts."""
+        """Return the factories of a step's micro-batches."""
         if isinstance(step, slice):
             return [self[i] for i in range(*step.indices(self.steps))]
         if not 0 <= step < self.steps:
@@ -91,9 +87,9 @@ class PackedSteps(Sequence[list[Callable[[], PackedBatch]]]):
         return [functools.partial(self.batch, numbers[i : i + self.rows]) for i in range(0, len(numbers), self.rows)]
 
     def numbers(self, step: int) -> list[int]:
-        """The rows of a step.
+        """Return the row indices of a step.
 
-        What is left over at the end of an epoch is not read, so that no step reads a row twice.
+        Rows left over at the end of an epoch are skipped, so that no step reads a row twice.
         """
         each = self.rows * self.parts
         epoch, place = divmod(step, len(self.packed) // each)
@@ -102,7 +98,7 @@ class PackedSteps(Sequence[list[Callable[[], PackedBatch]]]):
         return found
 
     def batch(self, numbers: Sequence[int]) -> PackedBatch:
-        """These rows."""
+        """Collate these rows."""
         rows = [self.packed[number] for number in numbers]
         arrays = {name: torch.from_numpy(array).to(self.device) for name, array in stack(rows, self.length).items()}
         learned = arrays["learned"].clone()
@@ -120,9 +116,9 @@ class PackedSteps(Sequence[list[Callable[[], PackedBatch]]]):
 
 
 def same_tokenizer(data: Dataset, tokenizer: Any, name: str) -> None:
-    """Whether packed tokens are a tokenizer's.
+    """Check that the packed tokens come from this tokenizer.
 
-    Errors: DataError for those of another, by its digest; ids alone may fit by chance.
+    Errors: DataError when the digest of the tokenizer differs.
     """
     recorded = data.about.get("tokenizer")
     if (
@@ -131,8 +127,8 @@ def same_tokenizer(data: Dataset, tokenizer: Any, name: str) -> None:
         and recorded != hashlib.sha256(tokenizer._tokenizer.to_str().encode()).hexdigest()
     ):
         raise DataError(
-            f"{data.name}: was packed with another tokenizer than {name}'s; pack it again (llmworks data pack {name}"
-            " ...)"
+            f"{data.name}: packed with another tokenizer than that of {name}; pack it again (llmworks data"
+            f" pack {name} ...)"
         )
 
 
@@ -144,9 +140,9 @@ def _order(rows: int, seed: int, epoch: int) -> Any:
 
 
 def packed_loss(model: Any, batch: PackedBatch) -> Tensor:
-    """Summed cross-entropy in nats of a batch's labels, by any model that gives a mean loss for labels.
+    """Compute the summed cross-entropy in nats of a batch's labels, for any model that returns a mean loss.
 
-    Experts' balance counts as often as labels do.
+    The load-balancing loss of mixture-of-experts models is weighted by the number of labels, too.
     """
     mean: Tensor = model(
         input_ids=batch.ids, position_ids=batch.positions, segment_ids=batch.segments, labels=batch.label_ids

@@ -1,4 +1,4 @@
-"""The report of a training: its curves, what it wrote before and after, and what looks wrong. Knows no model."""
+"""The training report: curves, samples before and after, and warnings."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from llmworks.core.plots import write_curves
 from llmworks.core.report import ReportBuilder
 
-POINTS = 600  # of a curve
+POINTS = 600  # per curve, at most
 
 
 def smooth(points: Sequence[tuple[float, float]], width: int = 10) -> list[tuple[float, float]]:
-    """Running mean of the last `width` values."""
+    """Compute the running mean of the last `width` values."""
     return [
         (x, sum(v for _, v in points[max(0, i - width + 1) : i + 1]) / min(i + 1, width))
         for i, (x, _) in enumerate(points)
@@ -22,13 +22,13 @@ def smooth(points: Sequence[tuple[float, float]], width: int = 10) -> list[tuple
 
 
 def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most POINTS of them, evenly, the last kept."""
+    """Subsample evenly to about POINTS points; the last one is kept."""
     stride = -(-len(points) // POINTS)
     return [*points[:-1:stride], *points[-1:]] if stride > 1 else list(points)
 
 
 def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """The curves as one PNG."""
+    """Draw the curves as one PNG."""
     steps = [row for row in rows if "loss" in row]
     write_curves(
         [
@@ -42,7 +42,7 @@ def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def plots(
     steps: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
 ) -> list[tuple[str, dict[str, list[tuple[float, float]]], str]]:
-    """(heading, series over steps, unit) of what is drawn."""
+    """Return (heading, series over steps, y label) of each plot."""
     loss, looks = [(row["step"] + 1, row["loss"]) for row in steps], [row for row in rows if "eval_loss" in row]
     wide = max(2, min(50, len(loss) // 10))
     series = {"loss": thin(loss), f"mean of {wide}": thin(smooth(loss, wide))}
@@ -51,17 +51,17 @@ def plots(
     found = [("Loss", series, "nats per token")]
     for heading, name, y in (
         ("Bits per byte", "bits_per_byte", "bits"),
-        ("Accuracy", "accuracy", "share of learned tokens"),
+        ("Accuracy", "accuracy", "share of label tokens"),
     ):
         if len(looks) > 1 and name in looks[0]:
             found.append((heading, {"held out": [(row["step"] + 1, row[name]) for row in looks]}, y))
     for heading, name, y, factor in (
         ("Gradient norm", "grad_norm", "before clipping", 1.0),
         ("Learning rate", "learning_rate", "", 1.0),
-        ("Memory", "memory", "most so far, GB", 1e-9),
+        ("Memory", "memory", "peak so far, GB", 1e-9),
     ):
         values = [row[name] * factor for row in steps]
-        if name == "memory":  # a process that goes on begins to count anew
+        if name == "memory":  # a resumed process starts counting again
             values = list(accumulate(values, max))
         found.append(
             (
@@ -94,30 +94,30 @@ def draw(
     after: Sequence[str],
     vocabulary: int = 0,
 ) -> list[str]:
-    """Fill the report from the metrics of all steps, and the figures of the whole; returns warnings."""
+    """Fill the report from the metrics of all steps and the final metrics; return warnings."""
     steps, looks = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
     loss = [(row["step"] + 1, row["loss"]) for row in steps]
     warnings: list[str] = []
     if len(loss) >= 20 and smooth(loss)[-1][1] >= smooth(loss)[9][1]:
-        warnings.append("the loss did not fall")
+        warnings.append("the loss did not decrease")
     if metrics.get("perplexity", 0) > vocabulary > 0:
-        warnings.append(f"the model is worse than a guess among its {vocabulary:,} tokens")
+        warnings.append(f"perplexity is above the vocabulary size {vocabulary:,}: worse than uniform guessing")
     if any(before) and list(before) == list(after):
-        warnings.append("nothing changed: it writes what it wrote before training")
+        warnings.append("nothing changed: the samples are the same as before training")
     if any(before) and not any(text.strip() for text in after):
-        warnings.append("it writes nothing")
+        warnings.append("all samples are empty")
     tokens = sum(row["tokens"] for row in steps)
     report.title = f"Training of {title}"
     report.lead = (
-        f"{len(steps):,} steps, {tokens:,} tokens; from the first tenth of them to the last the loss went from"
-        f" {metrics['loss_first']:.3f} to {metrics['loss']:.3f} nats a token."
+        f"{len(steps):,} steps, {tokens:,} tokens; mean loss went from {metrics['loss_first']:.3f} (first tenth of"
+        f" the steps) to {metrics['loss']:.3f} nats per token (last tenth)."
         if loss
         else ""
     )
     if "bits_per_byte" in metrics:
         report.lead += (
-            f" All held-out tokens: {metrics['bits_per_byte']:.4f} bits per byte, perplexity"
-            f" {metrics['perplexity']:,.1f}."
+            f" All held-out tokens: {metrics['bits_per_byte']:.4f} bits per byte,"
+            f" perplexity {metrics['perplexity']:,.1f}."
         )
     report.data = {
         "steps": len(steps),
@@ -127,13 +127,13 @@ def draw(
     }
     if warnings:
         report.text("Warnings", "\n\n".join(warnings))
-    notes = {"Bits per byte": "Of the part of the held-out tokens that is looked at on the way."}
+    notes = {"Bits per byte": "On the eval_samples held-out rows evaluated during training."}
     for heading, series, y in plots(steps, rows):
         report.curves(heading, series, x="step", y=y, note=notes.get(heading, ""))
     if any(after):
         report.samples(
-            "What it writes",
+            "Samples",
             [{"": prompt, "before": b, "after": a} for prompt, b, a in zip(prompts, before, after, strict=True)],
-            note="At temperature 0.8, the same draws before and after.",
+            note="Sampled at temperature 0.8 with the same seed before and after.",
         )
     return warnings

@@ -1,6 +1,4 @@
-"""What a model writes on from given beginnings, while it trains: the same draws each time, so that what changes is the
-model.
-"""
+"""Sample continuations of prompts during training, always with the same seed so that only the model differs."""
 
 from __future__ import annotations
 
@@ -11,9 +9,7 @@ from typing import Any
 def continued(
     model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, seed: int, temperature: float = 0.8
 ) -> list[str]:
-    """The text that follows each beginning, at most so many tokens, drawn at a temperature; "" for each where `tokens`
-    is 0.
-    """
+    """Sample a continuation of at most `max_tokens` tokens of each prompt; "" for each when `max_tokens` is 0."""
     import torch
 
     if not tokens:
@@ -25,7 +21,7 @@ def continued(
         torch.manual_seed(seed)
         for prompt in prompts:
             ids = tokenizer(prompt, add_special_tokens=True)["input_ids"] or [tokenizer.eos_token_id]
-            while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end what they encode
+            while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers append EOS
                 ids = ids[:-1]
             given = torch.tensor([ids], device=model.device)
             room = min(tokens, model.config.max_position_embeddings - len(ids))

@@ -1,4 +1,4 @@
-"""The optimizer's fields and the learning rate of every step. Torch-free, so that recipes are checked without it."""
+"""Optimizer fields and learning rate schedule. Torch-free, so that recipes are checked without torch."""
 
 from __future__ import annotations
 
@@ -11,49 +11,47 @@ from llmworks.core.artifact import Config
 
 
 class OptimizerConfig(Config):
-    """How weights follow their gradients, and how fast over time."""
+    """The optimizer and the learning rate schedule."""
 
     name: Literal["adamw", "lion", "muon", "adamw_8bit"] = Field(
         "adamw",
         description=(
-            "adamw (Loshchilov & Hutter 2019); lion: the sign of the momentum, wants a learning rate 3 to 10 times"
-            " smaller (Chen et al. 2023); muon: orthogonal steps of matrices, adamw for the rest (Jordan et al. 2024);"
-            " adamw_8bit: moments in 8 bits, by bitsandbytes, on a GPU"
+            "adamw (Loshchilov & Hutter 2019); lion: sign of the momentum, wants a 3 to 10 times smaller learning"
+            " rate (Chen et al. 2023); muon: orthogonalized updates of matrices, adamw for the rest (Jordan et al."
+            " 2024); adamw_8bit: 8-bit optimizer states (bitsandbytes, GPU only)"
         ),
     )
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     lr_scheduler_type: Literal["cosine", "wsd", "linear", "constant"] = Field(
         "cosine",
         description=(
-            "after warm-up: cosine or linear to the final fraction; wsd: constant, then linear in the last part (Hu et"
-            " al. 2024); constant"
+            "learning rate schedule after warm-up: cosine or linear decay to min_lr_ratio; wsd:"
+            " warmup-stable-decay, constant, then linear decay in the last part (Hu et al. 2024); constant"
         ),
     )
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="learning rate at the end, as a fraction of the peak")
-    warmup_ratio: float = Field(
-        0.05, ge=0, lt=1, description="fraction of all steps over which the learning rate rises from zero"
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate as a fraction of the peak")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="fraction of all steps with linear warm-up from zero")
+    decay_ratio: float = Field(0.2, gt=0, le=1, description="wsd: fraction of all steps in the decay phase")
+    beta1: float = Field(
+        0.9, ge=0, lt=1, description="decay of the first moment; muon: of the parameters that adamw trains"
     )
-    decay_ratio: float = Field(0.2, gt=0, le=1, description="wsd: fraction of all steps over which it falls")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment; muon: of the momentum of the rest")
     beta2: float = Field(
         0.999, ge=0, lt=1, description="decay of the second moment; lion: of the momentum, 0.99 is usual"
     )
     weight_decay: float = Field(
-        0.0, ge=0, description="decoupled weight decay of matrices; vectors, as gains and biases, have none"
+        0.0, ge=0, description="decoupled weight decay of matrices; vectors such as biases and norm weights have none"
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="largest gradient norm; larger gradients are scaled down")
+    max_grad_norm: float = Field(1.0, gt=0, description="maximum gradient norm for gradient clipping")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.lr_scheduler_type == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
-            raise ValueError(f"warmup {self.warmup_ratio} and decay {self.decay_ratio} are more than all steps")
+            raise ValueError(f"warmup_ratio {self.warmup_ratio} plus decay_ratio {self.decay_ratio} exceeds 1")
         return self
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of step `step` (0-based) of `steps`: linear warm-up, then by the schedule down to the final
-    fraction.
-    """
+    """Return the learning rate of step `step` (0-based) of `steps`: linear warm-up, then decay to the minimum."""
     warm = max(1, round(config.warmup_ratio * steps))
     if step < warm:
         return config.learning_rate * (step + 1) / warm

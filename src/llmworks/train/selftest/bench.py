@@ -1,4 +1,4 @@
-"""Runs of one training on a small model and few rows, and the checks that every training has to pass."""
+"""Test runs of one training on a small model and few rows, and the checks that every training has to pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Train = Callable[[Any, Dataset, Context], object]  # config, data, context
 
 
 class Bench:
-    """Runs of `train` in a folder, each by its name, with its metrics and weights."""
+    """Named runs of a training function in a folder, with their metrics and weights."""
 
     def __init__(self, folder: Path, config: Any, data: Dataset, train: Train) -> None:
         self.folder, self.config, self.data, self.train = folder, config, data, train
@@ -34,7 +34,9 @@ class Bench:
         stop: int | None = None,
         go_on: bool = False,
     ) -> list[dict[str, Any]]:
-        """One run; its steps' metrics. `stop`: it is interrupted before this step's metrics are kept."""
+        """Run the training and return the metrics of its steps. `stop`: interrupt it before this step's metrics are
+        saved.
+        """
         out, scratch = self.folder / f"{name}-out", self.folder / f"{name}-scratch"
         for place in (out, scratch):
             place.mkdir(exist_ok=go_on or place is out)
@@ -51,20 +53,23 @@ class Bench:
 
     @functools.cached_property
     def usual(self) -> list[dict[str, Any]]:
-        """The run that others are held against."""
+        """The baseline run that others are compared with."""
         return self.run("usual", self.config)
 
     def weights(self, name: str) -> bytes:
-        """The saved weights of a run."""
+        """Return the saved weights of a run."""
         return next(iter(sorted(self.runs[name].glob("*model.safetensors")))).read_bytes()
 
 
 def _no_engine(artifact: Any) -> Any:
-    raise LlmworksError("no engine is needed here")
+    raise LlmworksError("the self-test has no engine")
 
 
 def parts_are_the_step(bench: Bench, size: str, near: float) -> tuple[bool, str]:
-    """Losses and gradients of a step do not depend on how its rows are divided. `size`: the field of rows in a part."""
+    """Check that losses and gradients of a step do not depend on its division into micro-batches.
+
+    `field`: name of the batch size field.
+    """
     rows, accumulation = getattr(bench.config, size), bench.config.gradient_accumulation_steps
     if rows * accumulation == 1:
         return True, "a step has one row"
@@ -76,28 +81,28 @@ def parts_are_the_step(bench: Bench, size: str, near: float) -> tuple[bool, str]
         for key in ("loss", "grad_norm")
     ]
     off = max(abs(a - b) / max(abs(a), 1e-9) for a, b in pairs)
-    divided = f"{accumulation} of {rows} rows and {parts} of {batch}"
-    return off <= near, f"{divided}: losses and gradients of two steps differ by {off:.1e}"
+    divided = f"{accumulation} micro-batches of {rows} rows and {parts} of {batch}"
+    return off <= near, f"{divided}: losses and gradient norms of two steps differ by {off:.1e}"
 
 
 def seed_replays(bench: Bench) -> tuple[bool, str]:
-    """The same seed gives the same weights, another one others."""
+    """Check that the same seed gives the same weights, and another seed gives others."""
     assert bench.usual
     bench.run("again", bench.config)
     bench.run("other", bench.config, seed=1)
     if bench.weights("usual") != bench.weights("again"):
-        return False, "the same seed gave other weights"
+        return False, "the same seed gave different weights"
     if bench.weights("usual") == bench.weights("other"):
         return False, "another seed gave the same weights"
-    return True, "the same weights twice, others with another seed"
+    return True, "same weights with the same seed, different ones with another seed"
 
 
 def resumes(bench: Bench) -> tuple[bool, str]:
-    """A run that is interrupted and goes on gives the weights and losses of the run that was left alone."""
+    """Check that an interrupted and resumed run gives the weights and losses of the uninterrupted run."""
     at = max(1, len(bench.usual) - 2)
     bench.run("resumed", bench.config, stop=at)
     rows = bench.run("resumed", bench.config, go_on=True)
     same = bench.weights("usual") == bench.weights("resumed")
     same = same and [r["loss"] for r in rows] == [r["loss"] for r in bench.usual]
-    outcome = "the same bytes" if same else "other weights than the run that was left alone"
-    return same, f"interrupted in step {at + 1} of {len(bench.usual)}, gone on from the checkpoint before: {outcome}"
+    outcome = "identical weights and losses" if same else "not identical to the uninterrupted run"
+    return same, f"interrupted in step {at + 1} of {len(bench.usual)} and resumed from the checkpoint before: {outcome}"

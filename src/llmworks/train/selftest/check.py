@@ -1,4 +1,4 @@
-"""What both self-tests need: a check, a config that notes which of its fields are read, a shrunken shape."""
+"""Shared parts of the self-tests: a check, a config that records which fields are read, a shrunken model shape."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from llmworks.core.errors import LlmworksError
 from llmworks.model.shape import RecurrentShape, Shape
 
 LENGTH, VOCABULARY = 64, 512
-EXACT, NEAR = 1e-4, 0.03  # how far a loss may be off in fp32, and under autocast
+EXACT, NEAR = 1e-4, 0.03  # relative tolerance of a loss in fp32, and under autocast
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was tried, whether it holds, and the figures."""
+    """What was checked, whether it passed, and details."""
 
     what: str
     holds: bool
@@ -23,7 +23,7 @@ class Check:
 
 
 class Reading:
-    """A configuration that remembers which of its fields were read."""
+    """A config that records which of its fields are read."""
 
     def __init__(self, config: Any, read: set[str], before: str = "") -> None:
         self.__dict__.update(_config=config, _read=read, _before=before)
@@ -38,7 +38,7 @@ class Reading:
 
 
 def shrunken(shape: Shape | RecurrentShape) -> Shape | RecurrentShape:
-    """The same switches, few numbers."""
+    """Return the same architecture with small dimensions."""
     if isinstance(shape, RecurrentShape):
         return shape.model_copy(
             update={
@@ -70,7 +70,7 @@ def shrunken(shape: Shape | RecurrentShape) -> Shape | RecurrentShape:
 
 
 def near_of(precision: str) -> float:
-    """How near numbers are that should be the same, in the format that products are computed in here."""
+    """Return the relative tolerance for losses in the precision that this machine computes in."""
     from llmworks.train.distributed.sharding import resolved
     from llmworks.train.distributed.world import own_device
 
@@ -78,28 +78,28 @@ def near_of(precision: str) -> float:
 
 
 def in_turn(tests: Sequence[tuple[str, Callable[[], tuple[bool, str]]]]) -> Iterator[Check]:
-    """Every test, as it is done; after one whose training does not run there is nothing to check."""
+    """Run every check and yield its result; after one whose training fails the rest is skipped."""
     for number, (what, test) in enumerate(tests):
         try:
             holds, detail = test()
         except LlmworksError as error:
             yield Check(what, False, str(error))
-            yield from (Check(other, False, "not tried") for other, _ in tests[number + 1 :])
+            yield from (Check(other, False, "skipped") for other, _ in tests[number + 1 :])
             return
         yield Check(what, holds, detail)
 
 
 def keys_of(config: Any, default: Any, read: set[str]) -> tuple[bool, str]:
-    """Whether every field that is not the default was read."""
+    """Check that every field that differs from its default was read."""
     usual = dict(_flat(default))
     given = [name for name, value in _flat(config) if value != usual.get(name)]
     unread = [name for name in given if name not in read]
     return (
         not unread,
         (
-            f"set, and not read by this training: {', '.join(unread)}"
+            f"set, but not read by this training: {', '.join(unread)}"
             if unread
-            else f"{len(given)} that are not the default"
+            else f"{len(given)} fields differ from their defaults, all were read"
         ),
     )
 

@@ -1,11 +1,11 @@
-"""Does this fine-tuning train?
+"""Self-test of a fine-tuning config: does it train?
 
-The user's own configuration, tokenizer, template and first rows, on a shrunken model of the same kind: `train.sft`
-itself runs, several times.
+Runs `train.sft` several times, with the user's config, tokenizer, template and first rows on a shrunken model of the
+same architecture.
 
-What is checked is what has gone wrong silently in training frameworks: a key that nothing reads, masks that cover a
-question, rows that see one another, parts that weigh alike, a resume that is not the run, an adapter that merges into
-something else. Knows no recipe.
+Each check is for a silent failure seen in training frameworks: config keys that nothing reads, loss masks that include
+the prompt, attention across packed rows, micro-batches weighed equally, a resume that is not exact, an adapter that
+merges into something else.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from llmworks.train.selftest.check import EXACT, Check, Reading, in_turn, keys_o
 from llmworks.train.selftest.pretrain import STEPS
 from llmworks.train.sft import SftConfig, sft
 
-HEART, LONGEST = 80, 512  # steps to learn some rows by heart; tokens of a row
-LOUDER = 10.0  # how much larger the first weights are than usual
+HEART, LONGEST = 80, 512  # steps to memorize some rows; maximum tokens per row
+LOUDER = 10.0  # scale of the initial weights
 
 
 def reduced(config: SftConfig, longest: int) -> SftConfig:
-    """The same configuration for so few rows: parts of 4 or less, one process; what is too long is cut, since the rows
-    are here for their masks.
+    """Shrink the config: micro-batches of at most 4 rows, one process; long rows are truncated.
+
+    Truncation is fine here, since the rows are used for their loss masks.
     """
     looks = {
         "eval_steps": 3 if config.eval_steps or config.metric_for_best_model else 0,
@@ -62,9 +63,9 @@ def reduced(config: SftConfig, longest: int) -> SftConfig:
 def selftest_sft(
     config: SftConfig, model: Path, data: Dataset, *, golden: Model | None = None, teacher: bool = False
 ) -> Iterator[Check]:
-    """Every check, as it is done.
+    """Yield the result of every check.
 
-    `golden`: the model with its golden tokens, where it has some; `teacher`: whether a distillation learns its chances.
+    `golden`: the model with its golden tokens, if it has some; `teacher`: whether a distillation uses logits.
 
     Errors: UserError for an architecture that cannot be shrunken.
     """
@@ -72,22 +73,23 @@ def selftest_sft(
         bench = _Bench(Path(folder), model, config, data, teacher=teacher)
         near = near_of(config.precision)
         tests: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
-            ("every key is read", functools.partial(_keys, bench, config)),
-            ("answers are learned, and nothing else", functools.partial(_labels, bench)),
-            ("rows are apart", functools.partial(_apart, bench)),
-            ("parts of a step are the step", functools.partial(_parts, bench, near)),
-            ("the seed replays", functools.partial(seed_replays, bench)),
-            ("a stopped run goes on, bit for bit", functools.partial(resumes, bench)),
-            ("the model's golden tokens may change", functools.partial(_golden, bench, config, golden)),
-            ("a few rows can be learned by heart", functools.partial(_heart, bench)),
-            ("what is saved is what was trained", functools.partial(_saved, bench)),
+            ("every config field is read", functools.partial(_keys, bench, config)),
+            ("loss mask covers assistant turns only", functools.partial(_labels, bench)),
+            ("no attention across rows", functools.partial(_apart, bench)),
+            ("gradient accumulation is exact", functools.partial(_parts, bench, near)),
+            ("runs are reproducible by seed", functools.partial(seed_replays, bench)),
+            ("resuming is exact, bit for bit", functools.partial(resumes, bench)),
+            ("golden tokens replay or may change", functools.partial(_golden, bench, config, golden)),
+            ("a few rows can be memorized", functools.partial(_heart, bench)),
+            ("the saved model is the trained model", functools.partial(_saved, bench)),
         ]
         yield from in_turn(tests)
 
 
 class _Bench(Bench):
-    """A small model with the user's tokenizer, the first rows, and runs of `sft` on them, or of `distill` under another
-    small model.
+    """A small model with the user's tokenizer, the first rows, and runs of `sft` on them, or of `distill`.
+
+    The teacher of `distill` is another small model.
     """
 
     def __init__(self, folder: Path, model: Path, config: SftConfig, data: Dataset, *, teacher: bool = False) -> None:
@@ -105,13 +107,13 @@ class _Bench(Bench):
         try:
             _, shape = shape_of(given)
         except LlmworksError as error:
-            raise UserError(f"the self-test shrinks models of known architectures: {error}") from None
+            raise UserError(f"the self-test needs a known architecture: {error}") from None
         longest = min(LONGEST, shape.max_position_embeddings)
         small = shrunken(shape).model_copy(update={"vocab_size": shape.vocab_size, "max_position_embeddings": longest})
         torch.manual_seed(0)
         network = DecoderForCausalLM(DecoderConfig(shape=small.model_dump()))
-        # so that tokens weigh on one another as they do in a trained model, and an adapter beside frozen weights has
-        # what to turn
+        # larger weights, so that tokens attend to one another as in a trained model and an adapter on frozen weights
+        # has an effect
         with torch.no_grad():
             for p in network.parameters():
                 p.mul_(LOUDER if p.dim() > 1 else 1.0)
@@ -124,7 +126,7 @@ class _Bench(Bench):
         self.stops = stop_ids(model, self.tokenizer)
         self.tokenizer.save_pretrained(self.model)
         self.teacher: Model | None = None
-        if teacher:  # of the same kind: another draw, so that there is something to learn
+        if teacher:  # same architecture, other random weights
             torch.manual_seed(1)
             save_decoder(DecoderForCausalLM(DecoderConfig(shape=small.model_dump())), folder / "teacher", token_ids=ids)
             self.tokenizer.save_pretrained(folder / "teacher")
@@ -139,12 +141,12 @@ class _Bench(Bench):
         super().__init__(folder, small_config, self.kept("rows", self.rows), self._train)
 
     def _train(self, config: Any, data: Dataset, ctx: Context) -> object:
-        if self.teacher is None:  # what a teacher wrote is learned as any answer
+        if self.teacher is None:  # completions of a teacher are trained on like any other
             return sft(config, self.base, data, ctx, self.data)
         return distill(config, self.teacher, self.base, data, ctx, self.data)
 
     def _base_of(self) -> None:
-        """The shrunken model as an artifact."""
+        """Wrap the shrunken model as an artifact."""
         files = digest_files(self.model)
         self.base = Model(
             self.model,
@@ -164,7 +166,7 @@ class _Bench(Bench):
         )
 
     def kept(self, name: str, rows: list[Row]) -> Dataset:
-        """Rows as a data set of their own."""
+        """Write rows as a dataset."""
         import json
 
         from llmworks.data.store.rows import write_chat
@@ -179,7 +181,7 @@ class _Bench(Bench):
 
 
 def _keys(bench: _Bench, config: SftConfig) -> tuple[bool, str]:
-    read: set[str] = {"golden"}  # of a model that has golden tokens, which the shrunken one has not
+    read: set[str] = {"golden"}  # read only for a model with golden tokens; the shrunken one has none
     bench.run("keys", Reading(bench.config, read))
     return keys_of(config, type(config)(), read)
 
@@ -191,7 +193,7 @@ def _examples(bench: _Bench) -> list[Any]:
 
 
 def _labels(bench: _Bench) -> tuple[bool, str]:
-    """By the text of what is learned, and by the number of labels in the steps."""
+    """Check the text of the label tokens, and the number of labels in the steps."""
     by_id = {row["id"]: row for row in bench.rows}
     checked = 0
     for example in _examples(bench):
@@ -209,7 +211,7 @@ def _labels(bench: _Bench) -> tuple[bool, str]:
         answers = [m for m in turns if m.role == "assistant" and m.weight]
         for turn in answers[-1:] if bench.config.train_on == "last_assistant" else answers:
             if not row["messages"][-1].get("tool_calls") and _plain(turn.content) not in said:
-                return False, f"row {example.id}: an answer is not learned: {turn.content[:50]!r}"
+                return False, f"row {example.id}: an assistant turn is not in the loss mask: {turn.content[:50]!r}"
         asked = next(
             (
                 m
@@ -222,7 +224,7 @@ def _labels(bench: _Bench) -> tuple[bool, str]:
             None,
         )
         if asked is not None:
-            return False, f"row {example.id}: what is asked is learned, too: {asked.content[:50]!r}"
+            return False, f"row {example.id}: the prompt is in the loss mask: {asked.content[:50]!r}"
         checked += 1
     wanted, found = (
         sum(example.labels for example in _examples(bench)),
@@ -230,10 +232,7 @@ def _labels(bench: _Bench) -> tuple[bool, str]:
     )
     return (
         wanted == found,
-        (
-            f"{found:,} labels in {len(bench.usual)} steps, {wanted:,} in the rows; the text of {checked} rows was"
-            " compared"
-        ),
+        (f"{found:,} labels in {len(bench.usual)} steps, {wanted:,} in the rows; compared the text of {checked} rows"),
     )
 
 
@@ -252,24 +251,24 @@ def _apart(bench: _Bench) -> tuple[bool, str]:
     apart = sum(float(packed_loss(network, joined([example])).detach()) for example in some)
     return (
         abs(together - apart) <= EXACT * abs(apart),
-        f"{len(some)} rows: {together:.4f} nats together, {apart:.4f} each alone",
+        f"{len(some)} rows: {together:.4f} nats packed, {apart:.4f} separately",
     )
 
 
 def _parts(bench: _Bench, near: float) -> tuple[bool, str]:
     if bench.config.lora.lora_dropout or bench.config.neftune_noise_alpha:
-        return True, "not compared: what dropout and noise do is drawn for each part"
+        return True, "not compared: dropout and noise are sampled per micro-batch"
     if bench.config.method in ("prompt_tuning", "prefix_tuning"):
         return (
             True,
-            "not compared: rows of similar length are padded together, and which they are depends on their number",
+            "not compared: rows of similar length are padded together, so batches depend on the batch size",
         )
     return parts_are_the_step(bench, "batch_size", near)
 
 
 def _golden(bench: _Bench, config: SftConfig, model: Model | None) -> tuple[bool, str]:
     if model is None or model.golden is None:
-        return True, "it has none"
+        return True, "it has no golden tokens"
     try:
         check_golden(config, model, bench.tokenizer, bench.stops)
     except GoldenMismatch as error:
@@ -302,8 +301,9 @@ def _heart(bench: _Bench) -> tuple[bool, str]:
 
 
 def _saved(bench: _Bench) -> tuple[bool, str]:
-    """The artifact of the run in an engine, against the loss that the last look or the weights themselves give: here
-    logits of the merged model and of the adapter beside it.
+    """Compare logits of the saved artifact in an engine with those of the trained weights.
+
+    For an adapter: of the merged model and of the unmerged adapter.
     """
     import torch
 
@@ -341,6 +341,6 @@ def _saved(bench: _Bench) -> tuple[bool, str]:
                 tuned.network(input_ids=ids).logits,
                 TorchEngine.open(bench.model, adapter=Adapter(out).path).model(input_ids=ids).logits,
             )
-            what = "beside the weights and folded into them"
+            what = "unmerged and merged"
         gap = float((one - other).abs().max() / one.abs().max().clamp(min=1e-6))
-    return gap < 1e-3, f"logits {what} differ by {gap:.1e} of the largest"
+    return gap < 1e-3, f"logits {what} differ by {gap:.1e} relative to the largest"

@@ -1,10 +1,9 @@
-"""Does this configuration train?
+"""Self-test of a pretraining config: does it train?
 
-The user's own, on a shrunken model and its first rows: `train.pretrain` itself runs, several times, in seconds.
+Runs `train.pretrain` several times within seconds, with the user's config and first rows on a shrunken model.
 
-Each check is something that has gone wrong silently in training frameworks: a key that nothing reads, accumulation that
-weighs parts alike, texts of a row that see one another, labels that are shifted, a resume that is not the run. Knows no
-recipe.
+Each check is for a silent failure seen in training frameworks: config keys that nothing reads, gradient accumulation
+that weighs micro-batches equally, attention across packed documents, shifted labels, a resume that is not exact.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ STEPS, OVERFIT = 6, 60
 
 
 def reduced(config: PretrainConfig) -> PretrainConfig:
-    """The same configuration for so few rows: batch and accumulation of 4 or less, one process, not compiled."""
+    """Shrink the config: batch size and gradient accumulation of at most 4, one process, no torch.compile."""
     accumulation, batch = min(4, config.gradient_accumulation_steps), min(4, config.batch_size)
     looks = {"eval_steps": 3, "eval_samples": 4, "sample_max_tokens": min(4, config.sample_max_tokens), "save_steps": 2}
     return config.model_copy(
@@ -55,25 +54,25 @@ def reduced(config: PretrainConfig) -> PretrainConfig:
 
 
 def selftest(config: PretrainConfig, shape: Shape | RecurrentShape, data: Dataset | None = None) -> Iterator[Check]:
-    """Every check, as it is done. `data`: packed tokens whose first rows are taken; without them rows are drawn."""
+    """Yield the result of every check. `data`: packed tokens whose first rows are used; else random rows."""
     small = reduced(config)
     with tempfile.TemporaryDirectory() as folder:
         bench = _Bench(Path(folder), shrunken(shape), small, data)
         near = near_of(config.precision)
         tests: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
-            ("every key is read", functools.partial(_keys, bench, config)),
-            ("labels are those of the rows", functools.partial(_labels, bench)),
-            ("texts of a row are apart", functools.partial(_apart, bench)),
-            ("parts of a step are the step", functools.partial(_parts, bench, near)),
-            ("the seed replays", functools.partial(seed_replays, bench)),
-            ("a stopped run goes on, bit for bit", functools.partial(resumes, bench)),
-            ("one step's rows can be learned by heart", functools.partial(_overfit, bench)),
+            ("every config field is read", functools.partial(_keys, bench, config)),
+            ("labels match the rows", functools.partial(_labels, bench)),
+            ("no attention across documents of a row", functools.partial(_apart, bench)),
+            ("gradient accumulation is exact", functools.partial(_parts, bench, near)),
+            ("runs are reproducible by seed", functools.partial(seed_replays, bench)),
+            ("resuming is exact, bit for bit", functools.partial(resumes, bench)),
+            ("the rows of one step can be memorized", functools.partial(_overfit, bench)),
         ]
         yield from in_turn(tests)
 
 
 class _Bench(Bench):
-    """A small model with a tokenizer of bytes, few rows, and runs of `pretrain` on them."""
+    """A small model with a byte tokenizer, few rows, and runs of `pretrain` on them."""
 
     def __init__(
         self, folder: Path, shape: Shape | RecurrentShape, config: PretrainConfig, data: Dataset | None
@@ -95,7 +94,7 @@ class _Bench(Bench):
         return pretrain(config, Model(self.model, about={"format": "hf"}), data, ctx, self.data)
 
     def packed(self, name: str, rows: Sequence[Any]) -> Dataset:
-        """Rows as a data set of packed tokens."""
+        """Write rows as a dataset of packed tokens."""
         import numpy as np
         from safetensors.numpy import save_file
 
@@ -152,15 +151,15 @@ def _apart(bench: _Bench) -> tuple[bool, str]:
     more = torch.tensor(apart)
     return (
         abs(together - apart) <= EXACT * float(more.abs()),
-        f"{texts} texts in {len(batch.ids)} rows: {together:.4f} nats together, {apart:.4f} each alone",
+        f"{texts} documents in {len(batch.ids)} rows: {together:.4f} nats packed, {apart:.4f} separately",
     )
 
 
 def _parts(bench: _Bench, near: float) -> tuple[bool, str]:
     if getattr(bench.shape, "dropout", 0):
-        return True, "not compared: what dropout takes away is drawn for each part"
+        return True, "not compared: dropout is sampled per micro-batch"
     if getattr(bench.shape, "experts", None):
-        near = max(near, NEAR)  # how even the choice of experts is, is a matter of each part
+        near = max(near, NEAR)  # the load-balancing loss is computed per micro-batch
     return parts_are_the_step(bench, "batch_size", near)
 
 
@@ -188,9 +187,7 @@ def _overfit(bench: _Bench) -> tuple[bool, str]:
 
 
 def _rows(data: Dataset | None, count: int) -> list[Any]:
-    """The first rows, cut to LENGTH, ids folded into VOCABULARY; or such that are drawn, of unequal length and of one
-    to three texts.
-    """
+    """Return the first rows, cut to LENGTH, with ids modulo VOCABULARY; or random rows of one to three documents."""
     import numpy as np
 
     from llmworks.data.store.packed_tokens import Packed, PackedRow
@@ -232,7 +229,7 @@ def _network(shape: Shape | RecurrentShape) -> Any:
 
 
 def _tokenizer() -> Any:
-    """Bytes, and names for the other ids, so that any id can be read back."""
+    """Create a byte tokenizer with names for the other ids, so that any id can be decoded."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast

@@ -1,11 +1,10 @@
-"""CMA-ES over numbers between bounds, with a journal: a search that was killed goes on, and is the search that it would
-have been.
+"""CMA-ES over bounded parameters, with a journal: an interrupted search resumes and gives the same result.
 
-Knows no merge and no model.
+Does not know merges or models.
 
-Hansen and Ostermeier 2001; the package cma (Hansen), whose bounds are kept by a transformation. What is told is kept
-line by line; a search that begins anew with the same seed asks for the same values, and those that are in the journal
-are told at once.
+Hansen and Ostermeier 2001; the package cma (Hansen), which handles bounds by a transformation. Every evaluation is
+appended to the journal; a restarted search with the same seed proposes the same candidates, and those in the journal
+are not evaluated again.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from typing import Any
 from llmworks.core.errors import MissingDependency
 from llmworks.tune.search.genome import Gene
 
-STEP = 0.25  # of the range, in which the search begins
+STEP = 0.25  # initial step size sigma, as a fraction of the range
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One set of values; its score, and those of its tasks."""
+    """One candidate: its values, score and scores by task."""
 
     number: int
     generation: int
@@ -48,16 +47,16 @@ def evolve(
     seed: int,
     told: Callable[[Attempt, bool], None] = lambda one, known: None,
 ) -> list[Attempt]:
-    """Look for the values of the largest score; at least as many attempts as asked for, in whole generations.
+    """Maximize the score with CMA-ES; runs at least the requested number of candidates, in whole generations.
 
-    The first is what the genes begin as. MissingDependency without cma.
+    The first candidate has the genes' start values. MissingDependency without cma.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import cma
     except ImportError:
-        raise MissingDependency("evolving a merge needs cma; install it with: pip install 'llmworks[tune]'") from None
+        raise MissingDependency("evolutionary merging needs cma: pip install 'llmworks[tune]'") from None
     known = _read(journal)
     begin = [(gene.start - gene.low) / (gene.high - gene.low) for gene in genes]
     options = _options(seed, population)
@@ -81,7 +80,7 @@ def evolve(
         return made
 
     attempt(begin, 0)
-    if len(genes) == 1:  # CMA-ES has no covariance of one number: even steps
+    if len(genes) == 1:  # CMA-ES needs two parameters or more: use an even grid
         steps = max(2, attempts - 1)
         for at in range(steps):
             attempt([at / (steps - 1)], 1)
@@ -92,7 +91,7 @@ def evolve(
         generation = 1
         while (
             len(found) < attempts
-        ):  # its own rules to stop are for smooth functions: scores of few samples are often the same
+        ):  # ignore CMA-ES's own stopping rules: they assume smooth functions, but scores of few samples often tie
             points = search.ask()
             search.tell(points, [-attempt(point, generation).score for point in points])
             generation += 1
@@ -100,19 +99,19 @@ def evolve(
 
 
 def _options(seed: int, population: int) -> dict[str, Any]:
-    """What the search is told."""
+    """Build the options of CMA-ES."""
     options: dict[str, Any] = {
         "bounds": [0, 1],
         "seed": seed + 1,
         "popsize": population,
         "verbose": -9,
         "verb_log": 0,
-    }  # 0 would be the clock's
+    }  # seed 0 would mean a seed from the clock
     return options
 
 
 def _read(journal: Path) -> dict[tuple[float, ...], tuple[float, dict[str, float]]]:
-    """What a search that was killed has found out; a line that was cut off is left out."""
+    """Read the results of an interrupted search; a truncated line is skipped."""
     found: dict[tuple[float, ...], tuple[float, dict[str, float]]] = {}
     for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []:
         try:

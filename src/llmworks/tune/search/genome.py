@@ -1,7 +1,6 @@
-"""The numbers of a merge that can be searched: its methods' parameters, each between two bounds, each once or once for
-a part of the layers.
+"""Searchable parameters of a merge: method parameters with bounds, each a single value or one per group of layers.
 
-Knows no optimizer and no model.
+Does not know optimizers or models.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Gene:
-    """One number: where it stands, its bounds, what the file has."""
+    """One parameter: its path in the configuration, bounds and initial value."""
 
     path: Path
     low: float
@@ -38,15 +37,17 @@ class Gene:
 
     @property
     def name(self) -> str:
-        """As --set has it."""
+        """Dotted name, as in --set."""
         return ".".join(map(str, self.path))
 
 
 def genes_of(config: Mapping[str, Any], *, gradient: int = 1, negative: bool = False) -> list[Gene]:
-    """The parameters of a merge's configuration (as plain JSON) that are numbers; `gradient`: weights and t once for
-    each of so many points over the layers, gradients among them anew; `negative`: weights may be below 0.
+    """List the numeric parameters of a merge configuration (as plain JSON).
 
-    UserError for a merge without such numbers.
+    `gradient`: number of points over the layers; weights and t get one value per point, and existing gradients are
+    resampled. `negative`: allow weights below 0.
+
+    UserError for a merge without numeric parameters.
     """
     found: list[Gene] = []
 
@@ -71,13 +72,13 @@ def genes_of(config: Mapping[str, Any], *, gradient: int = 1, negative: bool = F
     walk(config, (), "")
     if not found:
         raise UserError(
-            f"the merge has no number to search; give its parameters ({', '.join(BOUNDS)}) values to begin with"
+            f"the merge has no numeric parameter to search; set initial values for its parameters ({', '.join(BOUNDS)})"
         )
     return found
 
 
 def _number(value: Any) -> bool:
-    """Whether it is a number, or a text that YAML does not know as one (1e-1)."""
+    """Return whether it is a number, or a string that YAML does not parse as one (1e-1)."""
     try:
         return not isinstance(value, bool) and math.isfinite(float(value))
     except (TypeError, ValueError):
@@ -85,13 +86,13 @@ def _number(value: Any) -> bool:
 
 
 def _numbers(value: Any) -> list[float]:
-    """A number, or a gradient, as a gradient; nothing for what is neither."""
+    """Return a number or a gradient as a gradient; empty for anything else."""
     numbers = value if isinstance(value, list) else [value]
     return [float(one) for one in numbers] if all(map(_number, numbers)) else []
 
 
 def _points(numbers: Sequence[float], count: int) -> list[float]:
-    """A gradient of so many points: between those of another the line from one to the next."""
+    """Resample a gradient to `count` points by linear interpolation."""
     last = len(numbers) - 1
     places = [at * last / (count - 1) for at in range(count)]
     lows = [min(int(place), max(0, last - 1)) for place in places]
@@ -102,7 +103,7 @@ def _points(numbers: Sequence[float], count: int) -> list[float]:
 
 
 def with_values(config: Mapping[str, Any], genes: Sequence[Gene], values: Sequence[float]) -> dict[str, Any]:
-    """The configuration with other numbers."""
+    """Return the configuration with new parameter values."""
     made: dict[str, Any] = json.loads(json.dumps(config))
     for gene, value in zip(genes, values, strict=True):
         *above, last = gene.path
@@ -111,7 +112,7 @@ def with_values(config: Mapping[str, Any], genes: Sequence[Gene], values: Sequen
             points = sum(other.path[:-1] == gene.path[:-1] for other in genes)
             if (
                 isinstance(last, int) and number == len(above) - 1 and len(_numbers(place[key])) not in (0, points)
-            ):  # a number becomes a gradient, or a gradient one of other points
+            ):  # expand a number to a gradient, or resize a gradient
                 place[key] = [0.0] * points
             place = place[key]
         place[last] = round(float(value), 6)

@@ -1,6 +1,6 @@
-"""The optimizer of a sweep: Optuna's TPE over a journal on disk, which a sweep that was killed goes on from.
+"""The optimizer of a sweep: Optuna's TPE over a journal on disk, from which an interrupted sweep resumes.
 
-Knows no recipe.
+Does not know recipes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmworks.tune.search.search_space import Search, Space
 
 @dataclass(frozen=True)
 class Trial:
-    """One set of values; its score, or why there is none."""
+    """One trial: its values, and its score or error."""
 
     number: int
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -27,9 +27,9 @@ class Trial:
 
 
 class Study:
-    """Ask for values, tell what came of them.
+    """Ask-and-tell interface of the sweep.
 
-    A trial that was under way when a sweep was killed is tried again, with the same values.
+    A trial that was running when a sweep was interrupted is retried with the same values.
     """
 
     def __init__(self, search: Search, file: Path) -> None:
@@ -49,7 +49,7 @@ class Study:
         done = len(self._study.trials)
         self._study.sampler = optuna.samplers.TPESampler(
             n_startup_trials=search.random, seed=search.seed + done
-        )  # a seed gives its draws once
+        )  # a seed gives the same samples again after resuming
         waiting = [t for t in self._study.trials if t.state == self._states.WAITING]
         for trial in self._study.trials:
             if trial.state == self._states.RUNNING:
@@ -59,13 +59,13 @@ class Study:
         self._open: dict[int, Any] = {}
 
     def ask(self) -> Trial:
-        """The next values."""
+        """Return a trial with the next values."""
         trial = self._study.ask()
         self._open[trial.number] = trial
         return Trial(trial.number, {name: _suggest(trial, name, space) for name, space in self.search.fields.items()})
 
     def tell(self, trial: Trial) -> None:
-        """What came of a trial that was asked for."""
+        """Record the result of a trial."""
         here = self._open.pop(trial.number)
         here.set_user_attr("why", trial.why)
         here.set_user_attr("seconds", trial.seconds)
@@ -76,7 +76,7 @@ class Study:
 
     @property
     def trials(self) -> list[Trial]:
-        """All that ended, in their order; those that were interrupted are left out."""
+        """All finished trials, in order; interrupted ones are left out."""
         ended = [
             t
             for t in self._study.trials
@@ -95,14 +95,14 @@ class Study:
 
     @property
     def best(self) -> Trial | None:
-        """The best so far."""
+        """The best trial so far."""
         scored = [t for t in self.trials if t.score is not None]
         sign = 1 if self.search.direction == "maximize" else -1
         return max(scored, key=lambda t: sign * (t.score or 0.0), default=None)
 
     def importance(self) -> dict[str, float]:
-        """How much of what scores differ by goes with each field, where enough was tried (PED-ANOVA: Watanabe et al.
-        2023, arXiv:2304.10255).
+        """Compute parameter importance: each field's share of the score variance, given enough trials (PED-ANOVA:
+        Watanabe et al. 2023, arXiv:2304.10255).
         """
         import warnings
 
@@ -119,7 +119,7 @@ class Study:
                         self._study, evaluator=PedAnovaImportanceEvaluator()
                     ).items()
                 }
-            except (ValueError, RuntimeError):  # all scores alike
+            except (ValueError, RuntimeError):  # all scores equal
                 return {}
 
 
@@ -132,5 +132,5 @@ def _suggest(trial: Any, name: str, space: Space) -> Any:
 
 
 def _value(space: Space, stored: Any) -> Any:
-    """Choices are kept as JSON, since lists and mappings may be among them."""
+    """Decode a stored value. Choices are stored as JSON, because they may be lists or mappings."""
     return json.loads(stored) if space.choices else stored

@@ -1,4 +1,4 @@
-"""What a sweep looks for: a YAML file of fields and where their values lie. Knows no recipe and no optimizer."""
+"""The search space of a sweep: a YAML file of fields and their value ranges."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Value = int | float | str | bool | None
 
 
 class Space(Config):
-    """The values of one field: some, or all between two numbers."""
+    """Search space of one field: choices, or a numeric range."""
 
-    choices: list[Any] = Field([], description="the values that are tried")
-    low: float | None = Field(None, description="the least number")
-    high: float | None = Field(None, description="the largest number")
-    log: bool = Field(False, description="as many below the geometric mean of both as above it, as for learning rates")
-    whole: bool = Field(False, description="whole numbers only")
+    choices: list[Any] = Field([], description="values to choose from (categorical)")
+    low: float | None = Field(None, description="lower bound")
+    high: float | None = Field(None, description="upper bound")
+    log: bool = Field(False, description="sample on a logarithmic scale, for example for learning rates")
+    whole: bool = Field(False, description="integers only")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -37,22 +37,24 @@ class Space(Config):
 
 
 class Search(Config):
-    """A sweep: which metric of which step is to be best, over which fields."""
+    """A sweep: the metric to optimize and the fields to search."""
 
-    metric: str = Field(pattern=r"^[^.]+\..+$", description="STEP.METRIC of the recipe, as tuned-score.score")
-    direction: Literal["maximize", "minimize"] = Field("maximize", description="whether more is better")
-    fields: dict[str, Space] = Field(min_length=1, description="STEP.FIELD, as --set has it, to its values")
-    trials: int = Field(20, gt=0, description="how many are tried in all")
+    metric: str = Field(
+        pattern=r"^[^.]+\..+$", description="STEP.METRIC of the recipe to optimize, for example tuned-score.score"
+    )
+    direction: Literal["maximize", "minimize"] = Field("maximize", description="direction of the optimization")
+    fields: dict[str, Space] = Field(min_length=1, description="map of STEP.FIELD, as in --set, to its search space")
+    trials: int = Field(20, gt=0, description="total number of trials")
     random: int = Field(
         8,
         gt=0,
-        description="trials drawn at random, before those that follow what was found (TPE: Bergstra et al. 2011)",
+        description="random startup trials before TPE (Bergstra et al. 2011)",
     )
-    seed: int = Field(0, ge=0, description="seed of the draws")
+    seed: int = Field(0, ge=0, description="seed of the sampler")
 
     @property
     def step(self) -> str:
-        """The step whose metric counts."""
+        """The step whose metric is optimized."""
         return self.metric.partition(".")[0]
 
     @property
@@ -62,7 +64,7 @@ class Search(Config):
 
 
 def load_search(path: Path) -> Search:
-    """Read a search file. UserError in one line for one that is broken."""
+    """Read a search file. UserError in one line for an invalid one."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -81,5 +83,5 @@ def load_search(path: Path) -> Search:
 
 
 def overrides(values: Mapping[str, Any]) -> list[str]:
-    """Values as `--set` has them."""
+    """Format values as `--set` arguments."""
     return [f"{field}={json.dumps(value)}" for field, value in values.items()]

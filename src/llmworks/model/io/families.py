@@ -125,7 +125,8 @@ def _rope_out(rope: Rope, context: int) -> Json:
 
 
 # fields with one name in `Shape` and in the configurations of transformers
-SAME = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"]
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+SAME = (*SIZES, "intermediate_size", "max_position_embeddings")
 
 
 def _common(config: Json) -> Json:

@@ -1,15 +1,15 @@
-"""Alignment beside TRL in one run: preference pairs (DPO), and the policy's own answers with a reward (GRPO, drawing
-included).
+"""Compare alignment with TRL in one run: DPO on preference pairs, and GRPO including the sampling of completions.
 
-Speed and memory.
+Measures speed and memory.
 
     python benchmarks/align.py                          (half an hour on two cores)
     python benchmarks/align.py --what dpo --rounds 1
 
-The same model, texts, batches, adapter (LoRA r16 on all linear layers), fused AdamW and fp32. DPO: 8 pairs a step; our
-reference is computed once before the first step, and that time is counted; TRL computes it beside every step, its
-default. GRPO: 4 prompts and 8 answers to each of at most 64 tokens a step, at temperature 1; tokens of answers a
-second, since answers differ in length. Each is a process of its own, in turns.
+Both use the same model, rows, batches, adapter (LoRA with r 16 on all linear layers), fused AdamW and fp32. DPO: 8
+pairs per step. llmworks precomputes the log-probabilities of the reference model before the first step, and that time
+is counted. TRL computes them in every step, which is its default. GRPO: 4 prompts per step and 8 completions per prompt
+of at most 64 tokens, at temperature 1. The speed of GRPO is in completion tokens per second, since completions differ
+in length. Each run is a separate process, and the tools alternate.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": 
 
 
 def rows(count: int) -> list[dict[str, Any]]:
-    """Instructions about texts, with an answer that follows them and one that does not."""
+    """Instructions about texts, each with a completion that follows them and one that does not."""
     from llmworks.core.artifact import Dataset
     from llmworks.data.store.rows import read_chat
 
@@ -56,42 +56,42 @@ def rows(count: int) -> list[dict[str, Any]]:
 
 
 def reward(text: str) -> float:
-    """What an answer is worth, to both: how many of its words are short."""
+    """Reward of a completion, for both tools: the fraction of its words with fewer than five characters."""
     words = text.split()
     return sum(len(word) < 5 for word in words) / max(1, len(words))
 
 
 def ours(what: str, steps: int, scratch: Path) -> dict[str, float]:
-    """The loop of `align.dpo`, and of `align.grpo`."""
+    """Train with the loop of `align.dpo` or `align.grpo`."""
     import torch
 
     from llmworks.align.dpo import DpoConfig
-    from llmworks.align.dpo import way_of as dpo_way
+    from llmworks.align.dpo import build_method as dpo_way
     from llmworks.align.grpo import GrpoConfig
     from llmworks.align.losses.policy import group_advantages
-    from llmworks.align.preference.examples import Answered, pair_of
-    from llmworks.align.preference.objective import Given
-    from llmworks.align.rl.experience import Asked
-    from llmworks.align.rl.objective import Groups, Objective
-    from llmworks.align.rl.rewards import Rewards
-    from llmworks.align.rl.rollouts import Drawing, Habit
+    from llmworks.align.preference.examples import PromptCompletions, tokenize_pair
+    from llmworks.align.preference.objective import MethodContext
+    from llmworks.align.rl.experience import RolloutPrompt
+    from llmworks.align.rl.objective import PolicyLossOptions, RolloutObjective
+    from llmworks.align.rl.rewards import RewardFunctions
+    from llmworks.align.rl.rollouts import RolloutOptions, RolloutSampler
     from llmworks.core.context import Context
     from llmworks.core.progress import Progress
     from llmworks.core.report import ReportBuilder
     from llmworks.core.types import messages_from_json
     from llmworks.runtime.session import load
     from llmworks.tokenize.chat.templates import render_prompt
-    from llmworks.tokenize.load import load_tokenizer, stop_ids
-    from llmworks.train.finetune.examples import Steps
+    from llmworks.tokenize.load import get_stop_ids, load_tokenizer
+    from llmworks.train.finetune.examples import ExampleSteps
     from llmworks.train.finetune.lora_config import LoraConfig
-    from llmworks.train.finetune.method import Material
-    from llmworks.train.finetune.trainable import open_tuned
-    from llmworks.train.loop.loop import Habits, train
+    from llmworks.train.finetune.method import TrainingData
+    from llmworks.train.finetune.trainable import open_trainable_model
+    from llmworks.train.loop.loop import LoopConfig, train
 
     path = load(MODEL).path
-    tokenizer, tuned = load_tokenizer(path), open_tuned(path)
+    tokenizer, tuned = load_tokenizer(path), open_trainable_model(path)
     torch.manual_seed(0)
-    tuned.adapt(LoraConfig())
+    tuned.add_adapter(LoraConfig())
     progress = Progress(scratch / "metrics.jsonl", quiet=True)
     ctx = Context(scratch, scratch, 0, progress, ReportBuilder(), lambda _: None)  # type: ignore[arg-type, return-value]
     config: Any = (
@@ -105,41 +105,54 @@ def ours(what: str, steps: int, scratch: Path) -> dict[str, float]:
     if what == "dpo":
         examples = [
             pair
-            for pair in (pair_of(tokenizer, row, 1024) for row in rows(PAIRS * steps))
-            if isinstance(pair, Answered)
+            for pair in (tokenize_pair(tokenizer, row, 1024) for row in rows(PAIRS * steps))
+            if isinstance(pair, PromptCompletions)
         ]
         way = dpo_way(
-            config, Given(config, tuned, Material(tokenizer, [], examples, [], [], []), ctx, torch.device("cpu"))
+            config,
+            MethodContext(config, tuned, TrainingData(tokenizer, [], examples, [], [], []), ctx, torch.device("cpu")),
         )
-        plan: Any = Steps(examples, epochs=1, size=PAIRS, accumulation=1, seed=0, free=True, join=way.join)
+        plan: Any = ExampleSteps(
+            examples,
+            epochs=1,
+            batch_size=PAIRS,
+            gradient_accumulation_steps=1,
+            seed=0,
+            padding_free=True,
+            collate_fn=way.collate,
+        )
         before = (time.perf_counter() - began) * (steps - WARM) / steps
     else:
         asked = [
-            Asked(
+            RolloutPrompt(
                 row,
                 messages_from_json(row["prompt"]),
                 tuple(render_prompt(tokenizer, messages_from_json(row["prompt"]))),
             )
             for row in rows(PROMPTS * steps)
         ]
-        given = Given(
-            config, tuned, Material(tokenizer, stop_ids(path, tokenizer), asked, [], [], []), ctx, torch.device("cpu")
+        given = MethodContext(
+            config,
+            tuned,
+            TrainingData(tokenizer, get_stop_ids(path, tokenizer), asked, [], [], []),
+            ctx,
+            torch.device("cpu"),
         )
-        rewards = Rewards({"length": 1.0}, most=LONGEST, soft=0, seconds=1.0)
+        rewards = RewardFunctions({"length": 1.0}, max_completion_length=LONGEST, overlong_buffer=0, timeout=1.0)
         rewards.functions = {"length": lambda cases: [reward(case.text) for case in cases]}
-        way = Groups(
+        way = RolloutObjective(
             given,
-            Drawing(given, asked, rewards, Habit(ANSWERS, 1.0, LONGEST, PROMPTS, PROMPTS, 1, 1, False)),
-            Objective(),
+            RolloutSampler(given, asked, rewards, RolloutOptions(ANSWERS, 1.0, LONGEST, PROMPTS, PROMPTS, 1, 1, False)),
+            PolicyLossOptions(),
             lambda made: group_advantages(made.rewards),
-        ).way()
+        ).build_method()
         plan, before = way.steps, 0.0
     train(
         tuned.network,
         plan,
         way.loss,
         config.optimizer,
-        Habits(10**6, told=way.told),
+        LoopConfig(10**6, step_metrics=way.step_metrics),
         scratch=scratch,
         progress=progress,
     )
@@ -153,7 +166,7 @@ def ours(what: str, steps: int, scratch: Path) -> dict[str, float]:
 
 
 def theirs(what: str, steps: int, scratch: Path) -> dict[str, float]:
-    """TRL's trainers."""
+    """Train with DPOTrainer or GRPOTrainer of TRL."""
     import warnings
 
     warnings.simplefilter("ignore")
@@ -238,7 +251,7 @@ def theirs(what: str, steps: int, scratch: Path) -> dict[str, float]:
 
 
 def run(*words: str) -> dict[str, Any]:
-    """Run the script in a process of its own: what it found, and the most memory it had."""
+    """Run this script in a separate process; return its measurements and peak memory."""
     done = subprocess.run(
         [sys.executable, __file__, *words],
         capture_output=True,
@@ -252,7 +265,7 @@ def run(*words: str) -> dict[str, Any]:
 
 
 def prepared(folder: Path) -> None:
-    """Instructions about headlines."""
+    """Make the dataset: instructions about headlines."""
     from llmworks import Session
 
     session = Session(folder / "ws", quiet=True)
@@ -262,7 +275,7 @@ def prepared(folder: Path) -> None:
 
 
 def main() -> None:
-    """Parse arguments, run, print."""
+    """Parse the arguments, run the benchmark, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=("dpo", "grpo"), action="append", default=[])
     parser.add_argument("--rounds", type=int, default=3)
@@ -278,7 +291,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepared(Path(folder))
         print(
-            "| what | way | a second | llmworks is faster by | MB | llmworks takes | in the last step"
+            "| method | tool | throughput | llmworks speedup | peak MB | llmworks memory ratio | last step"
             " |\n|---|---|---|---|---|---|---|"
         )
         for what in args.what or ["dpo", "grpo"]:
@@ -291,7 +304,7 @@ def main() -> None:
             for way in found:
                 mine_is = "llmworks"
                 mine = way == mine_is
-                unit = "pairs" if what == "dpo" else "tokens of answers"
+                unit = "pairs/s" if what == "dpo" else "completion tokens/s"
                 print(
                     f"| {what.upper()} | {way} | {speed[way]:.2f} {unit} |"
                     f" {'' if mine else f'{speed[mine_is] / speed[way]:.2f}'} | {memory[way]:.0f} |"

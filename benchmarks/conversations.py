@@ -1,14 +1,15 @@
-"""Template, tokens, mask and packing of 100,000 conversations, beside TRL and Axolotl, in one run.
+"""Compare chat template, tokenization, loss mask and packing of 100,000 conversations with TRL and Axolotl, in one run.
 
     python benchmarks/conversations.py --peers PYTHON [--axolotl FOLDER]
 
-Takes about 15 minutes on two cores, and 2 GB of disk.
+Takes about 15 minutes on two cores and 2 GB of disk.
 
-The conversations are paragraphs of manuals of Debian 12, fetched with apt-get: a paragraph asks, the ones after it
-answer. PYTHON is an environment with trl==1.16.0; FOLDER an unpacked wheel of axolotl==0.19.0 (its environment also
-needs addict and colorama). Every tool is a process of its own with one worker; reading the JSONL (for us `data chat`,
-which also checks every turn) is told apart, all else counts, the start of the process too. What TRL and Axolotl make is
-compared with ours, piece by piece.
+The conversations are made of paragraphs of Debian 12's manuals, downloaded with apt-get: one paragraph is the user
+turn, the next ones are the assistant turn. PYTHON is the Python of an environment with trl==1.16.0. FOLDER is an
+unpacked wheel of axolotl==0.19.0, for which PYTHON's environment also needs addict and colorama. Each tool is a
+separate process with one worker. Reading the JSONL is measured separately; for llmworks this is `data chat`, which also
+checks every turn. All other CPU time counts, including the start of the process. Each tokenized sequence of TRL and
+Axolotl is compared with those of llmworks.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 ROWS, LENGTH = 100_000, 2048
 MODEL = "asset:smollm2-135m-instruct"
-# SmolLM2's own template with the marks that TRL needs for a mask; it writes the same text.
+# SmolLM2's chat template with the generation tags that TRL needs for the loss mask; it renders the same text.
 MARKED = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou"
     " are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{% if message['role']"
@@ -45,7 +46,7 @@ MARKED = (
 
 
 def write_chats(path: Path, packages: Path) -> None:
-    """Conversations of one to three questions, from paragraphs that follow one another."""
+    """Write conversations of one to three user turns, made of consecutive paragraphs."""
     from data import manuals
 
     draw = random.Random(0)
@@ -71,7 +72,7 @@ def write_chats(path: Path, packages: Path) -> None:
 
 
 def timed(command: list[str], **variables: str) -> float:
-    """CPU seconds of a process and its children."""
+    """Return the CPU seconds of a process and its children."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryFile("w+") as said:
         done = subprocess.run(command, env={**os.environ, **variables}, stdout=said, stderr=subprocess.STDOUT)
@@ -83,10 +84,10 @@ def timed(command: list[str], **variables: str) -> float:
 
 
 def loaded(folder: Path, tool: str) -> Any:
-    """In a peer's environment: the conversations; the CPU seconds that reading them took are kept in a file."""
+    """In the environment of the other tools: load the conversations, and write the CPU seconds of this to a file."""
     from datasets import load_dataset
 
-    shutil.rmtree(folder / f"{tool}-cache", ignore_errors=True)  # nothing done before counts
+    shutil.rmtree(folder / f"{tool}-cache", ignore_errors=True)  # no caches
     began = time.process_time()
     rows = load_dataset(
         "json", data_files=str(folder / "chats.jsonl"), split="train", cache_dir=str(folder / f"{tool}-cache")
@@ -96,7 +97,7 @@ def loaded(folder: Path, tool: str) -> Any:
 
 
 def trl(folder: Path, model: Path) -> None:
-    """In TRL's environment: what SFTTrainer does with a data set of conversations, answers only learned, packed."""
+    """In TRL's environment: prepare the dataset as SFTTrainer does, with assistant_only_loss and packing."""
     from types import SimpleNamespace
 
     from transformers import AutoTokenizer
@@ -119,8 +120,9 @@ def trl(folder: Path, model: Path) -> None:
 
 
 def axolotl(folder: Path, model: Path) -> None:
-    """In the peers' environment: Axolotl's chat template strategy over the rows, not yet packed (its packing happens as
-    it trains).
+    """In the environment of the other tools: apply Axolotl's chat template strategy.
+
+    The result is not packed: Axolotl packs during training.
     """
     from addict import Dict
     from axolotl.prompt_strategies.chat_template import load
@@ -153,26 +155,26 @@ def axolotl(folder: Path, model: Path) -> None:
 
 
 def digest(ids: Any, mask: Any) -> str:
-    """What identifies a piece: ids and mask."""
+    """Return a digest of a sequence: its token ids and loss mask."""
     import numpy as np
 
     return hashlib.md5(np.asarray(ids, np.int32).tobytes() + np.asarray(mask, np.int8).tobytes()).hexdigest()
 
 
 def pieces_of(folder: Path, tool: str) -> Counter[str]:
-    """In the peers' environment, or ours: digests of all pieces that a tool made."""
+    """In the environment of a tool: return the digests of all sequences that it made."""
     import numpy as np
 
     found: Counter[str] = Counter()
     if tool == "llmworks":
         from llmworks.core.artifact import load
-        from llmworks.data.store.packed_tokens import Packed
+        from llmworks.data.store.packed_tokens import PackedDataset
 
-        rows = Packed(load(folder / "packed"))  # type: ignore[arg-type]
+        rows = PackedDataset(load(folder / "packed"))  # type: ignore[arg-type]
         for i in range(len(rows)):
             row = rows[i]
-            starts = [*np.flatnonzero(row.positions == 0).tolist(), len(row.ids)]
-            found.update(digest(row.ids[a:b], row.learned[a:b]) for a, b in pairwise(starts))
+            starts = [*np.flatnonzero(row.position_ids == 0).tolist(), len(row.ids)]
+            found.update(digest(row.ids[a:b], row.loss_mask[a:b]) for a, b in pairwise(starts))
         return found
     from datasets import load_from_disk
 
@@ -185,7 +187,7 @@ def pieces_of(folder: Path, tool: str) -> Counter[str]:
 
 
 def main() -> None:
-    """Run all, print a table."""
+    """Run all tools and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "llmworks" / "bench-conversations")
     parser.add_argument("--peers", default="")
@@ -202,7 +204,7 @@ def main() -> None:
             {"trl": trl, "axolotl": axolotl}[step](folder, given.model)
         return
     from data import fetch
-    from llmworks.runtime.execute import machine
+    from llmworks.runtime.execute import describe_machine
     from llmworks.runtime.session import load as load_artifact
 
     if not (folder / "chats.jsonl").exists():
@@ -222,19 +224,28 @@ def main() -> None:
         )
     model = load_artifact(MODEL).path
     size = (folder / "chats.jsonl").stat().st_size
-    print(f"{machine()}\n\n{ROWS:,} conversations, {size / 1e6:.0f} MB\n", flush=True)
+    print(f"{describe_machine()}\n\n{ROWS:,} conversations, {size / 1e6:.0f} MB\n", flush=True)
     program = [str(Path(sys.executable).with_name("llmworks")), "data"]
-    shutil.rmtree(folder / "workspace", ignore_errors=True)  # nothing done before counts
+    shutil.rmtree(folder / "workspace", ignore_errors=True)  # no caches
     environment = {"LLMWORKS_WORKSPACE": str(folder / "workspace")}
     for name in ("chats", "packed"):
         (folder / name).unlink(missing_ok=True)
     read = timed([*program, "chat", str(folder / "chats.jsonl"), "--out", str(folder / "chats")], **environment)
     pack = timed(
-        [*program, "pack", MODEL, str(folder / "chats"), "--out", str(folder / "packed"), "--set", f"length={LENGTH}"],
+        [
+            *program,
+            "pack",
+            MODEL,
+            str(folder / "chats"),
+            "--out",
+            str(folder / "packed"),
+            "--set",
+            f"max_length={LENGTH}",
+        ],
         **environment,
     )
     print(
-        "| tool | reading CPU-s | the rest CPU-s | rows per CPU-s | ratio | pieces equal to ours"
+        "| tool | reading CPU-s | other CPU-s | rows per CPU-s | ratio | sequences identical to llmworks'"
         " |\n|---|---|---|---|---|---|"
     )
     print(f"| llmworks | {read:.1f} | {pack:.1f} | {ROWS / pack:,.0f} | | |", flush=True)
@@ -257,7 +268,7 @@ def main() -> None:
         theirs = Counter(json.loads((folder / f"{tool}.json").read_text()))
         print(
             f"| {tool} | {load:.1f} | {cpu:.1f} | {ROWS / cpu:,.0f} | {cpu / pack:.1f} | {(own & theirs).total():,} of"
-            f" {own.total():,} (it made {theirs.total():,}) |",
+            f" {own.total():,} ({theirs.total():,} made) |",
             flush=True,
         )
     manifest = json.loads((folder / "packed" / "manifest.json").read_text())

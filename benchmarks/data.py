@@ -1,11 +1,11 @@
-"""The corpus stages beside the tools of their field, on 200 MB of real documents, in one run.
+"""Compare the corpus stages with rensa, datasketch, datatrove and tokenizers on 390 MB of documents, in one run.
 
     python benchmarks/data.py [--datatrove PYTHON]      (about 12 minutes on two cores, 5 GB of disk)
 
-The documents are manuals, man pages and the kernel's sources of Debian 12, fetched with apt-get. Peers are installed
-beside llmworks: rensa, datasketch; datatrove lives in an environment of its own whose Python is named by --datatrove.
-Every measurement is a process of its own, so that CPU seconds and peak memory are those of the tool alone. Throughput
-is megabytes of UTF-8 text per CPU second.
+The documents are manuals, man pages and kernel sources of Debian 12, downloaded with apt-get. rensa and datasketch must
+be installed in the environment of llmworks. datatrove needs a separate environment; --datatrove names its Python. Each
+measurement is a separate process, so that CPU seconds and peak memory are those of one tool. Throughput is megabytes of
+UTF-8 text per CPU second.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ PACKAGES = (
     "openjdk-17-doc",
 )
 MANUALS_BYTES, SOURCES_BYTES = 110_000_000, 280_000_000
-NATURAL = 0.2  # Jaccard similarity from which documents of the base are taken for near-duplicates of one another
-COPIES = 2000  # near-duplicates of each kind
+NATURAL = 0.2  # Jaccard similarity above which two original documents count as near-duplicates
+COPIES = 2000  # edited copies of each kind
 MB = 1e6
 
 
@@ -66,7 +66,7 @@ def fetch(folder: Path, packages: Sequence[str] = PACKAGES) -> Path:
 
 
 def manuals(root: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of every page, in a fixed shuffled order; tags and macros are taken out."""
+    """Yield (name, text) of every page in a fixed shuffled order, without tags and macros."""
     files = sorted(
         p
         for p in root.rglob("*")
@@ -88,7 +88,7 @@ def manuals(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def sources(root: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of the kernel's files, as the archive holds them."""
+    """Yield (name, text) of the kernel's source files in the order of the archive."""
     with tarfile.open(next(root.rglob("linux-source-*.tar.xz"))) as archive:
         for member in archive:
             if member.isfile() and member.name.endswith((".c", ".h", ".rst", ".txt", ".S")):
@@ -98,7 +98,7 @@ def sources(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def taken(found: Iterator[tuple[str, str]], size: int) -> list[tuple[str, str]]:
-    """Documents of ordinary length until there are so many bytes."""
+    """Return documents of 500 to 40,000 characters, until their size reaches `size` bytes."""
     kept: list[tuple[str, str]] = []
     for name, text in found:
         if 500 <= len(text) <= 40_000:
@@ -110,7 +110,7 @@ def taken(found: Iterator[tuple[str, str]], size: int) -> list[tuple[str, str]]:
 
 
 def edited(text: str, share: float, rng: random.Random, words: list[str]) -> str:
-    """One word in so many is replaced, taken out, or has another behind it."""
+    """Return the text with a fraction `share` of its words replaced, deleted, or followed by an inserted word."""
     out: list[str] = []
     for word in re.findall(r"\w+|\W+", text):
         kind = rng.random() / share if word[0].isalnum() else 1
@@ -127,8 +127,9 @@ def edited(text: str, share: float, rng: random.Random, words: list[str]) -> str
 
 
 def distinct(folder: Path, documents: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Documents of which no two are alike by nature: found with many more candidates and a much lower bound than what
-    is measured.
+    """Return documents without near-duplicates among them.
+
+    Uses far more candidates and a much lower threshold than the measurement.
     """
     import numpy as np
 
@@ -136,23 +137,23 @@ def distinct(folder: Path, documents: list[tuple[str, str]]) -> list[tuple[str, 
     from llmworks.data.dedup import DedupConfig, hash_part
     from llmworks.data.duplicates import near
     from llmworks.data.duplicates.clusters import Clusters
-    from llmworks.data.store.parts import spans
+    from llmworks.data.store.parts import plan_spans
 
     config = DedupConfig(exact=None, near=near.Near(threshold=NATURAL, hashes_per_bucket=2))
     clusters = Clusters(len(documents))
     with tempfile.TemporaryDirectory() as scratch:
         places = []
-        for number, part in enumerate(spans(Dataset(folder))):
+        for number, part in enumerate(plan_spans(Dataset(folder))):
             places.append(Path(scratch) / str(number))
             places[-1].mkdir()
             hash_part(config, part, places[-1])
         assert config.near is not None
-        near.join_near(config.near, places, clusters, np.arange(len(documents)))
+        near.cluster_near_duplicates(config.near, places, clusters, np.arange(len(documents)))
     return [document for row, document in enumerate(documents) if clusters.find(row) == row]
 
 
 def write(folder: Path, name: str, rows: list[tuple[str, str]]) -> None:
-    """Write documents as Parquet, then as JSONL."""
+    """Write documents as Parquet and as JSONL."""
     from llmworks.core.documents import DocumentWriter
     from llmworks.core.types import Document
 
@@ -164,8 +165,8 @@ def write(folder: Path, name: str, rows: list[tuple[str, str]]) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """Write `manuals`, `corpus` (manuals and sources, shuffled) and `labelled` (those unlike one another, with edited
-    copies).
+    """Write `manuals`, `corpus` (manuals and sources, shuffled) and `labelled` (the corpus without near-duplicates,
+    with edited copies).
     """
     if (folder / "labelled.jsonl").exists():
         return
@@ -186,7 +187,7 @@ def prepare(folder: Path) -> None:
 
 
 def peak_of(process: int) -> int:
-    """The largest resident memory of a process so far, in kB; 0 when it is gone."""
+    """Return the peak resident memory of a process in kB; 0 if it has ended."""
     try:
         return int(
             next(
@@ -198,7 +199,7 @@ def peak_of(process: int) -> int:
 
 
 def peaks_below(parent: int, stop: threading.Event, found: dict[int, int]) -> None:
-    """Keep the peaks of all processes that descend from one, until told to stop."""
+    """Record the peak memory of all descendants of a process until `stop` is set."""
     while not stop.wait(0.1):
         parents = {}
         for place in Path("/proc").glob("[0-9]*"):
@@ -215,13 +216,13 @@ def peaks_below(parent: int, stop: threading.Event, found: dict[int, int]) -> No
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
-    """The rows of a JSONL file."""
+    """Return the rows of a JSONL file."""
     with path.open() as stream:
         return [json.loads(line) for line in stream]
 
 
 def pair_scores(pairs: set[tuple[str, str]]) -> dict[str, float]:
-    """Recall by kind of edit and precision of pairs of ids."""
+    """Return the recall for each kind of edit, and the precision, of pairs of ids."""
 
     def original(id: str) -> str:
         return id[4:] if id[:4] in ("e05:", "e10:") else id
@@ -242,23 +243,22 @@ def pair_scores(pairs: set[tuple[str, str]]) -> dict[str, float]:
         )
     return out
 
-
-# each measurement below runs in a process of its own
+    # each measurement below runs in a separate process
 
 
 def near_llmworks(folder: Path) -> dict[str, Any]:
-    """Hash, compare and join, on Parquet."""
+    """Near-duplicates by `data.dedup`, from Parquet."""
     import numpy as np
 
     from llmworks.core.artifact import Dataset
     from llmworks.data.dedup import DedupConfig, hash_part
     from llmworks.data.duplicates import near
     from llmworks.data.duplicates.clusters import Clusters
-    from llmworks.data.duplicates.dropping import ids_of
-    from llmworks.data.store.parts import spans
+    from llmworks.data.duplicates.dropping import read_ids
+    from llmworks.data.store.parts import plan_spans
 
     config = DedupConfig(exact=None)
-    parts = spans(Dataset(folder / "labelled"))
+    parts = plan_spans(Dataset(folder / "labelled"))
     rows = sum(part.rows for part in parts)
     began = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
@@ -268,10 +268,10 @@ def near_llmworks(folder: Path) -> dict[str, Any]:
             hash_part(config, part, place)
         clusters = Clusters(rows)
         assert config.near is not None
-        near.join_near(config.near, folders, clusters, np.arange(rows))
+        near.cluster_near_duplicates(config.near, folders, clusters, np.arange(rows))
     seconds = time.process_time() - began
     peak = peak_of(os.getpid())
-    ids = ids_of(parts, set(range(rows)))
+    ids = read_ids(parts, set(range(rows)))
     groups = list(clusters.members())
     pairs = {(ids[a], ids[b]) for group in groups for i, a in enumerate(group) for b in group[i + 1 :]}
     return {"seconds": seconds, "peak": peak, **pair_scores(pairs)}
@@ -283,7 +283,7 @@ def _runs(text: str) -> list[str]:
 
 
 def near_rensa(folder: Path) -> dict[str, Any]:
-    """Candidates of R-MinHash with 32 bands, threshold 0.5."""
+    """Candidate pairs of R-MinHash with 32 bands, threshold 0.5."""
     from rensa import RMinHash, RMinHashLSH
 
     began = time.process_time()
@@ -302,7 +302,7 @@ def near_rensa(folder: Path) -> dict[str, Any]:
 
 
 def near_datasketch(folder: Path) -> dict[str, Any]:
-    """Candidates of MinHash LSH with 128 permutations, threshold 0.5."""
+    """Candidate pairs of MinHash LSH with 128 permutations, threshold 0.5."""
     from datasketch import MinHash, MinHashLSH
 
     began = time.process_time()
@@ -322,21 +322,21 @@ FILTER_ROWS = 2500
 
 
 def filters_llmworks(folder: Path) -> dict[str, Any]:
-    """Four rule sets on the first documents, then on all."""
+    """Apply four filters to the first documents, then to all."""
     from llmworks.data.filters import c4, fineweb, gopher
-    from llmworks.data.filters.words import Words
+    from llmworks.data.filters.words import WordVocabulary
 
     every = [row["text"] for row in rows_of(folder / "manuals.jsonl")]
 
     def run(some: list[str]) -> float:
         began = time.process_time()
-        words = Words()
+        words = WordVocabulary()
         for at in range(0, len(some), 250):
             batch = words.encode(some[at : at + 250])
-            gopher.gopher_quality(gopher.GopherQuality(), batch, words)
-            gopher.gopher_repetition(gopher.GopherRepetition(), batch, words)
-            c4.c4(c4.C4(), batch.texts, words)
-            fineweb.fineweb(fineweb.FineWeb(), batch.texts, batch.counts)
+            gopher.filter_gopher_quality(gopher.GopherQuality(), batch, words)
+            gopher.filter_gopher_repetition(gopher.GopherRepetition(), batch, words)
+            c4.filter_c4(c4.C4(), batch.texts, words)
+            fineweb.filter_fineweb(fineweb.FineWeb(), batch.texts, batch.counts)
         return time.process_time() - began
 
     size = sum(len(text.encode()) for text in every[:FILTER_ROWS])
@@ -361,12 +361,12 @@ print(json.dumps({"seconds": time.process_time() - began, "bytes": sum(len(row["
 
 
 def exact(folder: Path) -> dict[str, Any]:
-    """Hash and group, beside the bare hash over the same bytes."""
+    """Exact duplicates, compared with only hashing the same bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from xxhash import xxh3_64_intdigest
 
-    from llmworks.data.duplicates.clusters import groups_of_equals
+    from llmworks.data.duplicates.clusters import group_equal_values
     from llmworks.data.duplicates.exact import hash_texts
 
     column = pa.concat_tables(
@@ -380,20 +380,20 @@ def exact(folder: Path) -> dict[str, Any]:
     bare = (time.process_time() - began) / 20
     began = time.process_time()
     for _ in range(20):
-        list(groups_of_equals(hash_texts(column)))
+        list(group_equal_values(hash_texts(column)))
     return {"seconds": (time.process_time() - began) / 20, "xxh3 seconds": bare, "bytes": sum(map(len, flat))}
 
 
 def encode(folder: Path) -> dict[str, Any]:
-    """Both encoders on the same documents."""
+    """Encode the same documents with both encoders."""
     from tokenizers import Tokenizer
 
     from llmworks.runtime.session import load
-    from llmworks.tokenize.bpe.fast import bulk_encoder
+    from llmworks.tokenize.bpe.fast import build_bulk_encoder
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_file(str(load("asset:smollm2-135m-instruct").path / "tokenizer.json"))
-    encoder = bulk_encoder(tokenizer)
+    encoder = build_bulk_encoder(tokenizer)
     assert encoder is not None
     some = [row["text"] for row in rows_of(folder / "corpus.jsonl")[:5000]]
     size = sum(len(text.encode()) for text in some)
@@ -410,26 +410,24 @@ def encode(folder: Path) -> dict[str, Any]:
 
 
 def language(folder: Path) -> dict[str, Any]:
-    """Identify every document."""
-    from llmworks.data.filters.language import identify
+    """Identify the language of every document."""
+    from llmworks.data.filters.language import identify_language
 
     every = [row["text"] for row in rows_of(folder / "corpus.jsonl")]
-    identify("warm up")
+    identify_language("warm up")
     began = time.process_time()
     for text in every:
-        identify(text)
+        identify_language(text)
     return {"seconds": time.process_time() - began, "documents": len(every)}
 
 
-CHAIN = (
-    ("read", "data", []), ("clean", "read", []), ("redact", "clean", []), ("dedup", "redact", ["--set", "lines={}"]),
-    ("decontaminate", "dedup", []), ("split", "decontaminate", ["--set", "part=train", "--set", "folds=50"]),
-)  # fmt: skip
+CHAIN = ( ( "read" , "data" , [ ] ) , ( "clean" , "read" , [ ] ) , ( "redact" , "clean" , [ ] ) , ( "dedup" , "redact" , [ "--set" , "lines={}" ] ) , ( "decontaminate" , "dedup" , [ ] ) , ( "split" , "decontaminate" , [ "--set" , "split=train" , "--set" , "n_splits=50" ] ) , )  # fmt: skip
 
 
 def chain(folder: Path, share: float) -> dict[str, Any]:
-    """The stages of recipes/corpus.yaml one after the other on a share of the corpus, with two workers; the peak is of
-    the largest process.
+    """Run stages of recipes/corpus.yaml in sequence on a fraction of the corpus, with two workers.
+
+    The peak memory is that of the largest process.
     """
     lines = (folder / "corpus.jsonl").read_bytes().splitlines(keepends=True)
     chosen = lines[: int(len(lines) * share)]
@@ -445,8 +443,8 @@ def chain(folder: Path, share: float) -> dict[str, Any]:
         del lines, chosen
         config = Path(scratch) / "clean.yaml"
         config.write_text(
-            "gopher_quality: {min_alpha_words: 0.5}\nc4: {terminal_punctuation: false, min_sentences: 2,"
-            " curly_brackets: false}\n"
+            "gopher_quality: {min_alpha_words_ratio: 0.5}\nc4: {filter_no_terminal_punct: false, min_num_sentences: 2,"
+            " filter_curly_bracket: false}\n"
         )
         stop, peaks = threading.Event(), dict[int, int]()
         watch = threading.Thread(target=peaks_below, args=(os.getpid(), stop, peaks), daemon=True)
@@ -507,7 +505,7 @@ MEASURES: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 
 def measured(name: str, folder: Path) -> dict[str, Any]:
-    """Run one measurement in a process of its own."""
+    """Run one measurement in a separate process."""
     done = subprocess.run(
         [sys.executable, __file__, "--measure", name, "--folder", str(folder)],
         stdout=subprocess.PIPE,
@@ -524,7 +522,7 @@ def report(folder: Path, datatrove: str) -> None:
     size = sum(len(row["text"].encode()) for row in rows) / MB
     corpus = rows_of(folder / "corpus.jsonl")
     print(
-        f"corpus: {len(corpus):,} documents, {sum(len(row['text'].encode()) for row in corpus) / MB:.0f} MB; labelled:"
+        f"corpus: {len(corpus):,} documents, {sum(len(row['text'].encode()) for row in corpus) / MB:.0f} MB; labeled:"
         f" {len(rows):,} documents, {size:.0f} MB\n\n| near-duplicates | MB/CPU-s | recall 5 % | recall 10 % |"
         " precision | peak GB |\n|---|---|---|---|---|---|",
         flush=True,
@@ -536,7 +534,7 @@ def report(folder: Path, datatrove: str) -> None:
             f" {m['precision']:.3f} | {m['peak'] / 1e6:.2f} |",
             flush=True,
         )
-    print("\n| what | llmworks | peer | ratio |\n|---|---|---|---|")
+    print("\n| task | llmworks | other tool | ratio |\n|---|---|---|---|")
     ours = measured("filters_llmworks", folder)
     own = ours["bytes"] / MB / ours["seconds"]
     if datatrove:
@@ -549,14 +547,14 @@ def report(folder: Path, datatrove: str) -> None:
         theirs = json.loads(done.stdout.splitlines()[-1])
         other = theirs["bytes"] / MB / theirs["seconds"]
         print(
-            f"| four rule sets, {FILTER_ROWS:,} manuals | {own:.2f} MB/CPU-s | datatrove {other:.3f} MB/CPU-s |"
+            f"| four filters, {FILTER_ROWS:,} manuals | {own:.2f} MB/CPU-s | datatrove {other:.3f} MB/CPU-s |"
             f" {own / other:.1f} |"
         )
-    print(f"| four rule sets, all manuals | {ours['whole MB/CPU-s']} MB/CPU-s | | |", flush=True)
+    print(f"| four filters, all manuals | {ours['whole MB/CPU-s']} MB/CPU-s | | |", flush=True)
     m = measured("exact", folder)
     print(
-        f"| exact duplicates by bytes | {m['seconds']:.3f} CPU-s for {m['bytes'] / MB:.0f} MB | xxh3 alone"
-        f" {m['xxh3 seconds']:.3f} | {m['seconds'] / m['xxh3 seconds']:.2f} of its time |",
+        f"| exact duplicates (match: bytes) | {m['seconds']:.3f} CPU-s for {m['bytes'] / MB:.0f} MB | xxh3 alone"
+        f" {m['xxh3 seconds']:.3f} | {m['seconds'] / m['xxh3 seconds']:.2f} times its CPU-s |",
         flush=True,
     )
     m = measured("encode", folder)
@@ -566,9 +564,9 @@ def report(folder: Path, datatrove: str) -> None:
         flush=True,
     )
     m = measured("language", folder)
-    print(f"| languages | {m['documents'] / m['seconds']:,.0f} documents/CPU-s | | |", flush=True)
+    print(f"| language identification | {m['documents'] / m['seconds']:,.0f} documents/CPU-s | | |", flush=True)
     print(
-        "\n| chain, two workers | documents | MB | s | MB/s | largest process GB | seconds by stage"
+        "\n| pipeline, two workers | documents | MB | s | MB/s | peak GB of a process | seconds by stage"
         " |\n|---|---|---|---|---|---|---|"
     )
     for name in ("chain_half", "chain_whole"):

@@ -1,7 +1,8 @@
-"""Speed side by side: our torch decoding against transformers' generate, llama.cpp beside both.
+"""Compare generation speed: the torch engine, transformers' generate and the llama.cpp engine.
 
     make bench            prints one table; copy it with the machine's name into benchmarks/README.md
-Peers run in the same process, one after the other, on the same prompts and weights.
+
+All run in the same process, one after the other, on the same prompts and weights.
 """
 
 from __future__ import annotations
@@ -14,25 +15,25 @@ import torch
 
 from llmworks.core.types import Request, Sampling, messages_from_json
 from llmworks.data.published.bfcl import rows as bfcl_rows
-from llmworks.data.store.jsonl import Rejected
+from llmworks.data.store.jsonl import RejectedRows
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.generate.engines.torch import TorchEngine
-from llmworks.runtime.execute import machine, threads
-from llmworks.runtime.references import asset_files
+from llmworks.runtime.execute import describe_machine, get_thread_count
+from llmworks.runtime.references import get_asset_files
 from llmworks.runtime.session import load
 
 ROWS, NEW = 16, 48
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """(seconds, result)."""
+    """Return (seconds, result) of a call."""
     began = time.perf_counter()
     result = work()
     return time.perf_counter() - began, result
 
 
 def decode(rows: list[dict[str, Any]]) -> list[tuple[str, float]]:
-    """Answer tokens per second over a batch of prompts."""
+    """Completion tokens per second for a batch of prompts."""
     model = load("asset:smollm2-135m-instruct")
     engine = TorchEngine.open(model.path)
     requests = [Request(messages_from_json(r["messages"])[:-1], sampling=Sampling(max_tokens=NEW)) for r in rows[:ROWS]]
@@ -48,7 +49,7 @@ def decode(rows: list[dict[str, Any]]) -> list[tuple[str, float]]:
     ours, done = timed(lambda: engine.generate(requests))
     our_tokens = sum(c.completion_tokens for c in done)
     engine.close()
-    cpp = LlamaCppEngine(asset_files("smollm2-135m-instruct", "q4_1").gguf_path)  # type: ignore[attr-defined]
+    cpp = LlamaCppEngine(get_asset_files("smollm2-135m-instruct", "q4_1").gguf_path)  # type: ignore[attr-defined]
     cpp.generate(requests[:1])
     native, answers = timed(lambda: cpp.generate(requests))
     native_tokens = sum(c.completion_tokens for c in answers)
@@ -62,10 +63,10 @@ def decode(rows: list[dict[str, Any]]) -> list[tuple[str, float]]:
 
 def main() -> None:
     """Print the table."""
-    torch.set_num_threads(threads())
-    rows = bfcl_rows(asset_files("bfcl-simple", "bfcl").path, Rejected())
+    torch.set_num_threads(get_thread_count())
+    rows = bfcl_rows(get_asset_files("bfcl-simple", "bfcl").path, RejectedRows())
     results = decode(rows)
-    print(f"{machine()['processor']}, {threads()} threads, torch {torch.__version__}\n")
+    print(f"{describe_machine()['processor']}, {get_thread_count()} threads, torch {torch.__version__}\n")
     base: dict[str, float] = {}
     for name, speed in results:
         group = name.split(":")[0]

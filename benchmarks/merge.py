@@ -1,13 +1,15 @@
-"""Merging beside mergekit 0.1.5: wall, CPU and memory of the same merges of three models of 1.49 billion parameters in
-bfloat16 (2.98 GB each), one thread each, back to back, warm cache.
+"""Compare merging with mergekit 0.1.5: wall seconds, CPU seconds and memory of the same merges.
+
+Three models of 1.49 billion parameters in bfloat16 (2.98 GB each), one thread, one run after the other, warm page
+cache.
 
     python -m venv PEER; PEER/bin/pip install torch==2.13.0 mergekit==0.1.5
     python benchmarks/merge.py --peer PEER/bin/python                     (half an hour, 20 GB of disk)
     python benchmarks/merge.py --peer PEER/bin/python --only linear --layers 4
 
-The models have the shapes of Qwen2.5-1.5B with random weights and no tokenizer. Each merge is a process of its own;
-reading and digesting the inputs' files once, which is remembered, is left out. `cat` copies a model's bytes.
-Weights of both are compared: the share that differs, and by how much at most of what a tensor is large.
+The models have the shape of Qwen2.5-1.5B, random weights and no tokenizer. Each merge is a separate process. Computing
+the digests of the input files is not counted, since they are cached. `cat` copies a model's bytes. The weights of both
+results are compared: the fraction that differs, and the largest difference relative to the tensor's largest weight.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ EXPERTS = {
 
 
 def made(place: Path, layers: int) -> None:
-    """Three models."""
+    """Write the three models."""
     import torch
     from safetensors.torch import save_file
 
@@ -130,8 +132,9 @@ print(json.dumps({"code": code, "wall": wall, "cpu": cpu, "memory": used.ru_maxr
 
 
 def measured(command: list[str], place: Path) -> dict[str, float]:
-    """Wall and CPU seconds and peak memory (MB) of a process; begun by a small one, since a process is told the memory
-    of the one that it was forked from, too.
+    """Return wall seconds, CPU seconds and peak memory (MB) of a process.
+
+    A small process starts it, since a child's peak memory includes that of the process it was forked from.
     """
     env = {
         **os.environ,
@@ -151,7 +154,7 @@ def measured(command: list[str], place: Path) -> dict[str, float]:
 
 
 def apart(one: Path, other: Path) -> tuple[float, float]:
-    """(share of weights that differ, the largest difference as a share of the tensor's largest weight)."""
+    """Return (fraction of weights that differ, largest difference relative to the tensor's largest weight)."""
     from safetensors import safe_open
 
     differ = count = 0
@@ -161,7 +164,7 @@ def apart(one: Path, other: Path) -> tuple[float, float]:
         safe_open(next(other.glob("*.safetensors")), "pt") as second,
     ):
         assert set(first.keys()) == set(second.keys())
-        for name in first.keys():  # noqa: SIM118  (no mapping)
+        for name in first.keys():  # noqa: SIM118  (not a mapping)
             a, b = first.get_tensor(name).float(), second.get_tensor(name).float()
             gap = (a - b).abs_()
             differ, count, most = (
@@ -173,14 +176,12 @@ def apart(one: Path, other: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Make models, merge them with both, print."""
+    """Make models, merge them with both tools, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", required=True, help="a Python that has mergekit")
+    parser.add_argument("--peer", required=True, help="Python of an environment with mergekit")
     parser.add_argument("--only", action="append", default=[])
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
-    parser.add_argument(
-        "--place", type=Path, help="a directory for models, which are made where they are not there yet"
-    )
+    parser.add_argument("--place", type=Path, help="directory of the models; they are made if missing")
     args = parser.parse_args()
     import yaml
 
@@ -199,8 +200,9 @@ def main() -> None:
         (place / "copy").unlink()
         print(f"cat: {copied['wall']:.1f} s, {copied['cpu']:.1f} CPU-s\n")
         print(
-            "| method | mergekit s | CPU-s | MB | llmworks s | CPU-s | MB | faster | fewer CPU-s | of cat | weights"
-            " that differ | by at most |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+            "| method | mergekit s | CPU-s | peak MB | llmworks s | CPU-s | peak MB | speedup | CPU-s ratio |"
+            " ratio to cat | differing weights | largest difference"
+            " |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
         )
         tool = [sys.executable, "-m", "llmworks.cli", "merge"]
         for name, way in {**WAYS, "experts": EXPERTS}.items():
@@ -232,7 +234,7 @@ def main() -> None:
             for part, text in zip(
                 given, (TOKENIZER, json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})), strict=False
             ):
-                part.write_text(text)  # which mergekit-moe opens, whatever the gates are
+                part.write_text(text)  # mergekit-moe always opens the tokenizer
             theirs = measured([args.peer, "-m", *peer], place)
             for part in given:
                 part.unlink()

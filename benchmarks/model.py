@@ -1,12 +1,12 @@
-"""Forward and backward of the decoder beside transformers' Llama of the same shape, in one run: seconds of a step, and
-memory.
+"""Compare forward and backward of the decoder with transformers' Llama of the same shape, in one run: seconds per step,
+and memory.
 
     python benchmarks/model.py [--layers 30] [--length 512] [--batch 2]      (about three minutes on two cores)
     python benchmarks/model.py --attention                                   (attention alone, half a minute)
 
-Each is a process of its own, fp32, eager PyTorch, the same threads, the same ids, loss on every token. transformers'
-Llama runs with both of its kinds of attention: `eager` (written out) and `sdpa` (PyTorch's fused one, which ours uses
-too).
+Each run is a separate process. All use fp32, eager PyTorch, the same threads, the same token ids, and loss on every
+token. transformers' Llama runs with two attention implementations: `eager`, and `sdpa` (PyTorch's fused kernel, which
+llmworks uses, too).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VOCABULARY, WIDTH, HEADS, GROUPS, HIDDEN = 49_152, 576, 9, 3, 1536  # SmolLM2-13
 
 
 def model(kind: str, layers: int, length: int) -> Any:
-    """The model to be measured."""
+    """Return the model to measure."""
     if kind == "llmworks":
         from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
         from llmworks.model.shape import Shape
@@ -57,7 +57,7 @@ def model(kind: str, layers: int, length: int) -> Any:
 
 
 def measure(kind: str, layers: int, length: int, batch: int, steps: int) -> dict[str, float]:
-    """Seconds of a step (the fastest and the middle one) and what memory grew by, in this process."""
+    """Return seconds per step (minimum and median) and the growth of peak memory, in this process."""
     import torch
 
     torch.manual_seed(0)
@@ -75,18 +75,19 @@ def measure(kind: str, layers: int, length: int, batch: int, steps: int) -> dict
 
 
 def attention() -> None:
-    """Attention of SmolLM2's heads alone, forward and backward: ours in blocks, PyTorch's kernel, and that with the
-    mask which a window or packed texts need.
+    """Measure attention alone with SmolLM2's heads, forward and backward.
+
+    Blockwise attention, PyTorch's kernel, and PyTorch's kernel with the mask that packed sequences need.
     """
     import torch
     from torch.nn import functional as F
 
-    from llmworks.model.nn.attention import repeated, seen
-    from llmworks.model.nn.cpu_attention import blockwise
+    from llmworks.model.nn.attention import build_attention_mask, repeat_kv
+    from llmworks.model.nn.cpu_attention import blockwise_attention
 
     def theirs_of(q: Any, k: Any, v: Any, look: Any) -> Any:
         return F.scaled_dot_product_attention(
-            q, repeated(k, 3), repeated(v, 3), attn_mask=look.mask, is_causal=look.causal, scale=0.125
+            q, repeat_kv(k, 3), repeat_kv(v, 3), attn_mask=look.mask, is_causal=look.causal, scale=0.125
         )
 
     def fastest(run: Any) -> float:
@@ -98,16 +99,16 @@ def attention() -> None:
         return min(seconds[1:]) * 1e3
 
     print(
-        "| rows x tokens | blocks, ms | PyTorch, ms | times ours | four texts in a row: blocks | PyTorch with a mask |"
-        " times ours |\n|---|---|---|---|---|---|---|"
+        "| rows x tokens | blockwise, ms | PyTorch, ms | ratio | 4 sequences per row: blockwise, ms | PyTorch with"
+        " mask, ms | ratio |\n|---|---|---|---|---|---|---|"
     )
     for batch, length in ((4, 256), (2, 512), (16, 512), (1, 1024), (1, 2048)):
         q, k, v = (torch.randn(batch, length, n, 64).transpose(1, 2).requires_grad_() for n in (HEADS, GROUPS, GROUPS))
         at = torch.arange(length)[None]
         texts = (at // (length // 4)).expand(batch, -1)
         found = []
-        for look in (seen(at, at), seen(at, at, segments=(texts, texts))):
-            found.append(fastest(functools.partial(blockwise, q, k, v, 0.125, look.mask, look.blocks)))
+        for look in (build_attention_mask(at, at), build_attention_mask(at, at, segments=(texts, texts))):
+            found.append(fastest(functools.partial(blockwise_attention, q, k, v, 0.125, look.mask, look.query_blocks)))
             found.append(fastest(functools.partial(theirs_of, q, k, v, look)))
         ours, theirs, packed, masked = found
         print(
@@ -117,7 +118,7 @@ def attention() -> None:
 
 
 def main() -> None:
-    """Measure all three, in turns, and print a table."""
+    """Measure all three alternately and print a table."""
     parser = argparse.ArgumentParser()
     for name, value in (("layers", 30), ("length", 512), ("batch", 2), ("steps", 4), ("rounds", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -144,7 +145,7 @@ def main() -> None:
             found.setdefault(kind, []).append(json.loads(done.stdout.splitlines()[-1]))
     ours = min(r["least"] for r in found["llmworks"])
     print(
-        f"{args.layers} layers, {args.batch} x {args.length} tokens\n\n| model | step, s | times ours | memory of a"
+        f"{args.layers} layers, {args.batch} x {args.length} tokens\n\n| model | step, s | ratio | memory of a"
         " step, MB |\n|---|---|---|---|"
     )
     for kind, rows in found.items():

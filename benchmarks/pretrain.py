@@ -1,13 +1,13 @@
-"""Pre-training beside its peers in one run: tokens a second and memory of the full step, the share of the machine's
-matrix products, and of loading.
+"""Compare pretraining with transformers in one run: tokens per second and memory of the full step, the fraction of the
+machine's matrix product rate, and of data loading.
 
     python benchmarks/pretrain.py                     the recipe's decoder, and one twice as wide (15 minutes)
     python benchmarks/pretrain.py --width 192         one of them
-    python benchmarks/pretrain.py --plan WORKSPACE    what `llmworks plan --measure` says of the recipe, and its run
+    python benchmarks/pretrain.py --plan WORKSPACE    the estimates of `llmworks plan --measure`, and the recipe's run
 
-Ours is the decoder in the loop of `train.pretrain`; theirs is transformers' Llama of the same shape in a plain loop,
-and in transformers' Trainer. Each is a process of its own, in turns: fp32, eager PyTorch, fused AdamW, clipping, the
-same threads, the same packed rows of texts that do not see one another.
+llmworks runs its decoder in the loop of `train.pretrain`. transformers runs Llama of the same shape in a plain loop and
+in Trainer. Each run is a separate process, and they alternate. All use fp32, eager PyTorch, fused AdamW, gradient
+clipping, the same threads and the same packed rows of sequences that do not attend to each other.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WARM = 5
 
 
 def rows(folder: Path, count: int) -> Any:
-    """A data set of packed tokens: full rows of two texts each, tokens by chance."""
+    """Return a dataset of packed tokens: full rows of two sequences each, random tokens."""
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -52,7 +52,7 @@ def rows(folder: Path, count: int) -> Any:
 
 
 def llama() -> Any:
-    """Transformers' Llama of the recipe's shape."""
+    """Return transformers' Llama of the recipe's shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -71,14 +71,14 @@ def llama() -> Any:
 
 
 def ours(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float]:
-    """The loop of `train.pretrain`."""
+    """Train with the loop of `train.pretrain`."""
     import torch
 
     from llmworks.core.progress import Progress
-    from llmworks.data.store.packed_tokens import Packed
+    from llmworks.data.store.packed_tokens import PackedDataset
     from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
     from llmworks.model.shape import Shape
-    from llmworks.train.loop.loop import Habits, train
+    from llmworks.train.loop.loop import LoopConfig, train
     from llmworks.train.loop.packed import PackedSteps, packed_loss
     from llmworks.train.loop.schedule import OptimizerConfig
 
@@ -94,9 +94,15 @@ def ours(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float]:
     model = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
     progress = Progress(scratch / "metrics.jsonl", quiet=True)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    parts = PackedSteps(Packed(data), steps, rows=batch, parts=1, length=LENGTH, seed=0)
+    parts = PackedSteps(PackedDataset(data), steps, batch_size=batch, num_micro_batches=1, length=LENGTH, seed=0)
     train(
-        model, parts, packed_loss, OptimizerConfig(weight_decay=0.1), Habits(10**6), scratch=scratch, progress=progress
+        model,
+        parts,
+        packed_loss,
+        OptimizerConfig(weight_decay=0.1),
+        LoopConfig(10**6),
+        scratch=scratch,
+        progress=progress,
     )
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     found = [row for row in progress.read_metrics() if "loss" in row][WARM:]
@@ -114,7 +120,7 @@ def ours(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float]:
 
 
 def gemm(torch: Any) -> float:
-    """fp32 multiply-adds of square matrices, as operations a second: the best of some sizes."""
+    """Return the FLOP/s of fp32 products of square matrices, the best of some sizes."""
     best = 0.0
     for size in (512, 1024, 2048):
         a, b, c = (torch.randn(size, size) for _ in range(3))
@@ -126,17 +132,17 @@ def gemm(torch: Any) -> float:
 
 
 def plain(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float]:
-    """A plain loop around Llama."""
+    """Train Llama in a plain loop."""
     import torch
 
-    from llmworks.data.store.packed_tokens import Packed
+    from llmworks.data.store.packed_tokens import PackedDataset
     from llmworks.train.loop.packed import PackedSteps
 
     model = llama().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, weight_decay=0.1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
-    for parts in PackedSteps(Packed(data), steps, rows=batch, parts=1, length=LENGTH, seed=0):
+    for parts in PackedSteps(PackedDataset(data), steps, batch_size=batch, num_micro_batches=1, length=LENGTH, seed=0):
         began = time.perf_counter()
         made = parts[0]()
         model(input_ids=made.ids, position_ids=made.positions, labels=made.label_ids).loss.backward()
@@ -152,24 +158,24 @@ def plain(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float]:
 
 
 def trainer(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float]:
-    """Transformers' Trainer around Llama."""
+    """Train Llama with transformers' Trainer."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from llmworks.data.store.packed_tokens import Packed
+    from llmworks.data.store.packed_tokens import PackedDataset
     from llmworks.train.loop.packed import PackedSteps
 
-    packed = Packed(data)
+    packed = PackedDataset(data)
 
     class Rows(torch.utils.data.Dataset[Any]):
         def __init__(self) -> None:
-            self.steps = PackedSteps(packed, 1, rows=1, parts=1, length=LENGTH, seed=0)
+            self.steps = PackedSteps(packed, 1, batch_size=1, num_micro_batches=1, length=LENGTH, seed=0)
 
         def __len__(self) -> int:
             return len(packed)
 
         def __getitem__(self, number: int) -> dict[str, Any]:
-            made = self.steps.batch([number])
+            made = self.steps.collate([number])
             return {"input_ids": made.ids[0], "position_ids": made.positions[0], "labels": made.label_ids[0]}
 
     stamps: list[float] = []
@@ -210,25 +216,25 @@ KINDS = {"llmworks": ours, "transformers, a plain loop": plain, "transformers, T
 
 
 def compare_plan(workspace: Path) -> None:
-    """What is expected of each training of the recipe, after its data were made, against its manifest."""
+    """Compare the estimate of each training of the recipe, whose data exist, with its manifest."""
     from llmworks.core.workspace import Workspace
     from llmworks.runtime.read_recipe import load_recipe
-    from llmworks.runtime.runner import Run
-    from llmworks.workflows.estimate import training_of
+    from llmworks.runtime.runner import RecipeRun
+    from llmworks.workflows.estimate import get_training
 
     recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "pretrain.yaml")
-    job = Run(recipe, Workspace(workspace))
+    job = RecipeRun(recipe, Workspace(workspace))
     job.plan()
     print(
-        "| training | expected, s | measured, s | off | expected, MB | measured, MB | off"
+        "| training | estimated, s | measured, s | error | estimated, MB | measured, MB | error"
         " |\n|---|---|---|---|---|---|---|"
     )
     for name in recipe.steps:
-        training = training_of(recipe, job.found, name)
-        if training is None or name not in job.found:
+        training = get_training(recipe, job.artifacts, name)
+        if training is None or name not in job.artifacts:
             continue
-        trial, m = training.attempt(), job.found[name].metrics
-        seconds, memory = training.seconds(trial), trial.memory
+        trial, m = training.try_steps(), job.artifacts[name].metrics
+        seconds, memory = training.estimate_seconds(trial), trial.memory
         print(
             f"| {name} | {seconds:.0f} | {m['wall_seconds']:.0f} | {seconds / m['wall_seconds'] - 1:+.0%} |"
             f" {memory / 1e6:,.0f} | {m['peak_memory_bytes'] / 1e6:,.0f} | {memory / m['peak_memory_bytes'] - 1:+.0%} |"
@@ -236,7 +242,7 @@ def compare_plan(workspace: Path) -> None:
 
 
 def main() -> None:
-    """Measure at each width."""
+    """Measure all widths."""
     parser = argparse.ArgumentParser()
     for name, value in (("batch", 8), ("steps", 60), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -259,7 +265,7 @@ def main() -> None:
 
 
 def measure(width: int, batch: int, steps: int, rounds: int) -> None:
-    """All three at one width, in turns, and a table."""
+    """Measure all three alternately at one width and print a table."""
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(rounds):
         for kind in KINDS:
@@ -276,7 +282,7 @@ def measure(width: int, batch: int, steps: int, rounds: int) -> None:
     mine = found["llmworks"]
     print(
         f"{LAYERS} layers of width {width}, {batch} x {LENGTH} tokens, {steps} steps, {rounds} rounds\n\n| training |"
-        " tokens/s (middle step) | llmworks is faster by | memory of training, MB |\n|---|---|---|---|"
+        " tokens/s (median step) | llmworks speedup | memory of training, MB |\n|---|---|---|---|"
     )
     for kind, of in found.items():
         print(
@@ -285,11 +291,11 @@ def measure(width: int, batch: int, steps: int, rounds: int) -> None:
         )
     rate = max(r["gemm"] for r in mine)
     print(
-        f"\nfp32 matrix products: {rate / 1e9:.0f} GFLOP/s. Ours:"
+        f"\nfp32 matrix products: {rate / 1e9:.0f} GFLOP/s. llmworks:"
         f" {6 * mine[0]['matrices'] * speed['llmworks'] / 1e9:.0f} GFLOP/s of 6 x {mine[0]['matrices']:,.0f} parameters"
         f" x tokens/s, {6 * mine[0]['matrices'] * speed['llmworks'] / rate:.0%} of it."
     )
-    print(f"Loading: {max(r['loading'] for r in mine):.2%} of a step.\n", flush=True)
+    print(f"Data loading: {max(r['loading'] for r in mine):.2%} of a step.\n", flush=True)
 
 
 if __name__ == "__main__":

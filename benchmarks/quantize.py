@@ -1,17 +1,18 @@
-"""Quantization beside llm-compressor, gptqmodel and hqq: what 4 bits in groups of 64 take from a model, and how long it
-takes to find them.
+"""Compare quantization with llm-compressor, gptqmodel and hqq: loss of quality, time and memory at 4 bits in groups of
+64.
 
     python -m venv ONE; ONE/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1 hqq==0.2.8.post1
     python -m venv TWO; TWO/bin/pip install torch==2.13.0; TWO/bin/pip install --no-build-isolation gptqmodel==7.6.0
     python benchmarks/quantize.py --peers ONE/bin/python --peers TWO/bin/python       (two hours on one core)
-    python benchmarks/quantize.py --texts 16 --only gptq                  (ours alone, a few minutes)
-    python benchmarks/quantize.py --depths                                (memory by the number of blocks, five minutes)
+    python benchmarks/quantize.py --texts 16 --only gptq                  (llmworks only, a few minutes)
+    python benchmarks/quantize.py --depths                                (memory by number of blocks, five minutes)
 
-The same model (SmolLM2-135M-Instruct, fp32), the same tokens to calibrate by (beginnings of Wikipedia articles, joined,
-texts of 512 tokens), the same others to measure on: the divergence from the model as it was in nats a token, the
-share of tokens of the same best guess, the perplexity within each text. The peers' results are read from what they
-saved, and measured by the same code. Seconds are from the loaded model to the saved one (ours reads the model in them,
-looks at golden tokens and draws its report); memory is a process's most.
+All use the same model (SmolLM2-135M-Instruct, fp32) and the same calibration samples: joined beginnings of Wikipedia
+articles, 512 tokens per sample. The quality is measured on the same held-out samples: the KL divergence from the
+original model in nats per token, the fraction of tokens with the same top-1 token, and the perplexity. The results of
+the other tools are loaded from their files and measured by the same code. Seconds are from the loaded model to the
+saved one; those of llmworks include loading the model, checking golden tokens and writing the report. Memory is the
+peak of a process.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def ours(name: str, tokens: Path, out: Path) -> dict[str, float]:
-    """The stage's own work, on the same tokens."""
+    """Run the stage on the same tokens."""
     import numpy as np
     import torch
 
@@ -50,7 +51,7 @@ def ours(name: str, tokens: Path, out: Path) -> dict[str, float]:
     from llmworks.core.progress import Progress
     from llmworks.core.report import ReportBuilder
     from llmworks.quantize import run as rounding
-    from llmworks.runtime.resolve import resolve as stage
+    from llmworks.runtime.resolve import resolve_stage as stage
     from llmworks.runtime.session import load
     from llmworks.tokenize.load import load_tokenizer
 
@@ -58,16 +59,18 @@ def ours(name: str, tokens: Path, out: Path) -> dict[str, float]:
     found = np.load(tokens)
     texts, held = (torch.from_numpy(found[which].astype("int64")) for which in ("texts", "held"))
     looks = method in ("gptq", "awq")
-    rounding.calibration = lambda *_: (texts if looks else texts[:0], held[:0])  # type: ignore[assignment]
+    rounding.load_samples = lambda *_: (texts if looks else texts[:0], held[:0])  # type: ignore[assignment]
     model: Any = load(MODEL)
     step = stage(f"quantize.{method}")
     out.mkdir()
-    load_tokenizer(model.path)  # and with it transformers
+    load_tokenizer(model.path)  # imports transformers
     with tempfile.TemporaryDirectory() as scratch:
         context = Context(out, Path(scratch), 0, Progress(quiet=True), ReportBuilder(), lambda _: None)  # type: ignore[arg-type, return-value]
         began = time.perf_counter()
         made: Any = step.function(
-            step.config.model_validate({"held": 0, **({"texts": len(texts)} if looks else {}), **config}),
+            step.config.model_validate(
+                {"eval_samples": 0, **({"num_calibration_samples": len(texts)} if looks else {}), **config}
+            ),
             model,
             context,
             data=model,
@@ -78,7 +81,7 @@ def ours(name: str, tokens: Path, out: Path) -> dict[str, float]:
 
 
 def damage(path: Path, tokens: Path) -> dict[str, float]:
-    """Divergence, agreement and perplexity of a directory's model, beside the one that it was made of."""
+    """Return KL divergence, top-1 agreement and perplexity of a quantized model, compared with the original."""
     import numpy as np
     import torch
     from torch.nn import functional as F
@@ -106,33 +109,33 @@ def damage(path: Path, tokens: Path) -> dict[str, float]:
 
 
 def depths(place: Path) -> None:
-    """What GPTQ and AWQ hold of models of 4 and of 16 blocks, which are alike otherwise, beyond libraries."""
+    """Measure the memory of GPTQ and AWQ, without libraries, for models of 4 and of 16 blocks."""
     import torch
 
     from llmworks.model.io.decoder_files import save_decoder
     from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
-    from llmworks.quantize.run import copy_rest
+    from llmworks.quantize.run import copy_other_files
     from llmworks.runtime.session import load
 
-    print("| model | in fp32 MB | a block MB | gptq MB | awq MB |\n|---|---|---|---|---|")
+    print("| model | fp32 MB | MB per block | gptq MB | awq MB |\n|---|---|---|---|---|")
     for layers in (4, 16):
         torch.manual_seed(0)
         model = DecoderForCausalLM(
             DecoderConfig(
                 shape={
-                    "vocabulary": 49152,
-                    "width": 1024,
-                    "layers": layers,
-                    "heads": 16,
-                    "kv_heads": 4,
-                    "hidden": 2816,
-                    "context": 256,
+                    "vocab_size": 49152,
+                    "hidden_size": 1024,
+                    "num_hidden_layers": layers,
+                    "num_attention_heads": 16,
+                    "num_key_value_heads": 4,
+                    "intermediate_size": 2816,
+                    "max_position_embeddings": 256,
                 }
             )
         )
         path = place / str(layers)
         save_decoder(model, path)
-        copy_rest(load(MODEL).path, path)
+        copy_other_files(load(MODEL).path, path)
         whole, block = (
             sum(weight.numel() for weight in some.parameters()) * 4e-6 for some in (model, model.decoder.blocks[0])
         )
@@ -147,27 +150,27 @@ def depths(place: Path) -> None:
 
 
 def deep(path: Path, method: str) -> dict[str, float]:
-    """The most that a stage holds: 16 texts of 128 tokens."""
+    """Return the peak memory of a stage with 16 samples of 128 tokens."""
     import numpy as np
     import torch
 
     from llmworks.core.artifact import Model
     from llmworks.core.context import Context
-    from llmworks.core.memory import peak_memory
+    from llmworks.core.memory import track_peak_memory
     from llmworks.core.progress import Progress
     from llmworks.core.report import ReportBuilder
     from llmworks.quantize import run as rounding
-    from llmworks.runtime.resolve import resolve as stage
+    from llmworks.runtime.resolve import resolve_stage as stage
 
     texts = torch.from_numpy(np.random.default_rng(0).integers(100, 49000, (16, 128)))
-    rounding.calibration = lambda *_: (texts, texts[:0])  # type: ignore[assignment]
+    rounding.load_samples = lambda *_: (texts, texts[:0])  # type: ignore[assignment]
     step = stage(f"quantize.{method}")
     with tempfile.TemporaryDirectory() as out, tempfile.TemporaryDirectory() as scratch:
         context = Context(Path(out), Path(scratch), 0, Progress(quiet=True), ReportBuilder(), lambda _: None)  # type: ignore[arg-type, return-value]
         before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        with peak_memory() as memory:
+        with track_peak_memory() as memory:
             step.function(
-                step.config.model_validate({"held": 0, "texts": 16, "length": 128}),
+                step.config.model_validate({"eval_samples": 0, "num_calibration_samples": 16, "max_seq_length": 128}),
                 Model(path),
                 context,
                 data=Model(path),
@@ -176,22 +179,22 @@ def deep(path: Path, method: str) -> dict[str, float]:
 
 
 def prepared(texts: int, file: Path) -> None:
-    """Tokens to calibrate by, and others."""
+    """Write calibration samples and held-out samples."""
     import numpy as np
 
     from llmworks import Dataset, Session, load
-    from llmworks.quantize.calibrate.texts import calibration
+    from llmworks.quantize.calibrate.texts import load_samples
     from llmworks.tokenize.load import load_tokenizer
 
     session = Session(file.parent / "ws", quiet=True)
     fields = {"text_field": "0", "keep_fields": []}
     read = session.make("data.read", kind=Dataset, data="asset:wikipedia-sample", config=fields)
-    ids, held = calibration(load_tokenizer(load(MODEL).path), read, texts, HELD, LENGTH, 0)
+    ids, held = load_samples(load_tokenizer(load(MODEL).path), read, texts, HELD, LENGTH, 0)
     np.savez(file, texts=ids.numpy(), held=held.numpy())
 
 
 def has(python: str, module: str) -> bool:
-    """Whether a Python can import it."""
+    """Return whether a Python can import a module."""
     return (
         subprocess.run(
             [python, "-c", f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"]
@@ -201,7 +204,7 @@ def has(python: str, module: str) -> bool:
 
 
 def run(command: list[str]) -> dict[str, Any]:
-    """A process of its own: the last line of what it said."""
+    """Run a separate process; return the JSON of its last line."""
     done = subprocess.run(
         command,
         capture_output=True,
@@ -221,15 +224,15 @@ def run(command: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Parse arguments, run, print."""
+    """Parse the arguments, run the benchmark, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=int, default=128)
-    parser.add_argument("--only", action="append", default=[], help="ways whose names begin so")
+    parser.add_argument("--texts", type=int, default=128, help="number of calibration samples")
+    parser.add_argument("--only", action="append", default=[], help="methods whose names start with this")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
-        "--peers", action="append", default=[], help="a Python that has llmcompressor, hqq or gptqmodel"
+        "--peers", action="append", default=[], help="Python of an environment with llmcompressor, hqq or gptqmodel"
     )
-    parser.add_argument("--depths", action="store_true", help="memory by the number of blocks")
+    parser.add_argument("--depths", action="store_true", help="memory by number of blocks")
     parser.add_argument("--deep", nargs=2, metavar=("PATH", "METHOD"), help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=3, metavar=("NAME", "TOKENS", "OUT"), help=argparse.SUPPRESS)
     parser.add_argument("--damage", nargs=2, metavar=("PATH", "TOKENS"), help=argparse.SUPPRESS)
@@ -263,7 +266,7 @@ def main() -> None:
         place = Path(folder)
         prepared(args.texts, place / "tokens.npz")
         print(
-            "| way | nats a token | same best guess | perplexity | bits a weight | seconds | MB"
+            "| method | KL, nats per token | top-1 agreement | perplexity | bits per weight | seconds | peak MB"
             " |\n|---|---|---|---|---|---|---|"
         )
         for number, name in enumerate(chosen):
@@ -284,7 +287,7 @@ def main() -> None:
                 )
             lost = run([sys.executable, __file__, "--damage", str(out), str(place / "tokens.npz")])
             if not number:
-                print(f"| as it was | 0 | 100 % | {lost['before']:.3f} | 32 | | |", flush=True)
+                print(f"| original | 0 | 100% | {lost['before']:.3f} | 32 | | |", flush=True)
             bits = f"{made['bits']:.2f}" if "bits" in made else ""
             print(
                 f"| {name} | {lost['kl']:.4f} | {lost['same']:.1%} | {lost['perplexity']:.3f} | {bits} |"

@@ -1,7 +1,6 @@
-"""A model quantized by another package, for `quantize.py`, which runs this by the Python that has the package: WAY
-MODEL TOKENS OUT THREADS.
+"""Quantize a model with another package; print seconds and megabytes.
 
-Prints seconds and megabytes.
+`quantize.py` runs this with the Python of the package's environment. Arguments: METHOD MODEL TOKENS OUT THREADS.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-WAYS = {  # the module that a Python must have
+WAYS = {  # module that each method needs
     "llm-compressor RTN": "llmcompressor",
     "llm-compressor GPTQ": "llmcompressor",
     "llm-compressor AWQ": "llmcompressor",
@@ -26,7 +25,7 @@ WAYS = {  # the module that a Python must have
 
 
 def llm_compressor(way: str, path: str, ids: Any, out: str) -> float:
-    """4 bits, groups of 64; AWQ with zero points."""
+    """Quantize to 4 bits, groups of 64; AWQ with zero points."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -64,7 +63,7 @@ def llm_compressor(way: str, path: str, ids: Any, out: str) -> float:
 
 
 def gptqmodel(way: str, path: str, ids: Any, out: str) -> float:
-    """4 bits, groups of 64, symmetric, its own defaults beside; twice, since it compiles a packer at its first run."""
+    """Quantize to 4 bits, groups of 64, symmetric, otherwise with defaults; twice, since the first run compiles."""
     from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.quantization.config import GPTQConfig
 
@@ -85,7 +84,7 @@ def gptqmodel(way: str, path: str, ids: Any, out: str) -> float:
 
 
 def hqq(way: str, path: str, ids: Any, out: str) -> float:
-    """4 bits, groups of 64 along rows, its own defaults beside; saved as plain weights."""
+    """Quantize to 4 bits, groups of 64 along rows, otherwise with defaults; save dequantized weights."""
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
     from transformers import AutoModelForCausalLM
 
@@ -108,7 +107,7 @@ def hqq(way: str, path: str, ids: Any, out: str) -> float:
 
 
 def main() -> None:
-    """Quantize, save, say."""
+    """Quantize, save, print."""
     way, path, tokens, out, threads = sys.argv[1:6]
     torch.set_num_threads(int(threads))
     ids = np.load(Path(tokens))["texts"]

@@ -1,13 +1,14 @@
-"""Fine-tuning beside TRL in one run: tokens a second (padding not counted) and memory, of an adapter and of all
-weights.
+"""Compare fine-tuning with TRL in one run: tokens per second (without padding) and memory, for LoRA and full
+fine-tuning.
 
     python benchmarks/train.py                          (half an hour on two cores)
     python benchmarks/train.py --method lora --data calls --rounds 1
 
-Ours is the loop of `train.sft`; theirs is TRL's SFTTrainer, unpacked (each batch padded to its longest row) and packed
-(`packing=True`, best fit). The same model, token ids, labels, batches of as many rows (packed: as many tokens), fused
-AdamW, fp32 and no checkpointing, which are right on a CPU. Each is a process of its own, in turns. `calls`: function
-calls, short answers to long prompts; `texts`: beginnings of articles, of which every token is learned.
+llmworks runs the loop of `train.sft`. TRL runs SFTTrainer, without packing (each batch is padded to its longest row)
+and with packing (`packing=True`, best fit). All use the same model, token ids, labels, rows per batch (packed: tokens
+per batch), fused AdamW, fp32 and no gradient checkpointing, which suits a CPU. Each run is a separate process, and the
+tools alternate. `calls`: function calls, short completions of long prompts. `texts`: beginnings of articles; every
+token is a label.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ WAYS = ("llmworks", "TRL", "TRL packed")
 
 
 def examples(what: str, model: Path, count: int) -> list[dict[str, Any]]:
-    """Token ids and labels: the same for all."""
+    """Token ids and loss mask of each row, the same for all tools."""
     from llmworks import assets
     from llmworks.core.artifact import Dataset
     from llmworks.data.store.rows import read_chat
-    from llmworks.tokenize.chat.named import use_template
+    from llmworks.tokenize.chat.named import set_template
     from llmworks.tokenize.load import load_tokenizer
     from llmworks.train.finetune.examples import Example, make_example
 
     tokenizer = load_tokenizer(model)
-    use_template(tokenizer, "tools")
+    set_template(tokenizer, "tools")
     if what == "texts":
         lines = (assets.fetch("wikipedia-sample") / "wikipedia.jsonl").read_text().splitlines()
         rows: list[dict[str, Any]] = [
@@ -51,32 +52,40 @@ def examples(what: str, model: Path, count: int) -> list[dict[str, Any]]:
 
 
 def ours(method: str, rows: list[dict[str, Any]], steps: int, scratch: Path) -> dict[str, float]:
-    """The loop of `train.sft`."""
+    """Train with the loop of `train.sft`."""
     import torch
 
     from llmworks.core.progress import Progress
     from llmworks.runtime.session import load
-    from llmworks.train.finetune.examples import Example, Steps
-    from llmworks.train.finetune.run import prepare
-    from llmworks.train.finetune.trainable import open_tuned
-    from llmworks.train.loop.loop import Habits, train
+    from llmworks.train.finetune.examples import Example, ExampleSteps
+    from llmworks.train.finetune.run import prepare_trainable
+    from llmworks.train.finetune.trainable import open_trainable_model
+    from llmworks.train.loop.loop import LoopConfig, train
     from llmworks.train.loop.packed import packed_loss
     from llmworks.train.sft import SftConfig
 
     config = SftConfig.model_validate({"method": method, "batch_size": ROWS})
-    tuned = open_tuned(load(MODEL).path)
+    tuned = open_trainable_model(load(MODEL).path)
     torch.manual_seed(0)
-    prepare(tuned, config)
-    plan = Steps(
+    prepare_trainable(tuned, config)
+    plan = ExampleSteps(
         [Example(tuple(r["ids"]), tuple(r["mask"])) for r in rows],
         epochs=1,
-        size=ROWS,
-        accumulation=1,
+        batch_size=ROWS,
+        gradient_accumulation_steps=1,
         seed=0,
-        free=True,
+        padding_free=True,
     )
     progress = Progress(scratch / "metrics.jsonl", quiet=True)
-    train(tuned.network, plan[:steps], packed_loss, config.optimizer, Habits(10**6), scratch=scratch, progress=progress)
+    train(
+        tuned.network,
+        plan[:steps],
+        packed_loss,
+        config.optimizer,
+        LoopConfig(10**6),
+        scratch=scratch,
+        progress=progress,
+    )
     done = progress.read_metrics()[WARM:]
     return {
         "tokens": sum(r["tokens"] for r in done),
@@ -86,7 +95,7 @@ def ours(method: str, rows: list[dict[str, Any]], steps: int, scratch: Path) -> 
 
 
 def theirs(method: str, rows: list[dict[str, Any]], steps: int, scratch: Path, *, packed: bool) -> dict[str, float]:
-    """TRL's trainer."""
+    """Train with SFTTrainer of TRL."""
     import warnings
 
     warnings.simplefilter("ignore")
@@ -157,7 +166,7 @@ def theirs(method: str, rows: list[dict[str, Any]], steps: int, scratch: Path, *
 
 
 def run(*words: str) -> dict[str, Any]:
-    """Run the script in a process of its own: what it found, and the most memory it had."""
+    """Run this script in a separate process; return its measurements and peak memory."""
     done = subprocess.run(
         [sys.executable, __file__, *words],
         capture_output=True,
@@ -171,7 +180,7 @@ def run(*words: str) -> dict[str, Any]:
 
 
 def prepared(folder: Path) -> None:
-    """The conversations of function calls, converted."""
+    """Make the dataset: conversations with function calls."""
     from llmworks import Session
 
     made = Session(folder / "ws", quiet=True).make("data.chat", data="asset:bfcl-simple", config={"format": "bfcl"})
@@ -179,7 +188,7 @@ def prepared(folder: Path) -> None:
 
 
 def main() -> None:
-    """Parse arguments, run, print."""
+    """Parse the arguments, run the benchmark, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=("lora", "full"), action="append", default=[])
     parser.add_argument("--data", choices=("calls", "texts"), action="append", default=[])
@@ -203,7 +212,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepared(Path(folder))
         print(
-            "| what | way | tokens a second | llmworks is faster by | MB | llmworks takes | loss of the last step"
+            "| training | tool | tokens/s | llmworks speedup | peak MB | llmworks memory ratio | loss of the last step"
             " |\n|---|---|---|---|---|---|---|"
         )
         for method in args.method or ["lora", "full"]:

@@ -1,11 +1,11 @@
-"""Writing GGUF files beside a plain copy of as many bytes, and beside llama.cpp's own quantizer (cyllama) on one
-thread.
+"""Compare writing GGUF files with a plain copy of the same number of bytes, and with llama.cpp's quantizer (cyllama) on
+one thread.
 
     python benchmarks/write_gguf.py           (three minutes on one core)
 
-SmolLM2-135M-Instruct, fp32 in safetensors. Seconds are of the best of three, each in a process of its own; memory is
-the most that a process took beyond what it had when its libraries were loaded. llama.cpp quantizes the F32 file that
-was written before.
+The model is SmolLM2-135M-Instruct, fp32 in safetensors. Seconds are the best of three runs, each in a separate process.
+Memory is the largest peak of the three, without the memory in use after the libraries were loaded. llama.cpp quantizes
+the F32 file written before.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MODEL, KINDS = "asset:smollm2-135m-instruct", ("f32", "f16", "q8_0", "q4_0", "q4
 
 
 def peak() -> int:
-    """Bytes, of this process alone."""
+    """Return the peak memory of this process in bytes."""
     return (
         int(
             next(
@@ -38,7 +38,7 @@ def peak() -> int:
 
 
 def ours(source: str, kind: str, target: str) -> dict[str, float]:
-    """One file by `write_gguf`."""
+    """Write a file by `write_gguf`."""
     from llmworks.core.progress import Progress
     from llmworks.quantize.llamacpp.writer import write_gguf
     from llmworks.runtime.session import load
@@ -50,7 +50,7 @@ def ours(source: str, kind: str, target: str) -> dict[str, float]:
 
     torch.set_num_threads(1)
     before = 0
-    for _ in range(2):  # the first time libraries are loaded
+    for _ in range(2):  # the first run loads libraries
         before, began = before or peak(), time.perf_counter()
         write_gguf(path, Path(target), kind, Progress(quiet=True), None, {})
         seconds = time.perf_counter() - began
@@ -58,7 +58,7 @@ def ours(source: str, kind: str, target: str) -> dict[str, float]:
 
 
 def theirs(source: str, kind: str, target: str) -> dict[str, float]:
-    """llama.cpp's quantizer on a file in F32."""
+    """Quantize an F32 file by llama.cpp."""
     import cyllama.llama.llama_cpp as cy
 
     params: Any = cy.LlamaModelQuantizeParams()
@@ -70,14 +70,14 @@ def theirs(source: str, kind: str, target: str) -> dict[str, float]:
 
 
 def copied(source: str, kind: str, target: str) -> dict[str, float]:
-    """As many bytes, written and flushed."""
+    """Copy a file."""
     began = time.perf_counter()
     shutil.copyfile(source, target)
     return {"seconds": time.perf_counter() - began, "memory": 0}
 
 
 def best(way: str, source: str, kind: str, target: str) -> dict[str, float]:
-    """Of three."""
+    """Return the shortest time and the largest memory of three runs."""
     found = []
     for _ in range(3):
         done = subprocess.run(
@@ -90,7 +90,7 @@ def best(way: str, source: str, kind: str, target: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Parse arguments, run, print."""
+    """Parse the arguments, run the benchmark, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", nargs=4, metavar=("WAY", "SOURCE", "KIND", "TARGET"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -99,7 +99,7 @@ def main() -> None:
         print(json.dumps({"ours": ours, "theirs": theirs, "copied": copied}[way](source, kind, target)))
         return
     print(
-        "| type | MB | seconds | MB/s | memory MB | a copy takes | llama.cpp takes | same bytes"
+        "| type | MB | seconds | MB/s | memory MB | copy, seconds | llama.cpp, seconds | identical bytes"
         " |\n|---|---|---|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def share(one: Path, other: Path) -> float:
-    """Of tensors whose bytes are the same."""
+    """Return the fraction of tensors with identical bytes."""
     from gguf import GGUFReader
 
     mine, their = ({tensor.name: bytes(tensor.data) for tensor in GGUFReader(file).tensors} for file in (one, other))

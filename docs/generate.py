@@ -16,7 +16,7 @@ from llmworks.commands.table import COMMANDS, STAGE_USAGE
 from llmworks.core.artifact import Config
 from llmworks.runtime.config_help import field_help
 from llmworks.runtime.names import names
-from llmworks.runtime.resolve import ResolvedStage, resolve
+from llmworks.runtime.resolve import ResolvedStage, resolve_stage
 from llmworks.runtime.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ MADE = "Made by `make docs` from the code."
 
 def stages() -> list[ResolvedStage]:
     """All stages that are run by hand, by name."""
-    return [resolve(name) for name in sorted(name for name, stage in STAGES.items() if not stage.internal)]
+    return [resolve_stage(name) for name in sorted(name for name, stage in STAGES.items() if not stage.internal)]
 
 
 def group_of(stage: ResolvedStage) -> str:
@@ -212,7 +212,9 @@ def names_page() -> str:
 def commands_table() -> str:
     """The README's table of commands."""
     rows = [
-        f"| `llmworks {' '.join(f'{name} {command.arguments}'.split())}` | {command.what} |".replace("|path", "\\|path")
+        f"| `llmworks {' '.join(f'{name} {command.arguments}'.split())}` | {command.summary} |".replace(
+            "|path", "\\|path"
+        )
         for name, command in COMMANDS.items()
     ]
     rows.append(f"| `llmworks {STAGE_USAGE}` | one stage alone: `data chat`, `train sft`, `quantize gguf` ... |")

@@ -149,9 +149,9 @@ def bfcl_rows() -> list[dict[str, Any]]:
     """The 400 BFCL questions with answers, from the registry package."""
     from llmworks import assets
     from llmworks.data.published.bfcl import rows as read
-    from llmworks.data.store.jsonl import Rejected
+    from llmworks.data.store.jsonl import RejectedRows
 
-    rejected = Rejected()
+    rejected = RejectedRows()
     rows = read(assets.fetch("bfcl-simple"), rejected)
     assert not rejected.rows
     return rows

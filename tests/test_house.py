@@ -15,7 +15,7 @@ import pytest
 
 from llmworks.commands.table import COMMANDS, Command
 from llmworks.runtime.config_help import config_help
-from llmworks.runtime.resolve import resolve
+from llmworks.runtime.resolve import resolve_stage
 from llmworks.runtime.stages import STAGES
 from tests.budgets import BUDGETS, NEW_ROOM, TOTAL
 from tests.rows import ROWS
@@ -90,15 +90,15 @@ def test_the_import_rule_finds_a_violation(tmp_path: Path) -> None:
 def test_stage_files_are_torch_free() -> None:
     names = list(STAGES)
     code = (
-        f"import sys, warnings\nfrom llmworks.runtime.resolve import resolve\nfor name in {names!r}:\n   "
-        " resolve(name)\n    assert 'torch' not in sys.modules and 'transformers' not in sys.modules, name"
+        f"import sys, warnings\nfrom llmworks.runtime.resolve import resolve_stage\nfor name in {names!r}:\n   "
+        " resolve_stage(name)\n    assert 'torch' not in sys.modules and 'transformers' not in sys.modules, name"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_stage_is_documented() -> None:
     for name in STAGES:
-        stage = resolve(name)
+        stage = resolve_stage(name)
         assert stage.help, name
         assert all(description for _, _, description in config_help(stage.config)), name
         assert stage.inputs, name
@@ -195,11 +195,11 @@ def test_a_stage_is_in_the_file_of_its_name() -> None:
 def test_a_command_is_in_the_file_of_its_name() -> None:
     shared = {"__init__", "parsers", "output", "session", "launch", "table", "stage"}
     files = {file.stem for file in (SOURCE / "commands").glob("*.py")} - shared
-    assert files == {Command.module(name) for name in COMMANDS}
+    assert files == {Command.get_module_name(name) for name in COMMANDS}
     for name in COMMANDS:
         names = {
             node.name
-            for node in ast.parse((SOURCE / "commands" / f"{Command.module(name)}.py").read_text()).body
+            for node in ast.parse((SOURCE / "commands" / f"{Command.get_module_name(name)}.py").read_text()).body
             if isinstance(node, ast.FunctionDef)
         }
         assert "build_parser" in names, name
@@ -208,7 +208,7 @@ def test_a_command_is_in_the_file_of_its_name() -> None:
 def crowded(source: Path) -> list[str]:
     """Folders with more files than a newcomer can look through."""
     own = {stage_file(name) for name in STAGES}
-    typed = {Command.module(name) for name in COMMANDS}  # `lineage/diff.py` is what `llmworks diff` computes
+    typed = {Command.get_module_name(name) for name in COMMANDS}  # `lineage/diff.py` is what `llmworks diff` computes
     found = []
     for folder in (source, *(d for d in source.rglob("*") if d.is_dir())):
         where = folder.relative_to(source).as_posix()
@@ -283,7 +283,7 @@ def test_only_the_session_executes() -> None:
 def test_the_session_reserves_no_input() -> None:
     """Inputs are given to `make` by name, beside its own words."""
     for name in STAGES:
-        assert not {"kind", "config", "out", "stage", "self"} & set(resolve(name).inputs), name
+        assert not {"kind", "config", "out", "stage", "self"} & set(resolve_stage(name).inputs), name
 
 
 def test_tests_are_found_by_the_name_of_their_file() -> None:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llmworks.commands.table import COMMANDS, STAGE_USAGE, Command, lines
+from llmworks.commands.table import COMMANDS, STAGE_USAGE, Command, format_commands
 
 if TYPE_CHECKING:
     from llmworks.runtime.stages import Stage
@@ -46,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") != "0":  # only rank 0 prints the result
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        code = launch.spread(words)
+        code = launch.launch_if_distributed(words)
         return dispatch(words) if code is None else code
     except LlmworksError as error:
-        if launch.is_told(error):
-            return launch.LOST
+        if launch.is_reported_by_launcher(error):
+            return launch.LOST_EXIT_CODE
         print(f"llmworks: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -88,10 +88,12 @@ def dispatch(words: list[str]) -> int:
         print(f"llmworks {version('llmworks')}")
         return 0
     name = next((n for n in (" ".join(words[:2]), words[0]) if n in COMMANDS), "")
-    beside = len(words) > 1 and name == words[0] and ".".join(words[:2]) in _stages()  # `merge adapter` beside `merge`
+    beside = (
+        len(words) > 1 and name == words[0] and ".".join(words[:2]) in _get_stages()
+    )  # `merge adapter` beside `merge`
     if not name or beside:
         return _run_stage(words)
-    command = importlib.import_module(f"llmworks.commands.{Command.module(name)}")
+    command = importlib.import_module(f"llmworks.commands.{Command.get_module_name(name)}")
     parser, rest = command.build_parser(), words[len(name.split()) :]
     # options may stand between positionals; argparse does not allow that with subcommands
     args = parser.parse_args(rest) if name == "assets" else parser.parse_intermixed_args(rest)
@@ -104,14 +106,14 @@ def help_text() -> str:
     groups = dict.fromkeys(command.group for command in COMMANDS.values())
     stages = "\n".join(
         f"  {name.replace('.', ' '):<23} {stage.summary}"
-        for name, stage in sorted(_stages().items())
+        for name, stage in sorted(_get_stages().items())
         if not stage.internal
     )
-    commands = "\n\n".join(f"{group}\n{lines(group)}" for group in groups)
+    commands = "\n\n".join(f"{group}\n{format_commands(group)}" for group in groups)
     return HELP.format(commands=commands, usage=STAGE_USAGE, stages=stages)
 
 
-def _stages() -> dict[str, Stage]:
+def _get_stages() -> dict[str, Stage]:
     from llmworks.runtime.stages import STAGES
 
     return STAGES
@@ -119,30 +121,30 @@ def _stages() -> dict[str, Stage]:
 
 def _run_stage(words: list[str]) -> int:
     """Run `llmworks GROUP STAGE ...`: the stage named by the first two words, or by the first alone."""
-    from llmworks.runtime.resolve import resolve
-    from llmworks.runtime.stages import table
+    from llmworks.runtime.resolve import resolve_stage
+    from llmworks.runtime.stages import get_stages
 
-    known = table()
+    known = get_stages()
     both = ".".join(words[:2]).replace("-", "_")
     name, rest = (both, words[2:]) if both in known else (words[0], words[1:])
     if name not in known:
-        return _unknown(words)
+        return _report_unknown(words)
     from llmworks.commands import stage
 
-    found = resolve(name)
+    found = resolve_stage(name)
     stage.handle(found, stage.parse(found, rest))
     return 0
 
 
-def _unknown(words: list[str]) -> int:
+def _report_unknown(words: list[str]) -> int:
     """Print help on a group, or suggest what an unknown command may have meant."""
     import difflib
 
     from llmworks.runtime.names import find_stage
-    from llmworks.runtime.stages import table
+    from llmworks.runtime.stages import get_stages
 
-    known = {name.replace(".", " "): row.summary for name, row in table().items() if not row.internal}
-    known |= {name: command.what for name, command in COMMANDS.items() if " " in name}
+    known = {name.replace(".", " "): row.summary for name, row in get_stages().items() if not row.internal}
+    known |= {name: command.summary for name, command in COMMANDS.items() if " " in name}
     group = sorted(name for name in known if name.split()[0] == words[0])
     if group and words[1:] in ([], ["-h"], ["--help"]):
         rows = "\n".join(f"  {name:<20} {known[name]}" for name in group)
@@ -150,7 +152,7 @@ def _unknown(words: list[str]) -> int:
         print(f"usage: llmworks {words[0]} {usage}\n\n{rows}\n\nSee `llmworks {group[0]} --help`.")
         return 0
     typed = " ".join(words[:2] if group else [w for w in words[:2] if not w.startswith("-")])
-    renamed = find_stage(typed.replace(" ", "."), table()).replace(".", " ")
+    renamed = find_stage(typed.replace(" ", "."), get_stages()).replace(".", " ")
     near = [renamed] if renamed else difflib.get_close_matches(typed, known, n=1, cutoff=0.75)
     if not near and not group:
         typed = words[0]

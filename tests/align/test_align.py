@@ -17,15 +17,15 @@ from tests.align.test_losses import PAIRS, said
 from tests.conftest import make_pico
 
 from llmworks.align import cpo, dpo, grpo, kto, online_dpo, orpo, ppo, process, reward, rloo, simpo
-from llmworks.align.preference.examples import Answered, pair_of, singles_of
-from llmworks.align.preference.reference import Start
-from llmworks.align.report import alarms
-from llmworks.align.reward_model.calibration import bins_of, expected_error, wilson
-from llmworks.align.rl.cases import Case
-from llmworks.align.rl.reward_model import scores_of
-from llmworks.align.rl.rewards import Rewards
-from llmworks.align.rl.rollouts import Drawing, repetition
-from llmworks.align.rl.user_reward import UserCode
+from llmworks.align.preference.examples import PromptCompletions, tokenize_pair, tokenize_singles
+from llmworks.align.preference.reference import AdapterSnapshot
+from llmworks.align.report import find_reward_hacking
+from llmworks.align.reward_model.calibration import compute_bins, expected_calibration_error, wilson_interval
+from llmworks.align.rl.cases import RewardInput
+from llmworks.align.rl.reward_model import load_reward_function
+from llmworks.align.rl.rewards import RewardFunctions
+from llmworks.align.rl.rollouts import RolloutSampler, repeated_ngram_share
+from llmworks.align.rl.user_reward import UserRewardFunction
 from llmworks.core.artifact import Adapter, Artifact, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import ArtifactError, DataError, LlmworksError, ModelError, TrainingError, UserError
@@ -35,12 +35,12 @@ from llmworks.core.types import Completion, Engine, Message
 from llmworks.data.store.rows import write_chat, write_preference
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.model.io.load import load_model
-from llmworks.model.io.reward_head import Scorer, head_of
+from llmworks.model.io.reward_head import RewardModel, get_reward_kind
 from llmworks.model.lora import lora
 from llmworks.runtime.session import load
 from llmworks.tokenize.chat.templates import encode
 from llmworks.tokenize.load import load_tokenizer
-from llmworks.train.finetune.trainable import open_tuned
+from llmworks.train.finetune.trainable import open_trainable_model
 from llmworks.train.sft import SftConfig, sft
 
 STAGES: Mapping[str, tuple[Callable[..., Any], Any]] = {
@@ -124,7 +124,7 @@ class Bench:
 
         function, kind = STAGES[stage]
         progress = Progress(scratch / "metrics.jsonl", quiet=True, listener=listener)
-        progress.say = self.said.append  # type: ignore[method-assign]
+        progress.log = self.said.append  # type: ignore[method-assign]
         self.report = ReportBuilder()
         made = function(
             kind.model_validate(config),
@@ -177,7 +177,7 @@ def test_pairs_are_learned(stage: str, config: dict[str, Any], bench: Bench, pai
     assert made.metrics["accuracy"] > 0.9  # of what it was trained on
     assert isinstance(made, Model if config.get("method") == "full" else Adapter)
     assert bench.report.data["evaluations"][-1]["eval_margin"] > 0
-    assert "Reward accuracy on" in bench.report.lead
+    assert "Reward accuracy on" in bench.report.subtitle
     headings = [block.heading for block in bench.report.blocks]
     assert {"Loss", "Rewards", "Reward accuracy", "Held-out prompts: completions before and after training"} <= set(
         headings
@@ -227,18 +227,18 @@ def test_the_reference_of_a_tuned_policy_is_the_tuned_policy(bench: Bench, pairs
     for one, other in zip(found[True], found[False], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
     assert found[False][-1]["loss"] < 0.69
-    network = open_tuned(bench.pico)
-    network.go_on(adapter.path)
-    start = Start(network.network)
-    assert not start.off
+    network = open_trainable_model(bench.pico)
+    network.load_adapter(adapter.path)
+    start = AdapterSnapshot(network.network)
+    assert not start.is_zero
     ids = torch.tensor([[3, 7, 11, 90]])
     began, plain = network.network(input_ids=ids).logits, load_model(bench.pico)(input_ids=ids).logits
     assert float((began - plain).detach().abs().max()) > 0.1
     with torch.no_grad():
-        for _, layer in lora.layers(network.network):
+        for _, layer in lora.iter_lora_layers(network.network):
             layer.b.mul_(3.0)
     moved = network.network(input_ids=ids).logits
-    with start.again():
+    with start.restore():
         assert torch.equal(network.network(input_ids=ids).logits, began)
     assert torch.equal(network.network(input_ids=ids).logits, moved)
 
@@ -372,12 +372,12 @@ def test_what_a_configuration_refuses() -> None:
 def test_single_answers_by_their_label(pico: Path, bench: Bench, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(pico)
     row = whole({"id": "a", "messages": PAIRS[0]["prompt"] + PAIRS[0]["chosen"], "extra": {"label": False}})
-    (made,) = singles_of(tokenizer, row, 200)
-    assert isinstance(made, Answered)
-    assert not made.good
-    assert "label" in str(singles_of(tokenizer, {**row, "extra": {}}, 200)[0])
-    both = singles_of(tokenizer, whole(PAIRS[0]), 200)
-    assert [one.good for one in both if isinstance(one, Answered)] == [True, False]
+    (made,) = tokenize_singles(tokenizer, row, 200)
+    assert isinstance(made, PromptCompletions)
+    assert not made.desirable
+    assert "label" in str(tokenize_singles(tokenizer, {**row, "extra": {}}, 200)[0])
+    both = tokenize_singles(tokenizer, whole(PAIRS[0]), 200)
+    assert [one.desirable for one in both if isinstance(one, PromptCompletions)] == [True, False]
     write_chat(tmp_path / "labelled", [{**row, "id": str(i)} for i in range(3)])
     with pytest.raises(DataError, match="all 3 completions are undesirable"):
         bench.run("kto", "a", SMALL, Dataset(tmp_path / "labelled", name="labelled"))
@@ -398,9 +398,9 @@ def test_answers_of_several_turns_and_calls_are_weighed_where_the_assistant_spea
         ],
         "rejected": [{"role": "assistant", "content": "city"}],
     }
-    made = pair_of(tokenizer, {"id": "a", "prompt": prompt, **sides, "tools": []}, 200)
-    assert isinstance(made, Answered)
-    text = [tokenizer.decode([i for i, m in zip(a.ids, a.mask, strict=True) if m]) for a in made.answers]
+    made = tokenize_pair(tokenizer, {"id": "a", "prompt": prompt, **sides, "tools": []}, 200)
+    assert isinstance(made, PromptCompletions)
+    text = [tokenizer.decode([i for i, m in zip(a.ids, a.mask, strict=True) if m]) for a in made.completions]
     assert text == ["quick<|im_end|>brown<|im_end|>", "city<|im_end|>"]
     assert tokenizer.decode(made.prompt).endswith("is<|im_end|>\n<|im_start|>assistant\n")
 
@@ -422,12 +422,12 @@ def test_a_reward_model_ranks_scores_as_transformers_does_and_writes_nothing(ben
     assert isinstance(made, Model)
     assert made.metrics["accuracy"] == 1.0
     assert made.metrics["calibration_error"] < 0.5
-    assert head_of(made.path) == "whole"
+    assert get_reward_kind(made.path) == "whole"
     assert {"Calibration", "Calibration table"} <= {block.heading for block in bench.report.blocks}
     tokenizer = load_tokenizer(made.path)
-    values = scores_of(made)
+    values = load_reward_function(made)
     cases = [
-        Case({"id": "x"}, (Message("user", row["prompt"][0]["content"]),), row[side][0]["content"], 0, False)
+        RewardInput({"id": "x"}, (Message("user", row["prompt"][0]["content"]),), row[side][0]["content"], 0, False)
         for row in PAIRS
         for side in ("chosen", "rejected")
     ]
@@ -439,17 +439,17 @@ def test_a_reward_model_ranks_scores_as_transformers_does_and_writes_nothing(ben
         assert isinstance(chosen, float)
         assert isinstance(rejected, float)
         assert chosen > rejected
-        example = pair_of(tokenizer, row, 200)
-        assert isinstance(example, Answered)
+        example = tokenize_pair(tokenizer, row, 200)
+        assert isinstance(example, PromptCompletions)
         with torch.no_grad():
-            there = theirs(input_ids=torch.tensor([[*example.prompt, *example.answers[0].ids]])).logits
+            there = theirs(input_ids=torch.tensor([[*example.prompt, *example.completions[0].ids]])).logits
         assert float(there) == pytest.approx(chosen, abs=1e-4)
     with pytest.raises(ModelError, match="is a classifier or reward model"):
         TorchEngine.open(made.path)
     with pytest.raises(ModelError, match="is a classifier or reward model"):
-        open_tuned(made.path)
+        open_trainable_model(made.path)
     with pytest.raises(ModelError, match="is not a reward model"):
-        Scorer(bench.pico)
+        RewardModel(bench.pico)
 
 
 def test_steps_are_told_right_from_wrong(bench: Bench, tmp_path: Path) -> None:
@@ -476,9 +476,9 @@ def test_steps_are_told_right_from_wrong(bench: Bench, tmp_path: Path) -> None:
     )
     assert made.metrics["accuracy"] > 0.95
     assert made.metrics["dropped"] == 1
-    values = scores_of(made)
+    values = load_reward_function(made)
     good, bad = (
-        values([Case({}, (Message("user", said(i, 3)),), text, 0, False)])[0]
+        values([RewardInput({}, (Message("user", said(i, 3)),), text, 0, False)])[0]
         for i, text in ((1, "quick fox\nOslo is\nbrown"), (2, "quick fox\nuser name\nbrown"))
     )
     assert isinstance(good, float)
@@ -503,10 +503,10 @@ def test_steps_are_told_right_from_wrong(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_calibration_is_that_of_its_definition() -> None:
-    found = bins_of([0.05, 0.95, 0.95, 0.95, 1.0], [False, True, True, False, True])
-    assert [(b.cases, b.said, b.true) for b in found] == [(1, 0.05, 0.0), (4, pytest.approx(0.9625), 0.75)]
-    assert expected_error(found) == pytest.approx((0.05 + 4 * 0.2125) / 5)
-    assert wilson(8, 10) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)  # the paper's own example has these
+    found = compute_bins([0.05, 0.95, 0.95, 0.95, 1.0], [False, True, True, False, True])
+    assert [(b.size, b.predicted, b.observed) for b in found] == [(1, 0.05, 0.0), (4, pytest.approx(0.9625), 0.75)]
+    assert expected_calibration_error(found) == pytest.approx((0.05 + 4 * 0.2125) / 5)
+    assert wilson_interval(8, 10) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)  # the paper's own example has these
 
     # the policy's own answers
 
@@ -552,18 +552,20 @@ def test_a_run_that_is_killed_in_a_rollout_goes_on_bit_for_bit(
     bench.run(stage, "whole", config, prompts)
     with pytest.raises(KeyboardInterrupt):
         bench.run(stage, "stopped", config, prompts, stop=stop)
-    values, count = Drawing.valued, 0
+    values, count = RolloutSampler.score_completions, 0
 
-    def killed(self: Drawing, groups: Any) -> Any:
+    def killed(self: RolloutSampler, groups: Any) -> Any:
         nonlocal count
         count += 1
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Drawing, "valued", killed)  # answers are drawn, and the run ends before they are worth anything
+    monkeypatch.setattr(
+        RolloutSampler, "score_completions", killed
+    )  # answers are drawn, and the run ends before they are worth anything
     with pytest.raises(KeyboardInterrupt):
         bench.run(stage, "stopped", config, prompts)
     assert count == 1
-    monkeypatch.setattr(Drawing, "valued", values)
+    monkeypatch.setattr(RolloutSampler, "score_completions", values)
     bench.run(stage, "stopped", config, prompts)
     assert bench.weights("whole") == bench.weights("stopped")
 
@@ -594,17 +596,17 @@ def test_tokens_are_learned_as_they_were_drawn(bench: Bench, prompts: Dataset, m
         ]
 
     seen = []
-    examples = Drawing.examples
+    examples = RolloutSampler.to_examples
 
-    def noted(self: Drawing, made: Any) -> Any:
+    def noted(self: RolloutSampler, made: Any) -> Any:
         found = examples(self, made)
         seen.extend(found)
         return found
 
     monkeypatch.setattr(TorchEngine, "generate", generate)
-    monkeypatch.setattr(Drawing, "examples", noted)
+    monkeypatch.setattr(RolloutSampler, "to_examples", noted)
     bench.run("grpo", "a", {**DRAWN, "reward_funcs": {"length": 1.0}}, prompts)
-    answers = [answer.ids for example in seen for answer in example.answers]
+    answers = [answer.ids for example in seen for answer in example.completions]
     assert set(answers) == {strange, (*strange, stop)}
 
 
@@ -630,14 +632,14 @@ def test_answers_that_are_all_worth_the_same_are_told(bench: Bench, prompts: Dat
 
 def test_alarms() -> None:
     quiet = {"reward": 0.5, "length": 20.0, "repeated": 0.05, "cut": 0.0, "alike": 0.1}
-    assert alarms([quiet] * 20) == []
-    found = alarms([quiet] * 10 + [{**quiet, "length": 60.0, "repeated": 0.6, "cut": 0.9}] * 10)
+    assert find_reward_hacking([quiet] * 20) == []
+    found = find_reward_hacking([quiet] * 10 + [{**quiet, "length": 60.0, "repeated": 0.6, "cut": 0.9}] * 10)
     assert [
         bool(word in line)
         for word, line in zip(("times longer", "repeat themselves", "are truncated"), found, strict=True)
     ] == [True] * 3
-    assert repetition([1, 2, 3, 4] * 5) > 0.7
-    assert repetition([1, 2, 3, 4, 5, 6]) == 0.0
+    assert repeated_ngram_share([1, 2, 3, 4] * 5) > 0.7
+    assert repeated_ngram_share([1, 2, 3, 4, 5, 6]) == 0.0
 
 
 def test_mistakes_of_online_runs(bench: Bench, prompts: Dataset, tmp_path: Path) -> None:
@@ -684,8 +686,8 @@ def spy(prompt, completion, row):
 """
 
 
-def case(text: str) -> Case:
-    return Case({"id": text}, (Message("user", "q"),), text, 3, False)
+def case(text: str) -> RewardInput:
+    return RewardInput({"id": text}, (Message("user", "q"),), text, 3, False)
 
 
 def test_a_function_of_the_user_runs_in_the_sandbox(tmp_path: Path) -> None:
@@ -698,26 +700,26 @@ def test_a_function_of_the_user_runs_in_the_sandbox(tmp_path: Path) -> None:
         {"prompt": [{"role": "user", "content": "q"}], "completion": text, "row": {}}
         for text in ("ok", "raise", "hang", "text", "ok", "exit", "ok")
     ]
-    assert UserCode(f"{file}:fine", 2.0).values(cases[:1]) == [102.0]
-    found = UserCode(f"{file}:bad", 1.0).values(cases)
+    assert UserRewardFunction(f"{file}:fine", 2.0).compute_rewards(cases[:1]) == [102.0]
+    found = UserRewardFunction(f"{file}:bad", 1.0).compute_rewards(cases)
     assert found[0] == found[4] == found[6] == 1.0
     assert "ValueError: no" in str(found[1])
     assert "took longer than 1 s" in str(found[2])
     assert "ValueError" in str(found[3])
     assert "ended the program (exit code 3)" in str(found[5])
-    assert UserCode(f"{file}:spy", 2.0).values([{**cases[0], "row": {"secret": str(file)}}]) == [0.0]
+    assert UserRewardFunction(f"{file}:spy", 2.0).compute_rewards([{**cases[0], "row": {"secret": str(file)}}]) == [0.0]
     for name, told in (
         (f"{file}:none", "has no function 'none'; it has fine, bad, spy"),
         (f"{tmp_path}/no.py:f", "cannot be read"),
     ):
         with pytest.raises(UserError, match=told.replace("(", r"\(")):
-            UserCode(name, 1.0)
+            UserRewardFunction(name, 1.0)
     file.write_text("import nosuch\ndef f(p, c, r): return 1\n")
     with pytest.raises(UserError, match="nosuch"):
-        UserCode(f"{file}:f", 1.0).values(cases[:1])
+        UserRewardFunction(f"{file}:f", 1.0).compute_rewards(cases[:1])
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="UTF-8"):
-        UserCode(f"{file}:f", 1.0)
+        UserRewardFunction(f"{file}:f", 1.0)
 
 
 def test_what_does_not_hear_the_alarm_is_ended_from_outside(tmp_path: Path) -> None:
@@ -726,7 +728,12 @@ def test_what_does_not_hear_the_alarm_is_ended_from_outside(tmp_path: Path) -> N
     file.write_text(CODE)
     cases = [{"prompt": [], "completion": text, "row": {}} for text in ("ok", "deaf", "ok", "deaf")]
     began = time.monotonic()
-    assert UserCode(f"{file}:bad", 0.5).values(cases) == [1.0, "took longer than 0.5 s", 1.0, "took longer than 0.5 s"]
+    assert UserRewardFunction(f"{file}:bad", 0.5).compute_rewards(cases) == [
+        1.0,
+        "took longer than 0.5 s",
+        1.0,
+        "took longer than 0.5 s",
+    ]
     assert time.monotonic() - began < 10  # not ten seconds and half a second for each that is left, twice
 
 
@@ -741,7 +748,7 @@ def test_what_a_function_writes_harms_nobody(tmp_path: Path) -> None:
         " 300)\n    if completion == 'bad': raise ValueError(chr(0xd800) + 'x' * 500)\n    return 1\n"
     )
     cases = [{"prompt": [], "completion": "bad" if i % 2 else "ok", "row": {}} for i in range(2400)]
-    found = UserCode(f"{file}:f", 2.0).values(cases)
+    found = UserRewardFunction(f"{file}:f", 2.0).compute_rewards(cases)
     assert all(value == 1.0 for value in found[::2])
     assert all(isinstance(value, str) and value.startswith("ValueError: ?xxx") for value in found[1::2])
 
@@ -749,14 +756,18 @@ def test_what_a_function_writes_harms_nobody(tmp_path: Path) -> None:
 def test_an_answer_without_a_reward_is_kept_aside_or_stops_the_run(tmp_path: Path) -> None:
     file, aside = tmp_path / "mine.py", tmp_path / "aside.jsonl"
     file.write_text(CODE)
-    made = Rewards({f"{file}:bad": 2.0, "length": 0.5}, most=6, soft=0, seconds=1.0, aside=aside)
-    good, bad = made.of([case("ok"), case("nan")])
+    made = RewardFunctions(
+        {f"{file}:bad": 2.0, "length": 0.5}, max_completion_length=6, overlong_buffer=0, timeout=1.0, failed_file=aside
+    )
+    good, bad = made.compute_rewards([case("ok"), case("nan")])
     assert good.total == 2.25
-    assert good.parts == {f"{file}:bad": 1.0, "length": 0.5}
+    assert good.by_function == {f"{file}:bad": 1.0, "length": 0.5}
     assert bad.total != bad.total
     assert json.loads(aside.read_text())["reason"] == f"{file}:bad: gave nan"
     with pytest.raises(TrainingError, match=r"row 'raise': .*ValueError: no; on_reward_error is stop"):
-        Rewards({f"{file}:bad": 1.0}, most=6, soft=0, seconds=1.0, stop=True).of([case("raise")])
+        RewardFunctions(
+            {f"{file}:bad": 1.0}, max_completion_length=6, overlong_buffer=0, timeout=1.0, stop_on_error=True
+        ).compute_rewards([case("raise")])
 
 
 def test_an_answer_without_a_reward_is_not_learned(bench: Bench, prompts: Dataset, tmp_path: Path) -> None:
@@ -786,11 +797,18 @@ def test_a_judge_and_a_model_are_rewards(bench: Bench, pairs: Dataset, tmp_path:
         def close(self) -> None:
             pass
 
-    made = Rewards({"judge": 1.0, "model": 1e-9}, most=8, soft=0, seconds=1.0, reward=scorer, judge=Judge)  # type: ignore[arg-type]
-    good, bad = made.of([case("wonderful"), case("x")])
-    assert good.parts["judge"] == pytest.approx(6 / 9)
-    assert "model" in good.parts
-    assert "gave no grade" in bad.why
+    made = RewardFunctions(
+        {"judge": 1.0, "model": 1e-9},
+        max_completion_length=8,
+        overlong_buffer=0,
+        timeout=1.0,
+        reward_model=scorer,
+        judge=Judge,
+    )  # type: ignore[arg-type]
+    good, bad = made.compute_rewards([case("wonderful"), case("x")])
+    assert good.by_function["judge"] == pytest.approx(6 / 9)
+    assert "model" in good.by_function
+    assert "gave no grade" in bad.error
 
 
 def _chats(folder: Path) -> Dataset:

@@ -17,22 +17,22 @@ from tests.align.test_align import DRAWN, SMALL, Bench, bench, pairs, prompts, w
 from tests.align.test_losses import said
 
 from llmworks.align.grpo import GrpoConfig
-from llmworks.align.losses.dpo import discopop, scores
+from llmworks.align.losses.dpo import discopop, f_divergence_scores
 from llmworks.align.losses.orpo import log_odds
 from llmworks.align.ppo import PpoConfig
-from llmworks.align.preference.examples import Answer, Answered, pair_of
-from llmworks.align.preference.objective import crossed
-from llmworks.align.reward_model.calibration import wilson
-from llmworks.align.rl.experience import Drawn, Rollout
-from llmworks.align.rl.objective import Actor, Objective
-from llmworks.align.rl.rewards import Rewards
-from llmworks.align.rl.rollouts import Drawing
+from llmworks.align.preference.examples import CompletionTokens, PromptCompletions, tokenize_pair
+from llmworks.align.preference.objective import mismatch_completions
+from llmworks.align.reward_model.calibration import wilson_interval
+from llmworks.align.rl.experience import Rollout, SampledCompletion
+from llmworks.align.rl.objective import PolicyLossOptions, PpoObjective
+from llmworks.align.rl.rewards import RewardFunctions
+from llmworks.align.rl.rollouts import RolloutSampler
 from llmworks.core.artifact import Dataset
 from llmworks.core.errors import TrainingError
 from llmworks.core.progress import Progress
 from llmworks.data.store.rows import write_chat
-from llmworks.runtime.execute import step_key
-from llmworks.runtime.resolve import resolve
+from llmworks.runtime.execute import compute_step_key
+from llmworks.runtime.resolve import resolve_stage
 from llmworks.tokenize.load import load_tokenizer
 
 SLOWLY = {"optimizer": {"learning_rate": 1e-8}}
@@ -67,15 +67,15 @@ def test_in_half_formats_the_policy_begins_as_its_reference(
 
 def test_what_is_in_a_reward_file_decides_what_is_made(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
-    stage, keys = resolve("align.grpo"), []
+    stage, keys = resolve_stage("align.grpo"), []
     for text in ("def f(p, c, r): return 1\n", "def f(p, c, r): return 2\n", "def f(p, c, r): return 1\n"):
         file.write_text(text)
-        keys.append(step_key(stage, GrpoConfig(reward_funcs={f"{file}:f": 1.0}), {}, 0))
+        keys.append(compute_step_key(stage, GrpoConfig(reward_funcs={f"{file}:f": 1.0}), {}, 0))
     assert keys[0] == keys[2] != keys[1]
 
 
-def drawn(reward: float, *, cut: bool = False) -> Drawn:
-    return Drawn([3, 4], "a", cut, reward, {}, [], old=[-1.0, -1.0], values=[0.5, 0.25])
+def drawn(reward: float, *, cut: bool = False) -> SampledCompletion:
+    return SampledCompletion([3, 4], "a", cut, reward, {}, [], old=[-1.0, -1.0], values=[0.5, 0.25])
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -83,21 +83,23 @@ def test_ppo_does_not_reckon_with_answers_that_count_for_nothing(
     cut: bool, bench: Bench, prompts: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Advantages of the others are what they are without them."""
-    actors: list[Actor] = []
-    monkeypatch.setattr(Actor, "keep", lambda self, number, made: actors.append(self))
+    actors: list[PpoObjective] = []
+    monkeypatch.setattr(PpoObjective, "record_rollout", lambda self, number, made: actors.append(self))
     with pytest.raises(Exception):  # noqa: B017 (the run has no figures then)
         bench.run("ppo", "a", {**DRAWN, "num_train_epochs": 1, "mask_truncated_completions": True}, prompts)
     actor = actors[0]
-    assert actor.objective == Objective(mean=actor.objective.mean, whole=False)
+    assert actor.loss_options == PolicyLossOptions(aggregation=actor.loss_options.aggregation, train_on_truncated=False)
     without = Rollout([0], [[drawn(10.0), drawn(11.0)]], {})
     beside = Rollout(
         [0, 1], [[drawn(10.0), drawn(11.0)], [drawn(5.0 if cut else math.nan, cut=cut), drawn(math.nan)]], {}
     )
     for made in (without, beside):
-        actor.heard(0, made)
-    assert [one.advantages for one in beside.drawn[0]] == [pytest.approx(one.advantages) for one in without.drawn[0]]
-    assert all(not any(one.advantages) for one in beside.drawn[1])
-    assert beside.figures["explained"] == pytest.approx(without.figures["explained"])
+        actor.process_rollout(0, made)
+    assert [one.advantages for one in beside.completions[0]] == [
+        pytest.approx(one.advantages) for one in without.completions[0]
+    ]
+    assert all(not any(one.advantages) for one in beside.completions[1])
+    assert beside.metrics["explained"] == pytest.approx(without.metrics["explained"])
 
 
 def test_figures_are_those_of_the_weights_that_are_saved(
@@ -119,7 +121,7 @@ def test_figures_are_those_of_the_weights_that_are_saved(
     ]
     best = max(row["accuracy"] for row in looks)
     assert made.metrics["eval_reward"] == pytest.approx(best, abs=1e-4)
-    assert f"{best:.3f} after" in bench.report.lead
+    assert f"{best:.3f} after" in bench.report.subtitle
     made, _ = bench.run(
         "reward",
         "r",
@@ -165,14 +167,15 @@ def test_single_answers_raise_no_alarm(bench: Bench, prompts: Dataset) -> None:
 def test_answers_that_are_cut_off_are_in_no_pair(
     bench: Bench, prompts: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = Drawing.answers
+    answers = RolloutSampler.sample_completions
 
-    def cut(self: Drawing, *given: Any) -> Any:
+    def cut(self: RolloutSampler, *given: Any) -> Any:
         return [
-            [(completion, replace(case, cut=True)) for completion, case in group] for group in answers(self, *given)
+            [(completion, replace(case, truncated=True)) for completion, case in group]
+            for group in answers(self, *given)
         ]
 
-    monkeypatch.setattr(Drawing, "answers", cut)
+    monkeypatch.setattr(RolloutSampler, "sample_completions", cut)
     for way in (True, False):
         _, steps = bench.run(
             "online",
@@ -196,15 +199,15 @@ def test_where_no_answer_has_a_reward_the_run_ends(bench: Bench, prompts: Datase
     ):
         bench.run("grpo", "a", {**DRAWN, "reward_funcs": {f"{file}:f": 1.0}}, prompts)
     file.write_text("def f(p, c, r): return 1e300\n")
-    made = Rewards({f"{file}:f": 1.0}, most=6, soft=0, seconds=1.0)
+    made = RewardFunctions({f"{file}:f": 1.0}, max_completion_length=6, overlong_buffer=0, timeout=1.0)
     from tests.align.test_align import case
 
-    assert made.of([case("a")])[0].why.endswith("gave 1e+300")
+    assert made.compute_rewards([case("a")])[0].error.endswith("gave 1e+300")
 
 
 def test_a_share_stays_between_nothing_and_all() -> None:
-    assert wilson(5.5, 6)[2] <= 1
-    share, low, high = wilson(1, 1)
+    assert wilson_interval(5.5, 6)[2] <= 1
+    share, low, high = wilson_interval(1, 1)
     assert share == 1.0
     assert low < 0.3
     assert high == pytest.approx(1.0)
@@ -226,26 +229,26 @@ def test_margins_that_are_no_numbers_are_none(pico: Path) -> None:
         ({"scores": [5, 3]}, 2.0),
         ({"margin": 1.5}, 1.5),
     ):
-        made = pair_of(tokenizer, {**row, "extra": {"fields": fields}}, 100)
-        assert isinstance(made, Answered)
+        made = tokenize_pair(tokenizer, {**row, "extra": {"fields": fields}}, 100)
+        assert isinstance(made, PromptCompletions)
         assert made.margin == margin
 
 
 def test_crossed_examples_are_no_longer_than_may_be_read() -> None:
     long, short = tuple(range(50)), tuple(range(5))
     examples = [
-        Answered("a", long, (Answer(short, (1,) * 5),)),
-        Answered("b", short, (Answer(long, (1,) * 50),)),
-        Answered("c", (9, 9), (Answer(short, (1,) * 5),)),
+        PromptCompletions("a", long, (CompletionTokens(short, (1,) * 5),)),
+        PromptCompletions("b", short, (CompletionTokens(long, (1,) * 50),)),
+        PromptCompletions("c", (9, 9), (CompletionTokens(short, (1,) * 5),)),
     ]
-    made = crossed(examples, 60)
+    made = mismatch_completions(examples, 60)
     assert max(len(one.ids) for one in made) <= 60
     assert [one.id for one in made] == ["a#other", "b#other", "c#other"]
-    assert made[0].answers == examples[2].answers
+    assert made[0].completions == examples[2].completions
 
 
 def test_losses_have_gradients_far_away() -> None:
-    for function in (lambda x: scores(x, "forward"), discopop, log_odds):
+    for function in (lambda x: f_divergence_scores(x, "forward"), discopop, log_odds):
         x = torch.tensor([-200.0, -100.0, -90.0, -1.0, -1e-9, 0.0], requires_grad=True)
         made = function(x)
         made.sum().backward()
@@ -273,14 +276,14 @@ def test_the_same_prompt_twice_in_a_draw_has_other_answers(
 ) -> None:
     """Where an epoch ends within a draw, and where dull prompts are replaced: nothing is drawn twice."""
     seen: list[tuple[Any, ...]] = []
-    answers = Drawing.answers
+    answers = RolloutSampler.sample_completions
 
-    def noted(self: Drawing, asked: Any, count: int, temperature: float, seeds: Any) -> Any:
+    def noted(self: RolloutSampler, asked: Any, count: int, temperature: float, seeds: Any) -> Any:
         if temperature:
             seen.append(tuple(seeds(at, turn) for at in range(len(asked)) for turn in range(count)))
         return answers(self, asked, count, temperature, seeds)
 
-    monkeypatch.setattr(Drawing, "answers", noted)
+    monkeypatch.setattr(RolloutSampler, "sample_completions", noted)
     bench.run(
         "grpo",
         "a",
@@ -313,7 +316,7 @@ def test_held_out_answers_of_one_kind_are_not_ranked(bench: Bench, pairs: Datase
         "kto", "a", {**SMALL, "num_train_epochs": 1}, pairs, eval_data=Dataset(tmp_path / "good", name="good")
     )
     assert "accuracy" not in made.metrics
-    assert "all have one label, so there is no accuracy" in bench.report.lead
+    assert "all have one label, so there is no accuracy" in bench.report.subtitle
 
 
 def test_rows_of_steps_that_cannot_be_read_are_set_aside(bench: Bench, tmp_path: Path) -> None:

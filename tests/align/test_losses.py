@@ -14,11 +14,11 @@ from tests.conftest import TEMPLATE
 
 from llmworks.align import cpo, dpo, kto, orpo, simpo
 from llmworks.align.losses.orpo import log_odds
-from llmworks.align.losses.simpo import bent
-from llmworks.align.preference.batch import branched, padded
-from llmworks.align.preference.examples import Answer, Answered, pair_of
-from llmworks.align.preference.logprobs import logprobs
-from llmworks.align.preference.objective import OTHER, Given, crossed
+from llmworks.align.losses.simpo import alpha_reward
+from llmworks.align.preference.batch import collate_padded, collate_shared_prompts
+from llmworks.align.preference.examples import CompletionTokens, PromptCompletions, tokenize_pair
+from llmworks.align.preference.logprobs import compute_logprobs
+from llmworks.align.preference.objective import MISMATCHED, MethodContext, mismatch_completions
 from llmworks.core.context import Context
 from llmworks.core.errors import LlmworksError
 from llmworks.core.progress import Progress
@@ -27,8 +27,8 @@ from llmworks.model.io.load import load_model
 from llmworks.model.lora import lora
 from llmworks.tokenize.load import load_tokenizer
 from llmworks.train.finetune.lora_config import LoraConfig
-from llmworks.train.finetune.method import Material
-from llmworks.train.finetune.trainable import Tuned, open_tuned
+from llmworks.train.finetune.method import TrainingData
+from llmworks.train.finetune.trainable import TrainableModel, open_trainable_model
 
 WITHOUT_BREAK = TEMPLATE.replace(
     "'<|im_end|>' + '\n'", "'<|im_end|>'"
@@ -73,39 +73,41 @@ class Both:
                     p.normal_(std=0.05)
         (self.batch,) = list(trainer.get_train_dataloader())
 
-    def fresh(self) -> Tuned:
+    def fresh(self) -> TrainableModel:
         """A policy at its beginning."""
-        tuned = open_tuned(self.pico)
-        tuned.adapt(LoraConfig(r=4, lora_alpha=8.0))
+        tuned = open_trainable_model(self.pico)
+        tuned.add_adapter(LoraConfig(r=4, lora_alpha=8.0))
         return tuned
 
-    def moved(self, tuned: Tuned) -> Tuned:
+    def moved(self, tuned: TrainableModel) -> TrainableModel:
         """The same where TRL's is."""
         with torch.no_grad():
-            for name, layer in lora.layers(tuned.network):
+            for name, layer in lora.iter_lora_layers(tuned.network):
                 for ours, theirs in ((layer.a, "lora_A"), (layer.b, "lora_B")):
                     ours.copy_(self.named[f"base_model.model.{tuned.rename(name)}.{theirs}.default.weight"])
         return tuned
 
-    def given(self, config: Any, examples: list[Answered], tmp_path: Path) -> Given:
+    def given(self, config: Any, examples: list[PromptCompletions], tmp_path: Path) -> MethodContext:
         scratch = tmp_path / "scratch"
         scratch.mkdir(exist_ok=True)
         for file in scratch.iterdir():
             file.unlink()
         ctx = Context(tmp_path, scratch, 0, Progress(quiet=True), ReportBuilder(), no_engine)
-        return Given(config, self.fresh(), Material(None, [], examples, [], [], []), ctx, torch.device("cpu"))
+        return MethodContext(
+            config, self.fresh(), TrainingData(None, [], examples, [], [], []), ctx, torch.device("cpu")
+        )
 
-    def compare(self, loss: Any, given: Given, way: Any, examples: list[Answered]) -> None:
+    def compare(self, loss: Any, given: MethodContext, way: Any, examples: list[PromptCompletions]) -> None:
         """The loss, and the gradients of all adapters."""
         for p in self.named.values():
             p.grad = None
         loss.backward()
         tuned = self.moved(given.tuned)
-        batch = way.join(examples, examples)
+        batch = way.collate(examples, examples)
         ours = way.loss(tuned.network.train(), batch) / batch.labels
         ours.backward()
         assert float(ours.detach()) == pytest.approx(float(loss.detach()), rel=1e-5, abs=1e-6)
-        for name, layer in lora.layers(tuned.network):
+        for name, layer in lora.iter_lora_layers(tuned.network):
             for mine, theirs in ((layer.a.grad, "lora_A"), (layer.b.grad, "lora_B")):
                 there = self.named[f"base_model.model.{tuned.rename(name)}.{theirs}.default.weight"].grad
                 assert mine is not None
@@ -138,13 +140,13 @@ def trainer_of(kind: Any, settings: Any, rows: list[dict[str, Any]], pico: Path,
     )
 
 
-def example(id: str, *texts: tuple[list[int], list[int]], good: bool = True) -> Answered:
+def example(id: str, *texts: tuple[list[int], list[int]], good: bool = True) -> PromptCompletions:
     """Of (ids, 1 where a token is weighed): the prompt is what all share before that."""
     begins = min(mask.index(1) for _, mask in texts)
-    return Answered(
+    return PromptCompletions(
         id,
         tuple(texts[0][0][:begins]),
-        tuple(Answer(tuple(ids[begins:]), tuple(mask[begins:])) for ids, mask in texts),
+        tuple(CompletionTokens(tuple(ids[begins:]), tuple(mask[begins:])) for ids, mask in texts),
         good,
     )
 
@@ -156,7 +158,7 @@ def texts_of(ids: torch.Tensor, attention: torch.Tensor, mask: torch.Tensor) -> 
     ]
 
 
-def pairs_of(batch: Any) -> list[Answered]:
+def pairs_of(batch: Any) -> list[PromptCompletions]:
     """Pairs of TRL's batch, in which all chosen sides come first."""
     texts = texts_of(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
     half = len(texts) // 2
@@ -233,7 +235,7 @@ def test_the_family_of_dpo_is_trl_s(
     examples = pairs_of(dpos.batch)
     config = dpo.DpoConfig.model_validate(ours)
     given = dpos.given(config, examples, tmp_path)
-    way = dpo.way_of(config, given)
+    way = dpo.build_method(config, given)
     dpos.compare(dpos.trainer._compute_loss(dpos.trainer.model.train(), dpos.batch, False), given, way, examples)
 
 
@@ -241,12 +243,12 @@ def test_the_family_of_dpo_is_trl_s(
 def test_pairs_are_read_as_trl_reads_them(dpos: Both) -> None:
     tokenizer = load_tokenizer(dpos.pico)
     tokenizer.chat_template = WITHOUT_BREAK
-    theirs = {tuple(sorted(answer.ids for answer in pair.answers)): pair for pair in pairs_of(dpos.batch)}
+    theirs = {tuple(sorted(answer.ids for answer in pair.completions)): pair for pair in pairs_of(dpos.batch)}
     for row in PAIRS:
-        made = pair_of(tokenizer, row, 512)
-        assert isinstance(made, Answered)
-        pair = theirs[tuple(sorted(answer.ids for answer in made.answers))]
-        assert (made.prompt, made.answers) == (pair.prompt, pair.answers)
+        made = tokenize_pair(tokenizer, row, 512)
+        assert isinstance(made, PromptCompletions)
+        pair = theirs[tuple(sorted(answer.ids for answer in made.completions))]
+        assert (made.prompt, made.completions) == (pair.prompt, pair.completions)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -278,16 +280,16 @@ def test_kto_is_trl_s(ours: dict[str, Any], theirs: dict[str, Any], pico: Path, 
     ]
     if "KL_input_ids" in batch:
         others = texts_of(batch["KL_input_ids"], batch["KL_attention_mask"], batch["KL_completion_mask"])
-        made = {e.id: e for e in crossed(examples, 10_000)}
+        made = {e.id: e for e in mismatch_completions(examples, 10_000)}
         for number, text in enumerate(others):  # the same prompts with the same others' answers
-            assert made[f"r{number}{OTHER}"].ids == example("", text).ids
+            assert made[f"r{number}{MISMATCHED}"].ids == example("", text).ids
     config = kto.KtoConfig.model_validate(ours)
     given = both.given(config, examples, tmp_path)
-    way = kto.way_of(config, given)
+    way = kto.build_method(config, given)
     both.compare(both.trainer._compute_loss(both.trainer.model.train(), batch, False), given, way, examples)
 
 
-def labelled(batch: Any) -> list[Answered]:
+def labelled(batch: Any) -> list[PromptCompletions]:
     """Pairs of a batch of TRL's older trainers."""
     sides = [
         texts_of(batch[f"{side}_input_ids"], batch[f"{side}_attention_mask"], batch[f"{side}_labels"] != -100)
@@ -320,7 +322,7 @@ def test_orpo_is_trl_s(weight: float, pico: Path, tmp_path: Path) -> None:
     both.compare(
         both.trainer.get_batch_loss_metrics(both.trainer.model.train(), both.batch)[0],
         given,
-        orpo.way_of(config, given),
+        orpo.build_method(config, given),
         examples,
     )
 
@@ -351,7 +353,7 @@ def test_cpo_and_simpo_are_trl_s(config: Any, theirs: dict[str, Any], pico: Path
     )
     examples = labelled(both.batch)
     given = both.given(config, examples, tmp_path)
-    way = (simpo if isinstance(config, simpo.SimpoConfig) else cpo).way_of(config, given)
+    way = (simpo if isinstance(config, simpo.SimpoConfig) else cpo).build_method(config, given)
     both.compare(both.trainer.get_batch_loss_metrics(both.trainer.model.train(), both.batch)[0], given, way, examples)
 
 
@@ -381,13 +383,13 @@ def test_a_prompt_that_is_read_once_is_as_good_as_one_before_every_answer(prompt
     """
     found = []
     for parts in (
-        [branched(EXAMPLES, prompts=prompts)],
-        [padded(EXAMPLES, prompts=prompts)],
-        [branched([e], prompts=prompts) for e in EXAMPLES],
+        [collate_shared_prompts(EXAMPLES, include_prompts=prompts)],
+        [collate_padded(EXAMPLES, include_prompts=prompts)],
+        [collate_shared_prompts([e], include_prompts=prompts) for e in EXAMPLES],
     ):
-        tuned = open_tuned(pico)
+        tuned = open_trainable_model(pico)
         network = (load_model(pico) if parts[0].positions is None else tuned.network).train()
-        made = [logprobs(network, batch) for batch in parts]
+        made = [compute_logprobs(network, batch) for batch in parts]
         chances, entropy, spoken = (torch.cat(values) for values in zip(*made, strict=True))
         sum(((torch.arange(len(x)) % 7 - 2.0) * x).sum() for x in (chances, spoken)).backward()
         found.append(
@@ -413,18 +415,20 @@ def test_a_prompt_that_is_read_once_is_as_good_as_one_before_every_answer(prompt
             assert gradient is not None
             there = found[0][3][name]
             assert float((gradient - there).norm() / there.norm()) < 1e-4, name
-    assert sum(b.tokens for b in [branched(EXAMPLES)]) < padded(EXAMPLES).tokens  # and less is read
+    assert (
+        sum(b.tokens for b in [collate_shared_prompts(EXAMPLES)]) < collate_padded(EXAMPLES).tokens
+    )  # and less is read
 
 
 def test_an_answer_weighs_its_own_tokens_only() -> None:
-    batch = branched(EXAMPLES)
-    answers = [answer for e in EXAMPLES for answer in e.answers]
-    assert batch.counts.tolist() == [answer.tokens for answer in answers]
+    batch = collate_shared_prompts(EXAMPLES)
+    answers = [answer for e in EXAMPLES for answer in e.completions]
+    assert batch.token_counts.tolist() == [answer.num_label_tokens for answer in answers]
     for number, answer in enumerate(answers):
-        assert batch.wanted[batch.owner == number].tolist() == [
+        assert batch.target_ids[batch.owner == number].tolist() == [
             i for i, m in zip(answer.ids, answer.mask, strict=True) if m
         ]
-    assert torch.equal(batch.summed(torch.ones(len(batch.owner))), batch.counts.float())
+    assert torch.equal(batch.sum_by_completion(torch.ones(len(batch.owner))), batch.token_counts.float())
 
 
 # accumulation
@@ -440,15 +444,18 @@ def test_parts_of_a_step_are_the_step(make: Callable[[], Any], pico: Path, tmp_p
     config = make()
     method = {"DpoConfig": dpo, "OrpoConfig": orpo, "KtoConfig": kto}[type(config).__name__]
     if method is kto:
-        examples = [Answered(e.id, e.prompt, (e.answers[i % 2],), good=not i % 2) for i, e in enumerate(examples)]
+        examples = [
+            PromptCompletions(e.id, e.prompt, (e.completions[i % 2],), desirable=not i % 2)
+            for i, e in enumerate(examples)
+        ]
     found = []
     for size in (8, 3):
         given = dpos.given(config, examples, tmp_path)
-        way = method.way_of(config, given)
+        way = method.build_method(config, given)
         dpos.moved(given.tuned)
         total = torch.zeros(())
         for at in range(0, 8, size):
-            total = total + way.loss(given.tuned.network, way.join(examples[at : at + size], examples))
+            total = total + way.loss(given.tuned.network, way.collate(examples[at : at + size], examples))
         total.backward()
         found.append(
             (
@@ -456,7 +463,7 @@ def test_parts_of_a_step_are_the_step(make: Callable[[], Any], pico: Path, tmp_p
                 torch.cat(
                     [
                         layer.b.grad.flatten()
-                        for _, layer in lora.layers(given.tuned.network)
+                        for _, layer in lora.iter_lora_layers(given.tuned.network)
                         if layer.b.grad is not None
                     ]
                 ),
@@ -471,7 +478,7 @@ def test_parts_of_a_step_are_the_step(make: Callable[[], Any], pico: Path, tmp_p
 
 def test_bent_and_odds() -> None:
     means = torch.tensor([-0.01, -0.5, -0.8, -4.0])
-    assert torch.allclose(bent(means, 1e-6), means, atol=1e-3)
-    assert torch.equal(bent(means, 0.0), means)
+    assert torch.allclose(alpha_reward(means, 1e-6), means, atol=1e-3)
+    assert torch.equal(alpha_reward(means, 0.0), means)
     p = means.double().exp()
     assert torch.allclose(log_odds(means).double(), (p / (1 - p)).log(), atol=1e-5)

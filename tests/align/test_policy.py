@@ -14,30 +14,30 @@ from tests.align.test_losses import RANK, Both, no_engine
 
 from llmworks.align.grpo import GrpoConfig
 from llmworks.align.losses.policy import (
-    Form,
-    deviation,
-    distance,
+    LossType,
     group_advantages,
+    kl_divergence,
     leave_one_out,
-    overlong,
-    ratios,
-    shares,
-    weighed,
+    log_importance_ratios,
+    overlong_penalty,
+    policy_loss,
+    standard_deviation,
+    token_weights,
 )
-from llmworks.align.losses.ppo import gae, token_rewards, value_loss, whitened
-from llmworks.align.preference.objective import Given
-from llmworks.align.rl.experience import Asked, Drawn, Rollout
-from llmworks.align.rl.objective import Groups, Objective
-from llmworks.align.rl.rewards import Rewards
-from llmworks.align.rl.rollouts import Drawing, Habit
-from llmworks.align.rloo import advantages_of
+from llmworks.align.losses.ppo import gae, token_rewards, value_loss, whiten
+from llmworks.align.preference.objective import MethodContext
+from llmworks.align.rl.experience import Rollout, RolloutPrompt, SampledCompletion
+from llmworks.align.rl.objective import PolicyLossOptions, RolloutObjective
+from llmworks.align.rl.rewards import RewardFunctions
+from llmworks.align.rl.rollouts import RolloutOptions, RolloutSampler
+from llmworks.align.rloo import compute_advantages
 from llmworks.core.context import Context
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.model.io.load import load_model
 from llmworks.model.lora import lora
 from llmworks.tokenize.load import load_tokenizer
-from llmworks.train.finetune.method import Material
+from llmworks.train.finetune.method import TrainingData
 
 PROMPTS, EACH, LONGEST = 2, 3, 12
 LENGTHS = (5, 12, 3, 7, 1, 9)
@@ -108,7 +108,7 @@ class Case(Both):
 
     def rollout(self, *, old: bool = True) -> Rollout:
         drawn = [
-            Drawn(
+            SampledCompletion(
                 list(ids),
                 "",
                 len(ids) == LONGEST,
@@ -122,41 +122,43 @@ class Case(Both):
         ]
         return Rollout([0, 1], [drawn[:EACH], drawn[EACH:]], {"alike": 0.0})
 
-    def groups(self, objective: Objective, advantages: Any, tmp_path: Path, *, passes: int = 2) -> Groups:
-        asked = [Asked({"id": str(i)}, (), ids) for i, ids in enumerate(self.prompts)]
+    def groups(
+        self, objective: PolicyLossOptions, advantages: Any, tmp_path: Path, *, passes: int = 2
+    ) -> RolloutObjective:
+        asked = [RolloutPrompt({"id": str(i)}, (), ids) for i, ids in enumerate(self.prompts)]
         ctx = Context(tmp_path, tmp_path, 0, Progress(quiet=True), ReportBuilder(), no_engine)
-        given = Given(
+        given = MethodContext(
             GrpoConfig(),
             self.moved(self.fresh()),
-            Material(load_tokenizer(self.pico), [], asked, [], [], []),
+            TrainingData(load_tokenizer(self.pico), [], asked, [], [], []),
             ctx,
             torch.device("cpu"),
         )
-        rewards = Rewards({"length": 1.0}, most=LONGEST, soft=0, seconds=1.0)
-        made = Groups(
+        rewards = RewardFunctions({"length": 1.0}, max_completion_length=LONGEST, overlong_buffer=0, timeout=1.0)
+        made = RolloutObjective(
             given,
-            Drawing(given, asked, rewards, Habit(EACH, 1.0, LONGEST, 2, 2, 1, passes, False)),
+            RolloutSampler(given, asked, rewards, RolloutOptions(EACH, 1.0, LONGEST, 2, 2, 1, passes, False)),
             objective,
             advantages,
         )
-        made.keep = lambda number, rollout: None  # type: ignore[method-assign]
+        made.record_rollout = lambda number, rollout: None  # type: ignore[method-assign]
         return made
 
-    def held(self, loss: Any, groups: Groups, made: Rollout) -> None:
+    def held(self, loss: Any, groups: RolloutObjective, made: Rollout) -> None:
         """Loss and gradients, of the whole step and of its parts."""
         for p in self.named.values():
             p.grad = None
         loss.backward()
-        groups.heard(0, made)
-        network = groups.given.tuned.network
+        groups.process_rollout(0, made)
+        network = groups.context.tuned.network
         for parts in ([[0, 1]], [[1], [0]]):
             network.zero_grad()
-            total = sum(groups.loss(network, groups.join(made, part, [0, 1])) for part in parts) / len(self.answers)
+            total = sum(groups.loss(network, groups.collate(made, part, [0, 1])) for part in parts) / len(self.answers)
             assert isinstance(total, torch.Tensor)
             total.backward()
             assert float(total.detach()) == pytest.approx(float(loss.detach()), rel=1e-4, abs=1e-6)
-            for name, layer in lora.layers(network):
-                there = self.named[f"base_model.model.{groups.given.tuned.rename(name)}.lora_B.default.weight"].grad
+            for name, layer in lora.iter_lora_layers(network):
+                there = self.named[f"base_model.model.{groups.context.tuned.rename(name)}.lora_B.default.weight"].grad
                 assert there is not None
                 assert layer.b.grad is not None
                 assert float((layer.b.grad - there).norm() / there.norm()) < 2e-4, name
@@ -177,22 +179,25 @@ PLAIN: dict[str, Any] = {
     "importance_sampling_level": "token",
     "use_bias_correction_kl": False,
 }
-GRPO: list[tuple[Objective, dict[str, Any]]] = [
-    (Objective(), {}),
-    (Objective(mean="token-mean", high=0.28), {"loss_type": "dapo", "epsilon_high": 0.28}),
-    (Objective(mean="token-mean"), {"loss_type": "bnpo"}),
-    (Objective(mean="seq-mean-token-sum-norm"), {"loss_type": "dr_grpo"}),
-    (Objective(level="sequence"), {"importance_sampling_level": "sequence"}),
+GRPO: list[tuple[PolicyLossOptions, dict[str, Any]]] = [
+    (PolicyLossOptions(), {}),
+    (PolicyLossOptions(aggregation="token-mean", epsilon_high=0.28), {"loss_type": "dapo", "epsilon_high": 0.28}),
+    (PolicyLossOptions(aggregation="token-mean"), {"loss_type": "bnpo"}),
+    (PolicyLossOptions(aggregation="seq-mean-token-sum-norm"), {"loss_type": "dr_grpo"}),
+    (PolicyLossOptions(importance_sampling_level="sequence"), {"importance_sampling_level": "sequence"}),
     (
-        Objective(mean="seq-mean-token-sum", level="sequence"),
+        PolicyLossOptions(aggregation="seq-mean-token-sum", importance_sampling_level="sequence"),
         {"loss_type": "luspo", "importance_sampling_level": "sequence"},
     ),
-    (Objective(form="cispo", mean="token-mean", high=1.1), {"loss_type": "cispo", "epsilon_high": 1.1}),
-    (Objective(form="sapo"), {"loss_type": "sapo"}),
-    (Objective(form="vespo", mean="token-mean"), {"loss_type": "vespo"}),
-    (Objective(kl=0.04), {"beta": 0.04}),
-    (Objective(kl=0.3, unbiased=True), {"beta": 0.3, "use_bias_correction_kl": True}),
-    (Objective(ceiling=1.05), {"delta": 1.05}),
+    (
+        PolicyLossOptions(loss_type="cispo", aggregation="token-mean", epsilon_high=1.1),
+        {"loss_type": "cispo", "epsilon_high": 1.1},
+    ),
+    (PolicyLossOptions(loss_type="sapo"), {"loss_type": "sapo"}),
+    (PolicyLossOptions(loss_type="vespo", aggregation="token-mean"), {"loss_type": "vespo"}),
+    (PolicyLossOptions(kl_coef=0.04), {"beta": 0.04}),
+    (PolicyLossOptions(kl_coef=0.3, use_bias_correction_kl=True), {"beta": 0.3, "use_bias_correction_kl": True}),
+    (PolicyLossOptions(delta=1.05), {"delta": 1.05}),
 ]
 
 
@@ -203,7 +208,7 @@ GRPO: list[tuple[Objective, dict[str, Any]]] = [
     ids=lambda value: "-".join(f"{k}" for k in value.values()) or "grpo" if isinstance(value, dict) else "",
 )
 def test_grpo_is_trl_s(
-    ours: Objective, theirs: dict[str, Any], grpos: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ours: PolicyLossOptions, theirs: dict[str, Any], grpos: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {**PLAIN, **theirs}.items():
         monkeypatch.setattr(grpos.trainer if hasattr(grpos.trainer, name) else grpos.trainer.args, name, value)
@@ -232,7 +237,9 @@ def test_without_old_chances_the_policy_is_the_one_that_drew(
     loss = grpos.trainer._compute_loss(
         grpos.trainer.model.train(), {**grpos.inputs, "advantages": advantages.flatten()}
     )
-    grpos.held(loss, grpos.groups(Objective(), lambda _: advantages, tmp_path, passes=1), grpos.rollout(old=False))
+    grpos.held(
+        loss, grpos.groups(PolicyLossOptions(), lambda _: advantages, tmp_path, passes=1), grpos.rollout(old=False)
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -241,7 +248,7 @@ def test_rloo_is_trl_s(pico: Path, tmp_path: Path) -> None:
 
     case = Case(trainer_of(RLOOTrainer, RLOOConfig, pico, tmp_path / "trl", beta=0.1), pico)
     made = case.rollout()
-    advantages = advantages_of(made, 0.1, whiten=False)
+    advantages = compute_advantages(made, 0.1, whiten=False)
     mask = case.inputs["completion_mask"]
     away = ((case.old - case.reference) * mask).sum(1)
     rewards = torch.tensor(REWARDS).flatten() - 0.1 * away
@@ -253,7 +260,7 @@ def test_rloo_is_trl_s(pico: Path, tmp_path: Path) -> None:
     loss = case.trainer._compute_loss(case.trainer.model.train(), inputs)
     case.held(
         loss,
-        case.groups(Objective("clip", "seq-mean-token-mean", "sequence", True), lambda _: advantages, tmp_path),
+        case.groups(PolicyLossOptions("clip", "seq-mean-token-mean", "sequence", True), lambda _: advantages, tmp_path),
         made,
     )
 
@@ -265,12 +272,14 @@ def test_an_answer_that_was_cut_off_is_left_out_where_that_is_wanted(grpos: Case
     advantages = torch.tensor([[1.0, -2.0, 0.5], [0.1, 0.2, -0.3]])
     found = {}
     for whole in (True, False):
-        groups = grpos.groups(Objective(mean="token-mean", whole=whole), lambda _: advantages, tmp_path)
+        groups = grpos.groups(
+            PolicyLossOptions(aggregation="token-mean", train_on_truncated=whole), lambda _: advantages, tmp_path
+        )
         made = grpos.rollout()
-        groups.heard(0, made)
-        batch = groups.join(made, [0, 1], [0, 1])
-        assert batch.given["tokens"] == sum(LENGTHS) - (0 if whole else LONGEST)
-        counted = groups._shares(batch)
+        groups.process_rollout(0, made)
+        batch = groups.collate(made, [0, 1], [0, 1])
+        assert batch.extras["tokens"] == sum(LENGTHS) - (0 if whole else LONGEST)
+        counted = groups._token_weights(batch)
         assert bool((counted[batch.owner == 1] == 0).all()) is not whole
         found[whole] = counted
     assert float(found[True].sum()) == pytest.approx(6.0)  # so that the sum over the answers is a mean over tokens
@@ -282,10 +291,10 @@ def test_an_answer_that_was_cut_off_is_left_out_where_that_is_wanted(grpos: Case
 def test_forms_are_those_of_the_stage() -> None:
     """A name that the stage takes and the loss does not know would be trained as something else."""
     forms = get_args(GrpoConfig.model_fields["loss_type"].annotation)
-    assert forms == get_args(Form)
+    assert forms == get_args(LossType)
     one = torch.zeros(1)
     with pytest.raises(ValueError, match="unknown loss type 'gspo'"):
-        weighed(one, one, one, torch.zeros(1, dtype=torch.long), torch.ones(1), form="gspo")  # type: ignore[arg-type]
+        policy_loss(one, one, one, torch.zeros(1, dtype=torch.long), torch.ones(1), loss_type="gspo")  # type: ignore[arg-type]
 
 
 def test_advantages() -> None:
@@ -308,27 +317,35 @@ def test_the_deviation_is_trl_s() -> None:
     from trl.trainer.utils import nanstd
 
     rewards = torch.tensor([[1.0, 2.5, 0.0, 1.0], [1.0, math.nan, 3.0, 7.0]])
-    assert torch.allclose(deviation(rewards)[:, 0], nanstd(rewards, dim=1))
+    assert torch.allclose(standard_deviation(rewards)[:, 0], nanstd(rewards, dim=1))
 
 
 def test_distance_and_overlong() -> None:
-    assert distance(torch.tensor([-1.0]), torch.tensor([-1.0])).item() == 0.0
-    assert distance(torch.tensor([-1.0]), torch.tensor([-2.0])).item() == pytest.approx(math.exp(-1) + 1 - 1)
-    assert overlong(torch.tensor([10.0, 16.0, 18.0, 20.0, 25.0]), 20, 4).tolist() == [0.0, 0.0, -0.5, -1.0, -1.0]
+    assert kl_divergence(torch.tensor([-1.0]), torch.tensor([-1.0])).item() == 0.0
+    assert kl_divergence(torch.tensor([-1.0]), torch.tensor([-2.0])).item() == pytest.approx(math.exp(-1) + 1 - 1)
+    assert overlong_penalty(torch.tensor([10.0, 16.0, 18.0, 20.0, 25.0]), 20, 4).tolist() == [
+        0.0,
+        0.0,
+        -0.5,
+        -1.0,
+        -1.0,
+    ]
 
 
 def test_two_tokens_by_hand() -> None:
     """An answer of two tokens, worth 1; kl 0.1; gamma 1, lambda 0.95. Worked out with a pencil."""
     owner = torch.tensor([0, 0])
-    rewards = token_rewards(torch.tensor([1.0]), torch.tensor([-1.0, -0.5]), torch.tensor([-1.2, -0.9]), owner, kl=0.1)
+    rewards = token_rewards(
+        torch.tensor([1.0]), torch.tensor([-1.0, -0.5]), torch.tensor([-1.2, -0.9]), owner, kl_coef=0.1
+    )
     assert rewards.tolist() == pytest.approx([-0.02, 0.96])
     values = torch.tensor([0.5, 0.4])
-    advantages, returns = gae(rewards, values, owner, discount=1.0, trace=0.95)
+    advantages, returns = gae(rewards, values, owner, gamma=1.0, gae_lambda=0.95)
     assert advantages.tolist() == pytest.approx([-0.02 + 0.4 - 0.5 + 0.95 * 0.56, 0.96 - 0.4])
     assert returns.tolist() == pytest.approx([0.5 + 0.412, 0.96])
     now = torch.tensor([-0.7, -0.9])  # ratios e^0.3 = 1.35 and e^-0.4 = 0.67
-    log = ratios(now, torch.tensor([-1.0, -0.5]), owner, torch.tensor([2]), "token")
-    found = weighed(now, log, advantages, owner, torch.tensor([2]))
+    log = log_importance_ratios(now, torch.tensor([-1.0, -0.5]), owner, torch.tensor([2]), "token")
+    found = policy_loss(now, log, advantages, owner, torch.tensor([2]))
     assert found.loss.tolist() == pytest.approx(
         [-1.2 * 0.412, -math.exp(-0.4) * 0.56]
     )  # the first is held at 1.2, the second may come back
@@ -337,7 +354,10 @@ def test_two_tokens_by_hand() -> None:
         [0.5 * max((1.5 - 0.912) ** 2, (0.7 - 0.912) ** 2), 0.5 * (0.45 - 0.96) ** 2]
     )
     assert (
-        shares(owner, torch.tensor([2]), "seq-mean-token-mean", answers=1, tokens=2, longest=8) * found.loss
+        token_weights(
+            owner, torch.tensor([2]), "seq-mean-token-mean", num_completions=1, num_tokens=2, max_completion_length=8
+        )
+        * found.loss
     ).sum().item() == pytest.approx(found.loss.mean().item())
 
 
@@ -346,8 +366,8 @@ def test_gae_has_its_closed_forms() -> None:
     draw = torch.Generator().manual_seed(0)
     rewards, values = (torch.randn(9, generator=draw) for _ in range(2))
     owner = torch.tensor([0, 0, 0, 0, 1, 2, 2, 2, 2])
-    whole, _ = gae(rewards, values, owner, discount=0.9, trace=1.0)
-    once, _ = gae(rewards, values, owner, discount=0.9, trace=0.0)
+    whole, _ = gae(rewards, values, owner, gamma=0.9, gae_lambda=1.0)
+    once, _ = gae(rewards, values, owner, gamma=0.9, gae_lambda=0.0)
     for start, end in ((0, 4), (4, 5), (5, 9)):
         for t in range(start, end):
             assert float(whole[t]) == pytest.approx(
@@ -360,10 +380,10 @@ def test_gae_has_its_closed_forms() -> None:
 
 def test_whitening() -> None:
     x = torch.tensor([1.0, 2.0, 3.0, 6.0])
-    made = whitened(x)
+    made = whiten(x)
     assert float(made.mean()) == pytest.approx(0.0, abs=1e-6)
     assert float(made.var(correction=0)) == pytest.approx(1.0, rel=1e-5)
-    assert torch.allclose(whitened(x, centred=False), made + 3.0)
+    assert torch.allclose(whiten(x, center=False), made + 3.0)
 
 
 @pytest.mark.parametrize("form", ["clip", "cispo", "vespo"])
@@ -380,32 +400,32 @@ def test_a_bandit_is_learned(form: Any) -> None:
     gained = worth[arms] - worth[arms].mean()
     owner = torch.arange(len(arms))
     chosen = logits.log_softmax(0)[arms]
-    weighed(
+    policy_loss(
         chosen,
         chosen - chosen.detach(),
         gained,
         owner,
         torch.ones_like(owner),
-        form=form,
-        high=1.2 if form == "cispo" else 0.2,
+        loss_type=form,
+        epsilon_high=1.2 if form == "cispo" else 0.2,
     ).loss.mean().backward()
     assert logits.grad is not None
     assert torch.allclose(-logits.grad, exact, atol=0.01)
     optimizer = torch.optim.Adam([logits], 0.05)
     for _ in range(60):
         arms = torch.multinomial(logits.detach().softmax(0), 64, replacement=True, generator=draw)
-        old, gained = logits.detach().log_softmax(0)[arms], whitened(worth[arms])
+        old, gained = logits.detach().log_softmax(0)[arms], whiten(worth[arms])
         for _ in range(4):
             optimizer.zero_grad()
             chosen = logits.log_softmax(0)[arms]
-            weighed(
+            policy_loss(
                 chosen,
                 chosen - old,
                 gained,
                 torch.arange(64),
                 torch.ones(64, dtype=torch.long),
-                form=form,
-                high=1.2 if form == "cispo" else 0.2,
+                loss_type=form,
+                epsilon_high=1.2 if form == "cispo" else 0.2,
             ).loss.mean().backward()
             optimizer.step()
     assert float(logits.softmax(0)[2].detach()) > 0.9

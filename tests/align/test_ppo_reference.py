@@ -12,7 +12,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
-from llmworks.align.losses.policy import weighed
+from llmworks.align.losses.policy import policy_loss
 from llmworks.align.losses.ppo import gae, value_loss
 
 WORTH = np.array([[0.0, 0.5, 1.0, -0.5], [0.3, -0.2, 0.0, 0.9], [1.5, 0.0, 0.1, 0.2]])  # of each word at each place
@@ -87,7 +87,7 @@ def test_ppo_is_stable_baselines(length: int) -> None:
     owner = torch.arange(count) // length
     assert (flat["observations"].argmax(1) == torch.arange(count) % length).all()  # in the order of the draws
 
-    advantages, returns = gae(rewards, values, owner, discount=DISCOUNT, trace=TRACE)
+    advantages, returns = gae(rewards, values, owner, gamma=DISCOUNT, gae_lambda=TRACE)
     assert torch.allclose(advantages, flat["advantages"][:, 0], atol=1e-6)
     assert torch.allclose(returns, flat["returns"][:, 0], atol=1e-6)
 
@@ -96,7 +96,7 @@ def test_ppo_is_stable_baselines(length: int) -> None:
     counts, clipped = torch.full((count // length,), length), []
     for _ in range(EPOCHS):
         worth, logprobs, _ = ours.evaluate_actions(flat["observations"], flat["actions"][:, 0].long())
-        token = weighed(logprobs, logprobs - old, advantages, owner, counts, low=CLIP, high=CLIP)
+        token = policy_loss(logprobs, logprobs - old, advantages, owner, counts, epsilon_low=CLIP, epsilon_high=CLIP)
         clipped.append(float(token.clipped.float().mean()))
         ours.optimizer.zero_grad()
         (token.loss.mean() + value_loss(worth.flatten(), values, returns, float("inf")).mean()).backward()

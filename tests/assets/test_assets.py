@@ -16,7 +16,7 @@ import pytest
 
 from llmworks import assets
 from llmworks.assets import packages
-from llmworks.assets.catalogue import CATALOGUE, Asset, Deb, Tree, Wheel
+from llmworks.assets.catalogue import CATALOG, Asset, Deb, PackageTree, Wheel
 from llmworks.core.errors import AssetError, MissingDependency
 
 
@@ -49,7 +49,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     asset = Asset(
         "tiny", "dataset", "text", "a test", "MIT", (wheel,), {"whole.bin": ("tiny/part.bin", "tiny/part.bin")}
     )
-    monkeypatch.setitem(CATALOGUE, "tiny", asset)
+    monkeypatch.setitem(CATALOG, "tiny", asset)
     return folder
 
 
@@ -67,7 +67,7 @@ def test_wrong_checksum_is_refused_twice_and_nothing_kept(
     with pytest.raises(AssetError, match=r"sha256 is \w+, expected \w+"):
         assets.fetch("tiny")
     assert "downloading again" in capsys.readouterr().err
-    assert not assets.is_cached(assets.get("tiny"))
+    assert not assets.is_cached(assets.get_asset("tiny"))
     assert list((tmp_path / "cache" / "assets").iterdir()) == []
 
 
@@ -95,7 +95,7 @@ def test_unknown_asset_and_missing_package(registry: Path) -> None:
 
 
 def test_terms_must_be_accepted(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CATALOGUE, "tiny", dataclasses.replace(assets.get("tiny"), terms="has terms of use"))
+    monkeypatch.setitem(CATALOG, "tiny", dataclasses.replace(assets.get_asset("tiny"), terms="has terms of use"))
     with pytest.raises(AssetError, match="LLMWORKS_ACCEPT=tiny"):
         assets.fetch("tiny")
     monkeypatch.setenv("LLMWORKS_ACCEPT", "tiny")
@@ -103,9 +103,9 @@ def test_terms_must_be_accepted(registry: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_every_entry_states_its_origin() -> None:
-    for asset in CATALOGUE.values():
-        assert asset.what, asset.name
-        assert asset.licence, asset.name
+    for asset in CATALOG.values():
+        assert asset.description, asset.name
+        assert asset.license, asset.name
         assert asset.kind in ("model", "dataset")
         assert all(len(p.sha256) == 64 and "=" in p.requirement and p.bytes > 0 for p in asset.packages)
         assert asset.files or asset.trees
@@ -143,11 +143,11 @@ def test_url_is_kept_only_with_its_digest(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_folder_of_a_package_is_kept_as_it_is(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asset = dataclasses.replace(assets.get("tiny"), files={}, trees=(Tree("tiny", ".bin"),))
-    monkeypatch.setitem(CATALOGUE, "tiny", asset)
+    asset = dataclasses.replace(assets.get_asset("tiny"), files={}, trees=(PackageTree("tiny", ".bin"),))
+    monkeypatch.setitem(CATALOG, "tiny", asset)
     folder = assets.fetch("tiny")
     assert [p.name for p in folder.iterdir() if not p.name.startswith(".")] == ["part.bin"]
-    monkeypatch.setitem(CATALOGUE, "tiny", dataclasses.replace(asset, trees=(Tree("tiny", ".txt"),), name="other"))
+    monkeypatch.setitem(CATALOG, "tiny", dataclasses.replace(asset, trees=(PackageTree("tiny", ".txt"),), name="other"))
     with pytest.raises(AssetError, match="the catalog entry is wrong"):
         assets.fetch("tiny")
 
@@ -185,9 +185,9 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "MIT",
         (deb,),
         {"first.txt": ("usr/share/doc/tiny/a.txt",)},
-        trees=(Tree("usr/share/doc/tiny", ".txt"),),
+        trees=(PackageTree("usr/share/doc/tiny", ".txt"),),
     )
-    monkeypatch.setitem(CATALOGUE, "doc", asset)
+    monkeypatch.setitem(CATALOG, "doc", asset)
     return package
 
 
@@ -195,8 +195,8 @@ def test_debian_packages(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None
     folder = assets.fetch("doc")
     found = {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*.txt")}
     assert found == {"first.txt": "alpha", "a.txt": "alpha", "deep/b.txt": "beta"}
-    wrong = dataclasses.replace(assets.get("doc"), name="doc2", packages=(Deb("tiny-doc=9.9", "0" * 64, 1),))
-    monkeypatch.setitem(CATALOGUE, "doc", wrong)
+    wrong = dataclasses.replace(assets.get_asset("doc"), name="doc2", packages=(Deb("tiny-doc=9.9", "0" * 64, 1),))
+    monkeypatch.setitem(CATALOG, "doc", wrong)
     with pytest.raises(AssetError, match=r"cannot be downloaded \(Version not found\)"):
         assets.fetch("doc")
     monkeypatch.setenv("PATH", "/nowhere")

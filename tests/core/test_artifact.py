@@ -18,16 +18,16 @@ from llmworks.core.artifact import (
     Artifact,
     Manifest,
     Parent,
-    artifact_digest,
-    changed_files,
-    digest_files,
+    compute_artifact_digest,
+    find_changed_files,
+    hash_files,
     load,
 )
 from llmworks.core.errors import ArtifactError, UserError
 from llmworks.core.workspace import Workspace
 from llmworks.lineage.diff import diff
 from llmworks.lineage.drawing.formats import draw_svg, draw_text
-from llmworks.lineage.family import family_of
+from llmworks.lineage.family import build_family
 
 
 def publish(
@@ -42,10 +42,10 @@ def publish(
     (draft / "sub").mkdir()
     (draft / "a.txt").write_text(content)
     (draft / "sub" / "b.txt").write_text("b")
-    files = digest_files(draft)
+    files = hash_files(draft)
     manifest = Manifest(
         kind=kind,
-        digest=artifact_digest(kind, key, files),
+        digest=compute_artifact_digest(kind, key, files),
         key=key,
         stage="s",
         revision=1,
@@ -67,7 +67,7 @@ def test_published_artifact_is_found_and_whole(tmp_path: Path) -> None:
     found = workspace.find("k" * 64)
     assert found is not None
     assert found.digest == made.digest
-    assert changed_files(made) == []
+    assert find_changed_files(made) == []
     assert set(made.manifest.files) == {"a.txt", "sub/b.txt"}  # type: ignore[union-attr]
 
 
@@ -84,12 +84,12 @@ def test_a_draft_is_no_artifact(tmp_path: Path) -> None:
 def test_every_kind_of_tampering_is_named(tmp_path: Path) -> None:
     made = publish(Workspace(tmp_path), "k" * 64, "xyz")
     (made.path / "a.txt").write_text("xyZ")
-    assert changed_files(made) == ["a.txt: modified (same size, different bytes)"]
+    assert find_changed_files(made) == ["a.txt: modified (same size, different bytes)"]
     (made.path / "a.txt").write_text("x")
-    assert changed_files(made) == ["a.txt: 1 bytes, expected 3"]
+    assert find_changed_files(made) == ["a.txt: 1 bytes, expected 3"]
     (made.path / "a.txt").unlink()
     (made.path / "c.txt").write_text("new")
-    assert changed_files(made) == ["a.txt: missing", "c.txt: not in the manifest"]
+    assert find_changed_files(made) == ["a.txt: missing", "c.txt: not in the manifest"]
 
 
 def test_a_manifest_that_was_changed_is_named(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_manifest_that_was_changed_is_named(tmp_path: Path) -> None:
     file = made.path / MANIFEST
     good = file.read_text()
     file.write_text(good.replace('"a.txt"', '"z.txt"'))
-    assert any(p.startswith(MANIFEST) for p in changed_files(load(made.path)))
+    assert any(p.startswith(MANIFEST) for p in find_changed_files(load(made.path)))
     for broken in (good.replace('"kind"', '"knid"'), good[:50], ""):
         file.write_text(broken)
         with pytest.raises(ArtifactError, match=MANIFEST):
@@ -131,7 +131,7 @@ def test_lock_excludes_another_process_and_dies_with_it(tmp_path: Path) -> None:
 
 def test_gc_waits_for_no_run(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
-    with workspace.in_use(), pytest.raises(UserError, match="a run is active"):
+    with workspace.mark_in_use(), pytest.raises(UserError, match="a run is active"):
         workspace.collect()
     assert workspace.collect() == []
 
@@ -177,7 +177,7 @@ def test_family_tree_and_diff(tmp_path: Path) -> None:
     a = publish(workspace, "a" * 64, "a", lr=1)
     b = publish(workspace, "b" * 64, "b", (a,), kind="model", lr=2)
     c = publish(workspace, "c" * 64, "c", (a, b), kind="report", lr=2)
-    family = family_of([c, b, a], {"r/alpha": a, "r/beta": b})
+    family = build_family([c, b, a], {"r/alpha": a, "r/beta": b})
     assert [n.digest for n in family.ancestors(c.digest)] == [a.digest, b.digest, c.digest]
     assert {n.digest for _, n in family.children(a.digest)} == {b.digest, c.digest}
     lines = draw_text(family).splitlines()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from llmworks.core.plots import LABEL, beside
-from llmworks.core.report import NONE, ReportBuilder
+from llmworks.core.plots import LABEL_SIZE, place_labels
+from llmworks.core.report import MISSING, ReportBuilder
 
 
 def overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
@@ -19,8 +19,8 @@ def test_names_of_points_that_lie_together_can_be_read() -> None:
     ]
     random.Random(1).shuffle(points)
     boxes = [
-        (x + dx, y + dy - LABEL / 2, x + dx + 0.56 * LABEL * len(text), y + dy + LABEL / 2)
-        for (text, x, y), (dx, dy) in zip(points, beside(points), strict=True)
+        (x + dx, y + dy - LABEL_SIZE / 2, x + dx + 0.56 * LABEL_SIZE * len(text), y + dy + LABEL_SIZE / 2)
+        for (text, x, y), (dx, dy) in zip(points, place_labels(points), strict=True)
     ]
     assert not any(overlap(one, other) for number, one in enumerate(boxes) for other in boxes[number + 1 :])
 
@@ -28,8 +28,8 @@ def test_names_of_points_that_lie_together_can_be_read() -> None:
 def test_a_figure_that_is_not_known_stands_among_numbers() -> None:
     report = ReportBuilder()
     report.title = "t"
-    report.table("All", ("name", "speed"), [("a", 1.5), ("b", NONE)])
-    page = report.html()
+    report.add_table("All", ("name", "speed"), [("a", 1.5), ("b", MISSING)])
+    page = report.to_html()
     assert "<th class=n>speed</th>" in page
-    assert f"<td class=n>{NONE}</td>" in page
+    assert f"<td class=n>{MISSING}</td>" in page
     assert "<th>name</th>" in page

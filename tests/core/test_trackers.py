@@ -15,7 +15,7 @@ import pytest
 from llmworks.cli import main
 from llmworks.core import trackers as track
 from llmworks.core.progress import Progress
-from llmworks.core.trackers import Tracker, Tracking
+from llmworks.core.trackers import MetricTracking, Tracker
 
 ROWS = [
     {"step": 0, "loss": 2.5, "seconds": 1},
@@ -96,11 +96,11 @@ def test_each_tool_reads_what_was_sent(tool: str, tmp_path: Path, monkeypatch: p
     for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:  # it reads TRACKIO_DIR once
         monkeypatch.delitem(sys.modules, name)
     said: list[str] = []
-    tracking = Tracking([tool], tmp_path, "run-a", {"width": 8}, said.append)
+    tracking = MetricTracking([tool], tmp_path, "run-a", {"width": 8}, said.append)
     progress = Progress(tmp_path / "metrics.jsonl", quiet=True, listener=tracking.log)
     for row in ROWS:
-        progress.metric(**row)
-    progress.metric(note="no step")
+        progress.log_metrics(**row)
+    progress.log_metrics(note="no step")
     tracking.close()
     assert said == []
     read = {"tensorboard": read_tensorboard, "wandb": read_wandb, "mlflow": read_mlflow, "trackio": read_trackio}[tool]
@@ -114,9 +114,11 @@ def test_one_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         heard.append(step)
         raise OSError("no route to host")
 
-    monkeypatch.setitem(track.TOOLS, "tensorboard", ("json", lambda folder, run, config: Tracker(full, lambda: None)))
+    monkeypatch.setitem(
+        track.TRACKERS, "tensorboard", ("json", lambda folder, run, config: Tracker(full, lambda: None))
+    )
     said: list[str] = []
-    tracking = Tracking(["tensorboard"], tmp_path, "run", {}, said.append)
+    tracking = MetricTracking(["tensorboard"], tmp_path, "run", {}, said.append)
     for row in ROWS:
         tracking.log(row)
     tracking.close()
@@ -141,7 +143,7 @@ def test_mistakes(
     assert (
         "--track tensorbord: unknown tool; choose from tensorboard, wandb, mlflow, trackio" in capsys.readouterr().err
     )
-    monkeypatch.setitem(track.TOOLS, "trackio", ("no_such_package", track.TOOLS["trackio"][1]))
+    monkeypatch.setitem(track.TRACKERS, "trackio", ("no_such_package", track.TRACKERS["trackio"][1]))
     assert main([*words, "--track", "trackio"]) == 3
     assert "pip install 'llmworks[track]'" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable, Iterator
 
 from llmworks import assets
-from llmworks.core.documents import Unusable
-from llmworks.data.read import ReadConfig, documents
-from llmworks.data.readers.source import find_files, source
+from llmworks.core.documents import RejectedInput
+from llmworks.data.read import ReadConfig, read_source
+from llmworks.data.readers.source import find_files, make_input_file
 
 TEXTS = {
     "openwebtext-sample": "0",
@@ -45,8 +45,8 @@ def real_documents() -> list[tuple[str, str]]:
     for name, field in TEXTS.items():
         root = assets.fetch(name)
         for file in find_files(root):
-            for item in documents(source(root, file), ReadConfig(text_field=field, keep_fields=[])):
-                assert not isinstance(item, Unusable), item
+            for item in read_source(make_input_file(root, file), ReadConfig(text_field=field, keep_fields=[])):
+                assert not isinstance(item, RejectedInput), item
                 found += [(f"{name}/{item.id}@{i}", piece) for i, piece in enumerate(pieces(item.text))]
     return found
 

@@ -15,8 +15,8 @@ from llmworks.cli import main
 from llmworks.core.artifact import Dataset
 from llmworks.core.types import Message, ToolCall
 from llmworks.data import chat_formats as shapes
-from llmworks.data.chat import plain_reasons
-from llmworks.data.conversations.turns import merged, problems
+from llmworks.data.chat import generalize_reasons
+from llmworks.data.conversations.turns import find_problems, merge_consecutive_turns
 from llmworks.data.store.rows import read_chat, read_preference, write_chat, write_preference
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
@@ -157,7 +157,7 @@ EVERY = [(name, row) for name, rows in ROWS.items() for row in rows]
 
 @pytest.mark.parametrize(("name", "raw"), EVERY)
 def test_rows_are_recognised_and_written_back_as_they_were(name: str, raw: dict[str, Any], tmp_path: Path) -> None:
-    assert shapes.recognise(raw) == name
+    assert shapes.detect_format(raw) == name
     row = {**shapes.read(raw), "id": "r", "group": "r"}
     (write_preference if name == "preference" else write_chat)(tmp_path, [row])
     kept = (read_preference if name == "preference" else read_chat)(Dataset(tmp_path))[0]
@@ -212,7 +212,7 @@ PLAIN = {
 @pytest.mark.parametrize("name", ["messages", "sharegpt", "alpaca", "chatml", "completion"])
 def test_one_conversation_in_every_shape(name: str) -> None:
     raw = shapes.write(PLAIN, name)
-    assert shapes.recognise(raw) == name
+    assert shapes.detect_format(raw) == name
     assert shapes.read(raw)["messages"] == PLAIN["messages"]
 
 
@@ -294,7 +294,7 @@ def turns(spoken: str) -> tuple[Message, ...]:
 
 @pytest.mark.parametrize("spoken", ["ua", "sua", "uaua", "uc", "ucta", "uctcta", "uCtta", "u0ua", "uctua"])
 def test_good_turns(spoken: str) -> None:
-    assert problems(turns(spoken), [TOOL]) == []
+    assert find_problems(turns(spoken), [TOOL]) == []
 
 
 @pytest.mark.parametrize(
@@ -321,24 +321,24 @@ def test_good_turns(spoken: str) -> None:
 def test_bad_turns(spoken: str, why: str) -> None:
     import re
 
-    found = problems(turns(spoken), [TOOL])
+    found = find_problems(turns(spoken), [TOOL])
     assert any(re.search(why, line) for line in found), found
 
 
 def test_calls_are_checked_against_the_tools() -> None:
     good = (Message("user", "x"), Message("assistant", "", (ToolCall("f", {"a": 1}),)))
-    assert problems(good, [WRAPPED]) == []
-    assert problems(good, [{"name": "g"}]) == ["turn 2 calls 'f', which is not among the tools"]
-    assert problems((good[0], Message("assistant", "", (ToolCall("f", {}),))), [TOOL]) == [
+    assert find_problems(good, [WRAPPED]) == []
+    assert find_problems(good, [{"name": "g"}]) == ["turn 2 calls 'f', which is not among the tools"]
+    assert find_problems((good[0], Message("assistant", "", (ToolCall("f", {}),))), [TOOL]) == [
         "turn 2 calls 'f' without the required argument 'a'"
     ]
 
 
 def test_neighbours_can_be_joined() -> None:
-    assert [m.role for m in merged(turns("uuaaua"))] == ["user", "assistant", "user", "assistant"]
-    assert merged(turns("uua"))[0].content == "x\n\nx"
-    assert [len(m.tool_calls) for m in merged(turns("uac"))] == [0, 1]
-    assert problems(merged(turns("uctaa"))) == []
+    assert [m.role for m in merge_consecutive_turns(turns("uuaaua"))] == ["user", "assistant", "user", "assistant"]
+    assert merge_consecutive_turns(turns("uua"))[0].content == "x\n\nx"
+    assert [len(m.tool_calls) for m in merge_consecutive_turns(turns("uac"))] == [0, 1]
+    assert find_problems(merge_consecutive_turns(turns("uctaa"))) == []
 
     # the stages
 
@@ -507,7 +507,7 @@ def test_what_a_shape_cannot_say_is_refused(name: str) -> None:
 
 
 def test_reasons_on_the_card() -> None:
-    counted = plain_reasons(
+    counted = generalize_reasons(
         {
             "turn 2 (user) is empty": 1,
             "turn 4 (assistant) is empty": 2,

@@ -15,7 +15,7 @@ from llmworks.cli import main
 from llmworks.core.artifact import Dataset
 from llmworks.core.documents import DocumentWriter, read_documents
 from llmworks.core.types import Document
-from llmworks.data.text.features import BITS, features
+from llmworks.data.text.features import BITS, hash_features
 
 GOOD = [
     "the",
@@ -99,7 +99,7 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_features_are_words_and_pairs() -> None:
     texts = ["a b a", "b a", "", "a A  a!"]
-    matrix = features(pa.array(texts))
+    matrix = hash_features(pa.array(texts))
     assert matrix.shape == (4, 1 << BITS)
     assert [matrix[i].nnz for i in range(4)] == [4, 3, 0, 2]  # a, b, ab, ba | b, a, ba | | a, aa
     np.testing.assert_allclose(np.sqrt(matrix.multiply(matrix).sum(axis=1)).A1, [1, 1, 0, 1], rtol=1e-6)

@@ -9,18 +9,18 @@ import pytest
 
 from llmworks.core.artifact import Dataset
 from llmworks.core.errors import DataError
-from llmworks.data.overlap import texts
-from llmworks.data.published.bfcl import json_schema, right_call
+from llmworks.data.overlap import get_user_messages
+from llmworks.data.published.bfcl import choose_call, to_json_schema
 from llmworks.data.split import SplitConfig
-from llmworks.data.split import test_groups as held_out
-from llmworks.data.store.jsonl import Rejected, read_jsonl
+from llmworks.data.split import select_test_groups as held_out
+from llmworks.data.store.jsonl import RejectedRows, read_jsonl
 from llmworks.data.store.rows import read_chat, write_chat
 
 
 def test_broken_lines_are_set_aside_with_number_and_reason(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'{"a": 1}\n{"a": \n\n[1]\n\xff\xfe\n{"a": 2}\n{"a": 3')
-    rejected = Rejected()
+    rejected = RejectedRows()
     assert [(n, r["a"]) for n, r in read_jsonl(file, rejected)] == [(1, 1), (6, 2)]
     assert [(r["line"], r["reason"].split(" (")[0]) for r in rejected.rows] == [
         (2, "not JSON"),
@@ -41,7 +41,7 @@ def test_missing_and_empty_files(tmp_path: Path, content: bytes | None, words: s
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(DataError, match=words):
-        list(read_jsonl(file, Rejected()))
+        list(read_jsonl(file, RejectedRows()))
 
 
 def test_chat_rows_survive_parquet(tmp_path: Path, bfcl_rows: list[dict[str, Any]]) -> None:
@@ -73,26 +73,26 @@ def test_folds_partition_the_groups(bfcl_rows: list[dict[str, Any]]) -> None:
 
 def test_a_byte_order_mark_loses_no_row(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n')
-    rejected = Rejected()
+    rejected = RejectedRows()
     assert [row["a"] for _, row in read_jsonl(tmp_path / "x.jsonl", rejected)] == [1, 2]
     assert not rejected.rows
 
 
 def test_texts_are_normalised() -> None:
     row = {"messages": [{"role": "user", "content": " Hi  THERE\n"}, {"role": "assistant", "content": "x"}]}
-    assert texts([row]) == {"hi there"}
+    assert get_user_messages([row]) == {"hi there"}
 
 
 def test_bfcl_types_become_json_schema() -> None:
     spec = {"type": "dict", "properties": {"type": {"type": "float"}, "t": {"type": "tuple", "items": {"type": "any"}}}}
-    assert json_schema(spec) == {
+    assert to_json_schema(spec) == {
         "type": "object",
         "properties": {"type": {"type": "number"}, "t": {"type": "array", "items": {}}},
     }
 
 
 def test_right_call_leaves_optional_arguments_out() -> None:
-    call = right_call(
+    call = choose_call(
         {"f": {"a": [1, 2], "b": ["x", ""], "c": [{"k": [5], "o": ["y", ""]}]}}, {"parameters": {"required": ["a"]}}
     )
     assert call.arguments == {"a": 1, "c": {"k": 5}}
@@ -112,5 +112,5 @@ def test_right_call_leaves_optional_arguments_out() -> None:
 def test_right_call_gives_an_optional_argument_that_the_question_states(
     question: str, values: list[Any], given: Any
 ) -> None:
-    call = right_call({"f": {"a": values}}, {"parameters": {"required": []}}, question)
+    call = choose_call({"f": {"a": values}}, {"parameters": {"required": []}}, question)
     assert call.arguments == ({} if given is None else {"a": given})

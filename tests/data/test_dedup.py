@@ -20,9 +20,9 @@ from llmworks.cli import main
 from llmworks.core.artifact import Dataset
 from llmworks.core.documents import DocumentWriter, read_documents
 from llmworks.core.types import Document
-from llmworks.data.duplicates.clusters import Clusters, groups_of_equals
-from llmworks.data.duplicates.near import Near, bands, found, jaccard, signatures
-from llmworks.data.text.hashing import Hashed, hash_words, shingles, unique
+from llmworks.data.duplicates.clusters import Clusters, group_equal_values
+from llmworks.data.duplicates.near import Near, candidate_probability, hash_bands, jaccard, minhash_signatures
+from llmworks.data.text.hashing import TextHashes, hash_shingles, hash_words, unique_hashes
 
 CASES = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "filter_cases.json.gz").read_bytes()))[
     "rows"
@@ -68,7 +68,7 @@ def test_words_are_numbered_alike_wherever_they_stand() -> None:
 def test_shingles_are_runs_of_words() -> None:
     texts = ["a b c d e f", "a b c d e f a b c d e", "a b", "", "b a", "f e d c b a"]
     (hashed,) = hash_words(pa.array(texts))
-    sets = [set(unique(shingles(hashed, 5))[i].tolist()) for i in range(len(texts))]
+    sets = [set(unique_hashes(hash_shingles(hashed, 5))[i].tolist()) for i in range(len(texts))]
     expected = [{tuple(w[i : i + 5]) for i in range(max(1, len(w) - 4))} if (w := t.split()) else set() for t in texts]
     assert [len(s) for s in sets] == [len(s) for s in expected]
     for i in range(len(texts)):
@@ -93,10 +93,10 @@ def edited(text: str, share: float, rng: random.Random) -> str:
     return " ".join(out)
 
 
-def sets_of(texts: list[str]) -> Hashed:
+def sets_of(texts: list[str]) -> TextHashes:
     """The shingle sets of some texts."""
-    blocks = [unique(shingles(block, 5)) for block in hash_words(pa.array(texts))]
-    return Hashed(
+    blocks = [unique_hashes(hash_shingles(block, 5)) for block in hash_words(pa.array(texts))]
+    return TextHashes(
         np.concatenate([b.values for b in blocks]),
         np.concatenate(([0], np.cumsum(np.concatenate([b.counts for b in blocks])))),
     )
@@ -106,7 +106,7 @@ def test_signatures_estimate_the_true_similarity() -> None:
     rng = random.Random(1)
     pairs = [(text, edited(text, share, rng)) for text in NOVELS[:150] for share in (0.02, 0.1, 0.3)]
     sets = sets_of([t for pair in pairs for t in pair])
-    minima = signatures(sets, 256)
+    minima = minhash_signatures(sets, 256)
     errors = []
     for i in range(len(pairs)):
         a, b = (set(zip(*(w[k:] for k in range(5)), strict=False)) for w in map(words_of, pairs[i]))
@@ -120,18 +120,18 @@ def test_signatures_estimate_the_true_similarity() -> None:
 def test_bands_meet_as_often_as_the_formula_says() -> None:
     rng = random.Random(2)
     config = Near(num_perm=128)
-    assert (config.band_rows, config.bands) == (3, 42)
+    assert (config.rows_per_band, config.num_bands) == (3, 42)
     pairs = [(text, edited(text, 0.1, rng)) for text in NOVELS for _ in range(4)]
     sets = sets_of([t for pair in pairs for t in pair])
-    band = bands(signatures(sets, 128), config.band_rows)
-    expected = sum(found(jaccard(sets[2 * i], sets[2 * i + 1]), 3, 42) for i in range(len(pairs)))
+    band = hash_bands(minhash_signatures(sets, 128), config.rows_per_band)
+    expected = sum(candidate_probability(jaccard(sets[2 * i], sets[2 * i + 1]), 3, 42) for i in range(len(pairs)))
     met = sum(bool((band[:, 2 * i] == band[:, 2 * i + 1]).any()) for i in range(len(pairs)))
     assert met == pytest.approx(expected, rel=0.05)
 
 
 def test_texts_without_words_are_no_duplicates_of_one_another() -> None:
     (hashed,) = hash_words(pa.array(["...", "???", "a b c d e f", "A, b; c: d e F!"]))
-    band = bands(signatures(unique(shingles(hashed, 5)), 64), 2)
+    band = hash_bands(minhash_signatures(unique_hashes(hash_shingles(hashed, 5)), 64), 2)
     assert not band[:, :2].any()
     assert (band[:, 2] == band[:, 3]).all()
 
@@ -141,8 +141,8 @@ def test_clusters() -> None:
     for a, b in ((5, 3), (3, 7), (1, 2)):
         clusters.join(a, b)
     assert list(clusters.members()) == [[1, 2], [3, 5, 7]]
-    assert clusters.sizes() == {2: 1, 3: 1}
-    assert [g.tolist() for g in groups_of_equals(np.array([4, 0, 9, 4, 0, 9, 9, 1], dtype=np.uint64))] == [
+    assert clusters.count_sizes() == {2: 1, 3: 1}
+    assert [g.tolist() for g in group_equal_values(np.array([4, 0, 9, 4, 0, 9, 9, 1], dtype=np.uint64))] == [
         [0, 3],
         [2, 5, 6],
     ]

@@ -13,22 +13,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmworks.data.filters.c4 import C4, c4
+from llmworks.data.filters.c4 import C4, filter_c4
 from llmworks.data.filters.english import split_chunk
-from llmworks.data.filters.fineweb import FineWeb, fineweb
+from llmworks.data.filters.fineweb import FineWeb, filter_fineweb
 from llmworks.data.filters.gopher import (
     GopherQuality,
     GopherRepetition,
-    equal_runs,
-    gopher_quality,
-    gopher_repetition,
-    repeated_characters,
-    top_characters,
+    count_duplicate_ngram_characters,
+    count_top_ngram_characters,
+    filter_gopher_quality,
+    filter_gopher_repetition,
+    group_equal_ngrams,
 )
-from llmworks.data.filters.instruction import Instruction, instruction
-from llmworks.data.filters.language import identify
+from llmworks.data.filters.instruction import Instruction, filter_instructions
+from llmworks.data.filters.language import identify_language
 from llmworks.data.filters.repair import Repair, repair
-from llmworks.data.filters.words import Words
+from llmworks.data.filters.words import WordVocabulary
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -69,18 +69,18 @@ def decisions(texts: list[str], batch_size: int = 1000) -> dict[str, list[str]]:
     """What our rules decide, in the oracle's terms: our reason, or for a C4 text that is kept the digest of what is
     left.
     """
-    words = Words()
+    words = WordVocabulary()
     out: dict[str, list[str]] = {
         name: [] for name in ("gopher_quality", "gopher_repetition", "c4", "c4_without_terminal_punctuation", "fineweb")
     }
     for at in range(0, len(texts), batch_size):
         some = texts[at : at + batch_size]
         batch = words.encode(some)
-        out["gopher_quality"] += gopher_quality(GopherQuality(), batch, words).reasons
-        out["gopher_repetition"] += gopher_repetition(GopherRepetition(), batch, words).reasons
-        out["fineweb"] += fineweb(FineWeb(), some, batch.counts).reasons
+        out["gopher_quality"] += filter_gopher_quality(GopherQuality(), batch, words).reasons
+        out["gopher_repetition"] += filter_gopher_repetition(GopherRepetition(), batch, words).reasons
+        out["fineweb"] += filter_fineweb(FineWeb(), some, batch.counts).reasons
         for name, terminal in (("c4", True), ("c4_without_terminal_punctuation", False)):
-            kept, judged, _ = c4(C4(filter_no_terminal_punct=terminal), some, words)
+            kept, judged, _ = filter_c4(C4(filter_no_terminal_punct=terminal), some, words)
             out[name] += [reason or short(text) for text, reason in zip(kept, judged.reasons, strict=True)]
     return out
 
@@ -120,13 +120,13 @@ RARE = {"list_ratio", "duplicated_6_n_grams", "dup_para_char_frac", "gopher_long
 
 
 def test_rules_that_no_document_of_the_oracle_breaks() -> None:
-    words = Words()
+    words = WordVocabulary()
     batch = words.encode(["", "the of and a text that is long enough here"])
     assert (
-        gopher_quality(GopherQuality(min_doc_words=0, max_doc_words=5), batch, words).reasons[1]
+        filter_gopher_quality(GopherQuality(min_doc_words=0, max_doc_words=5), batch, words).reasons[1]
         == "gopher: too many words"
     )
-    assert gopher_repetition(GopherRepetition(), batch, words).reasons[0] == "gopher: empty"
+    assert filter_gopher_repetition(GopherRepetition(), batch, words).reasons[0] == "gopher: empty"
 
 
 @pytest.mark.slow
@@ -183,14 +183,16 @@ def test_words_are_spacys(chunk: str, words: str) -> None:
 
 
 def test_repetition_counts_by_hand() -> None:
-    words = Words()
+    words = WordVocabulary()
     batch = words.encode(["a b c a b c a b c x", "one two three", "q " * 12])
-    assert repeated_characters(batch, words, 3, equal_runs(batch, 3), np.ones(3, dtype=bool)).tolist() == [
+    assert count_duplicate_ngram_characters(
+        batch, words, 3, group_equal_ngrams(batch, 3), np.ones(3, dtype=bool)
+    ).tolist() == [
         6,
         0,
         9,
     ]  # worked out by the definition: greedy, from the left
-    tops = top_characters(words.encode(["a b c a b d", "one", "x y x y", "ab cd ef"]), words, 2)
+    tops = count_top_ngram_characters(words.encode(["a b c a b d", "one", "x y x y", "ab cd ef"]), words, 2)
     assert tops.tolist() == [6, 0, 6, 5]  # "a b" twice; none; "x y" twice; the first of three
 
 
@@ -229,10 +231,10 @@ def test_what_is_mended() -> None:
     ],
 )
 def test_languages(text: str, code: str) -> None:
-    found, score = identify(text)
+    found, score = identify_language(text)
     assert found == code
     assert 0.5 < score <= 1
-    assert identify(" \n ") == ("", 0.0)
+    assert identify_language(" \n ") == ("", 0.0)
 
 
 def test_instruction_rules() -> None:
@@ -244,7 +246,7 @@ def test_instruction_rules() -> None:
         "a" * 150,
         "x y " * 9000,
     ]
-    assert instruction(Instruction(), texts).reasons == [
+    assert filter_instructions(Instruction(), texts).reasons == [
         "instruction: too short",
         "",
         "instruction: symbols",
@@ -256,8 +258,8 @@ def test_instruction_rules() -> None:
 
 def test_histograms_hold_every_text() -> None:
     texts = [row[1] for row in load("filter_cases.json.gz")["rows"]][:100]
-    words = Words()
-    judged = gopher_quality(GopherQuality(), words.encode(texts), words)
+    words = WordVocabulary()
+    judged = filter_gopher_quality(GopherQuality(), words.encode(texts), words)
     assert all(sum(h["counts"]) == 100 for h in judged.histograms.values())
     assert judged.histograms["words"]["low"] == 50
     assert judged.histograms["words"]["high"] == 100_000

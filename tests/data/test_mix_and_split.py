@@ -15,7 +15,7 @@ from llmworks.cli import main
 from llmworks.core.artifact import Dataset
 from llmworks.core.documents import DocumentWriter, read_documents
 from llmworks.core.types import Document
-from llmworks.data.mix import MixConfig, plan
+from llmworks.data.mix import MixConfig, plan_shares
 
 
 @pytest.fixture
@@ -84,8 +84,8 @@ def test_weights_and_caps(sets: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_plan_by_hand() -> None:
-    shares = plan(MixConfig(weights={"a": 3, "b": 1}, total_characters=800), {"a": 300, "b": 1000, "c": 50})
-    assert [(s.name, s.wanted, s.repeats) for s in shares] == [("a", 600, 2.0), ("b", 200, 0.2), ("c", 0, 0.0)]
+    shares = plan_shares(MixConfig(weights={"a": 3, "b": 1}, total_characters=800), {"a": 300, "b": 1000, "c": 50})
+    assert [(s.name, s.target, s.repeats) for s in shares] == [("a", 600, 2.0), ("b", 200, 0.2), ("c", 0, 0.0)]
 
 
 def test_the_same_from_any_number_of_workers(

@@ -24,15 +24,22 @@ from llmworks.core.artifact import Dataset, Model
 from llmworks.core.documents import DocumentWriter
 from llmworks.core.errors import DataError, LlmworksError, ModelError
 from llmworks.core.types import Document, Json, messages_from_json
-from llmworks.core.workers import Pool
+from llmworks.core.workers import WorkerPool
 from llmworks.data import pack as stage
 from llmworks.data.pack import PackConfig, pack
-from llmworks.data.packing.fit import best_fit
+from llmworks.data.packing.fit import pack_best_fit
 from llmworks.data.store import rows as rows_module
-from llmworks.data.store.packed_tokens import Packed, PackedRow, Place, map_shard, read, stack
-from llmworks.data.store.parts import file_spans
+from llmworks.data.store.packed_tokens import (
+    PackedDataset,
+    PackedRow,
+    ReadPosition,
+    collate_packed,
+    map_shard,
+    read_packed,
+)
+from llmworks.data.store.parts import plan_file_spans
 from llmworks.data.store.rows import read_chat, write_chat, write_preference
-from llmworks.tokenize.chat.templates import for_template, render_masked
+from llmworks.tokenize.chat.templates import adapt_tools, render_masked
 
 TOOL: Json = {
     "name": "f",
@@ -77,7 +84,7 @@ def chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
 
 
 def packed(folder: Path, model: Path, data: Dataset, workers: int = 1, **config: Any) -> Dataset:
-    ctx = context(folder, Pool(workers))
+    ctx = context(folder, WorkerPool(workers))
     return pack(PackConfig(**{"max_length": 256, **config}), Model(model), data, ctx)
 
 
@@ -85,23 +92,23 @@ def pieces(row: PackedRow) -> list[tuple[int, list[int], list[int]]]:
     """(origin, ids, mask) of each piece of a row."""
     found = []
     for number, origin in enumerate(row.origins.tolist()):
-        here = row.segments == number
-        assert row.positions[here].tolist() == list(range(int(here.sum())))
-        found.append((origin, row.ids[here].tolist(), row.learned[here].astype(int).tolist()))
+        here = row.segment_ids == number
+        assert row.position_ids[here].tolist() == list(range(int(here.sum())))
+        found.append((origin, row.ids[here].tolist(), row.loss_mask[here].astype(int).tolist()))
     return found
 
 
 def test_pieces_are_what_the_template_makes(tmp_path: Path, pico: Path, chats: Dataset) -> None:
     result = packed(tmp_path / "p", pico, chats)
     assert result.about["schema"] == "tokens"
-    rows = Packed(result)
+    rows = PackedDataset(result)
     tokenizer = make_tokenizer(TEMPLATE)
     source = read_chat(chats)
     seen: set[int] = set()
     for row in (rows[i] for i in range(len(rows))):
         assert len(row.ids) <= 256
         for origin, ids, mask in pieces(row):
-            messages, tools = for_template(
+            messages, tools = adapt_tools(
                 tokenizer, messages_from_json(source[origin]["messages"]), source[origin]["tools"]
             )
             expected = render_masked(tokenizer, messages, tools=tools)
@@ -119,7 +126,7 @@ def test_pieces_are_what_the_template_makes(tmp_path: Path, pico: Path, chats: D
     ]
     assert {i for i, reason in reasons.items() if reason == "no assistant token to train on"} == {f"c{i}" for i in lone}
     assert result.metrics["fill"] > 0.97
-    assert result.metrics["learned"] == sum(int(rows[i].learned.sum()) for i in range(len(rows)))
+    assert result.metrics["learned"] == sum(int(rows[i].loss_mask.sum()) for i in range(len(rows)))
     assert result.metrics["tokens"] == sum(len(rows[i].ids) for i in range(len(rows)))
 
 
@@ -156,7 +163,7 @@ def test_roles_and_control_tokens(tmp_path: Path, pico: Path) -> None:
     }
     assert "unknown role 'robot'" in reasons["unknown"]
     tokenizer = make_tokenizer(TEMPLATE)
-    texts = {origin: tokenizer.decode(ids) for origin, ids, _ in pieces(Packed(result)[0])}
+    texts = {origin: tokenizer.decode(ids) for origin, ids, _ in pieces(PackedDataset(result)[0])}
     assert set(texts) == {0, 1}
     assert texts[1].startswith("<|im_start|>system\ns<|im_end|>")
     kept = packed(tmp_path / "k", pico, data, control_tokens="keep")
@@ -183,7 +190,7 @@ def digests(folder: Path) -> dict[str, str]:
 def test_the_bytes_do_not_depend_on_workers(
     tmp_path: Path, pico: Path, chats: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "file_spans", functools.partial(file_spans, part_bytes=1))
+    monkeypatch.setattr(stage, "plan_file_spans", functools.partial(plan_file_spans, part_bytes=1))
     monkeypatch.setattr(stage, "SHARD_TOKENS", 4000)
     packed(tmp_path / "one", pico, chats, 1)
     packed(tmp_path / "two", pico, chats, 2)
@@ -195,7 +202,7 @@ def test_the_bytes_do_not_depend_on_workers(
     assert one["shard-00000.safetensors"] != digests(tmp_path / "other")["shard-00000.safetensors"]
     first, other = (
         sorted(p for i in range(len(rows)) for p in pieces(rows[i]))
-        for rows in (Packed(Dataset(tmp_path / n / "out")) for n in ("two", "other"))
+        for rows in (PackedDataset(Dataset(tmp_path / n / "out")) for n in ("two", "other"))
     )
     assert first == other
 
@@ -203,9 +210,9 @@ def test_the_bytes_do_not_depend_on_workers(
 def test_an_interrupted_run_goes_on(
     tmp_path: Path, pico: Path, chats: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "file_spans", functools.partial(file_spans, part_bytes=1))
+    monkeypatch.setattr(stage, "plan_file_spans", functools.partial(plan_file_spans, part_bytes=1))
     packed(tmp_path / "whole", pico, chats)
-    ctx = context(tmp_path / "cut", Pool())
+    ctx = context(tmp_path / "cut", WorkerPool())
     with monkeypatch.context() as patch:
         patch.setattr(stage, "_write_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -232,37 +239,41 @@ def test_best_fit(seed: int) -> None:
     draw = random.Random(seed)
     capacity = draw.choice([10, 64, 1000])
     lengths = [draw.randint(1, capacity if draw.random() < 0.2 else max(1, capacity // 3)) for _ in range(400)]
-    order, ends = best_fit(lengths, capacity, seed)
+    order, ends = pack_best_fit(lengths, capacity, seed)
     assert sorted(order.tolist()) == list(range(400))
     rows = [[lengths[i] for i in row] for row in np.split(order, ends)[:-1]]
     assert all(0 < sum(row) <= capacity for row in rows)
     assert len(rows) == naive(lengths, capacity)
-    again, _ = best_fit(lengths, capacity, seed)
+    again, _ = pack_best_fit(lengths, capacity, seed)
     assert (order == again).all()
-    assert not np.array_equal(order, best_fit(lengths, capacity, seed + 1)[0])
+    assert not np.array_equal(order, pack_best_fit(lengths, capacity, seed + 1)[0])
 
 
 def test_a_worked_example() -> None:
     """Sizes 7, 5, 4, 3, 2, 2, 1 in tens: 7+3, 5+4+1, 2+2."""
-    order, ends = best_fit([4, 2, 7, 1, 5, 3, 2], 10, 0)
+    order, ends = pack_best_fit([4, 2, 7, 1, 5, 3, 2], 10, 0)
     rows = sorted(sorted([4, 2, 7, 1, 5, 3, 2][i] for i in row) for row in np.split(order, ends)[:-1])
     assert rows == [[1, 4, 5], [2, 2], [3, 7]]
 
 
 def test_reading_goes_on_where_it_stopped(tmp_path: Path, pico: Path, chats: Dataset) -> None:
-    rows = Packed(packed(tmp_path / "p", pico, chats))
-    whole = [(place, row.origins.tolist()) for place, row in read(rows, 5, epochs=2)]
+    rows = PackedDataset(packed(tmp_path / "p", pico, chats))
+    whole = [(place, row.origins.tolist()) for place, row in read_packed(rows, 5, epochs=2)]
     assert len(whole) == 2 * len(rows)
     first, second = ([o for _, o in half] for half in (whole[: len(rows)], whole[len(rows) :]))
     assert first != second
     assert sorted(first) == sorted(second) == sorted(rows[i].origins.tolist() for i in range(len(rows)))
     for stop in (1, len(rows), len(rows) + 3):
         assert [
-            (place, row.origins.tolist()) for place, row in read(rows, 5, start=whole[stop - 1][0], epochs=2)
+            (place, row.origins.tolist()) for place, row in read_packed(rows, 5, start=whole[stop - 1][0], epochs=2)
         ] == whole[stop:]
-    by_two = [[row.origins.tolist() for _, row in read(rows, 5, epochs=1, reader=r, readers=2)] for r in range(2)]
+    by_two = [
+        [row.origins.tolist() for _, row in read_packed(rows, 5, epochs=1, reader=r, readers=2)] for r in range(2)
+    ]
     assert [o for pair in zip(*by_two, strict=True) for o in pair] == first[: len(rows) // 2 * 2]
-    resumed = [row.origins.tolist() for _, row in read(rows, 5, start=Place(0, 4), epochs=1, reader=1, readers=2)]
+    resumed = [
+        row.origins.tolist() for _, row in read_packed(rows, 5, start=ReadPosition(0, 4), epochs=1, reader=1, readers=2)
+    ]
     assert resumed == by_two[1][2:]
 
 
@@ -273,8 +284,8 @@ def gaps(model_path: Path, data: Dataset, folder: Path, rows: int) -> tuple[floa
     from llmworks.model.io.load import load_model
 
     network = load_model(model_path)
-    whole = Packed(packed(folder, model_path, data))
-    batch = stack([whole[i] for i in range(min(rows, len(whole)))], 256)
+    whole = PackedDataset(packed(folder, model_path, data))
+    batch = collate_packed([whole[i] for i in range(min(rows, len(whole)))], 256)
     ids, positions = torch.from_numpy(batch["input_ids"]), torch.from_numpy(batch["position_ids"])
     with torch.no_grad():
         together = network(input_ids=ids, position_ids=positions, use_cache=False).logits
@@ -343,7 +354,7 @@ def test_documents_end_and_are_divided(tmp_path: Path, pico: Path) -> None:
     tokenizer = make_tokenizer(TEMPLATE)
     texts = ["the quick brown fox " * 40, "weather", "", "a <|im_end|> b <|endoftext|>"]
     result = packed(tmp_path / "p", pico, documents(tmp_path / "d", texts), max_length=50)
-    rows = Packed(result)
+    rows = PackedDataset(result)
     found = [p for i in range(len(rows)) for p in pieces(rows[i])]
     by_origin: dict[int, list[list[int]]] = {}
     for origin, ids, mask in found:
@@ -361,7 +372,7 @@ def test_documents_end_and_are_divided(tmp_path: Path, pico: Path) -> None:
     assert tokenizer.decode(by_origin[3][0]) == texts[3] + "<|im_end|>"
     assert result.metrics["learned"] == sum(len(ids) - 1 for _, ids, _ in found)
     other = packed(tmp_path / "q", pico, documents(tmp_path / "e", texts), max_length=50, eos_token="<|endoftext|>")
-    assert sum(int((Packed(other)[i].ids == 0).sum()) for i in range(len(Packed(other)))) == 3
+    assert sum(int((PackedDataset(other)[i].ids == 0).sum()) for i in range(len(PackedDataset(other)))) == 3
 
 
 def test_mistakes_are_told(tmp_path: Path, pico: Path, chats: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
@@ -409,7 +420,7 @@ def test_mistakes_are_told(tmp_path: Path, pico: Path, chats: Dataset, capsys: p
         with pytest.raises(DataError, match=r"is not a shard of packed tokens .*data\.pack"):
             map_shard(shard)
     with pytest.raises(DataError, match="has no shards of packed tokens"):
-        Packed(chats)
+        PackedDataset(chats)
     assert (
         main(["data", "pack", "--model", str(pico), "--data", str(tmp_path / "none"), "--out", str(tmp_path / "o")])
         == 2
@@ -426,6 +437,6 @@ def test_the_example_of_the_docs(tmp_path: Path, pico: Path, chats: Dataset, mon
     )
     found: dict[str, Any] = {}
     exec(code, found)
-    assert found["place"] == Place(0, 1)
+    assert found["place"] == ReadPosition(0, 1)
     assert found["batch"]["input_ids"].shape == (1, 2048)
     assert (found["batch"]["input_ids"][0, : len(found["row"].ids)] == found["row"].ids).all()

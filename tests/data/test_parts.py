@@ -25,11 +25,11 @@ from llmworks.core.errors import DataError, UserError, WorkerLost
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.core.types import Document
-from llmworks.core.workers import Pool
-from llmworks.data.store.parts import Span, spans, work
+from llmworks.core.workers import WorkerPool
+from llmworks.data.store.parts import Span, plan_spans, process_parts
 
 
-def context(folder: Path, pool: Pool) -> Context:
+def context(folder: Path, pool: WorkerPool) -> Context:
     for name in ("out", "scratch"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     return Context(
@@ -61,28 +61,28 @@ def fixed(mark: Path, deadly: int, times: int, part: int, folder: Path) -> dict[
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_parts_are_done_once_and_in_order(tmp_path: Path, workers: int) -> None:
-    ctx = context(tmp_path, Pool(workers))
-    done = work(ctx, "label", partial(fixed, tmp_path, -1, 0), range(1, 8))
-    assert done.total("counts") == {"documents": 7, "odd": 4}
+    ctx = context(tmp_path, WorkerPool(workers))
+    done = process_parts(ctx, "label", partial(fixed, tmp_path, -1, 0), range(1, 8))
+    assert done.sum_counters("counts") == {"documents": 7, "odd": 4}
     done.gather(ctx.out)
     assert [d.id for d in read_documents(Dataset(ctx.out))] == [str(i) for i in range(1, 8)]
     assert sorted(p.name for p in (ctx.out / "dropped").iterdir()) == [f"part-0000{i}.parquet" for i in range(4)]
-    work(ctx, "label", partial(fixed, tmp_path, -1, 0), range(1, 8))
+    process_parts(ctx, "label", partial(fixed, tmp_path, -1, 0), range(1, 8))
     assert {p.read_text() for p in tmp_path.glob("tries-*")} == {"1"}
 
 
 def test_a_worker_killed_once_is_replaced(tmp_path: Path) -> None:
-    ctx = context(tmp_path, Pool(2))
-    done = work(ctx, "label", partial(fixed, tmp_path, 3, 1), range(1, 8))
-    assert done.total("counts")["documents"] == 7
+    ctx = context(tmp_path, WorkerPool(2))
+    done = process_parts(ctx, "label", partial(fixed, tmp_path, 3, 1), range(1, 8))
+    assert done.sum_counters("counts")["documents"] == 7
     assert (tmp_path / "tries-3").read_text() == "2"
 
 
 def test_a_worker_killed_again_ends_the_run_and_keeps_the_rest(tmp_path: Path) -> None:
-    ctx = context(tmp_path, Pool(2))
+    ctx = context(tmp_path, WorkerPool(2))
     with pytest.raises(WorkerLost, match="killed, twice"):
-        work(ctx, "label", partial(fixed, tmp_path, 7, 2), range(1, 8))
-    work(ctx, "label", partial(fixed, tmp_path, 7, 2), range(1, 8))
+        process_parts(ctx, "label", partial(fixed, tmp_path, 7, 2), range(1, 8))
+    process_parts(ctx, "label", partial(fixed, tmp_path, 7, 2), range(1, 8))
     tries = [int((tmp_path / f"tries-{i}").read_text()) for i in range(1, 8)]
     assert tries[6] == 3
     assert min(tries) == 1
@@ -92,7 +92,7 @@ def test_a_worker_killed_again_ends_the_run_and_keeps_the_rest(tmp_path: Path) -
 @pytest.mark.parametrize("workers", [1, 2])
 def test_errors_of_a_part_come_out_as_they_are(tmp_path: Path, workers: int) -> None:
     with pytest.raises(DataError, match="part -1 is broken"):
-        work(context(tmp_path, Pool(workers)), "label", partial(fixed, tmp_path, 0, 0), [1, -1, 2])
+        process_parts(context(tmp_path, WorkerPool(workers)), "label", partial(fixed, tmp_path, 0, 0), [1, -1, 2])
 
 
 def test_spans_cover_every_row_once(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_spans_cover_every_row_once(tmp_path: Path) -> None:
     with DocumentWriter(tmp_path, group_bytes=10_000, shard_bytes=100_000) as writer:
         for document in every:
             writer.add(document)
-    parts = spans(Dataset(tmp_path), part_bytes=30_000)
+    parts = plan_spans(Dataset(tmp_path), part_bytes=30_000)
     assert len(parts) > 5
     assert [d for part in parts for d in part.documents()] == every
     assert [p.row for p in parts] == [sum(q.rows for q in parts[:i]) for i in range(len(parts))]
@@ -114,7 +114,7 @@ def test_a_table_is_written_as_documents_are(tmp_path: Path) -> None:
             for document in every:
                 writer.add(document)
     with DocumentWriter(tmp_path / "c", group_bytes=1 << 20) as writer:
-        for span in spans(Dataset(tmp_path / "a")):
+        for span in plan_spans(Dataset(tmp_path / "a")):
             for table in span.tables():
                 writer.add_table(table)
     assert list(read_documents(Dataset(tmp_path / "c"))) == every
@@ -191,6 +191,6 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
 
 def test_pool_refuses_what_makes_no_sense() -> None:
     with pytest.raises(UserError, match="1 or more"):
-        Pool(0)
+        WorkerPool(0)
     with pytest.raises(UserError, match="--engine ray"):
-        Pool(2, address="ray://x")
+        WorkerPool(2, address="ray://x")

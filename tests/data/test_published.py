@@ -13,9 +13,9 @@ from llmworks import assets
 from llmworks.cli import main
 from llmworks.core.errors import DataError
 from llmworks.data.published import flan_cot, spider
-from llmworks.data.store.jsonl import Rejected
+from llmworks.data.store.jsonl import RejectedRows
 from llmworks.data.store.rows import Row
-from llmworks.score import score_function
+from llmworks.score import get_score_function
 
 COT = (
     "The following are questions.\n\nQ: One plus one?\n(A) 1 (B) 2\nA: Let's think. It is two.\nThe answer is"
@@ -29,7 +29,7 @@ ASKED = (
 
 def test_worked_examples(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"sums": COT, "none": "no examples"}))
-    rejected = Rejected()
+    rejected = RejectedRows()
     first, last = flan_cot.rows(tmp_path, rejected)
     assert first["messages"] == [
         {"role": "user", "content": "One plus one?\n(A) 1 (B) 2"},
@@ -57,7 +57,7 @@ def test_questions_get_databases(tmp_path: Path) -> None:
             for r in [*rows, {"input": [], "ideal": "x"}, {"input": [{"content": "no tables"}], "ideal": "x"}]
         )
     )
-    rejected = Rejected()
+    rejected = RejectedRows()
     (row,) = spider.rows(tmp_path / "s.jsonl", rejected)
     assert [r["reason"] for r in rejected.rows] == [
         "its query cannot be run (no such column: colour)",
@@ -66,7 +66,7 @@ def test_questions_get_databases(tmp_path: Path) -> None:
         "lists no tables",
     ]
     assert (row["id"], row["group"], row["messages"][0]["role"]) == ("spider-1", "singer+song", "user")
-    sql = score_function("sql")
+    sql = get_score_function("sql")
     assert (
         sql(
             (),
@@ -99,10 +99,10 @@ def same_group(rows: list[Row]) -> list[tuple[Row, str]]:
 
 
 def test_the_real_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rejected = Rejected()
+    rejected = RejectedRows()
     questions = spider.rows(assets.fetch("spider-sql"), rejected)
     assert (len(questions), len(rejected.rows)) == (194, 0)
-    verify = score_function("verified")
+    verify = get_score_function("verified")
     assert all(verify((), row["messages"][-1]["content"], row).value == 1.0 for row in questions)
     others = same_group(questions)
     assert len(others) > 100

@@ -26,12 +26,12 @@ import zstandard
 
 from llmworks.cli import main
 from llmworks.core.artifact import Dataset
-from llmworks.core.documents import DocumentWriter, Unusable, read_documents
+from llmworks.core.documents import DocumentWriter, RejectedInput, read_documents
 from llmworks.core.errors import DataError
 from llmworks.core.types import Document
-from llmworks.data.read import ReadConfig, documents
-from llmworks.data.readers.source import Source, find_files, source
-from llmworks.data.readers.text import NotText, decode
+from llmworks.data.read import ReadConfig, read_source
+from llmworks.data.readers.source import InputFile, find_files, make_input_file
+from llmworks.data.readers.text import NotTextError, decode_document
 
 PAGE = """<html><head><title>A harbour</title></head><body>
 <nav><ul><li><a href="/">Home</a></li><li><a href="/log-in">Log in to the site</a></li></ul></nav>
@@ -47,8 +47,8 @@ def found(path: Path, **config: Any) -> tuple[dict[str, Document], dict[str, str
     good: dict[str, Document] = {}
     bad: dict[str, str] = {}
     for file in find_files(path):
-        for item in documents(source(path, file), ReadConfig(**config)):
-            if isinstance(item, Unusable):
+        for item in read_source(make_input_file(path, file), ReadConfig(**config)):
+            if isinstance(item, RejectedInput):
                 bad[f"{item.file}:{item.line}" if item.line else item.file] = item.reason
             else:
                 assert item.id not in good
@@ -92,12 +92,12 @@ def make_pdf(text: str) -> bytes:
     ],
 )
 def test_encodings_are_found(text: str, encoding: str) -> None:
-    assert decode((text * 3).encode(encoding))[0] == text * 3
+    assert decode_document((text * 3).encode(encoding))[0] == text * 3
 
 
 def test_a_late_byte_outside_ascii_is_no_loss() -> None:
     data = b"word " * 20_000 + "Grüße aus Köln und schöne Straßen".encode("latin-1")
-    assert decode(data)[0].endswith("Köln und schöne Straßen")
+    assert decode_document(data)[0].endswith("Köln und schöne Straßen")
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ def test_binary_data_named_txt_is_set_aside(tmp_path: Path, data: bytes) -> None
     good, bad = found(tmp_path)
     assert good == {}
     assert bad == {"a.txt": "binary data, not text"}
-    with pytest.raises(NotText):
-        decode(data)
+    with pytest.raises(NotTextError):
+        decode_document(data)
 
 
 def test_every_format_gives_the_same_text(tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_documents_of_another_schema_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1]}), tmp_path / "part-00000.parquet")
     with pytest.raises(DataError, match="has no column 'id'"):
         list(read_documents(Dataset(tmp_path)))
-    assert Source("a.JSONL.GZ", io.BytesIO).suffix == ".jsonl"
+    assert InputFile("a.JSONL.GZ", io.BytesIO).suffix == ".jsonl"
 
 
 def rdb(*objects: list[str], version: int = 3) -> bytes:
@@ -448,7 +448,7 @@ def test_only_the_fields_that_are_wanted(tmp_path: Path) -> None:
     ],
 )
 def test_kindred_encodings_are_told_apart_by_letters(text: str, encoding: str) -> None:
-    assert decode(text.encode(encoding))[0] == text
+    assert decode_document(text.encode(encoding))[0] == text
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from llmworks.cli import main
 from llmworks.core.artifact import Dataset
 from llmworks.core.documents import DocumentWriter, read_documents
 from llmworks.core.types import Document
-from llmworks.data.redact import KINDS, findings, redacted
-from llmworks.guard import Finding, apart
-from llmworks.guard.pii import iban_checks, luhn
+from llmworks.data.redact import KINDS, detect_findings, redact_text
+from llmworks.guard import SensitiveSpan, remove_overlaps
+from llmworks.guard.pii import is_luhn_valid, is_valid_iban
 from llmworks.guard.secrets import entropy
 
 LABELLED = Path(__file__).parents[1] / "fixtures" / "pii_cases.txt"
@@ -46,7 +46,7 @@ def scores() -> dict[str, tuple[float, float, int]]:
     """(precision, recall, labelled) by kind; a finding is right when it covers the label and little else."""
     right, said, labelled = Counter[str](), Counter[str](), Counter[str]()
     for text, marks in cases():
-        found = findings(text, list(KINDS))
+        found = detect_findings(text, list(KINDS))
         said.update(f.kind for f in found)
         labelled.update(kind for kind, _, _ in marks)
         for kind, start, end in marks:
@@ -77,30 +77,32 @@ def test_labelled_cases(kind: str) -> None:
 
 
 def test_checksums() -> None:
-    assert luhn("79927398713")  # ISO/IEC 7812-1, the worked example
-    assert not any(luhn(f"7992739871{d}") for d in "012456789")
-    assert iban_checks("GB82WEST12345698765432")  # ISO 13616, the worked example
-    assert not iban_checks("GB83WEST12345698765432")
-    assert not iban_checks("GB82WEST123456987654320")
+    assert is_luhn_valid("79927398713")  # ISO/IEC 7812-1, the worked example
+    assert not any(is_luhn_valid(f"7992739871{d}") for d in "012456789")
+    assert is_valid_iban("GB82WEST12345698765432")  # ISO 13616, the worked example
+    assert not is_valid_iban("GB83WEST12345698765432")
+    assert not is_valid_iban("GB82WEST123456987654320")
     assert entropy("aaaa") == 0
     assert entropy("abcd" * 4) == 2
 
 
 def test_overlaps_and_replacing() -> None:
     text = "postgres://app:h8sKq2Lw9Z@db.acme.io/x, mail Ann.Lee@acme.io."
-    found = findings(text, list(KINDS))
+    found = detect_findings(text, list(KINDS))
     assert [(f.kind, f.value) for f in found] == [("secret", "h8sKq2Lw9Z"), ("email", "Ann.Lee@acme.io")]
-    assert redacted(text, found, "<{kind}>") == "postgres://app:<SECRET>@db.acme.io/x, mail <EMAIL>."
-    assert apart([Finding("a", 5, 9, ""), Finding("b", 0, 6, ""), Finding("c", 0, 5, "")]) == [
-        Finding("c", 0, 5, ""),
-        Finding("a", 5, 9, ""),
+    assert redact_text(text, found, "<{kind}>") == "postgres://app:<SECRET>@db.acme.io/x, mail <EMAIL>."
+    assert remove_overlaps(
+        [SensitiveSpan("a", 5, 9, ""), SensitiveSpan("b", 0, 6, ""), SensitiveSpan("c", 0, 5, "")]
+    ) == [
+        SensitiveSpan("c", 0, 5, ""),
+        SensitiveSpan("a", 5, 9, ""),
     ]
 
 
 def test_examples_are_spared_unless_asked_for() -> None:
     text = "ann@example.com, 10.0.0.1, 555-0123, 415-555-0123, password='your-password-1A'"
-    assert findings(text, list(KINDS)) == []
-    assert {f.kind for f in findings(text, list(KINDS), examples=True)} >= {"email", "ip", "phone"}
+    assert detect_findings(text, list(KINDS)) == []
+    assert {f.kind for f in detect_findings(text, list(KINDS), examples=True)} >= {"email", "ip", "phone"}
 
 
 @pytest.fixture
@@ -132,10 +134,10 @@ def run(data: Path, out: Path, *settings: str, workers: str = "1") -> int:
 def test_nothing_that_was_found_is_left(corpus: Path, tmp_path: Path) -> None:
     assert run(corpus, tmp_path / "a") == 0
     after = {d.id: d for d in read_documents(Dataset(tmp_path / "a"))}
-    values = {f.value for text, _ in cases() for f in findings(text, list(KINDS))}
+    values = {f.value for text, _ in cases() for f in detect_findings(text, list(KINDS))}
     for i, (text, _) in enumerate(cases()):
-        found = findings(text, list(KINDS))
-        assert findings(after[str(i)].text, list(KINDS)) == []
+        found = detect_findings(text, list(KINDS))
+        assert detect_findings(after[str(i)].text, list(KINDS)) == []
         assert after[str(i)].metadata.get("pii", {}) == dict(Counter(f.kind for f in found))
         assert bool(found) == (after[str(i)].text != text)
     for file in (tmp_path / "a").rglob("*"):  # reports, card and manifest hold none of it either
@@ -146,13 +148,13 @@ def test_nothing_that_was_found_is_left(corpus: Path, tmp_path: Path) -> None:
 
 def test_tag_and_drop(corpus: Path, tmp_path: Path) -> None:
     every = [text for text, _ in cases()]
-    touched = [i for i, text in enumerate(every) if findings(text, ["email", "card"])]
+    touched = [i for i, text in enumerate(every) if detect_findings(text, ["email", "card"])]
     assert run(corpus, tmp_path / "tag", "action=tag", "kinds=[email, card]") == 0
     tagged = list(read_documents(Dataset(tmp_path / "tag")))
     assert [d.text for d in tagged] == every
     assert [int(d.id) for d in tagged if "pii" in d.metadata] == touched
     assert run(corpus, tmp_path / "drop", "action=drop", "drop_above=1", "kinds=[email, card]") == 0
-    gone = [i for i in touched if len(findings(every[i], ["email", "card"])) > 1]
+    gone = [i for i in touched if len(detect_findings(every[i], ["email", "card"])) > 1]
     dropped = pq.read_table(tmp_path / "drop/dropped").to_pylist()
     assert [int(r["id"]) for r in dropped] == gone
     assert all("[EMAIL]" in r["text"] or "[CARD]" in r["text"] for r in dropped)

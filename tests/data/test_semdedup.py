@@ -15,7 +15,7 @@ from llmworks.core.artifact import Dataset
 from llmworks.core.documents import DocumentWriter, read_documents
 from llmworks.core.types import Document
 from llmworks.data.duplicates.clusters import Clusters
-from llmworks.data.duplicates.semantic import join_similar
+from llmworks.data.duplicates.semantic import cluster_similar
 
 
 def test_cells_find_what_all_pairs_show() -> None:
@@ -26,8 +26,8 @@ def test_cells_find_what_all_pairs_show() -> None:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors[17] = 0
     every, some = Clusters(6000), Clusters(6000)
-    compared, joined = join_similar(vectors, 0.95, every)
-    fewer, found = join_similar(vectors, 0.95, some, exact=100, cell=300)
+    compared, joined = cluster_similar(vectors, 0.95, every)
+    fewer, found = cluster_similar(vectors, 0.95, some, max_exact=100, cell_size=300)
     assert joined >= 950
     assert compared == 5999 * 5998 // 2
     assert fewer < compared

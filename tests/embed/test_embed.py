@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from llmworks import assets
 from llmworks.core.errors import ModelError
-from llmworks.embed import open_embedder
+from llmworks.embed import load_embedder
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def bert(tmp_path: Path) -> Path:
 
 
 def test_static_vectors_are_means(table: Path) -> None:
-    embedder = open_embedder(table)
+    embedder = load_embedder(table)
     texts = ["the quick brown fox", "", "what", "user assistant system " * 30]
     vectors = embedder.encode(texts)
     assert vectors.shape == (4, embedder.dimensions) == (4, 16)
@@ -77,7 +77,7 @@ def test_encoder_pools_what_is_no_padding(bert: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     texts = ["a b c", "j", "a " * 200, "d e f g h i j a b c d", "b c"]
-    vectors = open_embedder(bert).encode(texts)
+    vectors = load_embedder(bert).encode(texts)
     tokenizer, model = AutoTokenizer.from_pretrained(bert), AutoModel.from_pretrained(bert).eval()
     for text, vector in zip(texts, vectors, strict=True):
         with torch.inference_mode():
@@ -88,10 +88,10 @@ def test_encoder_pools_what_is_no_padding(bert: Path) -> None:
 
 def test_what_is_no_embedder(tmp_path: Path, table: Path) -> None:
     with pytest.raises(ModelError, match="holds no embedder"):
-        open_embedder(tmp_path)
+        load_embedder(tmp_path)
     (table / "model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(ModelError, match="cannot be read"):
-        open_embedder(table)
+        load_embedder(table)
 
 
 @pytest.mark.slow
@@ -102,6 +102,6 @@ def test_the_real_ones(name: str) -> None:
         "I forgot my login credentials, how can I change them?",
         "The recipe needs two eggs and flour.",
     ]
-    a, b, c = open_embedder(assets.fetch(name)).encode(texts)
+    a, b, c = load_embedder(assets.fetch(name)).encode(texts)
     assert a @ b > 0.5
     assert a @ c < 0.15

@@ -17,9 +17,17 @@ from llmworks.core.context import Context
 from llmworks.core.errors import DataError, UserError
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
-from llmworks.evaluate.arena import ArenaConfig, arena, of_judges
-from llmworks.evaluate.statistics.ratings import SCALE, Vote, bradley_terry, elo, intervals, resampled, style_of
-from llmworks.evaluate.voting import matches, vote
+from llmworks.evaluate.arena import ArenaConfig, arena, read_judge_votes
+from llmworks.evaluate.statistics.ratings import (
+    SCALE,
+    Vote,
+    bootstrap_ratings,
+    bradley_terry,
+    elo,
+    percentile_interval,
+    relative_length,
+)
+from llmworks.evaluate.voting import collect_votes, list_matches
 from llmworks.runtime.session import load
 
 
@@ -30,7 +38,7 @@ def simulated(strengths: list[float], count: int, seed: int, taste: float = 0.0)
     for number in range(count):
         a, b = rng.choice(len(strengths), 2, replace=False)
         sizes = [rng.integers(50, 150) * (4 if m == len(strengths) - 1 else 1) for m in (a, b)]
-        style = style_of(int(sizes[0]), int(sizes[1]))
+        style = relative_length(int(sizes[0]), int(sizes[1]))
         p = 1 / (1 + math.exp(-(strengths[a] - strengths[b] + taste * style)))
         out.append(Vote(int(a), int(b), float(rng.random() < p), style, f"q{number}"))
     return out
@@ -79,7 +87,9 @@ def test_intervals_cover_the_truth() -> None:
     truth = 1000 + SCALE * (np.array(strengths) - np.mean(strengths))
     hits = 0
     for seed in range(120):
-        low, high = intervals(*resampled(simulated(strengths, 150, seed), 3, seed=seed, resamples=150))
+        low, high = percentile_interval(
+            *bootstrap_ratings(simulated(strengths, 150, seed), 3, seed=seed, resamples=150)
+        )
         hits += int(((low <= truth) & (truth <= high)).sum())
     assert 0.92 <= hits / 360 <= 0.98
 
@@ -115,7 +125,7 @@ def test_votes_in_the_terminal(tmp_path: Path) -> None:
         evaluation(tmp_path, "y", ["bad", "same", "bad"]),
     ]
     file, screen = tmp_path / "votes.jsonl", io.StringIO()
-    assert vote(reports, file, "ann", 0, io.StringIO("what\na\nb\n"), screen) == 2
+    assert collect_votes(reports, file, "ann", 0, io.StringIO("what\na\nb\n"), screen) == 2
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert {r["sample"] for r in rows} == {"0", "2"}  # equal answers are not asked
     assert [r["vote"] for r in rows] == ["A", "B"]
@@ -125,17 +135,17 @@ def test_votes_in_the_terminal(tmp_path: Path) -> None:
         "(a tie)", ""
     )  # nobody is named, ever: styles would be known after one vote
     with pytest.raises(UserError, match="ann has already voted on all pairs"):
-        vote(reports, file, "ann", 0, io.StringIO(), screen)
-    assert vote(reports, file, "ben", 0, io.StringIO("s\nq\n"), screen) == 0
-    assert vote(reports, file, "ben", 0, io.StringIO(""), screen) == 0
+        collect_votes(reports, file, "ann", 0, io.StringIO(), screen)
+    assert collect_votes(reports, file, "ben", 0, io.StringIO("s\nq\n"), screen) == 0
+    assert collect_votes(reports, file, "ben", 0, io.StringIO(""), screen) == 0
     file.write_text(file.read_text() + "no JSON")
     with pytest.raises(UserError, match="is not a votes file"):
-        vote(reports, file, "ann", 0, io.StringIO(), screen)
+        collect_votes(reports, file, "ann", 0, io.StringIO(), screen)
 
 
 def test_sides_are_drawn() -> None:
     answers = {m: {str(i): {"question": str(i), "text": f"{m}{i}"} for i in range(200)} for m in ("x", "y")}
-    made = matches(answers, set(), 0)
+    made = list_matches(answers, set(), 0)
     assert len({i for i, _, _ in made}) == 200
     assert 70 < sum(a == "x" for _, a, _ in made) < 130
 
@@ -205,7 +215,7 @@ def test_a_judgement_that_was_changed_by_hand(tmp_path: Path) -> None:
     for pair in ({**good, "lengths": 3}, {**good, "verdicts": ["A"]}, {**good, "verdicts": {"judge": "left"}}, "pair"):
         (tmp_path / "j" / "report.json").write_text(json.dumps({"models": ["x", "y"], "pairs": [good, pair]}))
         with pytest.raises(DataError, match="edited or is corrupt"):
-            of_judges(Report(tmp_path / "j", name="j"))
+            read_judge_votes(Report(tmp_path / "j", name="j"))
 
 
 WRONG = {

@@ -25,12 +25,12 @@ from llmworks.core.errors import ArtifactError, DataError, UserError
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.core.types import Engine
-from llmworks.evaluate.compare import CompareConfig, compare
+from llmworks.evaluate.compare import CompareEvaluationsConfig, compare
 from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
-from llmworks.evaluate.leaderboard import Entry, LeaderboardConfig, ahead, leaderboard, ranked
+from llmworks.evaluate.leaderboard import LeaderboardConfig, LeaderboardEntry, describe_lead, leaderboard, rank_models
 from llmworks.evaluate.protocol.load_task import task_names
 from llmworks.evaluate.statistics.bootstrap import holm
-from llmworks.evaluate.suites import items_of, suites
+from llmworks.evaluate.suites import load_suites, resolve_items
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.runtime.session import load
 
@@ -187,7 +187,7 @@ def test_the_cause_is_named(what: str, run: Run, tmp_path: Path, pico: Path) -> 
     wanted, left, right, change = PLANTED[what]
     a = run("a", left)
     b = run("b", right, other(tmp_path, pico, change) if change else None)
-    made = compare(CompareConfig(bootstrap_iters=200), a, b, context(tmp_path / "compared"))
+    made = compare(CompareEvaluationsConfig(bootstrap_iters=200), a, b, context(tmp_path / "compared"))
     causes = made.metrics["causes"]
     assert max(causes, key=causes.get) == wanted, causes
     if wanted not in ("normalisation", "numbers", "answer cut off", "stop string", "end token"):
@@ -200,7 +200,7 @@ def test_rounding_is_a_close_call(run: Run, tmp_path: Path, pico: Path) -> None:
         run("a", {**CHOICE, "choices": ["fox", "the"], "answer": "0"}),
         run("b", {**CHOICE, "choices": ["fox", "the"], "answer": "0"}, other(tmp_path, pico, hair)),
     )
-    made = compare(CompareConfig(bootstrap_iters=200), a, b, context(tmp_path / "compared"))
+    made = compare(CompareEvaluationsConfig(bootstrap_iters=200), a, b, context(tmp_path / "compared"))
     left, right = ({s["id"]: s for s in r.read()["samples"]} for r in (a, b))
     for found in json.loads(json.dumps(_page(tmp_path / "compared", a, b)))["differing"]:
         close = min(abs(s["logprobs"][0] - s["logprobs"][1]) for s in (left[found["id"]], right[found["id"]])) < 0.1
@@ -210,14 +210,17 @@ def test_rounding_is_a_close_call(run: Run, tmp_path: Path, pico: Path) -> None:
 
 def _page(place: Path, a: Report, b: Report) -> dict[str, Any]:
     page = ReportBuilder()
-    compare(CompareConfig(bootstrap_iters=200), a, b, context(place, report=page))
+    compare(CompareEvaluationsConfig(bootstrap_iters=200), a, b, context(place, report=page))
     page.write(place / "out")
     return page.data
 
 
 def test_the_same_run_twice_differs_in_nothing(run: Run, tmp_path: Path) -> None:
     made = compare(
-        CompareConfig(bootstrap_iters=200), run("a", CHOICE), run("b", CHOICE), context(tmp_path / "compared")
+        CompareEvaluationsConfig(bootstrap_iters=200),
+        run("a", CHOICE),
+        run("b", CHOICE),
+        context(tmp_path / "compared"),
     )
     assert (made.metrics["differ"], made.metrics["same_answer"], made.metrics["difference"]) == (0, 1.0, 0.0)
     assert "causes" not in made.metrics
@@ -226,8 +229,8 @@ def test_the_same_run_twice_differs_in_nothing(run: Run, tmp_path: Path) -> None
 def test_lower_is_better_where_it_is(run: Run, tmp_path: Path, pico: Path) -> None:
     fields = {"name": "p", "kind": "perplexity", "question": "q", "metrics": ["bits_per_byte"]}
     a, b = run("a", fields), run("b", fields, other(tmp_path, pico, weights))
-    worse = compare(CompareConfig(bootstrap_iters=500), a, b, context(tmp_path / "compared"))
-    back = compare(CompareConfig(bootstrap_iters=500), b, a, context(tmp_path / "back"))
+    worse = compare(CompareEvaluationsConfig(bootstrap_iters=500), a, b, context(tmp_path / "compared"))
+    back = compare(CompareEvaluationsConfig(bootstrap_iters=500), b, a, context(tmp_path / "back"))
     sign = b.metrics["score"] > a.metrics["score"]
     assert {worse.about["verdict"], back.about["verdict"]} in ({"better", "worse"}, {"not significantly different"})
     assert worse.about["verdict"] != ("better" if sign else "worse")
@@ -277,7 +280,7 @@ def test_what_cannot_be_paired(run: Run, tmp_path: Path) -> None:
         ("d", {**CHOICE, "name": "u"}, 40, "do not have the same task"),
     ):
         with pytest.raises(DataError, match=message):
-            compare(CompareConfig(), a, run(name, fields, count=count), context(tmp_path / "x"))
+            compare(CompareEvaluationsConfig(), a, run(name, fields, count=count), context(tmp_path / "x"))
 
 
 def test_another_wording_is_no_other_answer(run: Run, tmp_path: Path) -> None:
@@ -295,7 +298,7 @@ def test_another_wording_is_no_other_answer(run: Run, tmp_path: Path) -> None:
         for sample, text in zip(data["samples"], texts, strict=False):
             sample["text"] = text
         (report.path / "report.json").write_text(json.dumps(data))
-    made = compare(CompareConfig(bootstrap_iters=200), a, b, context(tmp_path / "compared"))
+    made = compare(CompareEvaluationsConfig(bootstrap_iters=200), a, b, context(tmp_path / "compared"))
     assert (made.metrics["differ"], made.metrics["same_answer"]) == (1, pytest.approx(5 / 6))
 
 
@@ -311,7 +314,12 @@ def test_of_several_changes_none_is_blamed_alone(run: Run, tmp_path: Path) -> No
         ),
     ):
         page = ReportBuilder()
-        compare(CompareConfig(bootstrap_iters=200), a, run(name, fields), context(tmp_path / f"to-{name}", report=page))
+        compare(
+            CompareEvaluationsConfig(bootstrap_iters=200),
+            a,
+            run(name, fields),
+            context(tmp_path / f"to-{name}", report=page),
+        )
         notes = " ".join(block.text for block in page.blocks)
         assert ("cannot be separated" in notes) == bool(said)
         assert said in notes
@@ -337,13 +345,13 @@ def test_reports_that_were_changed_by_hand(what: str, run: Run, tmp_path: Path) 
     spoil(data)
     (b.path / "report.json").write_text(json.dumps(data))
     with pytest.raises(DataError, match=message):
-        compare(CompareConfig(), a, b, context(tmp_path / "x"))
+        compare(CompareEvaluationsConfig(), a, b, context(tmp_path / "x"))
     with pytest.raises(DataError, match=message):
         leaderboard(LeaderboardConfig(), [a, b], context(tmp_path / "y"))
     for text, said in (("{", "cannot be read"), ("[]", "not a report"), ("\udcff", "cannot be read")):
         (b.path / "report.json").write_text(text, errors="surrogateescape")
         with pytest.raises(ArtifactError, match=said):
-            compare(CompareConfig(), a, b, context(tmp_path / "x"))
+            compare(CompareEvaluationsConfig(), a, b, context(tmp_path / "x"))
 
             # boards
 
@@ -402,19 +410,19 @@ def test_ranks_share_places() -> None:
         ("z", "2"): Fake(3.0, "lower"),
         ("x", "3"): Fake(1.0),
     }
-    assert ranked(cells, ["x", "y", "z"], ["1", "2", "3"]) == (
+    assert rank_models(cells, ["x", "y", "z"], ["1", "2", "3"]) == (
         [("x", (2.5 + 1) / 2), ("z", (1 + 3) / 2), ("y", (2.5 + 2) / 2)],
         ["1", "2"],
     )
     cells["w", "1"] = Fake(0.1)  # asked too little to be placed, and in nobody's way
-    order, shared = ranked(cells, ["w", "x", "y", "z"], ["1", "2", "3"])
+    order, shared = rank_models(cells, ["w", "x", "y", "z"], ["1", "2", "3"])
     assert (order[0][0], order[-1], shared) == ("x", ("w", None), ["1", "2"])
 
 
 def test_a_board_says_whether_its_first_is_ahead_by_more_than_chance() -> None:
-    def entry(model: str, task: str, right: int) -> Entry:
+    def entry(model: str, task: str, right: int) -> LeaderboardEntry:
         samples = [{"id": str(number), "group": str(number), "score": float(number < right)} for number in range(60)]
-        return Entry(
+        return LeaderboardEntry(
             model,
             model,
             task,
@@ -439,26 +447,29 @@ def test_a_board_says_whether_its_first_is_ahead_by_more_than_chance() -> None:
             entry("y", "3", 31),
         )
     }
-    assert ahead(cells, ["x", "y"], ["1", "3"]) == " No task shows a significant difference from y, which comes next."
     assert (
-        ahead(cells, ["x", "y"], ["1", "2", "3"])
+        describe_lead(cells, ["x", "y"], ["1", "3"])
+        == " No task shows a significant difference from y, which comes next."
+    )
+    assert (
+        describe_lead(cells, ["x", "y"], ["1", "2", "3"])
         == " 1 of 3 tasks shows a significant difference from y, which comes next."
     )
     for one in cells.values():
         one.data["percent"] = False  # type: ignore[index]
-    assert ahead(cells, ["x", "y"], ["1", "2"]) == ""
+    assert describe_lead(cells, ["x", "y"], ["1", "2"]) == ""
 
 
 def test_suites_name_tasks_that_are_there() -> None:
-    assert set(suites()) == {"quick", "general", "instruct", "code", "tools"}
-    for suite in suites().values():
+    assert set(load_suites()) == {"quick", "general", "instruct", "code", "tools"}
+    for suite in load_suites().values():
         assert {item.task for item in suite.tasks} <= set(task_names())
-    assert [i.task for i in items_of("tools, logiqa", 7)] == ["function-call", "function-call-multiple", "logiqa"]
-    assert {i.limit for i in items_of("tools, logiqa", 7)} == {7}
+    assert [i.task for i in resolve_items("tools, logiqa", 7)] == ["function-call", "function-call-multiple", "logiqa"]
+    assert {i.limit for i in resolve_items("tools, logiqa", 7)} == {7}
     with pytest.raises(UserError, match="did you mean 'quick'"):
-        items_of("quik")
+        resolve_items("quik")
     with pytest.raises(UserError, match="no task given"):
-        items_of(",")
+        resolve_items(",")
 
 
 @pytest.mark.slow
@@ -490,7 +501,7 @@ def test_autoeval_from_the_command_line(
 def test_tasks_are_listed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tasks"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in (*task_names(), *suites()))
+    assert all(name in listed for name in (*task_names(), *load_suites()))
     assert main(["tasks", "arc-easy", "--harness"]) == 0
     fields = yaml.safe_load(capsys.readouterr().out)
     assert (fields["output_type"], fields["dataset_path"], fields["dataset_name"]) == (
@@ -510,7 +521,7 @@ def test_buttons_are_few(tmp_path: Path) -> None:
     """Of 300 groups of one sample none has a button; of causes and scores each; few groups have theirs."""
     page = ReportBuilder()
     page.title = "many"
-    page.pairs(
+    page.add_pairs(
         "Differ",
         [(f"q{i}", ("a", "x"), ("b", "y")) for i in range(300)],
         tags=[("gained" if i % 3 else "lost", f"group-{i}") for i in range(300)],
@@ -518,7 +529,7 @@ def test_buttons_are_few(tmp_path: Path) -> None:
     page.write(tmp_path)
     assert re.findall(r'data-tag="([^"]+)"', (tmp_path / "report.html").read_text()) == ["gained", "lost"]
     page = ReportBuilder()
-    page.pairs(
+    page.add_pairs(
         "Differ",
         [(f"q{i}", ("a", "x"), ("b", "y")) for i in range(4)],
         tags=[("gained", f"group-{i}") for i in range(4)],

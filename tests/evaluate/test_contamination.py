@@ -19,7 +19,7 @@ from llmworks.core.report import ReportBuilder
 from llmworks.core.types import Message, messages_to_json
 from llmworks.data.store.rows import write_chat
 from llmworks.evaluate.contamination import ContaminationConfig, contamination
-from llmworks.lineage.family import Family, Node
+from llmworks.lineage.family import Family, LineageNode
 
 
 def words(draw: random.Random, count: int) -> str:
@@ -118,9 +118,9 @@ def test_what_is_no_evaluation(tmp_path: Path) -> None:
 
 
 def test_lineage_says_what_a_model_was_trained_on() -> None:
-    def node(digest: str, kind: str, stage: str, *parents: tuple[str, str], schema: str = "") -> Node:
+    def node(digest: str, kind: str, stage: str, *parents: tuple[str, str], schema: str = "") -> LineageNode:
         artifact = Dataset(Path(), about={"schema": schema}) if kind == "dataset" else None
-        return Node(digest, kind, digest, stage, "exact", parents, artifact)
+        return LineageNode(digest, kind, digest, stage, "exact", parents, artifact)
 
     nodes = [
         node("raw", "dataset", ""),
@@ -136,6 +136,6 @@ def test_lineage_says_what_a_model_was_trained_on() -> None:
         node("other", "dataset", ""),
     ]
     family = Family({n.digest: n for n in nodes})
-    assert {n.digest for n in family.trained_on("merged")} == {"docs", "chats"}
-    assert {n.digest for n in family.trained_on("base")} == {"docs"}
-    assert family.trained_on("new") == []
+    assert {n.digest for n in family.list_training_data("merged")} == {"docs", "chats"}
+    assert {n.digest for n in family.list_training_data("base")} == {"docs"}
+    assert family.list_training_data("new") == []

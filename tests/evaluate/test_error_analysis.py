@@ -18,9 +18,9 @@ from llmworks.core.errors import DataError
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.data.store.rows import read_chat
-from llmworks.evaluate.error_analysis import ErrorAnalysisConfig, at_least, error_analysis
+from llmworks.evaluate.error_analysis import ErrorAnalysisConfig, error_analysis, fisher_exact_p
 from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
-from llmworks.evaluate.protocol.questions import side_of
+from llmworks.evaluate.protocol.questions import get_half
 from llmworks.evaluate.to_training import ToTrainingConfig, to_training
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.runtime.session import load
@@ -37,7 +37,7 @@ def test_the_tail_is_that_of_scipy() -> None:
     from scipy.stats import hypergeom
 
     for seen, drawn, marked, total in ((3, 10, 8, 50), (0, 5, 5, 20), (5, 5, 5, 20), (7, 30, 12, 31), (4, 4, 20, 20)):
-        assert at_least(seen, drawn, marked, total) == pytest.approx(hypergeom.sf(seen - 1, total, marked, drawn))
+        assert fisher_exact_p(seen, drawn, marked, total) == pytest.approx(hypergeom.sf(seen - 1, total, marked, drawn))
 
 
 def evaluation(tmp_path: Path, fails: Callable[[str, int, random.Random], bool], count: int = 240) -> Report:
@@ -91,7 +91,7 @@ def test_a_topic_that_fails_is_found(tmp_path: Path) -> None:
     assert set(found[0]["name"].split(", ")) <= set(TOPICS["law"].split())
     assert found[0]["samples"] == 60
     assert made.metrics["parts_more_than_chance"] == 1
-    assert "verdict" in page.lead or any(w in page.lead for w in TOPICS["law"].split())
+    assert "verdict" in page.subtitle or any(w in page.subtitle for w in TOPICS["law"].split())
     assert page.data["kinds"] == {"another number": page.data["failed"]} or set(
         page.data["kinds"]["another number"]
     ) == set(page.data["failed"])
@@ -188,9 +188,9 @@ def test_sides_are_halves_that_never_meet(asked: Callable[..., tuple[Report, Dat
 
 def test_rows_of_a_group_stay_together() -> None:
     for theme in range(20):
-        sides = {side_of({"q": f"q{i}", "theme": theme}, f"s{theme}") for i in range(9)}
+        sides = {get_half({"q": f"q{i}", "theme": theme}, f"s{theme}") for i in range(9)}
         assert len(sides) == 1
-    assert side_of({"q": "The  Fox", "id": "1"}, "") == side_of({"id": "2", "q": "the fox"}, "")  # the same words
+    assert get_half({"q": "The  Fox", "id": "1"}, "") == get_half({"id": "2", "q": "the fox"}, "")  # the same words
 
 
 def test_failed_rows_become_training_rows_and_no_test_row_does(

@@ -15,8 +15,8 @@ from llmworks.core.errors import DataError, EngineError, LlmworksError, UserErro
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.core.types import Completion, Delta, Request
-from llmworks.data.store.rows import flat_messages, read_chat, write_chat
-from llmworks.evaluate.compare import CompareConfig, compare
+from llmworks.data.store.rows import flatten_messages, read_chat, write_chat
+from llmworks.evaluate.compare import CompareEvaluationsConfig, compare
 from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
 from llmworks.runtime.session import load
 
@@ -82,7 +82,7 @@ def model(pico: Path) -> Model:
 
 
 def references(data: Dataset, keep: int) -> dict[str, str]:
-    return {r["messages"][-2]["content"]: flat_messages(r)[-1].content for r in read_chat(data)[:keep]}
+    return {r["messages"][-2]["content"]: flatten_messages(r)[-1].content for r in read_chat(data)[:keep]}
 
 
 def test_score_is_the_share_of_right_answers(tmp_path: Path, data: Dataset, model: Model) -> None:
@@ -140,9 +140,9 @@ def test_only_the_same_samples_can_be_compared(tmp_path: Path) -> None:
         return Report(folder, name=name)
 
     a, b = report("a", {"1": 0.0, "2": 1.0, "3": 0.0}), report("b", {"3": 1.0, "1": 1.0, "2": 1.0})
-    made = compare(CompareConfig(), a, b, context(tmp_path, "x", Parrot({})))
+    made = compare(CompareEvaluationsConfig(), a, b, context(tmp_path, "x", Parrot({})))
     assert made.metrics["difference"] == pytest.approx(2 / 3)
     assert (made.metrics["gained"], made.metrics["lost"]) == (2, 0)
     for other in (report("c", {"1": 1.0}), report("d", {"1": 0.0, "2": 1.0, "3": 0.0}, task="u")):
         with pytest.raises(DataError, match="cannot be paired"):
-            compare(CompareConfig(), a, other, context(tmp_path, "y", Parrot({})))
+            compare(CompareEvaluationsConfig(), a, other, context(tmp_path, "y", Parrot({})))

@@ -19,10 +19,10 @@ from llmworks.core.types import Message, Request
 from llmworks.evaluate.evaluate import EvaluateConfig
 from llmworks.evaluate.protocol import templates
 from llmworks.evaluate.protocol.load_task import load_task
-from llmworks.evaluate.protocol.questions import gold_places, placed, questions
+from llmworks.evaluate.protocol.questions import build_questions, gold_indices, parse_gold
 from llmworks.evaluate.protocol.task import Task
-from llmworks.evaluate.protocol.templates import fill, text, value
-from llmworks.evaluate.statistics.bootstrap import grouped
+from llmworks.evaluate.protocol.templates import render, render_string, render_value
+from llmworks.evaluate.statistics.bootstrap import sum_by_group
 from llmworks.generate.engines.remote import RemoteEngine
 from llmworks.generate.remote.endpoint import RemoteOptions, parse_remote
 
@@ -88,12 +88,12 @@ def test_no_row_is_its_own_example_under_another_name() -> None:
     copies = [{**r, "id": f"c{i}"} for i, r in enumerate(ROWS)]
     for choose in ("same", "first", "each"):
         task = Task(**{**CHOICE, "shots": {"count": 3, "choose": choose}})
-        for question in questions(task, rows, copies, same_pool=False):
+        for question in build_questions(task, rows, copies, same_pool=False):
             *examples, asked = question.plain[0].split("\n\n")
             assert len(examples) == 3
             assert not any(e.startswith(asked) for e in examples)
     with pytest.raises(UserError, match="only 0 of the rows to draw examples from differ"):
-        questions(Task(**{**CHOICE, "shots": {"count": 1}}), rows[:1], [copies[0], copies[0]], same_pool=False)
+        build_questions(Task(**{**CHOICE, "shots": {"count": 1}}), rows[:1], [copies[0], copies[0]], same_pool=False)
 
 
 def test_the_same_file_as_examples_is_the_same_pool(
@@ -112,23 +112,23 @@ def test_digits_of_a_template_are_a_place_and_those_of_a_field_a_text() -> None:
     """As the lm-evaluation-harness reads them."""
     row, choices = {"a": "1", "id": "x"}, ["1", "2", "3"]
     written, field = Task(**{**CHOICE, "answer": "{{a}}"}), Task(**{**CHOICE, "answer": "a"})
-    assert gold_places(row, placed(written, row, value("{{a}}", row)), choices) == (1,)
-    assert gold_places(row, placed(field, row, value("a", row)), choices) == (0,)
+    assert gold_indices(row, parse_gold(written, row, render_value("{{a}}", row)), choices) == (1,)
+    assert gold_indices(row, parse_gold(field, row, render_value("a", row)), choices) == (0,)
     for bad in ("²", "9" * 5000, "7"):
         with pytest.raises(DataError, match="is not among its 3 choices"):
-            gold_places(row, bad, choices)
+            gold_indices(row, bad, choices)
 
 
 def test_fields_are_fields() -> None:
     row = {"id": "7", "list": "[1, 2]", "none": None}
-    assert value("list", row) == "[1, 2]"
-    assert value("{{'[1, 2]'}}", row) == [1, 2]
+    assert render_value("list", row) == "[1, 2]"
+    assert render_value("{{'[1, 2]'}}", row) == [1, 2]
     with pytest.raises(DataError, match="row '7': has no field 'missing'"):
-        fill("missing", row)
+        render("missing", row)
     with pytest.raises(DataError, match="the field 'none' is null"):
-        text("none", row)
+        render_string("none", row)
     with pytest.raises(DataError, match="contains a lone surrogate"):
-        text("q", {"id": "1", "q": "a\ud800"})
+        render_string("q", {"id": "1", "q": "a\ud800"})
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_fields_are_fields() -> None:
 def test_templates_fail_in_one_line(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "SECONDS", 0.5)
     with pytest.raises(DataError, match="cannot be rendered") as caught:
-        fill(template, {"id": "1", "q": "x"})
+        render(template, {"id": "1", "q": "x"})
     assert "\n" not in str(caught.value)
 
 
@@ -171,7 +171,7 @@ def test_a_model_of_nan_has_no_score(
 
 
 def test_rows_without_a_group_are_their_own() -> None:
-    assert grouped([[1.0], [2.0], [3.0], [4.0]], ["", "a", "a", ""]).tolist() == [[1.0], [5.0], [4.0]]
+    assert sum_by_group([[1.0], [2.0], [3.0], [4.0]], ["", "a", "a", ""]).tolist() == [[1.0], [5.0], [4.0]]
 
 
 def test_a_refused_question_is_never_right(

@@ -35,8 +35,12 @@ def test_kappa_is_that_of_scikit_learn() -> None:
 
 
 def test_votes() -> None:
-    assert [agreement.merged("A", "A"), agreement.merged("A", "B"), agreement.merged("C", "C")] == ["A", "C", "C"]
-    assert [agreement.majority(list(v)) for v in ("AAB", "AB", "ABC", "B", "CCA")] == ["A", "C", "C", "B", "C"]
+    assert [
+        agreement.merge_verdicts("A", "A"),
+        agreement.merge_verdicts("A", "B"),
+        agreement.merge_verdicts("C", "C"),
+    ] == ["A", "C", "C"]
+    assert [agreement.majority_vote(list(v)) for v in ("AAB", "AB", "ABC", "B", "CCA")] == ["A", "C", "C", "B", "C"]
 
 
 class Scripted:
@@ -290,7 +294,7 @@ def test_a_reward_model_is_a_judge(tmp_path: Path, world: dict[str, Any], pico: 
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     from llmworks.core.types import Message
-    from llmworks.evaluate.statistics.reward import Reward, is_reward
+    from llmworks.evaluate.statistics.reward import RewardJudge, is_reward_model
     from llmworks.tokenize.load import load_tokenizer
 
     torch.manual_seed(0)
@@ -300,8 +304,8 @@ def test_a_reward_model_is_a_judge(tmp_path: Path, world: dict[str, Any], pico: 
     load_tokenizer(pico).save_pretrained(tmp_path / "reward")
     model = load(str(tmp_path / "reward"))
     assert isinstance(model, Model)
-    assert is_reward(model)
-    reward = Reward(model.path)
+    assert is_reward_model(model)
+    reward = RewardJudge(model.path)
     (tmp_path / "run" / "out").mkdir(parents=True)
     (tmp_path / "run" / "scratch").mkdir()
     page = ReportBuilder()
@@ -318,7 +322,7 @@ def test_a_reward_model_is_a_judge(tmp_path: Path, world: dict[str, Any], pico: 
     )
     texts = [[s["text"] for s in world["reports"][name].read()["samples"]] for name in ("x", "y")]
     better = sum(
-        reward.of((Message("user", f"question {i}"),), a) > reward.of((Message("user", f"question {i}"),), b)
+        reward.score((Message("user", f"question {i}"),), a) > reward.score((Message("user", f"question {i}"),), b)
         for i, (a, b) in enumerate(zip(*texts, strict=True))
     )
     assert made.metrics["wins"] == better

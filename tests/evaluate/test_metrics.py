@@ -12,10 +12,18 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from llmworks.evaluate.protocol.extract import Slow, extract
-from llmworks.evaluate.protocol.task import Measure, Step
-from llmworks.evaluate.statistics.bootstrap import interval
-from llmworks.evaluate.statistics.metrics import Choice, Text, Written, exact_match, f1, metric_of, pass_at
+from llmworks.evaluate.protocol.extract import PatternTimeout, extract
+from llmworks.evaluate.protocol.task import FilterStep, MetricSpec
+from llmworks.evaluate.statistics.bootstrap import bootstrap_interval
+from llmworks.evaluate.statistics.metrics import (
+    ChoiceSample,
+    GeneratedSample,
+    LikelihoodSample,
+    exact_match,
+    f1,
+    get_metric,
+    pass_at_k,
+)
 
 WORDS = [
     "a",
@@ -44,8 +52,8 @@ def texts(count: int, seed: int) -> list[str]:
 
 
 def total(kind: Any, name: str, samples: list[Any], **more: Any) -> float:
-    metric = metric_of(kind, Measure(name=name, **more))
-    return interval([metric.numbers(s) for s in samples], metric.value, resamples=100).value
+    metric = get_metric(kind, MetricSpec(name=name, **more))
+    return bootstrap_interval([metric.sample_statistics(s) for s in samples], metric.aggregate, resamples=100).value
 
 
 @pytest.mark.parametrize("name", ["bleu", "chrf", "chrf++", "ter"])
@@ -58,14 +66,14 @@ def test_corpus_scores_are_those_of_sacrebleu(name: str) -> None:
         "chrf++": lambda: sacrebleu.corpus_chrf(said, [wanted], word_order=2),
         "ter": lambda: sacrebleu.corpus_ter(said, [wanted]),
     }[name]().score
-    assert total("generate", name, [Written([s], [w]) for s, w in zip(said, wanted, strict=True)]) == pytest.approx(
-        theirs
-    )
+    assert total(
+        "generate", name, [GeneratedSample([s], [w]) for s, w in zip(said, wanted, strict=True)]
+    ) == pytest.approx(theirs)
 
 
 def test_bleu_of_few_matches_is_smoothed_by_whole_counts() -> None:
     """BLEU's smoothing depends on the counts themselves, not on their ratios."""
-    samples = [Written([s], [w]) for s, w in (("the cat", "a dog sat"), ("on the mat", "the mat here"))]
+    samples = [GeneratedSample([s], [w]) for s, w in (("the cat", "a dog sat"), ("on the mat", "the mat here"))]
     assert total("generate", "bleu", samples) == pytest.approx(
         sacrebleu.corpus_bleu(["the cat", "on the mat"], [["a dog sat", "the mat here"]]).score
     )
@@ -79,7 +87,7 @@ def test_rouge_is_that_of_its_reference_implementation() -> None:
     for said, wanted in zip(texts(40, 2), texts(40, 3), strict=True):
         found = scorer.score(wanted, said)
         for name in ("rouge1", "rouge2", "rougeL"):
-            assert total("generate", name, [Written([said], [wanted])]) == pytest.approx(found[name].fmeasure)
+            assert total("generate", name, [GeneratedSample([said], [wanted])]) == pytest.approx(found[name].fmeasure)
 
 
 def test_pass_at_k_counts_all_draws() -> None:
@@ -90,41 +98,41 @@ def test_pass_at_k_counts_all_draws() -> None:
         tries = [i < right for i in range(n)]
         for k in range(1, n + 1):
             draws = list(itertools.combinations(tries, k))
-            assert pass_at(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+            assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
 def test_options_by_log_probability() -> None:
     """Worked by hand: -4/2 against -3/1 and -9/9 nats a character; bytes differ from characters."""
-    sample = Choice([-4.0, -3.0, -9.0], ["ab", "c", "ääääääääd"[:9]], [2])
+    sample = ChoiceSample([-4.0, -3.0, -9.0], ["ab", "c", "ääääääääd"[:9]], [2])
     assert [total("choice", m, [sample]) for m in ("acc", "acc_norm", "acc_bytes")] == [0.0, 1.0, 1.0]
-    assert total("choice", "acc", [Choice([-1.0, -1.0], ["x", "y"], [0])]) == 1.0  # of equals the first
+    assert total("choice", "acc", [ChoiceSample([-1.0, -1.0], ["x", "y"], [0])]) == 1.0  # of equals the first
     odds = np.exp([-4.0, -3.0, -9.0])
     odds /= odds.sum()
     assert total("choice", "brier_score", [sample]) == pytest.approx(odds[0] ** 2 + odds[1] ** 2 + (odds[2] - 1) ** 2)
 
 
 def test_perplexities_are_of_all_texts_together() -> None:
-    samples = [Text(-20.0, 10, False, "one two ä"), Text(-5.0, 2, False, "x")]
+    samples = [LikelihoodSample(-20.0, 10, False, "one two ä"), LikelihoodSample(-5.0, 2, False, "x")]
     assert total("perplexity", "token_perplexity", samples) == pytest.approx(math.exp(25 / 12))
     assert total("perplexity", "bits_per_byte", samples) == pytest.approx(25 / math.log(2) / 11)
     assert total("perplexity", "word_perplexity", samples) == pytest.approx(math.exp(25 / 4))
 
 
 def test_exact_match_ignores_what_it_is_told_to() -> None:
-    measure = Measure(name="exact_match", ignore_case=True, ignore_punctuation=True, ignore=[r"(?s).*#### ", ","])
+    measure = MetricSpec(name="exact_match", ignore_case=True, ignore_punctuation=True, ignore=[r"(?s).*#### ", ","])
     assert exact_match(measure, "So #### 1,234!", "1234") == 1.0
-    assert exact_match(Measure(name="exact_match"), "A", "a") == 0.0
+    assert exact_match(MetricSpec(name="exact_match"), "A", "a") == 0.0
     assert f1("The cat sat.", "a cat sat down") == pytest.approx(2 * 2 / (2 + 3))
     assert (f1("", ""), f1("x", "")) == (1.0, 0.0)
 
 
 def test_answers_are_found_in_what_was_said() -> None:
-    number = Step(how="regex", pattern=r"(-?[$0-9.,]{2,})|(-?[0-9]+)", pick=-1)
+    number = FilterStep(how="regex", pattern=r"(-?[$0-9.,]{2,})|(-?[0-9]+)", pick=-1)
     assert extract([number], "first 3, then $1,200 and 7") == "7"
     assert extract([number], "none") == "[invalid]"
-    assert extract([Step(how="strip"), Step(how="lower")], "  Yes ") == "yes"
-    assert extract([Step(how="final_answer")], "I think.\nAnswer: 12") == "12"
-    assert extract([Step(how="first_line"), Step(how="upper")], "\n a\nb") == "A"
-    slow = Step(how="regex", pattern=r"(a|aa)+$")
-    with pytest.raises(Slow, match="timed out after 2 s"):  # it would take for ever
+    assert extract([FilterStep(how="strip"), FilterStep(how="lower")], "  Yes ") == "yes"
+    assert extract([FilterStep(how="final_answer")], "I think.\nAnswer: 12") == "12"
+    assert extract([FilterStep(how="first_line"), FilterStep(how="upper")], "\n a\nb") == "A"
+    slow = FilterStep(how="regex", pattern=r"(a|aa)+$")
+    with pytest.raises(PatternTimeout, match="timed out after 2 s"):  # it would take for ever
         extract([slow], "a" * 60 + "b")

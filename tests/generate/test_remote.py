@@ -21,10 +21,10 @@ from tests.generate.loopback import APIS, REPLY, Behaviour, Handler, Loopback, a
 from llmworks.core.errors import AccessError, EngineError, LlmworksError, RequestError, UserError
 from llmworks.core.types import Completion, Message, Request, Sampling
 from llmworks.generate.engines.remote import RemoteEngine
-from llmworks.generate.remote.endpoint import RemoteOptions, api_key, parse_remote
-from llmworks.generate.remote.rate_limit import Pace, back_off
+from llmworks.generate.remote.endpoint import RemoteOptions, get_api_key, parse_remote
+from llmworks.generate.remote.rate_limit import RateLimiter, compute_backoff
 from llmworks.runtime.session import load
-from llmworks.tokenize.chat.templates import parse_calls
+from llmworks.tokenize.chat.templates import parse_tool_calls
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def server(api: str) -> Iterator[Loopback]:
 
 @pytest.fixture(autouse=True)
 def _no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmworks.generate.engines.remote.back_off", lambda attempt: 0.01)
+    monkeypatch.setattr("llmworks.generate.engines.remote.compute_backoff", lambda attempt: 0.01)
     for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GEMINI_API_KEY", "CO_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 
@@ -127,7 +127,7 @@ def test_what_may_pass_is_sent_again(what: str, server: Loopback, engine: Remote
     done = engine.generate([ask()])[0]
     assert done == Completion("to hi", "stop", prompt_tokens=10, completion_tokens=5)
     assert len(server.seen) == 3
-    account = engine.account
+    account = engine.usage
     assert (account.requests, account.retries) == (1, 2)
     assert (account.prompt_tokens, account.completion_tokens) == (10, 5)
     assert account.cost == pytest.approx(20e-6)
@@ -142,8 +142,8 @@ def test_a_bad_day(server: Loopback, api: str) -> None:
     server.behaviours = [draw.choice([*quick, answers, answers]) for _ in range(80)]
     done = engine.generate([ask(f"question {i}") for i in range(60)])
     assert [c.text for c in done] == [f"to question {i}" for i in range(60)]
-    assert engine.account.requests == 60
-    assert engine.account.retries == len(server.seen) - 60
+    assert engine.usage.requests == 60
+    assert engine.usage.retries == len(server.seen) - 60
     assert 1 < server.most <= 8
     engine.close()
 
@@ -258,7 +258,7 @@ def test_a_server_that_is_not_there_is_said_at_once() -> None:
     engine = RemoteEngine(url, "m")
     with pytest.raises(EngineError, match="is the server running"):
         engine.generate([ask()])
-    assert engine.account.retries == 0
+    assert engine.usage.retries == 0
     engine.close()
 
 
@@ -279,7 +279,7 @@ def test_a_stream_is_the_whole_answer(server: Loopback, engine: RemoteEngine) ->
     pieces = list(engine.stream(ask("ä")))
     assert "".join(p.text for p in pieces) == "to ä"
     assert pieces[-1].done == Completion("to ä", "stop", prompt_tokens=10, completion_tokens=5)
-    assert engine.account.completion_tokens == 5
+    assert engine.usage.completion_tokens == 5
 
 
 @everywhere
@@ -400,8 +400,8 @@ def test_answers_are_read_as_they_are(server: Loopback, engine: RemoteEngine) ->
     ]
     cut, filtered, called, broken, empty, free = (engine.generate([ask()])[0] for _ in range(6))
     assert (cut.finish, filtered.finish, empty.text, free.completion_tokens) == ("length", "filtered", "", 0)
-    assert parse_calls(called.text)[1][0].arguments == {"a": 1}
-    assert parse_calls(broken.text) == ('x<tool_call>{"name": "f", "arguments": {"a": }</tool_call>', ())
+    assert parse_tool_calls(called.text)[1][0].arguments == {"a": 1}
+    assert parse_tool_calls(broken.text) == ('x<tool_call>{"name": "f", "arguments": {"a": }</tool_call>', ())
 
     # references and keys
 
@@ -436,12 +436,12 @@ def test_the_key_goes_nowhere_it_can_be_read(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("OTHER", "sk-2")
     default, named = RemoteOptions(), RemoteOptions(key="OTHER")
     for url in ("https://api.openai.com/v1", "http://127.0.0.1:1/v1", "http://localhost/v1", "http://[::1]:1/v1"):
-        assert api_key(url, default, "OPENAI_API_KEY") == "sk-1"
+        assert get_api_key(url, default, "OPENAI_API_KEY") == "sk-1"
     for url in ("http://example.org/v1", "http://10.0.0.7:8000/v1"):
-        assert api_key(url, default, "OPENAI_API_KEY") == ""
-        assert api_key(url, named, "OPENAI_API_KEY") == "sk-2"
+        assert get_api_key(url, default, "OPENAI_API_KEY") == ""
+        assert get_api_key(url, named, "OPENAI_API_KEY") == "sk-2"
     with pytest.raises(UserError, match="MISSING is not set"):
-        api_key("https://h/v1", RemoteOptions(key="MISSING"), "OPENAI_API_KEY")
+        get_api_key("https://h/v1", RemoteOptions(key="MISSING"), "OPENAI_API_KEY")
 
         # pace
 
@@ -454,9 +454,9 @@ class Clock:
         return self.now
 
 
-def paced(monkeypatch: pytest.MonkeyPatch, **limits: int) -> tuple[Pace, Clock]:
+def paced(monkeypatch: pytest.MonkeyPatch, **limits: int) -> tuple[RateLimiter, Clock]:
     clock = Clock()
-    pace = Pace(**limits, clock=clock)
+    pace = RateLimiter(**limits, clock=clock)
     monkeypatch.setattr(pace, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds + 1e-9))
     return pace, clock
 
@@ -476,7 +476,7 @@ def test_requests_and_tokens_stay_below_their_limits(
     times = []
     for _ in range(200):
         used = draw.randrange(20, 300)
-        pace.settle(pace.go(300), used)  # guessed too high, corrected after the answer
+        pace.correct_usage(pace.acquire(300), used)  # guessed too high, corrected after the answer
         times.append((clock.now, used))
         clock.now += draw.random() * 4
     most, used = most_in_a_minute(times)
@@ -489,7 +489,7 @@ def test_one_request_above_the_limit_goes_alone(monkeypatch: pytest.MonkeyPatch)
     pace, clock = paced(monkeypatch, tokens=100)
     times = []
     for tokens in (50, 500, 50):
-        pace.go(tokens)
+        pace.acquire(tokens)
         times.append(clock.now)
     assert times == pytest.approx([0, 60, 120], abs=1e-3)
 
@@ -497,7 +497,7 @@ def test_one_request_above_the_limit_goes_alone(monkeypatch: pytest.MonkeyPatch)
 def test_delays_grow() -> None:
     for attempt in range(12):
         longest = min(60, 0.5 * 2**attempt)
-        assert all(longest / 2 <= back_off(attempt) <= longest for _ in range(50))
+        assert all(longest / 2 <= compute_backoff(attempt) <= longest for _ in range(50))
 
 
 def test_an_interrupt_does_not_wait_for_a_server_that_hangs(server: Loopback) -> None:

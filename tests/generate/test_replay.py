@@ -16,8 +16,8 @@ from tests.generate.loopback import Loopback, openai_reply
 
 from llmworks.cli import main
 from llmworks.core.types import Completion, messages_from_json
-from llmworks.model.from_gguf import type_of
-from llmworks.tokenize.chat.templates import for_template, render_prompt
+from llmworks.model.from_gguf import read_quantization_type
+from llmworks.tokenize.chat.templates import adapt_tools, render_prompt
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_a_file_alone_says_how_far_it_may_be(
         main(["quantize", "gguf", str(pico), "--out", str(tmp_path / "small"), "--quiet", "--set", f"type={kind}"]) == 0
     )
     shutil.copyfile(next((tmp_path / "small").glob("*.gguf")), tmp_path / "alone.gguf")
-    assert type_of(tmp_path / "alone.gguf") == kind
+    assert read_quantization_type(tmp_path / "alone.gguf") == kind
     seen: list[float] = []
     monkeypatch.setattr(
         "llmworks.generate.replay.replay", lambda recorded, engine, within, reference: seen.append(within) or []
@@ -101,7 +101,7 @@ def server() -> Iterator[Loopback]:
 
 def counting(tokenizer: Any, extra: int = 0, usage: bool = True) -> Callable[[Any, dict[str, Any]], None]:
     def behave(handler: Any, body: dict[str, Any]) -> None:
-        messages, tools = for_template(tokenizer, messages_from_json(body["messages"]), body.get("tools") or ())
+        messages, tools = adapt_tools(tokenizer, messages_from_json(body["messages"]), body.get("tools") or ())
         made = openai_reply(Completion("said", "stop"))
         made["usage"]["prompt_tokens"] = len(render_prompt(tokenizer, messages, tools=tools)) + extra
         handler.say(200, json.dumps(made if usage else {**made, "usage": None}).encode())

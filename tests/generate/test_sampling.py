@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from llmworks.generate.decode.sampling import choose, filter_top_k, filter_top_p
-from llmworks.generate.decode.stopping import cut_at_stop, safe_length
+from llmworks.generate.decode.sampling import filter_top_k, filter_top_p, sample_token
+from llmworks.generate.decode.stopping import cut_at_stop, displayable_length
 
 
 def test_top_k_keeps_k() -> None:
@@ -25,14 +25,14 @@ def test_frequencies_follow_the_probabilities() -> None:
     logits, generator = torch.tensor([0.7, 0.2, 0.1]).log(), torch.Generator().manual_seed(0)
     counts = [0, 0, 0]
     for _ in range(4000):
-        counts[choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=generator)] += 1
+        counts[sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=generator)] += 1
     assert all(abs(c / 4000 - p) < 0.03 for c, p in zip(counts, (0.7, 0.2, 0.1), strict=True))
-    assert choose(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None) == 0
+    assert sample_token(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None) == 0
 
 
 def test_stop_strings_are_held_back() -> None:
     assert cut_at_stop("abcSTOPdef", ["STOP", "x"]) == ("abc", True)
     assert cut_at_stop("abc", []) == ("abc", False)
-    assert safe_length("abcST", ["STOP"]) == 3
-    assert safe_length("abcSTA", ["STOP"]) == 6
-    assert safe_length("ab\ufffd", []) == 2
+    assert displayable_length("abcST", ["STOP"]) == 3
+    assert displayable_length("abcSTA", ["STOP"]) == 6
+    assert displayable_length("ab\ufffd", []) == 2

@@ -14,8 +14,8 @@ import yaml
 from llmworks.cli import main
 from llmworks.core.errors import UserError
 from llmworks.importers import axolotl, llamafactory
-from llmworks.importers.keys import Keys
-from llmworks.importers.translate import Translated, translate
+from llmworks.importers.keys import SourceKeys
+from llmworks.importers.translate import TranslatedRecipe, translate
 from llmworks.runtime.read_recipe import load_recipe
 from llmworks.runtime.recipe import StageStep
 
@@ -236,7 +236,7 @@ INFO = {
 def made(tmp_path: Path) -> Any:
     """Write a configuration, translate it, and check the recipe."""
 
-    def run(values: dict[str, Any], name: str = "there") -> tuple[Translated, dict[str, Any]]:
+    def run(values: dict[str, Any], name: str = "there") -> tuple[TranslatedRecipe, dict[str, Any]]:
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(INFO))
         for file in ("identity.json", "alpaca_en_demo.json", "c4_demo.jsonl"):
@@ -250,7 +250,7 @@ def made(tmp_path: Path) -> Any:
     return run
 
 
-def told(found: Translated, fate: str) -> set[str]:
+def told(found: TranslatedRecipe, fate: str) -> set[str]:
     return {note.key for note in found.notes if note.fate == fate}
 
 
@@ -518,10 +518,10 @@ def test_no_key_is_silent() -> None:
     for module, examples in ((axolotl, AXOLOTL), (llamafactory, FACTORY)):
         for values in examples.values():
             _, _, keys = module.translate(json.loads(json.dumps(values)), Path("nowhere"))  # type: ignore[attr-defined]
-            keys.finish()
+            keys.note_remaining()
             assert not keys.values
-    keys = Keys({"a": 1, "b": None, "wandb_x": "y"}, "T")
-    keys.finish()
+    keys = SourceKeys({"a": 1, "b": None, "wandb_x": "y"}, "T")
+    keys.note_remaining()
     assert [(note.key, note.fate) for note in keys.notes] == [("a", "unknown"), ("wandb_x", "meaningless")]
 
 

@@ -12,18 +12,18 @@ from xml.etree import ElementTree
 import pytest
 
 from llmworks.cli import main
-from llmworks.lineage.claims import Claim, claims, licence
+from llmworks.lineage.claims import ParentClaim, list_claims, read_license
 from llmworks.lineage.drawing.formats import draw_mermaid, draw_png, draw_svg
-from llmworks.lineage.drawing.layout import placed
+from llmworks.lineage.drawing.layout import compute_layout
 from llmworks.lineage.drawing.page import draw_page
-from llmworks.lineage.family import Family, Node
-from llmworks.lineage.licence import conflicts, kind_of
+from llmworks.lineage.family import Family, LineageNode
+from llmworks.lineage.licence import classify_license, find_license_conflicts
 from tests.oracles.merge_models import save
 from tests.oracles.merges import models
 
 
-def node(name: str, *parents: str, kind: str = "model", stage: str = "merge", derivation: str = "exact") -> Node:
-    return Node(name, kind, name, stage, derivation, tuple(("model", one) for one in parents))
+def node(name: str, *parents: str, kind: str = "model", stage: str = "merge", derivation: str = "exact") -> LineageNode:
+    return LineageNode(name, kind, name, stage, derivation, tuple(("model", one) for one in parents))
 
 
 def large() -> Family:
@@ -54,7 +54,7 @@ def star() -> Family:
 
 @pytest.mark.parametrize("family", [large(), star()], ids=["large", "star"])
 def test_no_two_boxes_are_in_one_place(family: Family) -> None:
-    at = placed(family)
+    at = compute_layout(family)
     boxes = list(at.boxes.values())
     assert len(boxes) == len(family.nodes) > 30
     for number, (x, y) in enumerate(boxes):
@@ -64,7 +64,7 @@ def test_no_two_boxes_are_in_one_place(family: Family) -> None:
         assert not any(abs(x - a) < 176 and abs(y - b) < 52 for a, b in boxes[number + 1 :])
     for edge in at.edges:
         assert at.boxes[edge.parent][1] < at.boxes[edge.child][1]
-        assert edge.way[0] == ("M", (at.boxes[edge.parent][0] + 88, at.boxes[edge.parent][1] + 52))
+        assert edge.path[0] == ("M", (at.boxes[edge.parent][0] + 88, at.boxes[edge.parent][1] + 52))
     assert 1 < at.width / at.height < 4  # more or less as a screen is
 
 
@@ -72,12 +72,12 @@ def test_lines_to_lower_rows_run_between_columns() -> None:
     """The straight part of no line, and the end of none, is in another box; what has children stands in the last
     row.
     """
-    at = placed(star())
+    at = compute_layout(star())
     rows = sorted({at.boxes[f"leaf-{i:02}"][1] for i in range(30)})
     assert len(rows) > 2
     assert at.boxes["leaf-03"][1] == rows[-1]
     for edge in at.edges:
-        (x, y), points = at.boxes[edge.child], [numbers[-2:] for _, numbers in edge.way]
+        (x, y), points = at.boxes[edge.child], [numbers[-2:] for _, numbers in edge.path]
         assert points[-1] in ((x + 88, y), (x, y + 26))
         for a, b in points[1:]:
             assert not any(left < a < left + 176 and top < b < top + 52 for left, top in at.boxes.values())
@@ -98,7 +98,7 @@ def test_drawings_say_the_same(tmp_path: Path) -> None:
 
 def test_the_page_holds_what_it_shows_and_no_more() -> None:
     """Names from outside are text, wherever they stand; nothing is fetched."""
-    evil = Node(
+    evil = LineageNode(
         "evil", "model", '</script><img src=x onerror="alert(1)">', "", "declared", (("says", "base"),), None, "hf:a/b"
     )
     family = Family({"base": node("base"), "evil": evil})
@@ -123,18 +123,18 @@ def card(path: Path, text: str) -> Path:
     [
         (
             {"README.md": "---\nbase_model: org/base\nbase_model_relation: quantized\n---\n"},
-            [Claim("org/base", "quantized", "README.md")],
+            [ParentClaim("org/base", "quantized", "README.md")],
         ),
         (
             {"README.md": "---\nbase_model:\n- org/a\n- org/b\n---\n"},
-            [Claim("org/a", "merge", "README.md"), Claim("org/b", "merge", "README.md")],
+            [ParentClaim("org/a", "merge", "README.md"), ParentClaim("org/b", "merge", "README.md")],
         ),
         (
             {
                 "adapter_config.json": '{"base_model_name_or_path": "org/base"}',
                 "README.md": "---\nbase_model: org/base\n---\n",
             },
-            [Claim("org/base", "adapter", "adapter_config.json")],
+            [ParentClaim("org/base", "adapter", "adapter_config.json")],
         ),
         (
             {
@@ -144,26 +144,26 @@ def card(path: Path, text: str) -> Path:
                 )
             },
             [
-                Claim("org/base", "merge, ties", "mergekit_config.yml"),
-                Claim("org/a", "merge, ties", "mergekit_config.yml"),
-                Claim("org/b", "merge, ties", "mergekit_config.yml"),
+                ParentClaim("org/base", "merge, ties", "mergekit_config.yml"),
+                ParentClaim("org/a", "merge, ties", "mergekit_config.yml"),
+                ParentClaim("org/b", "merge, ties", "mergekit_config.yml"),
             ],
         ),
         (
             {"mergekit_moe_config.yml": "base_model: org/base\nexperts:\n- source_model: org/a\n"},
             [
-                Claim("org/base", "merge, experts", "mergekit_moe_config.yml"),
-                Claim("org/a", "merge, experts", "mergekit_moe_config.yml"),
+                ParentClaim("org/base", "merge, experts", "mergekit_moe_config.yml"),
+                ParentClaim("org/a", "merge, experts", "mergekit_moe_config.yml"),
             ],
         ),
         ({"README.md": "---\nbase_model: [\n---\n", "adapter_config.json": "[1]", "mergekit_config.yml": "- {"}, []),
         ({"README.md": "no head"}, []),
     ],
 )
-def test_what_files_claim(files: dict[str, str], said: list[Claim], tmp_path: Path) -> None:
+def test_what_files_claim(files: dict[str, str], said: list[ParentClaim], tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert claims(tmp_path) == said
+    assert list_claims(tmp_path) == said
 
 
 def test_what_gguf_says_of_itself(tmp_path: Path) -> None:
@@ -176,14 +176,14 @@ def test_what_gguf_says_of_itself(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    assert claims(tmp_path / "m.gguf") == [Claim("org/base", "quantized", "m.gguf")]
-    assert licence(tmp_path / "m.gguf") == "apache-2.0"
-    assert licence(card(tmp_path / "c", "license: other\nlicense_name: Llama3")) == "llama3"
+    assert list_claims(tmp_path / "m.gguf") == [ParentClaim("org/base", "quantized", "m.gguf")]
+    assert read_license(tmp_path / "m.gguf") == "apache-2.0"
+    assert read_license(card(tmp_path / "c", "license: other\nlicense_name: Llama3")) == "llama3"
 
 
 def test_licences_that_may_not_go_together() -> None:
     assert [
-        kind_of(said)
+        classify_license(said)
         for said in ("apache-2.0", "mit", "cc-by-nc-4.0", "gpl-3.0", "llama3", "gemma", "cc-by-sa-4.0", "cc-by-4.0")
     ] == ["free", "free", "non-commercial", "share-alike", "own", "own", "share-alike", "free"]
     family = Family(
@@ -209,7 +209,7 @@ def test_licences_that_may_not_go_together() -> None:
         "child": "apache-2.0",
         "fine": "mit",
     }
-    found = conflicts(family, said)
+    found = find_license_conflicts(family, said)
     assert found == [
         "child: under apache-2.0, from nc (cc-by-nc-4.0), which have stricter terms",
         "both: from gemma (gemma) and llama (llama3): possibly incompatible terms",
@@ -279,6 +279,6 @@ def test_only_models(tmp_path: Path) -> None:
             )
         }
     )
-    small = family.of_kinds("model")
+    small = family.filter_kinds("model")
     assert set(small.nodes) == {"a", "b"}
     assert small.nodes["b"].parents == (("model, indirectly", "a"),)

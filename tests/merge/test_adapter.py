@@ -14,7 +14,7 @@ from llmworks.core.artifact import Adapter, Model
 from llmworks.core.errors import ArtifactError, GoldenMismatch
 from llmworks.core.workspace import Workspace
 from llmworks.runtime.read_recipe import load_recipe
-from llmworks.runtime.runner import Run
+from llmworks.runtime.runner import RecipeRun
 from llmworks.runtime.session import Session, load
 from tests.conftest import make_pico, write_chats, write_recipe
 
@@ -26,9 +26,9 @@ def tuned(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Adapter
     recipe = write_recipe(folder, pico, write_chats(folder), num_train_epochs=1, chat_template="tools")
     text = recipe.read_text()
     recipe.write_text(text[: text.index("  merged:")])
-    job = Run(load_recipe(recipe), Workspace(folder / "w"), quiet=True)
+    job = RecipeRun(load_recipe(recipe), Workspace(folder / "w"), quiet=True)
     job.run()
-    adapter, model = job.found["tuned"], job.found["base"]
+    adapter, model = job.artifacts["tuned"], job.artifacts["base"]
     assert isinstance(adapter, Adapter)
     assert isinstance(model, Model)
     return adapter, model

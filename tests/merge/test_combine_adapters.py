@@ -19,14 +19,14 @@ from llmworks.core.context import Context
 from llmworks.core.errors import LlmworksError, ModelError
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
-from llmworks.merge.adapter import AdapterConfig
+from llmworks.merge.adapter import MergeAdapterConfig
 from llmworks.merge.adapter import adapter as fold
 from llmworks.merge.lora.config import CombineAdaptersConfig, ExtractConfig
-from llmworks.merge.lora.extract_lora import extracted
-from llmworks.merge.lora.low_rank import factors
-from llmworks.merge.lora.merge_lora import merged
+from llmworks.merge.lora.extract_lora import extract_adapter
+from llmworks.merge.lora.low_rank import low_rank_factors
+from llmworks.merge.lora.merge_lora import combine_adapters
 from llmworks.model.io.load import load_model
-from llmworks.model.lora.fold import fold_into, weights_of
+from llmworks.model.lora.fold import make_weight_lookup, merge_adapter_into
 from llmworks.runtime.session import load
 from tests.conftest import make_pico
 
@@ -65,14 +65,14 @@ def context(out: Path) -> Context:
 def together(names: list[str], family: Path, out: Path, **given: Any) -> Adapter:
     found: dict[str, Artifact] = {name: load(str(family / name)) for name in names}
     model: Any = load(str(family / "pico"))
-    return merged(CombineAdaptersConfig.model_validate(given), found, model, context(out))  # type: ignore[arg-type]
+    return combine_adapters(CombineAdaptersConfig.model_validate(given), found, model, context(out))  # type: ignore[arg-type]
 
 
 def folded(family: Path, adapter: Path) -> dict[str, torch.Tensor]:
     """What an adapter adds to each weight."""
     model = AutoModelForCausalLM.from_pretrained(family / "pico", dtype=torch.float32)
     before = {name: one.clone() for name, one in model.state_dict().items()}
-    fold_into(weights_of(model), adapter)
+    merge_adapter_into(make_weight_lookup(model), adapter)
     return {name: one - before[name] for name, one in model.state_dict().items() if not torch.equal(one, before[name])}
 
 
@@ -104,7 +104,7 @@ def test_the_same_as_peft(method: str, first: float, family: Path, tmp_path: Pat
     )
     model = load_model(family / "pico")
     ours = AutoModelForCausalLM.from_pretrained(family / "pico", dtype=torch.float32)
-    fold_into(weights_of(ours), made.path)
+    merge_adapter_into(make_weight_lookup(ours), made.path)
     with torch.no_grad():
         theirs, mine, plain = both(input_ids=IDS).logits, ours(input_ids=IDS).logits, model(input_ids=IDS).logits
     assert torch.allclose(mine, theirs, atol=2e-4)
@@ -118,7 +118,7 @@ def test_peft_reads_it(family: Path, tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(family / "pico", dtype=torch.float32), made.path
     )
     ours = AutoModelForCausalLM.from_pretrained(family / "pico", dtype=torch.float32)
-    fold_into(weights_of(ours), made.path)
+    merge_adapter_into(make_weight_lookup(ours), made.path)
     with torch.no_grad():
         assert torch.allclose(loaded(input_ids=IDS).logits, ours(input_ids=IDS).logits, atol=2e-4)
     sums = {name: folded(family, family / name) for name in ("a", "narrow")}
@@ -154,14 +154,14 @@ def test_factors_are_the_nearest() -> None:
     for shape in ((24, 60), (60, 24)):
         change = torch.randn(shape) @ torch.diag(0.7 ** torch.arange(shape[1]).float())
         u, s, v = torch.linalg.svd(change)
-        a, b, missed = factors(change, 5)
+        a, b, missed = low_rank_factors(change, 5)
         assert torch.allclose(b @ a, (u[:, :5] * s[:5]) @ v[:5], atol=1e-4)
         assert missed == pytest.approx(float(s[5:].square().sum() / s.square().sum()) ** 0.5, rel=1e-3)
-        few, _, miss = factors(change, 24, kept=0.9)
+        few, _, miss = low_rank_factors(change, 24, min_energy=0.9)
         sums = s.square().cumsum(0) / s.square().sum()
         assert len(few) == int((sums < 0.9).sum()) + 1
         assert miss**2 <= 0.1
-    a, b, missed = factors(torch.zeros(3, 4), 2)
+    a, b, missed = low_rank_factors(torch.zeros(3, 4), 2)
     assert (float((b @ a).abs().max()), missed) == (0.0, 0.0)
 
 
@@ -169,23 +169,23 @@ def test_what_was_folded_is_extracted(family: Path, tmp_path: Path) -> None:
     """An adapter folded into its model comes back out: nothing is missed at its rank, half of it at half."""
     model = load_model(family / "pico")
     tuned = AutoModelForCausalLM.from_pretrained(family / "pico", dtype=torch.float32)
-    fold_into(weights_of(tuned), family / "a")
+    merge_adapter_into(make_weight_lookup(tuned), family / "a")
     make_pico(tmp_path / "tuned")
     tuned.save_pretrained(tmp_path / "tuned")
     base, other = (load(str(path)) for path in (family / "pico", tmp_path / "tuned"))
-    made = extracted(ExtractConfig(max_rank=4), other, base, context(tmp_path / "out"))  # type: ignore[arg-type]
+    made = extract_adapter(ExtractConfig(max_rank=4), other, base, context(tmp_path / "out"))  # type: ignore[arg-type]
     assert made.metrics["missed"] < 1e-4
     assert made.metrics["left_out"] == 0
     again = copy.deepcopy(model)
-    fold_into(weights_of(again), made.path)
+    merge_adapter_into(make_weight_lookup(again), made.path)
     with torch.no_grad():
         assert torch.allclose(again(input_ids=IDS).logits, tuned(input_ids=IDS).logits, atol=1e-4)
-    half = extracted(ExtractConfig(max_rank=2), other, base, context(tmp_path / "half"))  # type: ignore[arg-type]
+    half = extract_adapter(ExtractConfig(max_rank=2), other, base, context(tmp_path / "half"))  # type: ignore[arg-type]
     assert 0.1 < half.metrics["missed"] < 0.9
     tensors = load_file(tmp_path / "tuned" / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
     save_file(tensors, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
-    third = extracted(
+    third = extract_adapter(
         ExtractConfig(max_rank=4, exclude_modules=["v_proj"]),
         load(str(tmp_path / "tuned")),
         base,
@@ -209,7 +209,7 @@ def test_bad_input_is_one_line(family: Path, tmp_path: Path) -> None:
             together(names, family, tmp_path / str(number), **given)
     base: Any = load(str(family / "pico"))
     with pytest.raises(LlmworksError, match="do not differ in any matrix"):
-        extracted(ExtractConfig(), base, base, context(tmp_path / "same"))
+        extract_adapter(ExtractConfig(), base, base, context(tmp_path / "same"))
     save_file(
         {name: one * float("nan") for name, one in load_file(family / "a" / "adapter_model.safetensors").items()},
         tmp_path / "nan.safetensors",
@@ -222,7 +222,7 @@ def test_bad_input_is_one_line(family: Path, tmp_path: Path) -> None:
     (tmp_path / "nan.safetensors").replace(broken / "adapter_model.safetensors")
     found: Any = {"broken": load(str(broken)), "b": load(str(family / "b"))}
     with pytest.raises(LlmworksError, match="holds values that are NaN or infinite"):
-        merged(CombineAdaptersConfig(), found, base, context(tmp_path / "nan"))
+        combine_adapters(CombineAdaptersConfig(), found, base, context(tmp_path / "nan"))
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -288,9 +288,9 @@ def test_odd_adapters(what: str, family: Path, tmp_path: Path) -> None:
     (odd / "adapter_config.json").write_text(json.dumps(config))
     given, base = {"odd": load(str(odd)), "b": load(str(family / "b"))}, load(str(family / "pico"))
     with pytest.raises(ModelError, match=said):
-        merged(CombineAdaptersConfig(), given, base, context(tmp_path / "merged"))  # type: ignore[arg-type]
+        combine_adapters(CombineAdaptersConfig(), given, base, context(tmp_path / "merged"))  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=said):
-        fold(AdapterConfig(), given["odd"], base, context(tmp_path / "folded"))  # type: ignore[arg-type]
+        fold(MergeAdapterConfig(), given["odd"], base, context(tmp_path / "folded"))  # type: ignore[arg-type]
 
 
 def test_what_a_number_format_cannot_hold(family: Path, tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_what_a_number_format_cannot_hold(family: Path, tmp_path: Path) -> None:
         ModelError, match=r"large: merged into .*, it gives values that are NaN, infinite, or too large for float16"
     ):
         fold(
-            AdapterConfig(),
+            MergeAdapterConfig(),
             load(str(tmp_path / "large")),
             load(str(tmp_path / "half")),
             context(tmp_path / "out"),
@@ -329,7 +329,7 @@ def test_a_file_that_the_index_does_not_name_is_none_of_the_model(family: Path, 
     )
     save_file(tensors, stray / "weights_old.safetensors", metadata={"format": "pt"})
     for name, given in (("stray", stray), ("plain", family / "pico")):
-        fold(AdapterConfig(), load(str(family / "a")), load(str(given)), context(tmp_path / f"{name}-out"))  # type: ignore[arg-type]
+        fold(MergeAdapterConfig(), load(str(family / "a")), load(str(given)), context(tmp_path / f"{name}-out"))  # type: ignore[arg-type]
     assert sorted(file.name for file in (tmp_path / "stray-out").glob("*.safetensors")) == sorted(parts)
     made = {name: one for file in parts for name, one in load_file(tmp_path / "stray-out" / file).items()}
     assert all(
@@ -347,10 +347,10 @@ def test_extract_tells_of_heads_and_refuses_turned_matrices(family: Path, tmp_pa
     )
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 1.5
     save_file(tensors, untied / "model.safetensors", metadata={"format": "pt"})
-    made = extracted(ExtractConfig(max_rank=500), load(str(untied)), base, context(tmp_path / "out"))  # type: ignore[arg-type]
+    made = extract_adapter(ExtractConfig(max_rank=500), load(str(untied)), base, context(tmp_path / "out"))  # type: ignore[arg-type]
     assert made.metrics["left_out"] == 1
     assert made.metrics["missed"] > 0.9  # the head differs most
     config = json.loads((untied / "config.json").read_text())
     (untied / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     with pytest.raises(ModelError, match="stored transposed"):
-        extracted(ExtractConfig(), load(str(family / "pico")), load(str(untied)), context(tmp_path / "turned"))  # type: ignore[arg-type]
+        extract_adapter(ExtractConfig(), load(str(family / "pico")), load(str(untied)), context(tmp_path / "turned"))  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.merge.experts import experts
 from llmworks.merge.moe.config import ExpertsConfig
-from llmworks.merge.moe.router import gates
+from llmworks.merge.moe.router import compute_router_rows
 from llmworks.model.io.load import load_model
 from llmworks.runtime.session import load
 from tests.oracles.gates import PROMPTS
@@ -39,7 +39,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def mixed(given: dict[str, Any], family: Path, out: Path) -> Model:
     config = ExpertsConfig.model_validate(given)
-    found: dict[str, Artifact] = {name: load(str(family / name)) for name in config.named()}
+    found: dict[str, Artifact] = {name: load(str(family / name)) for name in config.model_names()}
     for folder in (out, out.parent / f"{out.name}-scratch"):
         folder.mkdir(parents=True)
     made: Any = experts(
@@ -61,7 +61,7 @@ def test_routers_are_those_of_mergekit(mode: str, family: Path) -> None:
     config = ExpertsConfig.model_validate(
         {"base_model": "few", "experts": [{"source_model": "few", **one} for one in PROMPTS], "gate_mode": mode}
     )
-    found = gates(config, family / "few", config.experts, 0, 4, 16)
+    found = compute_router_rows(config, family / "few", config.experts, 0, 4, 16)
     said = torch.tensor(json.loads((Path(__file__).parents[1] / "fixtures" / "gates.json").read_text())[mode])
     assert torch.allclose(found, said, atol=1e-5 if mode == "cheap_embed" else 0.03)
 

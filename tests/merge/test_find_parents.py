@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llmworks.merge.ancestry import Kinship, kinship
-from llmworks.merge.plan.layout import layout_of
+from llmworks.merge.ancestry import Ancestry, infer_ancestry
+from llmworks.merge.plan.layout import read_layout
 from tests.merge.test_experts import mixed
 from tests.merge.test_methods_conformance import merged
 
@@ -127,7 +127,7 @@ KINDS: list[tuple[str, Any]] = [
 ]
 
 
-def family(number: int, place: Path) -> tuple[Kinship, dict[str, Any]]:
+def family(number: int, place: Path) -> tuple[Ancestry, dict[str, Any]]:
     """(what is deduced, the truth): the child's name is nowhere in what is looked at."""
     name, given = KINDS[number]
     luck = random.Random(number)
@@ -226,16 +226,16 @@ def family(number: int, place: Path) -> tuple[Kinship, dict[str, Any]]:
                 {one["model"] for one in given["models"]} | ({given["base_model"]} if "base_model" in given else set())
             ),
         }
-    return kinship(layout_of("child", child), {one: layout_of(one, place / one) for one in models}), truth
+    return infer_ancestry(read_layout("child", child), {one: read_layout(one, place / one) for one in models}), truth
 
 
 @pytest.mark.parametrize("number", range(len(KINDS)), ids=[name for name, _ in KINDS])
 def test_parents_are_found(number: int, tmp_path: Path) -> None:
     found, truth = family(number, tmp_path)
-    assert (found.relation, set(found.parents)) == (truth["relation"], truth["parents"]), found.said
+    assert (found.relation, set(found.parents)) == (truth["relation"], truth["parents"]), found.summary
     if "layers" in truth:
-        assert [next(iter(layer.shares)) for layer in found.layers] == truth["layers"]
-        assert all(layer.equal for layer in found.layers)
+        assert [next(iter(layer.coefficients)) for layer in found.layers] == truth["layers"]
+        assert all(layer.is_equal for layer in found.layers)
     if "experts" in truth:
         assert found.experts == truth["experts"]
 

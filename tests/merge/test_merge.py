@@ -23,14 +23,14 @@ from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.merge.execute import blocks, copies
 from llmworks.merge.execute import tensor_group as groups
-from llmworks.merge.execute.tensor_group import Group
-from llmworks.merge.methods.dare import PLACES, Dropped, dare_linear, dare_ties
+from llmworks.merge.execute.tensor_group import TensorGroup
+from llmworks.merge.methods.dare import MAX_BINARY_DIGITS, DropMask, dare_linear, dare_ties
 from llmworks.merge.methods.della import della_linear
-from llmworks.merge.methods.ranks import ranks_of
+from llmworks.merge.methods.ranks import select_ranks
 from llmworks.merge.plan.catalogue import METHODS
 from llmworks.merge.plan.config import MergeConfig
 from llmworks.model.io.load import load_model
-from llmworks.model.io.safetensors_io import TORCH
+from llmworks.model.io.safetensors_io import TORCH_DTYPES
 from llmworks.runtime.session import load
 from tests.conftest import make_pico
 from tests.merge.test_methods_conformance import merged
@@ -92,7 +92,7 @@ def test_blocks_and_threads_change_nothing(
 @pytest.mark.parametrize("name", ["BF16", "F16", "F32", "F64"])
 def test_what_is_copied_is_looked_at_as_torch_would(name: str) -> None:
     """All patterns of 16 bits, and of wider numbers those with each upper half."""
-    dtype = getattr(torch, TORCH[name])
+    dtype = getattr(torch, TORCH_DTYPES[name])
     numbers = torch.arange(1 << 16, dtype=torch.int32)
     patterns = (
         numbers.to(torch.int16).view(dtype)
@@ -104,7 +104,7 @@ def test_what_is_copied_is_looked_at_as_torch_would(name: str) -> None:
     finite = torch.isfinite(patterns)
     assert 0 < int(finite.sum()) < len(finite)
     for part, expected in ((patterns[finite], True), *((one[None], False) for one in patterns[~finite][::97])):
-        assert copies.finite(part.clone().view(torch.uint8).numpy(), name) is expected
+        assert copies.is_finite(part.clone().view(torch.uint8).numpy(), name) is expected
 
 
 @pytest.mark.parametrize("method", ["dare_ties", "dare_linear", "della", "della_linear"])
@@ -137,11 +137,11 @@ def one_group(
     shape: tuple[int, ...] | None = None,
     shared: dict[str, Any] | None = None,
     seed: int = 0,
-) -> Group:
+) -> TensorGroup:
     """A base of zeros and one model."""
     flat = change.flatten()
     shared = {"normalize": False, "rescale": False, "lambda": 1.0, **(shared or {})}
-    return Group(
+    return TensorGroup(
         "t",
         shape or tuple(change.shape),
         change.dtype,
@@ -167,7 +167,7 @@ def test_ranks_are_those_of_a_sort(
     order = torch.sort(change.float().abs(), descending=not upward, stable=True).indices
     for left_out, kept in ((0, 1), (0, 250), (13, 200), (0, 501), (250, 0), (100, 401)):
         group = one_group(change, {})
-        found = ranks_of(group, [(left_out, kept)], upward=upward)[0]
+        found = select_ranks(group, [(left_out, kept)], ascending=upward)[0]
         assert found is not None
         mask = (
             torch.cat(
@@ -184,12 +184,12 @@ def test_what_is_tied_is_counted() -> None:
     """Of five changes of one size two are kept: five are tied, and no others."""
     change = torch.tensor([3.0, -1.0, 1.0, 1.0, -1.0, 1.0, 0.5, 0.0])
     group = one_group(change, {"density": 3 / 8})
-    found = ranks_of(group, [(0, 3)])[0]
+    found = select_ranks(group, [(0, 3)])[0]
     assert found is not None
     assert found.mask(change, 0).tolist() == [-1, -1, -1, 0, 0, 0, 0, 0]
     assert group.notes == {"tied": 5}
     group = one_group(torch.tensor([3.0, 0.0, 0.0, -0.0]), {})
-    assert ranks_of(group, [(0, 2)])[0] is not None
+    assert select_ranks(group, [(0, 2)])[0] is not None
     assert group.notes == {"tied": 0}  # which of those of no size are kept is the same
 
 
@@ -219,15 +219,15 @@ def test_dare_keeps_its_share_and_the_mean(density: float) -> None:
 def test_places_of_a_density_are_compared_as_numbers_are(density: float, count: int) -> None:
     """The same words as numbers of so many binary places, one by one."""
     group = one_group(torch.ones(count), {})
-    share, places = round(density * (1 << PLACES)), PLACES
+    share, places = round(density * (1 << MAX_BINARY_DIGITS)), MAX_BINARY_DIGITS
     while places > 1 and share % 2 == 0:
         share, places = share // 2, places - 1
-    mask = Dropped(group, 1, density).mask(7, count)
+    mask = DropMask(group, 1, density).mask(7, count)
     if share == 1 << places:
         assert mask.tolist() == [-1] * count
         return
     size = -(-count // 64)
-    zeros = group.words(1, 7, places * size).reshape(
+    zeros = group.random_words(1, 7, places * size).reshape(
         places, size
     )  # of each place, the lowest first, which numbers have 0 there
     for at in {0, count // 2, count - 1, *range(0, count, 997)}:
@@ -248,7 +248,7 @@ def test_dare_of_two_is_what_the_paper_says_of_what_was_drawn(
     base = torch.randn(count, generator=generator).to(dtype)
     models = [(base.float() + torch.randn(count, generator=generator) / 4).to(dtype) for _ in weights]
     given = [{}, *({"weight": weight, "density": density} for weight in weights)]
-    group = Group(
+    group = TensorGroup(
         "t",
         (count,),
         dtype,
@@ -260,7 +260,7 @@ def test_dare_of_two_is_what_the_paper_says_of_what_was_drawn(
     found = (dare_ties if elect else dare_linear)(group)(group.read(0, count), 0).double()
     drawn = torch.stack(
         [
-            (one - base).double() * (Dropped(group, at + 1, density).mask(0, count) == -1) * 2
+            (one - base).double() * (DropMask(group, at + 1, density).mask(0, count) == -1) * 2
             for at, one in enumerate(models)
         ]
     )
@@ -306,7 +306,7 @@ def test_no_election_hides_what_is_no_number(method: str, dtype: torch.dtype, eq
                     ):
                         inputs = [one.clone() for one in models[: others + 1]]
                         inputs[which][place] = value
-                        group = Group(
+                        group = TensorGroup(
                             "t",
                             (count,),
                             dtype,
@@ -315,7 +315,9 @@ def test_no_election_hides_what_is_no_number(method: str, dtype: torch.dtype, eq
                             given[: others + 1],
                             lambda first, size, inputs=inputs: [one[first : first + size].clone() for one in inputs],
                         )  # type: ignore[misc]
-                        assert not torch.isfinite(METHODS[method].function()(group)(group.read(0, count), 0)).all(), (
+                        assert not torch.isfinite(
+                            METHODS[method].load_function()(group)(group.read(0, count), 0)
+                        ).all(), (
                             others,
                             which,
                             place,
@@ -335,7 +337,7 @@ def test_della_keeps_large_changes_oftener() -> None:
 def test_a_killed_merge_goes_on_at_its_file(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that are whole are not read or written again; the bytes are those of a merge that was not killed."""
     given = MergeConfig.model_validate(CASES["linear"]).model_copy(update={"max_shard_size": 8000})
-    found: dict[str, Artifact] = {name: load(str(family / name)) for name in given.named()}
+    found: dict[str, Artifact] = {name: load(str(family / name)) for name in given.model_names()}
     from llmworks.merge.merge import merge
 
     def attempt(name: str, scratch: str) -> Model:
@@ -350,7 +352,7 @@ def test_a_killed_merge_goes_on_at_its_file(family: Path, tmp_path: Path, monkey
         return made
 
     attempt("straight", "s1")
-    whole, count = blocks.Blocks.piece, 0
+    whole, count = blocks.BlockComputer.compute_block, 0
 
     def dies(self: Any, *args: Any) -> Any:
         nonlocal count
@@ -359,13 +361,13 @@ def test_a_killed_merge_goes_on_at_its_file(family: Path, tmp_path: Path, monkey
             raise KeyboardInterrupt
         return whole(self, *args)
 
-    monkeypatch.setattr(blocks.Blocks, "piece", dies)
+    monkeypatch.setattr(blocks.BlockComputer, "compute_block", dies)
     with pytest.raises(KeyboardInterrupt):
         attempt("killed", "s2")
     kept = sorted((tmp_path / "s2" / "shards").glob("*.safetensors"))
     assert 0 < len(kept) < 4
     stamp = [file.stat().st_mtime_ns for file in kept]
-    monkeypatch.setattr(blocks.Blocks, "piece", whole)
+    monkeypatch.setattr(blocks.BlockComputer, "compute_block", whole)
     attempt("killed", "s2")
     assert [(tmp_path / "killed" / file.name).stat().st_mtime_ns for file in kept] == stamp
     straight, again = (sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("straight", "killed"))

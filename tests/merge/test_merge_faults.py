@@ -16,22 +16,22 @@ from safetensors.torch import load_file, save_file
 from llmworks.cli import main
 from llmworks.core.errors import LlmworksError, ModelError, UserError
 from llmworks.core.progress import Progress
-from llmworks.lineage.claims import claims
-from llmworks.lineage.licence import kind_of
-from llmworks.merge.ancestry import Kinship, kinship
+from llmworks.lineage.claims import list_claims
+from llmworks.lineage.licence import classify_license
+from llmworks.merge.ancestry import Ancestry, infer_ancestry
 from llmworks.merge.plan.config import MergeConfig
-from llmworks.merge.plan.layout import layout_of
-from llmworks.merge.plan.plan import plan_of
-from llmworks.model.io.layer_reader import Source
+from llmworks.merge.plan.layout import read_layout
+from llmworks.merge.plan.plan import plan_merge
+from llmworks.model.io.layer_reader import LayerReader
 from llmworks.model.io.load import load_model
-from llmworks.model.io.safetensors_io import Shards
-from llmworks.model.io.weights import Stored
+from llmworks.model.io.safetensors_io import ShardReader
+from llmworks.model.io.weights import StoredTensors
 from llmworks.runtime.session import Session, load
 from llmworks.tokenize.load import load_tokenizer
 from llmworks.tune.search.cma import evolve
-from llmworks.tune.search.genome import Gene, genes_of
-from llmworks.workflows.family import derive, family_with
-from llmworks.workflows.lazymerge import export, recipe_of
+from llmworks.tune.search.genome import MergeParameter, list_parameters
+from llmworks.workflows.family import build_workspace_family, reproduce
+from llmworks.workflows.lazymerge import build_merge_config, export
 from tests.merge.test_merge import broken, weights
 from tests.merge.test_methods_conformance import merged
 from tests.oracles.merge_models import save
@@ -108,21 +108,21 @@ def test_files_that_an_index_does_not_name(family: Path, tmp_path: Path) -> None
         tmp_path / "twice" / "consolidated.safetensors",
     )
     assert (
-        set(Shards(tmp_path / "twice").places)
-        == set(Stored(tmp_path / "twice"))
-        == set(Source(tmp_path / "twice").places)
+        set(ShardReader(tmp_path / "twice").locations)
+        == set(StoredTensors(tmp_path / "twice"))
+        == set(LayerReader(tmp_path / "twice").files)
         == set(tensors)
     )
     shutil.copyfile(tmp_path / "twice" / "model.safetensors", tmp_path / "twice" / "other.safetensors")
     (tmp_path / "twice" / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")})
     )
-    assert set(Shards(tmp_path / "twice").places) == set(tensors)
+    assert set(ShardReader(tmp_path / "twice").locations) == set(tensors)
     (tmp_path / "twice" / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "gone.safetensors"}})
     )
     with pytest.raises(ModelError, match=r"lists gone.safetensors, which is missing"):
-        Shards(tmp_path / "twice")
+        ShardReader(tmp_path / "twice")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_headers_that_are_none(entry: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError):
-        Shards(tmp_path)
+        ShardReader(tmp_path)
 
 
 def test_a_template_that_cannot_be_rendered(family: Path, tmp_path: Path) -> None:
@@ -222,8 +222,8 @@ def test_yaml_that_is_none_is_one_line(
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-def kin(child: Path, *among: Path) -> Kinship:
-    return kinship(layout_of("child", child), {path.name: layout_of(path.name, path) for path in among})
+def kin(child: Path, *among: Path) -> Ancestry:
+    return infer_ancestry(read_layout("child", child), {path.name: read_layout(path.name, path) for path in among})
 
 
 def test_only_what_is_equal_is_the_same(family: Path, tmp_path: Path) -> None:
@@ -278,18 +278,18 @@ def test_kin_under_other_names_and_formats(family: Path, tmp_path: Path) -> None
 
 
 def test_a_search_over_the_same_score_goes_on(tmp_path: Path) -> None:
-    genes = [Gene((name,), 0.0, 1.0, 0.5) for name in "xy"]
+    genes = [MergeParameter((name,), 0.0, 1.0, 0.5) for name in "xy"]
     assert len(evolve(genes, lambda _: (0.0, {}), tmp_path / "flat", attempts=30, population=4, seed=0)) >= 30
     assert len(evolve(genes, lambda _: (float("nan"), {}), tmp_path / "none", attempts=30, population=4, seed=0)) >= 30
-    assert [gene.start for gene in genes_of({"parameters": {"weight": "1e-1", "normalize": True}})] == [0.1]
+    assert [gene.start for gene in list_parameters({"parameters": {"weight": "1e-1", "normalize": True}})] == [0.1]
 
 
 def test_small_things(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a is given twice"):
-        recipe_of("linear", ["a", "a"])
+        build_merge_config("linear", ["a", "a"])
     (tmp_path / "mergekit_config.yml").write_text('merge_method: linear\nmodels: [{model: "x\\ud800"}]\n')
-    assert [claim.name for claim in claims(tmp_path)] == ["x?"]
-    assert [kind_of(said) for said in ("mit-nd", "ncsa", "0bsd", "cdla-permissive-2.0")] == [
+    assert [claim.name for claim in list_claims(tmp_path)] == ["x?"]
+    assert [classify_license(said) for said in ("mit-nd", "ncsa", "0bsd", "cdla-permissive-2.0")] == [
         "own",
         "free",
         "free",
@@ -325,7 +325,7 @@ def test_a_token_that_no_row_is_of(family: Path, tmp_path: Path) -> None:
         }
         with pytest.raises(UserError, match=f"more has {rows} rows, so no row for token {number}"):
             merged({**given, "tokenizer": rule}, family, tmp_path / str(number))
-    shards = Shards(family / "more")
+    shards = ShardReader(family / "more")
     with pytest.raises(ModelError, match="is out of range"):
         shards.read("model.norm.weight", 1, memoryview(bytearray(4 * 16)))
     shards.close()
@@ -336,7 +336,7 @@ def test_rows_of_zeros_are_told(family: Path, tmp_path: Path, monkeypatch: pytes
     tokens.
     """
     said: list[str] = []
-    monkeypatch.setattr(Progress, "say", lambda self, line: said.append(line))
+    monkeypatch.setattr(Progress, "log", lambda self, line: said.append(line))
     merged(
         {**layers(("few", 0, 2), ("more", 2, 4)), "base_model": "few", "tokenizer_source": "union"},
         family,
@@ -445,7 +445,7 @@ def test_a_parameter_that_no_method_has(family: Path, tmp_path: Path, monkeypatc
     with pytest.raises(UserError, match="unknown parameter 'wieght', did you mean 'weight'"):
         merged({"merge_method": "linear", "models": of("a", wieght=1)}, family, tmp_path / "more")
     said: list[str] = []
-    monkeypatch.setattr(Progress, "say", lambda self, line: said.append(line))
+    monkeypatch.setattr(Progress, "log", lambda self, line: said.append(line))
     merged(
         {"merge_method": "linear", "models": of("a", weight=1), "parameters": {"t": 0.4}}, family, tmp_path / "other"
     )
@@ -490,11 +490,11 @@ def test_a_model_that_the_file_does_not_name(
 
 
 def test_what_is_read_is_counted_in_the_number_format_of_the_models(family: Path) -> None:
-    layouts = {"a": layout_of("a", family / "a"), "b": layout_of("b", family / "b")}
+    layouts = {"a": read_layout("a", family / "a"), "b": read_layout("b", family / "b")}
     given = {"merge_method": "linear", "models": of("a", "b", weight=1)}
-    plans = [plan_of(MergeConfig.model_validate({**given, **more}), layouts) for more in ({}, {"dtype": "float16"})]
-    assert plans[0].sizes() == (2 * plans[0].sizes()[1], plans[0].sizes()[1])
-    assert plans[1].sizes() == (plans[0].sizes()[0], plans[0].sizes()[1] // 2)
+    plans = [plan_merge(MergeConfig.model_validate({**given, **more}), layouts) for more in ({}, {"dtype": "float16"})]
+    assert plans[0].count_bytes() == (2 * plans[0].count_bytes()[1], plans[0].count_bytes()[1])
+    assert plans[1].count_bytes() == (plans[0].count_bytes()[0], plans[0].count_bytes()[1] // 2)
 
 
 def test_a_merge_of_an_asset_is_derived_again(family: Path, tmp_path: Path) -> None:
@@ -518,4 +518,4 @@ def test_a_merge_of_an_asset_is_derived_again(family: Path, tmp_path: Path) -> N
     assert "# smollm2-135m-instruct-ties" in card
     found = session.workspace.find_digest(child.digest)
     assert found is not None
-    assert derive(session, family_with(session.workspace), found) == child.manifest.files
+    assert reproduce(session, build_workspace_family(session.workspace), found) == child.manifest.files

@@ -41,7 +41,7 @@ def attempt(given: dict[str, Any], family: Path, place: Path, *, small: bool = T
     """The stage with a scratch directory that outlives it, in files of 3,000 bytes."""
     config = MergeConfig.model_validate(given)
     config = config.model_copy(update={"max_shard_size": 3000}) if small else config
-    found: dict[str, Artifact] = {name: load(str(family / name)) for name in config.named()}
+    found: dict[str, Artifact] = {name: load(str(family / name)) for name in config.model_names()}
     out = place / "out"
     for old in out.glob("*") if out.exists() else ():
         old.unlink()
@@ -105,18 +105,18 @@ def test_a_kill_after_the_last_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "models": [{"model": name, "parameters": {"weight": 0.5}} for name in "ab"],
         "max_shard_size": 1_000_000,
     }
-    recorded = runs.logits_at
+    recorded = runs.make_logits_function
 
     def killed(_: Path) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "logits_at", killed)
+    monkeypatch.setattr(runs, "make_logits_function", killed)
     with pytest.raises(KeyboardInterrupt):
         attempt(given, tmp_path, tmp_path / "m", small=False)
     kept = sorted((tmp_path / "m" / "scratch" / "shards").glob("*.safetensors"))
     assert kept
     before = {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in kept}
-    monkeypatch.setattr(runs, "logits_at", recorded)
+    monkeypatch.setattr(runs, "make_logits_function", recorded)
     made = attempt(given, tmp_path, tmp_path / "m", small=False)
     assert {name: (made.path / name).stat().st_ino for name in before} == {
         name: ino for name, (ino, _) in before.items()

@@ -46,7 +46,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def merged(given: dict[str, Any], family: Path, out: Path, *, seed: int = 0, threads: int = 1) -> Model:
     """The stage, called as `execute` calls it."""
     config = MergeConfig.model_validate(given)
-    found: dict[str, Artifact] = {name: load(str(family / name)) for name in config.named()}
+    found: dict[str, Artifact] = {name: load(str(family / name)) for name in config.model_names()}
     for folder in (out, out.parent / f"{out.name}-scratch"):
         folder.mkdir(parents=True)
     torch.set_num_threads(threads)

@@ -104,7 +104,7 @@ def test_log_probabilities_are_those_of_the_logits(
     temperature: float, plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In several chunks, with gradients of states and head, and entropies."""
-    monkeypatch.setattr(linear_loss, "LOGITS", 300 * 16)
+    monkeypatch.setattr(linear_loss, "MAX_LOGITS", 300 * 16)
     draw = torch.Generator().manual_seed(0)
     head: Any = torch.nn.Linear(16, 300, bias=not plain)
     states, tokens, pull = (
@@ -115,7 +115,7 @@ def test_log_probabilities_are_those_of_the_logits(
     found = []
     for function in (
         lambda: linear_logprobs.linear_logprobs(states, head, tokens, temperature),
-        lambda: linear_logprobs.of_logits(head(states), tokens, temperature),
+        lambda: linear_logprobs.logprobs_from_logits(head(states), tokens, temperature),
     ):
         states.grad = head.weight.grad = None
         chances, entropy = function()

@@ -12,7 +12,7 @@ from tests.conftest import make_pico
 
 from llmworks.cli import main
 from llmworks.core.artifact import Adapter, Manifest, Model, Parent
-from llmworks.model.card import bases_of, complete, hub_names
+from llmworks.model.card import complete_card, get_base_model_fields, get_hub_names
 from llmworks.runtime.session import load
 
 
@@ -73,12 +73,12 @@ def test_a_head_is_put_before_a_card_without_one(tmp_path: Path, pico: Path) -> 
     (tmp_path / "out" / "README.md").hardlink_to(tmp_path / "first" / "README.md")
     (tmp_path / "out" / "adapter_config.json").write_text("{}")
     base: Any = load(str(pico))
-    complete(tmp_path / "out", Adapter(tmp_path / "out"), {"model": base}, "train.sft")
+    complete_card(tmp_path / "out", Adapter(tmp_path / "out"), {"model": base}, "train.sft")
     made = (tmp_path / "out" / "README.md").read_text()
     assert head(tmp_path / "out")["library_name"] == "peft"
     assert made.endswith("---\n# An adapter beside weights in 4 bits\n")
     assert (tmp_path / "first" / "README.md").read_text() == "# An adapter beside weights in 4 bits\n"
-    complete(tmp_path / "out", Adapter(tmp_path / "out"), {}, "train.sft")
+    complete_card(tmp_path / "out", Adapter(tmp_path / "out"), {}, "train.sft")
     assert (tmp_path / "out" / "README.md").read_text() == made
 
 
@@ -89,10 +89,10 @@ def test_what_the_hub_calls_a_model_is_known_two_steps_on(tmp_path: Path, pico: 
     shutil.copytree(pico, tmp_path / "m")
     (tmp_path / "m" / "README.md").write_text("---\nbase_model: [HuggingFaceTB/SmolLM2-135M-Instruct]\n---\n")
     foreign = Model(tmp_path / "m")
-    assert hub_names(foreign) == []
+    assert get_hub_names(foreign) == []
     parent = Parent(role="model", name="x", kind="model", digest="0" * 64, ref="")
     made = Model(tmp_path / "m", manifest=Manifest.model_construct(parents=[parent]))
-    assert bases_of([made], "finetune") == {
+    assert get_base_model_fields([made], "finetune") == {
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "base_model_relation": "finetune",
     }
@@ -102,4 +102,4 @@ def test_what_the_hub_calls_a_model_is_known_two_steps_on(tmp_path: Path, pico: 
             parents=[Parent(role="model", name="x", kind="model", digest="0" * 64, ref="asset:smollm2-135m-instruct")]
         ),
     )
-    assert hub_names(direct) == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    assert get_hub_names(direct) == ["HuggingFaceTB/SmolLM2-135M-Instruct"]

@@ -17,11 +17,17 @@ from transformers import DynamicCache
 
 from llmworks.core.errors import ModelError
 from llmworks.model.loss import linear_cross_entropy as linear_loss
-from llmworks.model.loss.linear_cross_entropy import chunk, linear_cross_entropy
-from llmworks.model.nn.attention import Attention, repeated, seen
+from llmworks.model.loss.linear_cross_entropy import get_chunk_size, linear_cross_entropy
+from llmworks.model.nn.attention import Attention, build_attention_mask, repeat_kv
 from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.model.nn.feed_forward import MixtureOfExperts
-from llmworks.model.nn.positions import frequencies, rotate, rotation, sinusoids, slopes
+from llmworks.model.nn.positions import (
+    alibi_slopes,
+    apply_rope,
+    compute_cos_sin,
+    rope_frequencies,
+    sinusoidal_embeddings,
+)
 from llmworks.model.shape import Rope, Shape
 
 USUAL: dict[str, Any] = {
@@ -141,9 +147,9 @@ def test_shared_heads_are_repeated_ones(groups: int) -> None:
         for mine, theirs in ((few.key, many.key), (few.value, many.value)):
             theirs.weight.copy_(mine.weight.view(groups, 8, 32).repeat_interleave(4 // groups, 0).reshape(32, 32))
         x, places = torch.randn(2, 9, 32), torch.arange(9)[None]
-        look, turned = seen(places, places), rotation(places, frequencies(Rope(), 8, 48)[0])
+        look, turned = build_attention_mask(places, places), compute_cos_sin(places, rope_frequencies(Rope(), 8, 48)[0])
         assert (few(x, look, turned) - many(x, look, turned)).abs().max() < 1e-6
-    assert torch.equal(repeated(torch.arange(2.0).view(1, 2, 1, 1), 2).flatten(), torch.tensor([0.0, 0, 1, 1]))
+    assert torch.equal(repeat_kv(torch.arange(2.0).view(1, 2, 1, 1), 2).flatten(), torch.tensor([0.0, 0, 1, 1]))
 
 
 def test_attention_is_the_formula() -> None:
@@ -151,8 +157,8 @@ def test_attention_is_the_formula() -> None:
     torch.manual_seed(0)
     places = torch.arange(6)[None]
     q, k, v = torch.randn(3, 1, 2, 6, 4).unbind(0)
-    for window, slope in ((0, None), (3, None), (3, slopes(2))):
-        look = seen(places, places, window=window, alibi=slope)
+    for window, slope in ((0, None), (3, None), (3, alibi_slopes(2))):
+        look = build_attention_mask(places, places, window=window, alibi=slope)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=look.mask, is_causal=look.causal)
         for head in range(2):
             for i in range(6):
@@ -170,28 +176,30 @@ def test_attention_is_the_formula() -> None:
 
 
 def test_positions_are_those_of_the_papers() -> None:
-    kept, factor = frequencies(Rope(), 8, 2048)
+    kept, factor = rope_frequencies(Rope(), 8, 2048)
     assert factor == 1
     assert kept.tolist() == pytest.approx([1.0, 0.1, 0.01, 0.001])  # theta^(-2i/d)
-    assert frequencies(Rope(rope_type="linear", factor=4), 8, 2048)[0].tolist() == pytest.approx(
+    assert rope_frequencies(Rope(rope_type="linear", factor=4), 8, 2048)[0].tolist() == pytest.approx(
         [0.25, 0.025, 0.0025, 0.00025]
     )
     # NTK: the fastest wave is kept, the slowest is stretched by the factor
-    assert frequencies(Rope(rope_type="ntk", factor=4), 8, 2048)[0].tolist() == pytest.approx(
+    assert rope_frequencies(Rope(rope_type="ntk", factor=4), 8, 2048)[0].tolist() == pytest.approx(
         [1.0, 0.1 * 4 ** (-1 / 3), 0.01 * 4 ** (-2 / 3), 0.001 / 4]
     )
     # YaRN for d 128, base 10000, trained 4096, factor 8: by its equations, pair 20 turns 4096 / (2 pi 10000^(40/128)) =
     # 36.7 times, pair 46 0.87
-    yarn, factor = frequencies(Rope(rope_type="yarn", factor=8, original_max_position_embeddings=4096), 128, 32768)
-    plain = frequencies(Rope(), 128, 32768)[0]
+    yarn, factor = rope_frequencies(Rope(rope_type="yarn", factor=8, original_max_position_embeddings=4096), 128, 32768)
+    plain = rope_frequencies(Rope(), 128, 32768)[0]
     assert factor == pytest.approx(0.1 * math.log(8) + 1)
     assert torch.allclose(yarn[:21], plain[:21])
     assert torch.allclose(yarn[46:], plain[46:] / 8)
     share = (30 - 20) / (46 - 20)  # floor and ceiling of the pairs that turn 32 times and once
     assert float(yarn[30]) == pytest.approx(float(plain[30] * (1 - share) + plain[30] / 8 * share), rel=1e-5)
-    assert slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
-    assert slopes(12).tolist() == pytest.approx([2.0**-i for i in range(1, 9)] + [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])
-    wave = sinusoids(torch.tensor([[0, 3]]), 4)
+    assert alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
+    assert alibi_slopes(12).tolist() == pytest.approx(
+        [2.0**-i for i in range(1, 9)] + [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]
+    )
+    wave = sinusoidal_embeddings(torch.tensor([[0, 3]]), 4)
     assert wave[0].tolist() == [
         pytest.approx([0, 1, 0, 1]),
         pytest.approx([math.sin(3), math.cos(3), math.sin(0.03), math.cos(0.03)], rel=1e-5),
@@ -201,12 +209,13 @@ def test_positions_are_those_of_the_papers() -> None:
 def test_rotations_know_distances_only() -> None:
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 16).unbind(0)
-    angles = frequencies(Rope(), 16, 100)[0]
+    angles = rope_frequencies(Rope(), 16, 100)[0]
 
     def fit(i: int, j: int) -> float:
         return float(
             (
-                rotate(q, *rotation(torch.tensor([[i]]), angles)) * rotate(k, *rotation(torch.tensor([[j]]), angles))
+                apply_rope(q, *compute_cos_sin(torch.tensor([[i]]), angles))
+                * apply_rope(k, *compute_cos_sin(torch.tensor([[j]]), angles))
             ).sum()
         )
 
@@ -231,11 +240,11 @@ def test_experts() -> None:
         one.router.weight.zero_()
         one.router.weight[2] = 100.0
     one(torch.ones(2, 8, 32))
-    assert float(one.balance.detach()) == pytest.approx(4.0)
+    assert float(one.load_balancing_loss.detach()) == pytest.approx(4.0)
     with torch.no_grad():
         one.router.weight.zero_()
     one(torch.randn(2, 8, 32))
-    assert float(one.balance.detach()) == pytest.approx(1.0)
+    assert float(one.load_balancing_loss.detach()) == pytest.approx(1.0)
     made = model(experts={"num_experts": 4, "router_aux_loss_coef": 0.5})
     plain = model(experts={"num_experts": 4, "router_aux_loss_coef": 0.0})
     assert float(made(input_ids=IDS, labels=IDS).loss.detach()) == float(
@@ -248,8 +257,8 @@ def test_experts() -> None:
 
 def test_the_loss_is_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    assert (chunk(49_152), chunk(262_144), chunk(1 << 30)) == (512, 128, 1)
-    monkeypatch.setattr(linear_loss, "MOST", 100)
+    assert (get_chunk_size(49_152), get_chunk_size(262_144), get_chunk_size(1 << 30)) == (512, 128, 1)
+    monkeypatch.setattr(linear_loss, "MAX_CHUNK_TOKENS", 100)
     states, weight, labels = (
         torch.randn(207, 16, requires_grad=True),
         torch.randn(50, 16, requires_grad=True),
@@ -356,7 +365,7 @@ def test_narrow_products_train(more: dict[str, Any]) -> None:
 
 
 def test_a_sum_of_many_chunks_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_loss, "MOST", 4)
+    monkeypatch.setattr(linear_loss, "MAX_CHUNK_TOKENS", 4)
     draw = torch.Generator().manual_seed(0)
     states, weight = (torch.randn(n, 16, generator=draw).bfloat16().requires_grad_() for n in (512, 40))
     labels = torch.randint(0, 40, (512,), generator=draw)
@@ -381,11 +390,11 @@ def test_a_row_of_texts_is_parted_with_a_cache_too() -> None:
 
 def test_alibi_is_where_its_model_is() -> None:
     elsewhere = torch.arange(9, device="meta")[None]
-    mask = seen(elsewhere, elsewhere, alibi=slopes(4)).mask
+    mask = build_attention_mask(elsewhere, elsewhere, alibi=alibi_slopes(4)).mask
     assert mask is not None
     assert mask.device.type == "meta"
     at = torch.arange(3000)[None]
-    half = seen(at[:, -1:], at, window=5, alibi=slopes(4), dtype=torch.float16).mask
+    half = build_attention_mask(at[:, -1:], at, window=5, alibi=alibi_slopes(4), dtype=torch.float16).mask
     assert half is not None
     assert half.isfinite().all()
 
@@ -394,10 +403,10 @@ def test_adapters_leave_the_head_alone() -> None:
     from llmworks.model.lora import lora
 
     made = model()
-    assert "head" not in lora.target_layers(made, "all-linear")
-    lora.attach(made, "all-linear", lora.Lora(2, 4.0))
+    assert "head" not in lora.find_target_layers(made, "all-linear")
+    lora.attach_lora(made, "all-linear", lora.LoraSettings(2, 4.0))
     made(input_ids=IDS, labels=IDS).loss.backward()
-    assert all(layer.b.grad is not None for _, layer in lora.layers(made))
+    assert all(layer.b.grad is not None for _, layer in lora.iter_lora_layers(made))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -14,18 +14,28 @@ from typing import Any
 import pytest
 
 from llmworks.model.io import direct_writer as draft
-from llmworks.model.io.direct_writer import ALIGNED, ROOM, Draft
+from llmworks.model.io.direct_writer import ALIGNMENT, BUFFER_SIZE, DirectWriter
 
-SIZES = [0, 1, ALIGNED, ROOM - 1, ROOM, ROOM + 1, 2 * ROOM, 2 * ROOM + ALIGNED, 3 * ROOM + 5]
+SIZES = [
+    0,
+    1,
+    ALIGNMENT,
+    BUFFER_SIZE - 1,
+    BUFFER_SIZE,
+    BUFFER_SIZE + 1,
+    2 * BUFFER_SIZE,
+    2 * BUFFER_SIZE + ALIGNMENT,
+    3 * BUFFER_SIZE + 5,
+]
 
 
 def written(path: Path, size: int) -> bytes:
     """Write so many bytes in pieces of odd sizes."""
     source = random.Random(size)
     content = source.randbytes(size)
-    made, at = Draft(path, size), 0
+    made, at = DirectWriter(path, size), 0
     while at < size:
-        step = source.choice([1, 7, ALIGNED, 100_003, ROOM, ROOM + 9])
+        step = source.choice([1, 7, ALIGNMENT, 100_003, BUFFER_SIZE, BUFFER_SIZE + 9])
         made.write(memoryview(content)[at : at + step])
         at += step
     made.finish()
@@ -49,7 +59,7 @@ def test_a_file_system_that_only_writes_through_its_cache(tmp_path: Path, monkey
         return real(file, command, flags)
 
     monkeypatch.setattr(draft.fcntl, "fcntl", set_flags)
-    content = written(tmp_path / "f", 2 * ROOM + 1)
+    content = written(tmp_path / "f", 2 * BUFFER_SIZE + 1)
     assert (tmp_path / "f").read_bytes() == content
     assert asked[0] is True
 
@@ -60,11 +70,11 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    made = Draft(tmp_path / "f", 2 * ROOM)
+    made = DirectWriter(tmp_path / "f", 2 * BUFFER_SIZE)
     monkeypatch.setattr(draft.os, "write", full)
     with pytest.raises(OSError, match="No space left") as found:
-        made.write(bytes(ROOM))
-    made.drop()  # `found` holds the failed write's own variables
+        made.write(bytes(BUFFER_SIZE))
+    made.discard()  # `found` holds the failed write's own variables
     assert not (tmp_path / "f").exists()
     assert found.value.errno == errno.ENOSPC
 
@@ -87,15 +97,15 @@ def test_a_disk_that_wants_other_pieces(tmp_path: Path, monkeypatch: pytest.Monk
             return real(file, data)
 
         monkeypatch.setattr(draft.os, "write", write)
-        content = written(tmp_path / first, 2 * ROOM + 77)
+        content = written(tmp_path / first, 2 * BUFFER_SIZE + 77)
         assert (tmp_path / first).read_bytes() == content
-        assert calls[:2] == [ROOM, ROOM if first == "refused" else ROOM - 1001]
+        assert calls[:2] == [BUFFER_SIZE, BUFFER_SIZE if first == "refused" else BUFFER_SIZE - 1001]
 
 
 def test_what_is_dropped_leaves_nothing(tmp_path: Path) -> None:
-    made = Draft(tmp_path / "f", 2 * ROOM)
-    made.write(bytes(ROOM + 1))
-    made.drop()
+    made = DirectWriter(tmp_path / "f", 2 * BUFFER_SIZE)
+    made.write(bytes(BUFFER_SIZE + 1))
+    made.discard()
     assert not (tmp_path / "f").exists()
 
 
@@ -103,6 +113,6 @@ def test_a_disk_without_room_is_known_at_once(tmp_path: Path, monkeypatch: pytes
     """And nothing is asked of it, which would take the room of others for a moment."""
     monkeypatch.setattr(draft.os, "posix_fallocate", lambda *_: pytest.fail("the disk was asked"))
     with pytest.raises(OSError, match="no space left") as found:
-        Draft(tmp_path / "f", 1 << 60)
+        DirectWriter(tmp_path / "f", 1 << 60)
     assert found.value.errno == errno.ENOSPC
     assert not (tmp_path / "f").exists()

@@ -17,18 +17,18 @@ from llmworks import assets
 from llmworks.cli import main
 from llmworks.core.artifact import load
 from llmworks.core.errors import DataError
-from llmworks.embed import open_embedder
-from llmworks.embed.glove import cooccurrences, glove
-from llmworks.embed.word_similarity import Analogies, Pairs, likeness, read, solve
-from llmworks.model.embedding import collapsed
+from llmworks.embed import load_embedder
+from llmworks.embed.glove import count_cooccurrences, train_glove
+from llmworks.embed.word_similarity import Analogies, WordPairs, read_word_test, score_analogies, score_similarity
+from llmworks.model.embedding import mean_random_cosine
 
 
 def test_cooccurrences_by_hand() -> None:
     texts = [np.array([0, 1, 2, 0]), np.array([-1, 2, 1])]
-    found = {(int(a), int(b)): x for a, b, x in zip(*cooccurrences(texts, 3, 2), strict=True)}
+    found = {(int(a), int(b)): x for a, b, x in zip(*count_cooccurrences(texts, 3, 2), strict=True)}
     # distance 1: 01 12 20 | 21; distance 2: 02 10
     assert found == {(0, 1): 1.5, (1, 0): 1.5, (1, 2): 2.0, (2, 1): 2.0, (0, 2): 1.5, (2, 0): 1.5}
-    assert all(len(x) == 0 for x in cooccurrences([np.array([0])], 3, 2))
+    assert all(len(x) == 0 for x in count_cooccurrences([np.array([0])], 3, 2))
 
 
 def test_one_step_of_glove_is_adagrad_on_its_loss() -> None:
@@ -52,7 +52,7 @@ def test_one_step_of_glove_is_adagrad_on_its_loss() -> None:
         torch.zeros(3, 5),
     )
     heard: list[float] = []
-    made = glove(pairs, 3, 4, epochs=1, seed=0, each=lambda epoch, mean: heard.append(mean))
+    made = train_glove(pairs, 3, 4, epochs=1, seed=0, on_epoch=lambda epoch, mean: heard.append(mean))
     assert torch.allclose(made, expected[:, :4], atol=1e-6)
     assert heard == [pytest.approx(float(sum(losses).detach()) / 5, rel=1e-5)]  # type: ignore[union-attr]
 
@@ -63,14 +63,14 @@ def test_glove_finds_what_was_put_in() -> None:
     counts = np.exp(truth @ truth.T / 2 + 3)
     at = np.indices((30, 30)).reshape(2, -1)
     heard: list[float] = []
-    glove(
+    train_glove(
         (at[0], at[1], counts.ravel()),
         30,
         8,
         epochs=150,
-        rate=0.1,
-        batch=100,
-        each=lambda epoch, mean: heard.append(mean),
+        learning_rate=0.1,
+        batch_size=100,
+        on_epoch=lambda epoch, mean: heard.append(mean),
     )
     assert heard[-1] < heard[0] / 50, (heard[0], heard[-1])
 
@@ -99,21 +99,21 @@ def vectors() -> Any:
 
 
 def read_asset(name: str) -> Any:
-    return read(assets.fetch(name))
+    return read_word_test(assets.fetch(name))
 
 
 def test_the_scores_of_gensim(vectors: Any) -> None:
     for name in ("wordsim353", "simlex999"):
         file = next(p for p in assets.fetch(name).iterdir() if not p.name.startswith("."))
         theirs = vectors.evaluate_word_pairs(str(file))[1].statistic
-        found = likeness(read_asset(name), lambda word: vectors[word])
+        found = score_similarity(read_asset(name), lambda word: vectors[word])
         assert found.score == pytest.approx(theirs, abs=1e-6)
         assert found.answered == found.questions == {"wordsim353": 353, "simlex999": 999}[name]
         assert found.low < found.score < found.high
     test = read_asset("word-analogies")
     assert sum(map(len, test.sections.values())) == 19_544
     some = Analogies({name: rows[:200] for name, rows in test.sections.items()})
-    found_all = solve(some, vectors.key_to_index, vectors.vectors)
+    found_all = score_analogies(some, vectors.key_to_index, vectors.vectors)
     file = next(p for p in assets.fetch("word-analogies").iterdir() if not p.name.startswith("."))
     for section in vectors.evaluate_word_analogies(str(file), restrict_vocab=10**6)[1]:
         if section["section"] in some.sections:
@@ -126,19 +126,19 @@ def test_the_scores_of_gensim(vectors: Any) -> None:
 def test_vectors_that_are_all_alike_are_told() -> None:
     draw = np.random.default_rng(0)
     apart = draw.normal(size=(200, 30))
-    assert abs(collapsed(apart)) < 0.05
+    assert abs(mean_random_cosine(apart)) < 0.05
     unit = apart / np.linalg.norm(apart, axis=1, keepdims=True)
-    assert collapsed(apart) == pytest.approx(float(((unit @ unit.T).sum() - 200) / (200 * 199)))
-    assert collapsed(apart + 10) > 0.95
+    assert mean_random_cosine(apart) == pytest.approx(float(((unit @ unit.T).sum() - 200) / (200 * 199)))
+    assert mean_random_cosine(apart + 10) > 0.95
 
 
 def test_words_without_vectors_are_not_answered() -> None:
-    test = Pairs([("a", "b", 1.0), ("a", "c", 2.0), ("b", "c", 3.0), ("a", "z", 9.0)])
+    test = WordPairs([("a", "b", 1.0), ("a", "c", 2.0), ("b", "c", 3.0), ("a", "z", 9.0)])
     table = {"a": np.array([1.0, 0]), "b": np.array([1.0, 0.1]), "c": np.array([0, 1.0])}
-    found = likeness(test, table.get)
+    found = score_similarity(test, table.get)
     assert (found.answered, found.questions) == (3, 4)
     assert math.isnan(found.score)
-    assert solve(Analogies({"x": [("a", "b", "c", "z")]}), {"a": 0}, np.ones((1, 2)))["all"].answered == 0
+    assert score_analogies(Analogies({"x": [("a", "b", "c", "z")]}), {"a": 0}, np.ones((1, 2)))["all"].answered == 0
 
 
 TEXT = (
@@ -191,7 +191,7 @@ def test_the_stage(
         6 if method == "fasttext" else 5
     )  # parts tell of words that were never seen
     assert manifest["metrics"]["why_answered"] == 2
-    embedder = open_embedder(out)
+    embedder = load_embedder(out)
     king, queen, dog, nothing = embedder.encode(["The KING", "the queen", "a dog, barks!", "zzz"])
     assert king @ queen > king @ dog
     assert not nothing.any()
@@ -275,4 +275,4 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     ):
         (tmp_path / "x.txt").write_bytes(text)
         with pytest.raises(DataError, match=says):
-            read(tmp_path / "x.txt")
+            read_word_test(tmp_path / "x.txt")

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, DynamicCache, EncoderDecoderCache
 
-from llmworks.model.loss.linear_cross_entropy import IGNORED
-from llmworks.model.loss.masking import hide_spans, hide_tokens
+from llmworks.model.loss.linear_cross_entropy import IGNORE_INDEX
+from llmworks.model.loss.masking import corrupt_spans, mask_tokens
 from llmworks.model.nn.encoder import EncoderConfig, EncoderDecoderLM, EncoderForMaskedLM, Seq2SeqConfig
 from llmworks.model.shape import Shape
 from llmworks.tokenize.bpe.reference import BPE
@@ -133,8 +133,8 @@ def test_hidden_tokens() -> None:
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 100, (50, 400), generator=draw)
     ids[:, 0] = 3
-    hidden, labels = hide_tokens(ids, 4, 100, share=0.2, keep=[3], generator=draw)
-    chosen = labels != IGNORED
+    hidden, labels = mask_tokens(ids, 4, 100, mlm_probability=0.2, excluded_ids=[3], generator=draw)
+    chosen = labels != IGNORE_INDEX
     assert (labels[chosen] == ids[chosen]).all()
     assert (hidden[~chosen] == ids[~chosen]).all()
     assert not chosen[:, 0].any()
@@ -149,7 +149,7 @@ def test_hidden_spans() -> None:
     total = hidden = spans = 0
     for length in [2, 3, 4, 5, 10, 33, *[200] * 50]:
         ids = list(range(10, 10 + length))
-        source, target = hide_spans(ids, sentinels, 1, generator=draw)
+        source, target = corrupt_spans(ids, sentinels, 1, generator=draw)
         assert source[-1] == target[-1] == 1
         covered: dict[int, list[int]] = {}
         for token in target[:-1]:
@@ -164,7 +164,7 @@ def test_hidden_spans() -> None:
             total, hidden, spans = total + length, hidden + sum(map(len, covered.values())), spans + len(covered)
     assert hidden / total == pytest.approx(0.15, abs=0.01)
     assert hidden / spans == pytest.approx(3.0, abs=0.01)
-    assert hide_spans(list(range(50)), [900], 1, generator=draw)[0].count(900) == 1
+    assert corrupt_spans(list(range(50)), [900], 1, generator=draw)[0].count(900) == 1
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def trained(model: Any, batch: Any, steps: int) -> float:
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
         given = batch()
-        seen.update(given["labels"][given["labels"] != IGNORED].tolist())
+        seen.update(given["labels"][given["labels"] != IGNORE_INDEX].tolist())
         loss = model(**given).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -209,8 +209,8 @@ def test_masked_tokens_of_real_text_are_learned(text: tuple[list[int], int]) -> 
 
     def batch() -> dict[str, torch.Tensor]:
         starts = torch.randint(0, len(ids) - 48, (16,), generator=draw).tolist()
-        hidden, labels = hide_tokens(
-            torch.tensor([ids[s : s + 48] for s in starts]), free, free, share=0.2, generator=draw
+        hidden, labels = mask_tokens(
+            torch.tensor([ids[s : s + 48] for s in starts]), free, free, mlm_probability=0.2, generator=draw
         )
         return {"input_ids": hidden, "labels": labels}
 
@@ -228,10 +228,10 @@ def test_hidden_spans_of_real_text_are_learned(text: tuple[list[int], int]) -> N
 
     def batch() -> dict[str, torch.Tensor]:
         starts = torch.randint(0, len(ids) - 48, (16,), generator=draw).tolist()
-        pairs = [hide_spans(ids[s : s + 48], sentinels, end, generator=draw) for s in starts]
+        pairs = [corrupt_spans(ids[s : s + 48], sentinels, end, generator=draw) for s in starts]
         source, target = (
             [row + [fill] * (max(map(len, rows)) - len(row)) for row in rows]
-            for rows, fill in zip(map(list, zip(*pairs, strict=True)), (pad, IGNORED), strict=True)
+            for rows, fill in zip(map(list, zip(*pairs, strict=True)), (pad, IGNORE_INDEX), strict=True)
         )
         inputs = torch.tensor(source)
         return {"input_ids": inputs, "attention_mask": (inputs != pad).long(), "labels": torch.tensor(target)}

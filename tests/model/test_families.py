@@ -25,7 +25,7 @@ from transformers import (
 
 from llmworks.core.errors import ModelError
 from llmworks.model.io.decoder_files import load_decoder, save_decoder
-from llmworks.model.io.families import shape_of, standard_of
+from llmworks.model.io.families import find_standard, parse_shape
 from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.model.shape import Shape
 
@@ -199,7 +199,7 @@ def test_a_shape_is_saved_as_what_it_is() -> None:
     }
     for kind, more in found.items():
         shape = Shape.model_validate({**usual, **more})
-        assert standard_of(shape) == kind
+        assert find_standard(shape) == kind
     for more in (
         {"experts": {}},
         {"norm_position": "post"},
@@ -210,7 +210,7 @@ def test_a_shape_is_saved_as_what_it_is() -> None:
         {**found["gemma3_text"], "attention_multiplier": 0.9},
         {**found["gemma3_text"], "num_hidden_layers": 7, "global_attn_every_n_layers": 8},
     ):
-        assert standard_of(Shape.model_validate({**usual, **more})) == ""
+        assert find_standard(Shape.model_validate({**usual, **more})) == ""
 
 
 @pytest.mark.parametrize(
@@ -279,11 +279,11 @@ def test_broken_directories_are_told(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such model directory"):
         load_decoder(tmp_path / "m")
     with pytest.raises(ModelError, match="use_bidirectional_attention"):
-        shape_of({**Gemma3TextConfig(**SIZES, use_bidirectional_attention=True).to_dict()})
+        parse_shape({**Gemma3TextConfig(**SIZES, use_bidirectional_attention=True).to_dict()})
     with pytest.raises(ModelError, match="layer_types that differ"):
-        shape_of({**Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=2).to_dict()})
+        parse_shape({**Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=2).to_dict()})
     with pytest.raises(ModelError, match="softcapping"):
-        shape_of({**Gemma3TextConfig(**SIZES, final_logit_softcapping=30.0).to_dict()})
+        parse_shape({**Gemma3TextConfig(**SIZES, final_logit_softcapping=30.0).to_dict()})
 
 
 @pytest.mark.slow

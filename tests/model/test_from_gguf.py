@@ -13,10 +13,10 @@ import torch
 from llmworks.core.errors import ModelError
 from llmworks.core.progress import Progress
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
-from llmworks.model.from_gguf import metadata, open_reader, write_hf_directory
+from llmworks.model.from_gguf import open_reader, read_metadata, write_hf_directory
 from llmworks.model.gguf.layout import deinterleave_rows, interleave_rows
-from llmworks.model.gguf.tokenizer import tokenizer_of
-from llmworks.model.golden import torch_logits
+from llmworks.model.gguf.tokenizer import build_transformers_tokenizer
+from llmworks.model.golden import make_logits_function
 from llmworks.model.io.load import load_model
 from llmworks.quantize.llamacpp.writer import write_gguf
 from llmworks.tokenize.load import load_tokenizer
@@ -68,14 +68,14 @@ def test_llama_cpp_tokenizes_the_same(pico_gguf: Path) -> None:
     params = cy.LlamaModelParams()
     model = cy.LlamaModel(str(pico_gguf), params)  # owns the vocabulary's memory
     vocabulary = model.get_vocab()
-    ours = tokenizer_of(metadata(open_reader(pico_gguf)))
+    ours = build_transformers_tokenizer(read_metadata(open_reader(pico_gguf)))
     for text in TEXTS:
         assert ours(text)["input_ids"] == list(vocabulary.tokenize(text, False, True)), text
 
 
 def test_llama_cpp_computes_the_same_logits(pico: Path, pico_gguf: Path) -> None:
     ids = [1, 5, 9, 200, 17, 3, 44, 2]
-    ours = torch_logits(load_model(pico))(ids)
+    ours = make_logits_function(load_model(pico))(ids)
     engine = LlamaCppEngine(pico_gguf, threads=1)
     theirs = engine.logits(ids)
     engine.close()

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from llmworks.model.lowbit.nf4 import _levels, dynamic_map, pack, unpack
+from llmworks.model.lowbit.nf4 import _get_levels, get_dynamic_map, pack_4bit, unpack_4bit
 from llmworks.model.nn import kernels
 from llmworks.model.nn.feed_forward import FeedForward, _SiluGate
 from llmworks.model.nn.norm import RMSNorm
@@ -22,48 +22,48 @@ with warnings.catch_warnings():
 def test_nf4_is_unpacked_alike(double: bool) -> None:
     """Their call, on a CPU, which is the same as on a GPU."""
     torch.manual_seed(5)
-    packed = pack(torch.randn(96, 128) * 0.05, double=double)
-    made = kernels.unpack_with(
+    packed = pack_4bit(torch.randn(96, 128) * 0.05, double_quant=double)
+    made = kernels.dequantize_nf4_with(
         bnb,
         packed.codes,
         packed.scales,
-        packed.second,
-        packed.mean,
+        packed.nested_scales,
+        packed.nested_offset,
         packed.shape,
-        (dynamic_map(), _levels(packed.codes.device)[0]),
+        (get_dynamic_map(), _get_levels(packed.codes.device)[0]),
     )
-    torch.testing.assert_close(made, unpack(packed), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(made, unpack_4bit(packed), rtol=1e-6, atol=1e-8)
 
 
 def test_a_cpu_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 8)
-    assert kernels.rms_norm(x, torch.ones(8), 1e-5, from_zero=False) is None
+    assert kernels.rms_norm(x, torch.ones(8), 1e-5, unit_offset=False) is None
     assert kernels.silu_gate(x, x) is None
-    assert kernels.unpack_nf4(x.to(torch.uint8), x, None, 0.0, (3, 8), (x, x)) is None
-    kernels.found.cache_clear()
+    assert kernels.dequantize_nf4(x.to(torch.uint8), x, None, 0.0, (3, 8), (x, x)) is None
+    kernels.import_kernels.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LLMWORKS_KERNELS", "0")
-    assert kernels.found("math") is None
-    kernels.found.cache_clear()
+    assert kernels.import_kernels("math") is None
+    kernels.import_kernels.cache_clear()
     monkeypatch.delenv("LLMWORKS_KERNELS")
-    assert kernels.found("math") is not None
-    assert kernels.found("no_such_kernels") is None
-    kernels.found.cache_clear()
+    assert kernels.import_kernels("math") is not None
+    assert kernels.import_kernels("no_such_kernels") is None
+    kernels.import_kernels.cache_clear()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("from_zero", [False, True], ids=["llama", "gemma"])
 def test_the_norm_is_ours(from_zero: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(6)
-    norm = RMSNorm(96, 1e-5, from_zero=from_zero).cuda()
+    norm = RMSNorm(96, 1e-5, unit_offset=from_zero).cuda()
     with torch.no_grad():
         norm.weight.add_(torch.randn_like(norm.weight) * 0.1)
     x = torch.randn(2, 7, 96, device="cuda", requires_grad=True)
     found = []
     for on in ("1", "0"):
         monkeypatch.setenv("LLMWORKS_KERNELS", on)
-        kernels.found.cache_clear()
-        assert (kernels.rms_norm(x, norm.weight, 1e-5, from_zero=from_zero) is None) == (on == "0"), (
+        kernels.import_kernels.cache_clear()
+        assert (kernels.rms_norm(x, norm.weight, 1e-5, unit_offset=from_zero) is None) == (on == "0"), (
             "install llmworks[gpu]"
         )
         y = norm(x)
@@ -89,17 +89,17 @@ def test_the_gate_is_ours() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("double", [False, True], ids=["once", "double"])
 def test_nf4_is_unpacked_alike_on_a_gpu(double: bool) -> None:
-    packed = pack(torch.randn(96, 128, device="cuda") * 0.05, double=double)
-    made = kernels.unpack_nf4(
+    packed = pack_4bit(torch.randn(96, 128, device="cuda") * 0.05, double_quant=double)
+    made = kernels.dequantize_nf4(
         packed.codes,
         packed.scales,
-        packed.second,
-        packed.mean,
+        packed.nested_scales,
+        packed.nested_offset,
         packed.shape,
-        (dynamic_map(), _levels(packed.codes.device)[0]),
+        (get_dynamic_map(), _get_levels(packed.codes.device)[0]),
     )
     assert made is not None, "install llmworks[gpu]"
-    torch.testing.assert_close(made, unpack(packed), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(made, unpack_4bit(packed), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -112,7 +112,7 @@ def test_a_norm_that_keeps_its_input_only_is_the_norm(dtype: torch.dtype) -> Non
     x = torch.randn(3, 5, 48, dtype=dtype, requires_grad=True)
     way = torch.randn(3, 5, 48)
     y = norm.train()(x)
-    assert type(y.grad_fn).__name__ == "_ScaledBackward"
+    assert type(y.grad_fn).__name__ == "_RMSNormFunctionBackward"
     assert torch.equal(y, norm.eval()(x))
     exact, gain = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
     wanted = torch.autograd.grad(

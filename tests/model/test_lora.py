@@ -14,23 +14,23 @@ from torch import nn
 
 from llmworks.core.errors import ModelError
 from llmworks.model.io.decoder_files import load_decoder
-from llmworks.model.io.load import load_model, open_adaptable
+from llmworks.model.io.load import load_adaptable, load_model
 from llmworks.model.io.weights import check_weights
 from llmworks.model.lora import adapter_io as adapter
 from llmworks.model.lora import lora
-from llmworks.model.lora.fold import fold_into, weights_of
-from llmworks.model.lora.lora import Lora, LoraLinear
-from llmworks.model.lowbit.nf4 import keep_in_nf4
+from llmworks.model.lora.fold import make_weight_lookup, merge_adapter_into
+from llmworks.model.lora.lora import LoraLinear, LoraSettings
+from llmworks.model.lowbit.nf4 import replace_with_nf4
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing.*:FutureWarning"
 )  # peft reads a name that transformers renamed
 IDS = torch.tensor([[1, 5, 9, 200, 17, 3]])
 KINDS = {
-    "plain": Lora(4, 8.0),
-    "stabilised": Lora(4, 8.0, stabilised=True),
-    "magnitudes": Lora(4, 8.0, magnitudes=True),
-    "both": Lora(8, 8.0, stabilised=True, magnitudes=True),
+    "plain": LoraSettings(4, 8.0),
+    "stabilised": LoraSettings(4, 8.0, use_rslora=True),
+    "magnitudes": LoraSettings(4, 8.0, use_dora=True),
+    "both": LoraSettings(8, 8.0, use_rslora=True, use_dora=True),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -39,17 +39,17 @@ def shaken(model: nn.Module) -> None:
     """Every adapter's numbers at random, so that each of them shows."""
     torch.manual_seed(3)
     with torch.no_grad():
-        for _, layer in lora.layers(model):
+        for _, layer in lora.iter_lora_layers(model):
             layer.b.normal_(std=0.05)
             if layer.magnitude is not None:
                 layer.magnitude.mul_(1 + 0.2 * torch.rand_like(layer.magnitude))
 
 
-def trained(pico: Path, out: Path, kind: Lora = KINDS["plain"], targets: Any = "all-linear") -> Any:
+def trained(pico: Path, out: Path, kind: LoraSettings = KINDS["plain"], targets: Any = "all-linear") -> Any:
     """The pico model with a random adapter, saved to `out`."""
-    model, rename = open_adaptable(pico)
+    model, rename = load_adaptable(pico)
     torch.manual_seed(1)
-    lora.attach(model, targets, kind, rename)
+    lora.attach_lora(model, targets, kind, rename)
     shaken(model)
     out.mkdir(exist_ok=True)
     adapter.save_adapter(model, out, kind, base_name=str(pico), rename=rename)
@@ -66,7 +66,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_starts_as_the_model_itself(pico: Path, kind: str) -> None:
     model = load_model(pico)
     before = logits(model)
-    lora.attach(model, "all-linear", KINDS[kind])
+    lora.attach_lora(model, "all-linear", KINDS[kind])
     assert torch.allclose(logits(model), before, atol=2e-5)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable
@@ -86,10 +86,10 @@ def test_peft_loads_it_and_computes_the_same_forward_and_backward(pico: Path, tm
     assert not torch.allclose(logits(ours), logits(load_model(pico)), atol=1e-2)
     for model in (ours.train(), theirs.train()):
         model(input_ids=IDS).logits.log_softmax(-1)[0, range(5), IDS[0, 1:]].sum().backward()
-    _, rename = open_adaptable(pico)
+    _, rename = load_adaptable(pico)
     gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     compared = 0
-    for name, layer in lora.layers(ours):
+    for name, layer in lora.iter_lora_layers(ours):
         stem = f"base_model.model.{rename(name)}"
         for own, name_there in (
             (layer.a, "lora_A.default.weight"),
@@ -101,7 +101,7 @@ def test_peft_loads_it_and_computes_the_same_forward_and_backward(pico: Path, tm
                 assert own.grad is not None
                 assert float((own.grad - there).norm() / there.norm()) < 1e-4, (name, name_there)
                 compared += 1
-    assert compared == len(gradients) == 14 * (3 if KINDS[kind].magnitudes else 2)
+    assert compared == len(gradients) == 14 * (3 if KINDS[kind].use_dora else 2)
 
 
 def test_one_operation_is_the_two_that_it_stands_for() -> None:
@@ -110,7 +110,7 @@ def test_one_operation_is_the_two_that_it_stands_for() -> None:
     """
     torch.manual_seed(0)
     for bias in (False, True):
-        layer = LoraLinear(nn.Linear(10, 7, bias=bias), Lora(3, 5.0)).double()
+        layer = LoraLinear(nn.Linear(10, 7, bias=bias), LoraSettings(3, 5.0)).double()
         layer.base.requires_grad_(False)
         nn.init.normal_(layer.b)
         x = torch.randn(2, 4, 10, dtype=torch.float64, requires_grad=True)
@@ -133,17 +133,17 @@ def test_faster_b_is_peft_s_lora_plus(pico: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from peft.optimizers import create_loraplus_optimizer
 
-    from llmworks.train.loop.optimizers import optimizers_of
+    from llmworks.train.loop.optimizers import create_optimizers
     from llmworks.train.loop.schedule import OptimizerConfig
 
     theirs = get_peft_model(load_model(pico), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
     ours = load_model(pico)
-    lora.attach(ours, ["q_proj", "down_proj"], KINDS["plain"])
+    lora.attach_lora(ours, ["q_proj", "down_proj"], KINDS["plain"])
     names = dict(theirs.named_parameters())
     with torch.no_grad():
-        for name, layer in lora.layers(ours):
+        for name, layer in lora.iter_lora_layers(ours):
             layer.a.copy_(names[f"base_model.model.{name}.lora_A.default.weight"])
-    (mine,) = optimizers_of(ours, OptimizerConfig(learning_rate=1e-3), {"b": 16.0})
+    (mine,) = create_optimizers(ours, OptimizerConfig(learning_rate=1e-3), {"b": 16.0})
     other = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, weight_decay=0.0)
     for group in mine.param_groups:
         group["lr"] = 1e-3 * group["times"]
@@ -152,7 +152,7 @@ def test_faster_b_is_peft_s_lora_plus(pico: Path) -> None:
             model(input_ids=IDS, labels=IDS).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    for name, layer in lora.layers(ours):
+    for name, layer in lora.iter_lora_layers(ours):
         assert torch.allclose(layer.a, names[f"base_model.model.{name}.lora_A.default.weight"], atol=1e-5), name
         assert torch.allclose(layer.b, names[f"base_model.model.{name}.lora_B.default.weight"], atol=1e-5), name
         assert float(layer.b.detach().abs().max()) > 0.03  # three steps of 0.016
@@ -164,7 +164,7 @@ def test_folded_equals_unfolded_and_peft_merge(pico: Path, tmp_path: Path, kind:
 
     unfolded = logits(trained(pico, tmp_path / "adapter", KINDS[kind]))
     folded = load_model(pico)
-    assert fold_into(weights_of(folded), tmp_path / "adapter").layers == 14
+    assert merge_adapter_into(make_weight_lookup(folded), tmp_path / "adapter").layers == 14
     assert float((logits(folded) - unfolded).abs().max() / unfolded.abs().max()) < 1e-5
     merged = PeftModel.from_pretrained(load_model(pico), tmp_path / "adapter").merge_and_unload()
     for (name, a), (_, b) in zip(folded.named_parameters(), merged.named_parameters(), strict=True):
@@ -192,7 +192,7 @@ def test_adapters_of_peft_fold(pico: Path, tmp_path: Path, what: str) -> None:
     )
     model.save_pretrained(tmp_path / "theirs")
     ours = load_model(pico)
-    fold_into(weights_of(ours), tmp_path / "theirs")
+    merge_adapter_into(make_weight_lookup(ours), tmp_path / "theirs")
     merged = PeftModel.from_pretrained(load_model(pico), tmp_path / "theirs").merge_and_unload()
     assert torch.allclose(logits(ours), logits(merged), atol=1e-4)
     assert not torch.allclose(logits(ours), logits(load_model(pico)), atol=1e-2)
@@ -202,11 +202,11 @@ def test_beside_four_bits_the_fold_is_what_was_trained(pico: Path, tmp_path: Pat
     """All layers in nf4, an adapter beside some: folded into what the bits say, also where there is no adapter, and not
     into the weights as they were.
     """
-    model, rename = open_adaptable(pico)
-    names = lora.linear_layers(model)
-    keep_in_nf4(model, names)
+    model, rename = load_adaptable(pico)
+    names = lora.find_linear_layers(model)
+    replace_with_nf4(model, names)
     torch.manual_seed(1)
-    lora.attach(model, ["q_proj", "up_proj"], KINDS["plain"], rename)
+    lora.attach_lora(model, ["q_proj", "up_proj"], KINDS["plain"], rename)
     shaken(model)
     adapter.save_adapter(
         model,
@@ -217,26 +217,26 @@ def test_beside_four_bits_the_fold_is_what_was_trained(pico: Path, tmp_path: Pat
         base={"kept": "nf4", "double": True, "layers": sorted(map(rename, names))},
     )
     folded = load_model(pico)
-    done = fold_into(weights_of(folded), tmp_path)
+    done = merge_adapter_into(make_weight_lookup(folded), tmp_path)
     assert done.layers == 4
     assert 0.03 < done.base_error < 0.12  # nf4 loses some percent of normal weights
     assert torch.allclose(logits(folded), logits(model), atol=1e-4)
-    (tmp_path / adapter.BASE).unlink()
+    (tmp_path / adapter.BASE_FILE).unlink()
     other = load_model(pico)
-    assert fold_into(weights_of(other), tmp_path).base_error == 0
+    assert merge_adapter_into(make_weight_lookup(other), tmp_path).base_error == 0
     assert not torch.allclose(logits(other), logits(model), atol=1e-2)
-    (tmp_path / adapter.BASE).write_text('{"kept": "int3"}')
+    (tmp_path / adapter.BASE_FILE).write_text('{"kept": "int3"}')
     with pytest.raises(ModelError, match="quantized as 'int3'; only nf4"):
-        fold_into(weights_of(other), tmp_path)
+        merge_adapter_into(make_weight_lookup(other), tmp_path)
 
 
 def test_wrong_model_is_refused_before_anything_changes(pico: Path, tmp_path: Path) -> None:
     trained(pico, tmp_path / "adapter")
     with pytest.raises(ModelError, match="has no layer"):
-        fold_into(lambda layer: None, tmp_path / "adapter")
+        merge_adapter_into(lambda layer: None, tmp_path / "adapter")
     weight = torch.zeros(3, 3)
     with pytest.raises(ModelError, match="has shape"):
-        fold_into(lambda layer: weight, tmp_path / "adapter")
+        merge_adapter_into(lambda layer: weight, tmp_path / "adapter")
     assert not weight.any()
 
 
@@ -254,10 +254,10 @@ def test_unknown_options_and_targets_are_refused(pico: Path, tmp_path: Path) -> 
             adapter.read_adapter(tmp_path / "adapter")
     file.write_text(json.dumps({**config, "use_dora": True}))
     with pytest.raises(ModelError, match="has no lora_magnitude_vector"):
-        fold_into(weights_of(load_model(pico)), tmp_path / "adapter")
-    model, rename = open_adaptable(pico)
+        merge_adapter_into(make_weight_lookup(load_model(pico)), tmp_path / "adapter")
+    model, rename = load_adaptable(pico)
     with pytest.raises(ModelError, match=r"no linear layer named 'w1'; it has down_proj, gate_proj, k_proj"):
-        lora.attach(model, ["w1"], KINDS["plain"], rename)
+        lora.attach_lora(model, ["w1"], KINDS["plain"], rename)
 
 
 def test_the_decoder_is_adapted_as_transformers_model(pico: Path, tmp_path: Path) -> None:
@@ -265,8 +265,8 @@ def test_the_decoder_is_adapted_as_transformers_model(pico: Path, tmp_path: Path
     ours = trained(pico, tmp_path / "adapter")
     theirs = load_model(pico)
     torch.manual_seed(9)
-    lora.attach(theirs, "all-linear", KINDS["plain"])
-    adapter.load_state(theirs, adapter.read_adapter(tmp_path / "adapter")[1])
+    lora.attach_lora(theirs, "all-linear", KINDS["plain"])
+    adapter.load_adapter_state(theirs, adapter.read_adapter(tmp_path / "adapter")[1])
     assert torch.allclose(logits(theirs), logits(ours), atol=1e-4)
     assert type(ours) is type(load_decoder(pico))
 

@@ -19,18 +19,19 @@ from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.core.types import Message, Request, Sampling
 from llmworks.generate.engines.torch import TorchEngine
-from llmworks.model.golden import record
+from llmworks.model.golden import record_golden
 from llmworks.model.io.decoder_files import load_decoder
 from llmworks.model.io.load import load_model
-from llmworks.model.io.weights import Stored
+from llmworks.model.io.weights import StoredTensors
 from llmworks.model.lowbit import linear as low_bit
-from llmworks.model.lowbit.integer import Grid, whole
-from llmworks.model.lowbit.linear import Int4Linear, Int8Linear, LowBitLinear, low_bit_layer
+from llmworks.model.lowbit.integer import Grid, quantize_matrix
+from llmworks.model.lowbit.linear import Int4Linear, Int8Linear, LowBitLinear, make_low_bit_layer
 from llmworks.quantize.int8 import Int8Config, int8
 from llmworks.quantize.rtn import RtnConfig, rtn
 
 runs = pytest.mark.skipif(
-    not low_bit.available(), reason="this CPU has no instructions for bfloat16, so that such layers are not used on it"
+    not low_bit.is_available(),
+    reason="this CPU has no instructions for bfloat16, so that such layers are not used on it",
 )
 
 
@@ -73,7 +74,7 @@ def quantized(stage: Callable[..., Any], config: Any, path: Path, folder: Path) 
     (folder / "out").mkdir()
     stage(
         config,
-        Model(path, golden=record(path)),
+        Model(path, golden=record_golden(path)),
         Context(
             folder / "out",
             folder / "scratch",
@@ -104,44 +105,46 @@ def quantized(stage: Callable[..., Any], config: Any, path: Path, folder: Path) 
 def test_layers_compute_what_their_weights_do(bits: int, group: int, symmetric: bool) -> None:
     """By the kernel and by weights made anew; within what rounding to bfloat16 takes (2^-9 of each number)."""
     draw = torch.Generator().manual_seed(bits)
-    matrix = whole(torch.randn(128, 384, generator=draw), Grid(bits, group, symmetric, stored="bfloat16"))
-    layer = low_bit_layer(matrix)
+    matrix = quantize_matrix(torch.randn(128, 384, generator=draw), Grid(bits, group, symmetric, stored="bfloat16"))
+    layer = make_low_bit_layer(matrix)
     assert layer is not None
     assert type(layer) is (Int4Linear if bits <= 4 else Int8Linear)
     assert layer.shape == (128, 384)
-    for rows in (1, layer.most, layer.most + 1, 200):
+    for rows in (1, layer.max_kernel_rows, layer.max_kernel_rows + 1, 200):
         x = torch.randn(rows, 384, generator=draw)
         assert apart(layer(x), x @ matrix.weight().T) < 0.006
-        assert apart(layer.few(x.bfloat16()).float(), layer.many(x.bfloat16()).float()) < 0.006
+        assert apart(layer.forward_kernel(x.bfloat16()).float(), layer.forward_dense(x.bfloat16()).float()) < 0.006
     rounded = x.bfloat16()
     exact = rounded.double() @ matrix.weight().double().T
-    assert apart(layer.few(rounded).double(), exact) < 0.004
+    assert apart(layer.forward_kernel(rounded).double(), exact) < 0.004
     assert torch.equal(layer(x.view(2, 100, 384)), layer(x).view(2, 100, 128))
 
 
 @runs
 def test_weights_made_anew_are_the_stored_ones() -> None:
     """Of a symmetric grid with scales in bfloat16: to the bit, but for rounding the product to bfloat16."""
-    matrix = whole(torch.randn(192, 256, generator=torch.Generator().manual_seed(0)), Grid(4, 32, stored="bfloat16"))
-    layer = low_bit_layer(matrix)
+    matrix = quantize_matrix(
+        torch.randn(192, 256, generator=torch.Generator().manual_seed(0)), Grid(4, 32, stored="bfloat16")
+    )
+    layer = make_low_bit_layer(matrix)
     assert isinstance(layer, Int4Linear)
-    assert torch.equal(layer.many(torch.eye(256).bfloat16()).T, matrix.weight().bfloat16())
+    assert torch.equal(layer.forward_dense(torch.eye(256).bfloat16()).T, matrix.weight().bfloat16())
 
 
 @runs
 def test_what_has_no_kernel_has_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(128, 96)
-    assert low_bit_layer(whole(weight[:96], Grid(4, 32))) is None  # rows that do not fill a block
-    assert low_bit_layer(whole(weight, Grid(4, 48))) is None
-    assert low_bit_layer(whole(weight, Grid(8, 32))) is None
-    assert low_bit_layer(whole(weight, Grid(8, 0, symmetric=False))) is None
-    assert low_bit_layer(whole(weight, Grid(8, -1))) is None
+    assert make_low_bit_layer(quantize_matrix(weight[:96], Grid(4, 32))) is None  # rows that do not fill a block
+    assert make_low_bit_layer(quantize_matrix(weight, Grid(4, 48))) is None
+    assert make_low_bit_layer(quantize_matrix(weight, Grid(8, 32))) is None
+    assert make_low_bit_layer(quantize_matrix(weight, Grid(8, 0, symmetric=False))) is None
+    assert make_low_bit_layer(quantize_matrix(weight, Grid(8, -1))) is None
     assert (
-        low_bit_layer(whole(weight[:, :40], Grid(8))) is None
+        make_low_bit_layer(quantize_matrix(weight[:, :40], Grid(8))) is None
     )  # rows that do not begin where the kernel can read them
-    assert low_bit_layer(whole(weight, Grid(4, 32))) is not None
-    monkeypatch.setattr(low_bit, "available", lambda: False)
-    assert low_bit_layer(whole(weight, Grid(4, 32))) is None
+    assert make_low_bit_layer(quantize_matrix(weight, Grid(4, 32))) is not None
+    monkeypatch.setattr(low_bit, "is_available", lambda: False)
+    assert make_low_bit_layer(quantize_matrix(weight, Grid(4, 32))) is None
 
 
 @runs
@@ -185,7 +188,7 @@ def test_a_directory_runs_as_whole_numbers(
 
 def test_files_are_read_tensor_by_tensor(biased: Path) -> None:
     """What is loaded is no page of a file: that may change; a tied head stays tied."""
-    stored = Stored(biased)
+    stored = StoredTensors(biased)
     assert len(stored) == len(list(stored)) == 26
     model = load_decoder(biased)
     assert model.head.weight is model.decoder.embedding.weight

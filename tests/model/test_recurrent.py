@@ -19,7 +19,7 @@ from llmworks.cli import main
 from llmworks.core.errors import ModelError
 from llmworks.core.types import Message, Request, Sampling
 from llmworks.generate.engines.torch import TorchEngine
-from llmworks.model.nn.recurrent import RecurrentConfig, RecurrentForCausalLM
+from llmworks.model.nn.recurrent import RecurrentForCausalLM, RecurrentModelConfig
 
 KINDS = ("mlp", "rnn", "lstm", "gru")
 IDS = torch.randint(0, 61, (3, 14), generator=torch.Generator().manual_seed(1))
@@ -35,7 +35,7 @@ def made(kind: str, **more: Any) -> RecurrentForCausalLM:
         **({"window_size": 4} if kind == "mlp" else {"num_hidden_layers": 2}),
         **more,
     }
-    model = RecurrentForCausalLM(RecurrentConfig(shape=shape))
+    model = RecurrentForCausalLM(RecurrentModelConfig(shape=shape))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "bias" in name:
@@ -47,7 +47,7 @@ def made(kind: str, **more: Any) -> RecurrentForCausalLM:
 def by_hand(model: RecurrentForCausalLM, ids: Tensor) -> Tensor:
     """Logits [length, vocabulary] of one text, by the papers' equations."""
     weights = dict(model.named_parameters())
-    kind, inner = model.shape.rnn_type, model.shape.inner
+    kind, inner = model.shape.rnn_type, model.shape.inner_size
     xs = [model.embedding.weight[i] for i in ids]
     if kind == "mlp":
         zeros = [torch.zeros(model.shape.embedding_dim)] * (model.shape.window_size - 1)
@@ -161,7 +161,7 @@ def test_learns_more_than_frequencies(kind: str) -> None:
         "tie_word_embeddings": False,
         "dropout": 0.1,
     }
-    model = RecurrentForCausalLM(RecurrentConfig(shape=shape)).train()
+    model = RecurrentForCausalLM(RecurrentModelConfig(shape=shape)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(150):
         rows = train[torch.randint(0, len(train), (16,), generator=torch.Generator().manual_seed(step))]

@@ -17,9 +17,9 @@ from transformers import DynamicCache
 
 from llmworks.cli import main
 from llmworks.model.anatomy.drawing import draw
-from llmworks.model.anatomy.parts import cached, parts_of, state_of
+from llmworks.model.anatomy.parts import count_cache_elements, count_state_elements, list_parts
 from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
-from llmworks.model.nn.recurrent import RecurrentConfig, RecurrentForCausalLM
+from llmworks.model.nn.recurrent import RecurrentForCausalLM, RecurrentModelConfig
 from llmworks.model.shape import RecurrentShape, Shape
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -59,7 +59,7 @@ def test_a_decoder_comes_to_what_it_is(name: str) -> None:
     )
     model = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
     model.train(False)
-    parts = parts_of(shape, SEEN)
+    parts = list_parts(shape, SEEN)
     assert sum(p.parameters for p in parts) == sum(p.numel() for p in model.parameters())
     cache = DynamicCache()
     with torch.no_grad():
@@ -70,23 +70,25 @@ def test_a_decoder_comes_to_what_it_is(name: str) -> None:
         ):  # the others are not counted on a CPU
             model(torch.randint(0, 61, (1, 1)), past_key_values=cache)
     windows = sum(
-        4 * 4 * shape.per_head * (SEEN - shape.window_of(i)) for i in range(3) if shape.window_of(i)
+        4 * 4 * shape.head_size * (SEEN - shape.get_sliding_window(i)) for i in range(3) if shape.get_sliding_window(i)
     )  # hidden, but computed by the kernel
-    assert sum(p.work for p in parts) == counter.get_total_flops() - windows
+    assert sum(p.flops for p in parts) == counter.get_total_flops() - windows
     kept = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    assert sum(p.cache for p in parts) * SEEN == kept
+    assert sum(p.cache_elements for p in parts) * SEEN == kept
     if not shape.sliding_window:
-        assert cached(shape, SEEN) == kept
+        assert count_cache_elements(shape, SEEN) == kept
 
 
 def test_experts_that_are_not_chosen_cost_nothing() -> None:
     usual = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    all_of = parts_of(Shape.model_validate({**usual, "experts": {"num_experts": 4, "num_experts_per_tok": 4}}), 9)
-    half = parts_of(Shape.model_validate({**usual, "experts": {"num_experts": 4, "num_experts_per_tok": 2}}), 9)
-    assert sum(p.parameters for p in half) == sum(p.parameters for p in all_of) == sum(p.active for p in all_of)
+    all_of = list_parts(Shape.model_validate({**usual, "experts": {"num_experts": 4, "num_experts_per_tok": 4}}), 9)
+    half = list_parts(Shape.model_validate({**usual, "experts": {"num_experts": 4, "num_experts_per_tok": 2}}), 9)
+    assert (
+        sum(p.parameters for p in half) == sum(p.parameters for p in all_of) == sum(p.active_parameters for p in all_of)
+    )
     routed = sum(p.parameters for p in all_of if "experts" in p.name)
-    assert sum(p.active for p in half) == sum(p.active for p in all_of) - routed / 2
-    assert sum(p.work for p in half) == sum(p.work for p in all_of) - routed
+    assert sum(p.active_parameters for p in half) == sum(p.active_parameters for p in all_of) - routed / 2
+    assert sum(p.flops for p in half) == sum(p.flops for p in all_of) - routed
 
 
 @pytest.mark.parametrize("kind", ["mlp", "rnn", "lstm", "gru"])
@@ -100,19 +102,19 @@ def test_a_recurrent_model_comes_to_what_it_is(kind: str) -> None:
             "num_hidden_layers": 1 if kind == "mlp" else 2,
         }
     )
-    model = RecurrentForCausalLM(RecurrentConfig(shape=shape.model_dump()))
+    model = RecurrentForCausalLM(RecurrentModelConfig(shape=shape.model_dump()))
     model.train(False)
-    parts = parts_of(shape, 9)
+    parts = list_parts(shape, 9)
     assert sum(p.parameters for p in parts) == sum(p.numel() for p in model.parameters())
     matrices = sum(
         p.numel()
         for name, p in model.named_parameters()
         if p.dim() == 2 and name not in ("embedding.weight", "head.weight")
     )
-    assert sum(p.work for p in parts) == 2 * (matrices + 61 * 16)
+    assert sum(p.flops for p in parts) == 2 * (matrices + 61 * 16)
     with torch.no_grad():
         state = model(torch.randint(0, 61, (1, 30)), use_cache=True).past_key_values.state
-    assert state_of(shape) == cached(shape, 1000) == sum(s.numel() for s in state)
+    assert count_state_elements(shape) == count_cache_elements(shape, 1000) == sum(s.numel() for s in state)
 
 
 def test_drawings_hold_what_shapes_say() -> None:

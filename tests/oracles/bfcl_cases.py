@@ -19,7 +19,7 @@ sys.modules["bfcl_eval.constants.model_config"] = stand_in
 from bfcl_eval.constants.enums import Language  # noqa: E402
 from bfcl_eval.eval_checker.ast_eval.ast_checker import ast_checker  # noqa: E402
 
-from llmworks.data.published.bfcl import chat_row  # noqa: E402
+from llmworks.data.published.bfcl import convert_row  # noqa: E402
 
 DATA = Path(sys.argv[1]) / "bfcl_eval" / "data"
 FILE = "BFCL_v4_simple_python.json"
@@ -94,7 +94,7 @@ def main() -> None:
     cases = []
     for question in map(json.loads, (DATA / FILE).read_text().splitlines()):
         answer = answers[question["id"]]
-        _, _, call, _ = chat_row(question, answer)
+        _, _, call, _ = convert_row(question, answer)
         optional = {k: next((v for v in vs if v != ""), None) for k, vs in answer["ground_truth"][0][call.name].items()}
         tried = [
             call.arguments,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from llmworks.core.errors import ModelError
-from llmworks.model.lowbit.integer import Grid, fit, grouped, whole
-from llmworks.quantize.algorithms.awq import change, clipped, input_scales
+from llmworks.model.lowbit.integer import Grid, fit_scales, quantize_matrix, split_groups
+from llmworks.quantize.algorithms.awq import compute_output_error, search_clipping, search_input_scales
 from llmworks.quantize.algorithms.calibrated import scale_inputs
-from llmworks.quantize.algorithms.gptq import solve
+from llmworks.quantize.algorithms.gptq import quantize_gptq
 from tests.model.test_families import THEIRS, made
 
 
@@ -38,10 +38,10 @@ def brain_surgeon(weight: Tensor, hessian: Tensor, grid: Grid, damping: float) -
     rest, count = weight.double().clone(), len(hessian)
     inverse = torch.linalg.inv(hessian.double() + damping * hessian.diagonal().mean() * torch.eye(count))
     scales, made = None, torch.empty_like(rest)
-    size = grid.size(count)
+    size = grid.get_group_size(count)
     for column in range(count):
         if column % size == 0:
-            scales = fit(rest[:, None, column : column + size].float(), grid)
+            scales = fit_scales(rest[:, None, column : column + size].float(), grid)
         assert scales is not None
         s, z = scales.scale[:, 0].double(), scales.zero[:, 0].double()
         made[:, column] = ((rest[:, column] / s + z).round().clamp(grid.low, grid.high) - z) * s
@@ -55,7 +55,7 @@ def brain_surgeon(weight: Tensor, hessian: Tensor, grid: Grid, damping: float) -
 @pytest.mark.parametrize("grid", [Grid(4, 16), Grid(4, 32, symmetric=False), Grid(3), Grid(8, 16)], ids=str)
 def test_gptq_is_optimal_brain_quantization(grid: Grid) -> None:
     weight, _, hessian = layer(0)
-    ours = solve(weight, hessian, grid, damping=0.01, search=False).weight()
+    ours = quantize_gptq(weight, hessian, grid, dampening_frac=0.01, mse_scales=False).weight()
     theirs = brain_surgeon(weight, hessian, grid, 0.01)
     assert float((ours != theirs).float().mean()) < 0.01 or torch.allclose(
         ours, theirs, atol=1e-5
@@ -69,47 +69,55 @@ def test_gptq_is_optimal_brain_quantization(grid: Grid) -> None:
 def test_gptq_changes_outputs_less_than_rounding(grid: Grid, search: bool, by_activation: bool) -> None:
     for seed in range(4):
         weight, _, hessian = layer(seed, rows=24, columns=192)
-        ours = solve(weight, hessian, grid, by_activation=by_activation, search=search)
-        assert harm(weight, ours.weight(), hessian) < 0.8 * harm(weight, whole(weight, grid).weight(), hessian)
+        ours = quantize_gptq(weight, hessian, grid, act_order=by_activation, mse_scales=search)
+        assert harm(weight, ours.weight(), hessian) < 0.8 * harm(
+            weight, quantize_matrix(weight, grid).weight(), hessian
+        )
 
 
 def test_harm_is_the_mean_squared_change_of_outputs() -> None:
     weight, x, hessian = layer(1)
-    after = whole(weight, Grid(3)).weight()
+    after = quantize_matrix(weight, Grid(3)).weight()
     assert harm(weight, after, hessian) == pytest.approx(
         float((x @ (after - weight).T).square().sum(0).div(len(x)).mean()), rel=1e-4
     )
-    assert change(weight, after, hessian) == pytest.approx(harm(weight, after, hessian) * len(weight), rel=1e-4)
+    assert compute_output_error(weight, after, hessian) == pytest.approx(
+        harm(weight, after, hessian) * len(weight), rel=1e-4
+    )
 
 
 def test_where_inputs_know_nothing_of_one_another_gptq_is_rounding() -> None:
     weight, _, _ = layer(2)
     for grid in (Grid(4, 16), Grid(4, 0, symmetric=False)):
-        assert torch.equal(solve(weight, torch.eye(64), grid, search=False).codes, whole(weight, grid).codes)
+        assert torch.equal(
+            quantize_gptq(weight, torch.eye(64), grid, mse_scales=False).codes, quantize_matrix(weight, grid).codes
+        )
 
 
 def test_an_input_that_is_always_zero_has_no_weight_and_a_singular_matrix_is_damped() -> None:
     weight, _, hessian = layer(3)
     hessian[5], hessian[:, 5] = 0, 0
-    assert not solve(weight, hessian, Grid(4, 16)).weight()[:, 5].any()
+    assert not quantize_gptq(weight, hessian, Grid(4, 16)).weight()[:, 5].any()
     one = torch.ones(1, 64)
-    assert torch.isfinite(solve(weight, one.T @ one, Grid(4, 16), damping=1e-12).weight()).all()
+    assert torch.isfinite(quantize_gptq(weight, one.T @ one, Grid(4, 16), dampening_frac=1e-12).weight()).all()
     with pytest.raises(ModelError, match="no numbers"):
-        solve(weight, hessian * float("nan"), Grid(4, 16))
+        quantize_gptq(weight, hessian * float("nan"), Grid(4, 16))
 
 
 def test_awq_finds_a_power_that_keeps_outputs_and_clipping_keeps_more() -> None:
     weight, x, hessian = layer(4, rows=48)
     grid = Grid(4, 32, symmetric=False)
-    scale, power, without, least = input_scales([weight[:16], weight[16:]], hessian, x.abs().mean(0), grid)
+    scale, power, without, least = search_input_scales([weight[:16], weight[16:]], hessian, x.abs().mean(0), grid)
     assert 0 < power < 1
     assert least < 0.8 * without
-    plain = whole(weight * scale, grid)
-    assert change(weight, plain.weight() / scale, hessian) == pytest.approx(least, rel=1e-3)
+    plain = quantize_matrix(weight * scale, grid)
+    assert compute_output_error(weight, plain.weight() / scale, hessian) == pytest.approx(least, rel=1e-3)
     moments = hessian / (scale[:, None] * scale)
-    narrow = whole(weight * scale, grid, clipped(weight * scale, moments, grid))
+    narrow = quantize_matrix(weight * scale, grid, search_clipping(weight * scale, moments, grid))
     blocks = torch.block_diag(*(moments[at : at + 32, at : at + 32] for at in (0, 32)))  # what the search looks at
-    assert change(weight * scale, narrow.weight(), blocks) <= change(weight * scale, plain.weight(), blocks)
+    assert compute_output_error(weight * scale, narrow.weight(), blocks) <= compute_output_error(
+        weight * scale, plain.weight(), blocks
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "mistral"])
@@ -128,12 +136,14 @@ def test_scaled_inputs_change_nothing(name: str, tmp_path: Path) -> None:
             for layers, columns in (
                 (("attention.query", "attention.key", "attention.value"), model.shape.hidden_size),
                 (("feed_forward.gate", "feed_forward.up"), model.shape.hidden_size),
-                (("feed_forward.down",), model.shape.inner),
+                (("feed_forward.down",), model.shape.inner_size),
             ):
                 scale_inputs(block, layers, torch.rand(columns, generator=draw) + 0.5)
-            each = torch.rand(attention.groups, 1, attention.per_head, generator=draw) + 0.5
+            each = torch.rand(attention.num_kv_heads, 1, attention.head_size, generator=draw) + 0.5
             scale_inputs(
-                block, ("attention.out",), each.expand(-1, attention.heads // attention.groups, -1).reshape(-1)
+                block,
+                ("attention.out",),
+                each.expand(-1, attention.num_heads // attention.num_kv_heads, -1).reshape(-1),
             )
         after = model(input_ids=ids).logits
     assert torch.allclose(before, after, atol=1e-5 * float(before.abs().max()))
@@ -142,11 +152,11 @@ def test_scaled_inputs_change_nothing(name: str, tmp_path: Path) -> None:
 def test_scales_of_grouped_heads_are_shared() -> None:
     from types import SimpleNamespace
 
-    from llmworks.quantize.algorithms.calibrated import _as_given
-    from llmworks.quantize.calibrate.layerwise import Part
+    from llmworks.quantize.algorithms.calibrated import _reduce_shared_columns
+    from llmworks.quantize.calibrate.layerwise import BlockPart
 
-    block = SimpleNamespace(place="pre", attention=SimpleNamespace(groups=2, heads=4, per_head=3))
-    mean = _as_given(block, Part(("attention.out",)), torch.arange(12.0))
+    block = SimpleNamespace(norm_position="pre", attention=SimpleNamespace(num_kv_heads=2, num_heads=4, head_size=3))
+    mean = _reduce_shared_columns(block, BlockPart(("attention.out",)), torch.arange(12.0))
     assert mean is not None
     assert mean.view(2, 2, 3).tolist() == [[[1.5, 2.5, 3.5]] * 2, [[7.5, 8.5, 9.5]] * 2]
-    assert grouped(mean.view(1, -1), Grid(4, 3)).shape == (1, 4, 3)
+    assert split_groups(mean.view(1, -1), Grid(4, 3)).shape == (1, 4, 3)

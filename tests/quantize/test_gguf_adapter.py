@@ -19,10 +19,10 @@ from llmworks.core.context import Context
 from llmworks.core.errors import GoldenMismatch, LlmworksError, ModelError
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
-from llmworks.model.golden import record
+from llmworks.model.golden import record_golden
 from llmworks.quantize.adapter import adapter
 from llmworks.quantize.llamacpp import adapter as gguf_adapter
-from llmworks.quantize.llamacpp.config import AdapterConfig
+from llmworks.quantize.llamacpp.config import GgufAdapterConfig
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -52,7 +52,7 @@ def exported(base: Path, source: Path, folder: Path, kind: str = "f32") -> Adapt
         ReportBuilder(),
         lambda _: pytest.fail("no engine is needed"),
     )
-    return adapter(AdapterConfig(type=kind), Adapter(source), Model(base, golden=record(base)), context)
+    return adapter(GgufAdapterConfig(type=kind), Adapter(source), Model(base, golden=record_golden(base)), context)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_llama_cpp_says_what_the_folded_model_says(
 def test_rows_of_queries_and_keys_are_turned(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it the file is another adapter, and is refused."""
     source = made_by_peft(pico, tmp_path / "adapter", target_modules=["q_proj", "k_proj"])
-    monkeypatch.setattr(gguf_adapter, "heads_of", lambda *_: None)
+    monkeypatch.setattr(gguf_adapter, "get_interleaved_heads", lambda *_: None)
     with pytest.raises(
         GoldenMismatch,
         match=r"quantize.adapter: log-probabilities of llama.cpp with adapter.gguf differ from .* by \d.\d+ nats",

@@ -20,8 +20,8 @@ from llmworks.core.progress import Progress
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.model.from_gguf import write_hf_directory
 from llmworks.model.gguf.layout import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
-from llmworks.model.gguf.tokenizer import build_tokenizer, pre_tokenizer_of
-from llmworks.quantize.llamacpp.vocabulary import scores_of
+from llmworks.model.gguf.tokenizer import build_tokenizer, make_pre_tokenizer
+from llmworks.quantize.llamacpp.vocabulary import compute_scores
 from llmworks.quantize.llamacpp.writer import write_gguf
 from tests.conftest import make_tokenizer
 from tests.model.test_from_gguf import TEXTS
@@ -195,14 +195,14 @@ def test_merges_that_llama_cpp_would_not_follow_are_refused(tmp_path: Path) -> N
     vocabulary = {token: at for at, token in enumerate(["a", "b", "c", "ab", "bc", "abc"])}
     types = [NORMAL] * 6
     good = {"vocab": vocabulary, "merges": [["a", "b"], ["b", "c"], ["ab", "c"], ["a", "bc"]]}
-    assert scores_of(good, types, tmp_path)[3:] == [0.0, -1.0, -2.0]
+    assert compute_scores(good, types, tmp_path)[3:] == [0.0, -1.0, -2.0]
     with pytest.raises(
         ModelError,
         match=r"'a' and 'bc' have no merge although 'abc' is a token, so llama.cpp would tokenize differently",
     ):
-        scores_of({**good, "merges": good["merges"][:3]}, types, tmp_path)
+        compute_scores({**good, "merges": good["merges"][:3]}, types, tmp_path)
     with pytest.raises(ModelError, match="merges that produce 'abc' are not consecutive"):
-        scores_of({**good, "merges": [["a", "b"], ["ab", "c"], ["b", "c"], ["a", "bc"]]}, types, tmp_path)
+        compute_scores({**good, "merges": [["a", "b"], ["ab", "c"], ["b", "c"], ["a", "bc"]]}, types, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["smollm", "gpt-2", "qwen2", "llama-bpe"])
@@ -214,7 +214,7 @@ def test_texts_are_split_as_in_llama_cpp(name: str, tmp_path: Path) -> None:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["model"]["ignore_merges"] = name == "llama-bpe"
     inner = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
-    inner.pre_tokenizer = pre_tokenizer_of(name)
+    inner.pre_tokenizer = make_pre_tokenizer(name)
     if name == "qwen2":
         inner.normalizer = normalizers.NFC()
     make: Any = PreTrainedTokenizerFast

@@ -13,8 +13,15 @@ from llmworks.core.artifact import Dataset
 from llmworks.core.errors import DataError, ModelError
 from llmworks.core.progress import Progress
 from llmworks.model.from_gguf import open_reader
-from llmworks.quantize.llamacpp.types import FILE_TYPES, SEEING, Layout, base_of, block, types_of
-from llmworks.quantize.llamacpp.writer import encoded, write_gguf
+from llmworks.quantize.llamacpp.types import (
+    FILE_TYPES,
+    REQUIRE_IMATRIX,
+    MixParameters,
+    assign_formats,
+    get_base_format,
+    get_block_size,
+)
+from llmworks.quantize.llamacpp.writer import encode, write_gguf
 from tests.conftest import make_tokenizer
 from tests.quantize.test_quantize import quantized, texts  # noqa: F401 (a fixture)
 
@@ -22,7 +29,7 @@ QUIET = Progress(quiet=True)
 BLIND = [
     kind
     for kind in FILE_TYPES
-    if base_of(kind) not in SEEING and kind not in ("f32", "q2_k_s", "iq2_s", "iq2_m", "iq3_xs")
+    if get_base_format(kind) not in REQUIRE_IMATRIX and kind not in ("f32", "q2_k_s", "iq2_s", "iq2_m", "iq3_xs")
 ]
 
 
@@ -113,7 +120,7 @@ def test_what_is_important_is_kept_better() -> None:
     from libgguf import GGMLQuantizationType, dequantize_rows
 
     def error(kind: str, given: Any) -> float:
-        back = dequantize_rows(encoded(weight, kind, given), GGMLQuantizationType[kind])
+        back = dequantize_rows(encode(weight, kind, given), GGMLQuantizationType[kind])
         return float((((back - weight) ** 2) * important).sum())
 
     for kind in ("Q4_0", "Q4_1", "Q5_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "IQ4_NL", "IQ4_XS", "IQ3_S"):
@@ -128,7 +135,9 @@ def test_importance_is_needed_by_some_and_changes_the_mix(wide: dict[str, Path],
         write_gguf(wide["shared"], tmp_path / "x.gguf", "iq2_xs", QUIET)
     assert not (tmp_path / "x.gguf").exists()
     shapes = {f"blk.{layer}.ffn_down.weight": (256, 256) for layer in range(16)}
-    with_it, without = (types_of(shapes, "q4_0", Layout(16, 4, True, importance)) for importance in (True, False))
+    with_it, without = (
+        assign_formats(shapes, "q4_0", MixParameters(16, 4, True, importance)) for importance in (True, False)
+    )
     assert [*with_it.values()] == ["Q4_1"] * 2 + ["Q4_0"] * 14
     assert set(without.values()) == {"Q4_0"}
 
@@ -148,16 +157,16 @@ def test_types_that_see_are_written_and_read(kind: str, wide: dict[str, Path], t
     draw = np.random.default_rng(0)
     with_seeing = {
         name: draw.random(256).astype(np.float32) + 0.1
-        for name in types_of(
+        for name in assign_formats(
             {tensor.name: tuple(reversed(tensor.shape)) for tensor in open_reader(wide["shared"] / "f32.gguf").tensors},
             "f16",
-            Layout(17, 8, False),
+            MixParameters(17, 8, False),
         )
         if "blk" in name
     }
     written = write_gguf(wide["shared"], tmp_path / "made.gguf", kind, QUIET, with_seeing)
-    assert all(256 % block(found) == 0 for found in written.types.values())
-    assert not written.fallen
+    assert all(256 % get_block_size(found) == 0 for found in written.types.values())
+    assert not written.fallback_tensors
     engine = LlamaCppEngine(tmp_path / "made.gguf", threads=1)
     try:
         assert np.isfinite(engine.logits([1, 5, 9, 200, 17])).all()
@@ -168,12 +177,12 @@ def test_types_that_see_are_written_and_read(kind: str, wide: dict[str, Path], t
 def test_rows_that_nothing_divides_stay_in_16_bits(wide: dict[str, Path], tmp_path: Path) -> None:
     written = write_gguf(wide["odd"], tmp_path / "x.gguf", "q4_k_m", QUIET)
     assert {found for name, found in written.types.items() if "norm" not in name} == {"F16"}
-    assert "blk.0.ffn_up.weight" in written.fallen
+    assert "blk.0.ffn_up.weight" in written.fallback_tensors
 
 
 def test_formats_by_a_pattern_go_before(wide: dict[str, Path], tmp_path: Path) -> None:
     written = write_gguf(
-        wide["tied"], tmp_path / "x.gguf", "q4_k_m", QUIET, given={r"blk\.3\.": "q8_0", "attn_v": "f16"}
+        wide["tied"], tmp_path / "x.gguf", "q4_k_m", QUIET, overrides={r"blk\.3\.": "q8_0", "attn_v": "f16"}
     )
     assert written.types["blk.3.ffn_up.weight"] == "Q8_0"
     assert written.types["blk.3.attn_norm.weight"] == "F32"
@@ -211,9 +220,9 @@ def test_formats_by_what_tensors_bear_are_no_larger_and_lose_less(pico: Path, te
 def test_importance_lowers_the_divergence(pico: Path, texts: Dataset, tmp_path: Path) -> None:
     """At the same type, and the numbers are those of hooks on the model."""
     from llmworks.model.io.decoder_files import load_decoder
-    from llmworks.model.io.layer_reader import Source
-    from llmworks.quantize.calibrate.imatrix import importance
-    from llmworks.quantize.calibrate.texts import calibration
+    from llmworks.model.io.layer_reader import LayerReader
+    from llmworks.quantize.calibrate.imatrix import compute_importance
+    from llmworks.quantize.calibrate.texts import load_samples
     from llmworks.tokenize.load import load_tokenizer
     from tests.quantize.test_mixed import context
 
@@ -222,8 +231,8 @@ def test_importance_lowers_the_divergence(pico: Path, texts: Dataset, tmp_path: 
         for seen in (True, False)
     )
     assert with_it.metrics["kl"] < without.metrics["kl"]
-    ids, held = calibration(load_tokenizer(pico), texts, 12, 3, 48, 0)
-    found, walk = importance(Source(pico), ids, held, context(tmp_path / "look"))
+    ids, held = load_samples(load_tokenizer(pico), texts, 12, 3, 48, 0)
+    found, walk = compute_importance(LayerReader(pico), ids, held, context(tmp_path / "look"))
     model = load_decoder(pico)
     sums: dict[str, Any] = {}
     layer = model.decoder.blocks[1].feed_forward.down
@@ -237,7 +246,7 @@ def test_importance_lowers_the_divergence(pico: Path, texts: Dataset, tmp_path: 
         assert np.allclose(found["blk.1.ffn_down.weight"], sums["down"], rtol=1e-3)
         assert np.allclose(found["output.weight"], sums["head"], rtol=1e-3)
         assert logits.shape[:2] == ids.shape
-        assert torch.allclose(walk.logits(walk.as_is), model(input_ids=held).logits, atol=1e-3)
+        assert torch.allclose(walk.compute_logits(walk.quantized_states), model(input_ids=held).logits, atol=1e-3)
 
 
 def test_what_was_found_once_serves_many_files(pico: Path, texts: Dataset, tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from torch import Tensor
 from llmworks.core.artifact import Dataset
 from llmworks.core.errors import ModelError
 from llmworks.model.io.decoder_files import load_decoder
-from llmworks.model.lowbit.checkpoint import dense
-from llmworks.model.lowbit.gptq_awq import Awq, Gptq
-from llmworks.model.lowbit.integer import Grid, Scales, Whole, whole
+from llmworks.model.lowbit.checkpoint import dequantize_all
+from llmworks.model.lowbit.gptq_awq import AwqFormat, GptqFormat
+from llmworks.model.lowbit.integer import Grid, IntegerMatrix, Scales, quantize_matrix
 from llmworks.quantize.gptq import GptqConfig
 from tests.quantize.test_quantize import quantized, texts  # noqa: F401 (a fixture)
 
@@ -40,7 +40,7 @@ def tensor(given: dict[str, Any]) -> Tensor:
 def test_what_gptqmodel_wrote_is_read_as_it_reads_it(way: str) -> None:
     """Also columns out of order, and zero points that are kept less one."""
     tensors = {f"layer.{name}": tensor(given) for name, given in FOUND[way]["tensors"].items()}
-    weight, expected = dense(tensors, FOUND[way]["config"])["layer.weight"], tensor(FOUND[way]["weight"])
+    weight, expected = dequantize_all(tensors, FOUND[way]["config"])["layer.weight"], tensor(FOUND[way]["weight"])
     assert weight.shape == (64, 128)
     assert torch.allclose(weight[: len(expected)], expected, atol=1e-6)
 
@@ -49,8 +49,10 @@ def test_what_gptqmodel_wrote_is_read_as_it_reads_it(way: str) -> None:
 def test_what_is_written_is_what_gptqmodel_wrote(way: str) -> None:
     """Its codes, scales and zero points, taken apart and written again: the same words."""
     tensors = {name: tensor(given) for name, given in FOUND[way]["tensors"].items()}
-    form: Any = Awq if way == "awq" else Gptq
-    weight = dense({f"layer.{name}": one for name, one in tensors.items()}, FOUND[way]["config"])["layer.weight"]
+    form: Any = AwqFormat if way == "awq" else GptqFormat
+    weight = dequantize_all({f"layer.{name}": one for name, one in tensors.items()}, FOUND[way]["config"])[
+        "layer.weight"
+    ]
     scale = tensors["scales"].float().T.contiguous()
     symmetric = way == "gptq"
     grid = Grid(4, 32, symmetric=symmetric, stored="float16")
@@ -65,12 +67,12 @@ def test_what_is_written_is_what_gptqmodel_wrote(way: str) -> None:
         }  # codes of 0: what is left are the zero points
         zero = (
             -8
-            - dense({f"layer.{name}": one for name, one in other.items()}, FOUND[way]["config"])["layer.weight"].view(
-                64, -1, 32
-            )[..., 0]
+            - dequantize_all({f"layer.{name}": one for name, one in other.items()}, FOUND[way]["config"])[
+                "layer.weight"
+            ].view(64, -1, 32)[..., 0]
         )
     made = form.tensors_of(
-        "layer", Whole((steps + zero[..., None]).view(64, 128).to(torch.int8), Scales(scale, zero), grid)
+        "layer", IntegerMatrix((steps + zero[..., None]).view(64, 128).to(torch.int8), Scales(scale, zero), grid)
     )
     assert sorted(made) == sorted(f"layer.{name}" for name in tensors)
     for name, one in tensors.items():
@@ -82,13 +84,15 @@ def test_what_is_written_is_what_gptqmodel_wrote(way: str) -> None:
 def test_all_bits_come_back(bits: int, symmetric: bool) -> None:
     weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(bits))
     weight[3, :32] = weight[3, :32].abs()  # its zero point is the smallest number
-    matrix = whole(weight, Grid(bits, 32, symmetric=symmetric, stored="float16"))
-    config = Gptq.config_of({"layer": matrix.grid}, ["lm_head", "model.layers.0.mlp.up_proj"])
+    matrix = quantize_matrix(weight, Grid(bits, 32, symmetric=symmetric, stored="float16"))
+    config = GptqFormat.config_of({"layer": matrix.grid}, ["lm_head", "model.layers.0.mlp.up_proj"])
     assert config["dynamic"] == {"-:^model\\.layers\\.0\\.mlp\\.up_proj$": {}}
-    assert torch.equal(dense(Gptq.tensors_of("layer", matrix), config)["layer.weight"], matrix.weight())
+    assert torch.equal(dequantize_all(GptqFormat.tensors_of("layer", matrix), config)["layer.weight"], matrix.weight())
     if bits == 4:
         assert torch.equal(
-            dense(Awq.tensors_of("layer", matrix), Awq.config_of({"layer": matrix.grid}, []))["layer.weight"],
+            dequantize_all(AwqFormat.tensors_of("layer", matrix), AwqFormat.config_of({"layer": matrix.grid}, []))[
+                "layer.weight"
+            ],
             matrix.weight(),
         )
 
@@ -112,13 +116,13 @@ def test_what_has_no_place_is_refused(pico: Path, texts: Dataset, tmp_path: Path
     with pytest.raises(ValidationError, match="dtype: save_format gptq stores scales in float16"):
         GptqConfig(save_format="gptq", dtype="bfloat16")
     with pytest.raises(ModelError, match="60 x 64 weights of 4 bits do not fill 32-bit words"):
-        Gptq.tensors_of("layer", whole(torch.randn(60, 64), Grid(4, 32)))
+        GptqFormat.tensors_of("layer", quantize_matrix(torch.randn(60, 64), Grid(4, 32)))
     with pytest.raises(ModelError, match="layer: its tensors do not match"):
-        dense(
+        dequantize_all(
             {"layer.qweight": torch.zeros(16, 64, dtype=torch.int32), "layer.scales": torch.ones(4, 64)},
             {"quant_method": "gptq", "bits": 4},
         )
     with pytest.raises(
         ModelError, match=r"only AWQ checkpoints of 4 bits, version gemm, are supported, not 4 bits, gemv"
     ):
-        dense({}, {"quant_method": "awq", "bits": 4, "version": "gemv"})
+        dequantize_all({}, {"quant_method": "awq", "bits": 4, "version": "gemv"})

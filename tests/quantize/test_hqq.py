@@ -19,10 +19,18 @@ from llmworks.core.artifact import Dataset
 from llmworks.core.errors import ModelError
 from llmworks.model.io.decoder_files import load_decoder
 from llmworks.model.lowbit import hqq as hqq_layout
-from llmworks.model.lowbit.checkpoint import dense
-from llmworks.model.lowbit.integer import Grid, Whole, fit, grouped, restored, rounded, whole
-from llmworks.model.lowbit.linear import Int4Linear, available, low_bit_layer
-from llmworks.quantize.algorithms.hqq import POWER, solve, zeros
+from llmworks.model.lowbit.checkpoint import dequantize_all
+from llmworks.model.lowbit.integer import (
+    Grid,
+    IntegerMatrix,
+    dequantize_groups,
+    fit_scales,
+    quantize_groups,
+    quantize_matrix,
+    split_groups,
+)
+from llmworks.model.lowbit.linear import Int4Linear, is_available, make_low_bit_layer
+from llmworks.quantize.algorithms.hqq import POWER, optimize_zero_points, quantize_hqq
 from llmworks.quantize.hqq import HqqConfig
 from tests.quantize.test_quantize import quantized, texts  # noqa: F401
 
@@ -39,7 +47,7 @@ def tensor(given: dict[str, Any]) -> Tensor:
 
 
 def grid_of(bits: int) -> Grid:
-    return Grid(bits, 32, symmetric=False, stored="float16", real=True)
+    return Grid(bits, 32, symmetric=False, stored="float16", real_zero_points=True)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -50,11 +58,11 @@ def test_the_form_is_that_of_hqq(bits: int) -> None:
     stored = {f"layer.{name}": tensor(given) for name, given in FOUND["ways"][str(bits)]["tensors"].items()}
     ((name, matrix),) = hqq_layout.weights(stored, CONFIG)
     assert name == "layer.weight"
-    assert isinstance(matrix, Whole)
+    assert isinstance(matrix, IntegerMatrix)
     assert torch.allclose(
         matrix.weight(), tensor(FOUND["ways"][str(bits)]["weight"]).float(), atol=1e-3
     )  # which it computes in fp16
-    made = hqq_layout.tensors_of("layer", Whole(matrix.codes, matrix.scales, grid_of(bits)))
+    made = hqq_layout.tensors_of("layer", IntegerMatrix(matrix.codes, matrix.scales, grid_of(bits)))
     assert set(made) == set(stored)
     for name, one in made.items():
         assert one.dtype == stored[name].dtype, name
@@ -69,7 +77,7 @@ def test_the_solver_is_as_good_as_the_reference(bits: int) -> None:
     bits leave nothing to gain).
     """
     weight = tensor(FOUND["weight"])
-    theirs = dense(
+    theirs = dequantize_all(
         {f"layer.{name}": tensor(given) for name, given in FOUND["ways"][str(bits)]["tensors"].items()}, CONFIG
     )["layer.weight"]
     grid = grid_of(bits)
@@ -77,19 +85,21 @@ def test_the_solver_is_as_good_as_the_reference(bits: int) -> None:
     def loss(made: Tensor) -> float:
         return float((made - weight).abs().pow(POWER).mean())
 
-    assert loss(solve(weight, grid).weight()) <= loss(theirs) * 1.002
+    assert loss(quantize_hqq(weight, grid).weight()) <= loss(theirs) * 1.002
     if bits < 8:
-        assert loss(solve(weight, grid).weight()) < 0.97 * loss(whole(weight, Grid(bits, 32, symmetric=False)).weight())
+        assert loss(quantize_hqq(weight, grid).weight()) < 0.97 * loss(
+            quantize_matrix(weight, Grid(bits, 32, symmetric=False)).weight()
+        )
 
 
 def test_a_zero_point_by_hand() -> None:
     """The turns of the solver written out for one group."""
     weight = torch.randn(1, 64, generator=torch.Generator().manual_seed(1)) * 0.05
     weight[0, 5] = 0.4
-    grid = Grid(4, 64, symmetric=False, real=True)
-    groups = grouped(weight, grid)
-    first = fit(groups, grid)
-    assert float(restored(rounded(groups, first, grid), first).max()) == pytest.approx(0.4)
+    grid = Grid(4, 64, symmetric=False, real_zero_points=True)
+    groups = split_groups(weight, grid)
+    first = fit_scales(groups, grid)
+    assert float(dequantize_groups(quantize_groups(groups, first, grid), first).max()) == pytest.approx(0.4)
     scale, zero, beta, best, least = float(first.scale), float(first.zero), 10.0, float(first.zero), float("inf")
     for _ in range(20):
         codes = [min(7, max(-8, round(float(w) / scale + zero))) for w in weight[0]]
@@ -101,7 +111,7 @@ def test_a_zero_point_by_hand() -> None:
         kept = [(1 if e > 0 else -1) * max(0.0, abs(e) - max(abs(e), 1e-12) ** -0.3 / beta) for e in apart]
         zero = sum(q - (float(w) - e) / scale for w, q, e in zip(weight[0], codes, kept, strict=True)) / 64
         beta *= 1.01
-    assert float(zeros(groups, first, grid).zero) == pytest.approx(best, abs=1e-4)
+    assert float(optimize_zero_points(groups, first, grid).zero) == pytest.approx(best, abs=1e-4)
     assert best != float(first.zero)
 
 
@@ -113,7 +123,7 @@ def test_a_directory(pico: Path, texts: Dataset, tmp_path: Path) -> None:
     assert config["skip_modules"] == ["lm_head"]
     stored = load_file(made.path / "model.safetensors")
     name = "model.layers.1.mlp.up_proj"
-    expected = solve(load_file(pico / "model.safetensors")[f"{name}.weight"], grid_of(4))
+    expected = quantize_hqq(load_file(pico / "model.safetensors")[f"{name}.weight"], grid_of(4))
     assert torch.equal(load_decoder(made.path).decoder.blocks[1].feed_forward.up.weight, expected.weight())
     assert stored[f"{name}.W_q"].shape == (96, 32)
     assert made.metrics["bits_per_weight"] == pytest.approx(4 + 32 / 32, abs=0.01)
@@ -121,14 +131,14 @@ def test_a_directory(pico: Path, texts: Dataset, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(
-    not available(), reason="this CPU has no instructions for bfloat16, so that such layers are not used on it"
+    not is_available(), reason="this CPU has no instructions for bfloat16, so that such layers are not used on it"
 )
 def test_real_zero_points_run_as_whole_numbers() -> None:
-    matrix = solve(
+    matrix = quantize_hqq(
         torch.randn(128, 256, generator=torch.Generator().manual_seed(3)),
-        Grid(4, 64, symmetric=False, real=True, stored="float16"),
+        Grid(4, 64, symmetric=False, real_zero_points=True, stored="float16"),
     )
-    layer = low_bit_layer(matrix)
+    layer = make_low_bit_layer(matrix)
     assert isinstance(layer, Int4Linear)
     x = torch.randn(4, 256, generator=torch.Generator().manual_seed(4))
     expected = x @ matrix.weight().T
@@ -140,15 +150,15 @@ def test_what_has_no_place_is_refused() -> None:
         HqqConfig(bits=5)
     weight = torch.randn(5, 64)
     with pytest.raises(ModelError, match="layer: its 5 groups do not fill bytes of 2, which the format hqq requires"):
-        hqq_layout.tensors_of("layer", whole(weight, Grid(4, 0, symmetric=False, real=True)))
-    made = hqq_layout.tensors_of("layer", whole(weight, Grid(8, 32, symmetric=False, real=True)))
+        hqq_layout.tensors_of("layer", quantize_matrix(weight, Grid(4, 0, symmetric=False, real_zero_points=True)))
+    made = hqq_layout.tensors_of("layer", quantize_matrix(weight, Grid(8, 32, symmetric=False, real_zero_points=True)))
     with pytest.raises(
         ModelError, match=r"layer: only hqq layers of 2, 3, 4 or 8 bits with groups along rows \(axis 1\)"
     ):
-        dense({**made, "layer.axis": torch.tensor(0)}, CONFIG)
+        dequantize_all({**made, "layer.axis": torch.tensor(0)}, CONFIG)
     with pytest.raises(ModelError, match="layer: its tensors do not match"):
-        dense({**made, "layer.scale": torch.ones(7, 1)}, CONFIG)
+        dequantize_all({**made, "layer.scale": torch.ones(7, 1)}, CONFIG)
     with pytest.raises(ModelError, match="layer: its tensors do not match"):
-        dense({name: one for name, one in made.items() if not name.endswith("zero")}, CONFIG)
+        dequantize_all({name: one for name, one in made.items() if not name.endswith("zero")}, CONFIG)
     with pytest.raises(ModelError, match="the format hqq has one bit width"):
         hqq_layout.config_of({"a": Grid(4, 32), "b": Grid(8, 32)}, [])

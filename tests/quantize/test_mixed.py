@@ -22,10 +22,10 @@ from llmworks.core.errors import ModelError
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.model.io.decoder_files import load_decoder
-from llmworks.model.io.layer_reader import Source
+from llmworks.model.io.layer_reader import LayerReader
 from llmworks.quantize.algorithms.config import MixedConfig
 from llmworks.quantize.algorithms.knapsack import allocate
-from llmworks.quantize.calibrate.sensitivity import costs
+from llmworks.quantize.calibrate.sensitivity import estimate_costs
 from tests.quantize.test_quantize import _ours, quantized, texts  # noqa: F401 (a fixture)
 
 
@@ -48,8 +48,8 @@ def test_costs_are_the_divergence_that_follows(pico: Path, tmp_path: Path) -> No
         for name, tensor in load_file(pico / "model.safetensors").items()
         if name.endswith("_proj.weight")
     }
-    found = costs(
-        Source(pico),
+    found = estimate_costs(
+        LayerReader(pico),
         ids,
         context(tmp_path),
         lambda name, weight: [weight + changes[name], weight + changes[name] / 2, weight],
@@ -80,13 +80,13 @@ def test_a_killed_look_goes_on(pico: Path, tmp_path: Path) -> None:
         return [weight * 1.01]
 
     stop = False
-    whole = costs(Source(pico), ids, context(tmp_path / "whole"), tries)
+    whole = estimate_costs(LayerReader(pico), ids, context(tmp_path / "whole"), tries)
     stop = True
     with pytest.raises(KeyboardInterrupt):
-        costs(Source(pico), ids, context(tmp_path / "killed"), tries)
+        estimate_costs(LayerReader(pico), ids, context(tmp_path / "killed"), tries)
     stop = False
     seen.clear()
-    assert costs(Source(pico), ids, context(tmp_path / "killed"), tries) == whole
+    assert estimate_costs(LayerReader(pico), ids, context(tmp_path / "killed"), tries) == whole
     assert all(name.startswith("model.layers.0") for name in seen)
 
 

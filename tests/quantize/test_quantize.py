@@ -26,16 +26,16 @@ from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.core.types import Message, Request, Sampling
 from llmworks.generate.engines.torch import TorchEngine
-from llmworks.model.golden import record
+from llmworks.model.golden import record_golden
 from llmworks.model.io.decoder_files import load_decoder
-from llmworks.model.io.layer_reader import Source
-from llmworks.model.lowbit.activations import Reading, round_tokens
+from llmworks.model.io.layer_reader import LayerReader
+from llmworks.model.lowbit.activations import InputQuantization, quantize_tokens
 from llmworks.model.lowbit.integer import Grid
 from llmworks.quantize import awq, gguf, gptq, hqq, int8, mixed, nf4, rtn, smoothquant, zeroquant
-from llmworks.quantize.algorithms.calibrated import Awq, Gptq
-from llmworks.quantize.algorithms.smoothquant import smoothing
-from llmworks.quantize.calibrate.layerwise import Walk
-from llmworks.quantize.calibrate.texts import calibration
+from llmworks.quantize.algorithms.calibrated import AwqMethod, GptqMethod
+from llmworks.quantize.algorithms.smoothquant import search_smoothing_scales
+from llmworks.quantize.calibrate.layerwise import LayerwiseCalibration
+from llmworks.quantize.calibrate.texts import load_samples
 from llmworks.tokenize.load import load_tokenizer
 from tests.conftest import make_pico
 
@@ -101,7 +101,7 @@ def quantized(
     )
     made: Model = function(
         config(**{**small, **more, **given}),
-        Model(model, golden=record(golden or model)),
+        Model(model, golden=record_golden(golden or model)),
         context,
         **({} if texts is None else {"data": texts}),
     )
@@ -135,19 +135,19 @@ def test_walking_changes_nothing_and_reads_what_layers_read(pico: Path, tmp_path
             module.register_forward_hook(lambda _, given, __, name=name: seen.__setitem__(name, given[0].flatten(0, 1)))  # type: ignore[misc]
     with torch.inference_mode():
         expected = model.decoder(model.decoder.embedding(ids), torch.arange(48)[None].expand(10, -1))
-        walk = Walk(Source(pico), ids, ids[:3], tmp_path / "walk")
-        for passing in walk.blocks():
+        walk = LayerwiseCalibration(LayerReader(pico), ids, ids[:3], tmp_path / "walk")
+        for passing in walk.iter_blocks():
             for part in passing.parts:
-                moments = passing.moments(part, sizes=True)
+                moments = passing.collect_statistics(part, with_abs_mean=True)
                 for layer in part.layers:
-                    x = seen[f"decoder.blocks.{passing.number}.{layer}"]
+                    x = seen[f"decoder.blocks.{passing.index}.{layer}"]
                     assert torch.allclose(moments.hessian.float(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
-                    assert torch.allclose(moments.mean.float(), x.abs().mean(0), rtol=1e-4)
-                    assert torch.equal(moments.most, x.abs().amax(0))
-            passing.finish()
-            passing.done()
-        assert torch.allclose(walk.stack.norm(walk.states(model.shape.num_hidden_layers)), expected, atol=1e-5)
-        assert walk.damage()["kl"] == pytest.approx(0.0, abs=1e-6)
+                    assert torch.allclose(moments.abs_mean.float(), x.abs().mean(0), rtol=1e-4)
+                    assert torch.equal(moments.max_abs, x.abs().amax(0))
+            passing.compute_outputs()
+            passing.mark_done()
+        assert torch.allclose(walk.stack.norm(walk.open_states(model.shape.num_hidden_layers)), expected, atol=1e-5)
+        assert walk.measure_divergence()["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_layers_are_calibrated_on_what_quantized_layers_give(pico: Path, texts: Dataset, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_layers_are_calibrated_on_what_quantized_layers_give(pico: Path, texts: 
     """
     made = quantized("gptq", pico, texts, tmp_path, mse_scales=False, act_order=False, dtype="float32")
     done, model = load_decoder(made.path), load_decoder(pico)
-    ids, _ = calibration(load_tokenizer(pico), texts, 12, 3, 48, 0)
+    ids, _ = load_samples(load_tokenizer(pico), texts, 12, 3, 48, 0)
     order = ["query", "key", "value", "out", "gate", "up", "down"]
     for block in range(2):
         for name in order:
@@ -168,11 +168,14 @@ def test_layers_are_calibrated_on_what_quantized_layers_give(pico: Path, texts: 
             with torch.no_grad():
                 model(input_ids=ids)
             hook.remove()
-            from llmworks.quantize.algorithms.gptq import solve
+            from llmworks.quantize.algorithms.gptq import quantize_gptq
 
             before = model.get_parameter(f"{place}.weight")
-            expected = solve(
-                before.data, seen[0].T @ seen[0] / len(seen[0]), Grid(4, 32, stored=made.about["dtype"]), search=False
+            expected = quantize_gptq(
+                before.data,
+                seen[0].T @ seen[0] / len(seen[0]),
+                Grid(4, 32, stored=made.about["dtype"]),
+                mse_scales=False,
             ).weight()
             now = done.get_parameter(f"{place}.weight").data
             assert float((expected - now).abs().gt(1e-5).float().mean()) < 0.01, place
@@ -206,7 +209,7 @@ def test_what_is_written_is_read(stage: str, more: dict[str, Any], pico: Path, t
         assert torch.allclose(
             ours.get_parameter(f"{_ours(layer)}.weight"), theirs.float(), rtol=2e-3, atol=1e-6
         )  # theirs is rounded to the scales' format
-    ids, held = calibration(load_tokenizer(pico), texts, made_texts := 12 if stage in ("gptq", "awq") else 0, 3, 48, 0)
+    ids, held = load_samples(load_tokenizer(pico), texts, made_texts := 12 if stage in ("gptq", "awq") else 0, 3, 48, 0)
     assert len(ids) == made_texts
     with torch.no_grad():
         old, new = (F.log_softmax(model(input_ids=held).logits, -1) for model in (before, ours))
@@ -233,7 +236,7 @@ def test_inputs_in_8_bits_are_those_of_transformers(pico: Path, texts: Dataset, 
     tensors = load_file(made.path / "model.safetensors")
     assert sum(tensor.dtype == torch.int8 for tensor in tensors.values()) == 14
     ours, before = load_decoder(made.path), load_decoder(pico)
-    _, held = calibration(load_tokenizer(pico), texts, 12, 3, 48, 0)
+    _, held = load_samples(load_tokenizer(pico), texts, 12, 3, 48, 0)
     with torch.no_grad():
         found = ours(input_ids=held).logits
         old, new = (F.log_softmax(logits, -1) for logits in (before(input_ids=held).logits, found))
@@ -316,7 +319,7 @@ def test_a_block_that_was_taught_answers_more_as_before(pico: Path, texts: Datas
     )
     assert taught.metrics["kl"] < 0.8 * plain.metrics["kl"]
     ours = load_decoder(taught.path)
-    _, held = calibration(load_tokenizer(pico), texts, 12, 3, 48, 0)
+    _, held = load_samples(load_tokenizer(pico), texts, 12, 3, 48, 0)
     with torch.no_grad():
         old, new = (
             F.log_softmax(logits, -1)
@@ -332,12 +335,12 @@ def test_a_block_that_was_taught_answers_more_as_before(pico: Path, texts: Datas
 
 
 def test_large_inputs_are_taken_out_for_their_token_alone() -> None:
-    reading = Reading(8, "last", 6.0)
+    reading = InputQuantization(8, "last", 6.0)
     x = torch.tensor([[0.5, -1.27, 100.0, 6.5], [0.01, 1.27, 2.0, -3.0]])
-    made = round_tokens(x, reading)
+    made = quantize_tokens(x, reading)
     assert made[0].tolist() == pytest.approx([0.5, -1.27, 100.0, 6.5])
     assert made[0, 2:].tolist() == [100.0, 6.5]
-    assert torch.equal(made[1], round_tokens(x[1:], reading)[0])
+    assert torch.equal(made[1], quantize_tokens(x[1:], reading)[0])
     assert float((made[1] - x[1]).abs().max()) <= 3.0 / 127 / 2 + 1e-6
 
 
@@ -347,7 +350,9 @@ def test_smoothing_is_the_papers_and_makes_inputs_easier(power: float) -> None:
     weight, x = torch.randn(16, 32, generator=draw), torch.randn(256, 32, generator=draw)
     x[:, 3] *= 60
     most = x.abs().amax(0)
-    scale, found, without, least = smoothing([weight[:8], weight[8:]], x, most, Grid(8), Reading(), [power])
+    scale, found, without, least = search_smoothing_scales(
+        [weight[:8], weight[8:]], x, most, Grid(8), InputQuantization(), [power]
+    )
     expected = most**power / weight.abs().amax(0) ** (1 - power)
     assert found == power
     assert torch.allclose(scale / scale[0], expected / expected[0], rtol=1e-4)
@@ -371,8 +376,8 @@ def test_a_killed_run_goes_on_at_its_block(
     bit.
     """
     whole = quantized(stage, pico, texts, tmp_path / "whole")
-    kind, times = {"gptq": Gptq, "awq": Awq}[stage], []
-    real = kind.part
+    kind, times = {"gptq": GptqMethod, "awq": AwqMethod}[stage], []
+    real = kind.quantize_part
 
     def failing(self: Any, passing: Any, part: Any, grids: Any) -> Any:
         times.append(passing.number)
@@ -380,7 +385,7 @@ def test_a_killed_run_goes_on_at_its_block(
             raise KeyboardInterrupt
         return real(self, passing, part, grids)
 
-    monkeypatch.setattr(kind, "part", failing)
+    monkeypatch.setattr(kind, "quantize_part", failing)
     with pytest.raises(KeyboardInterrupt):
         quantized(stage, pico, texts, tmp_path / "killed")
     again = quantized(stage, pico, texts, tmp_path / "killed")

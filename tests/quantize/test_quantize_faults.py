@@ -19,10 +19,10 @@ from llmworks.cli import main
 from llmworks.core.artifact import Dataset, Model
 from llmworks.core.errors import DataError, GoldenMismatch, ModelError
 from llmworks.model.io.decoder_files import load_decoder, save_decoder
-from llmworks.model.io.layer_reader import Source
+from llmworks.model.io.layer_reader import LayerReader
 from llmworks.model.io.load import load_model
-from llmworks.quantize.algorithms.calibrated import Awq, Smooth
-from llmworks.quantize.calibrate.layerwise import Walk
+from llmworks.quantize.algorithms.calibrated import AwqMethod, SmoothQuantMethod
+from llmworks.quantize.calibrate.layerwise import LayerwiseCalibration
 from llmworks.quantize.report.card import write_card
 from tests.conftest import make_pico
 from tests.quantize.test_quantize import quantized, texts  # noqa: F401
@@ -200,7 +200,7 @@ def test_scaling_what_layers_read_changes_nothing(
     method: str, shape: dict[str, Any], pico: Path, tmp_path: Path
 ) -> None:
     """Heads that share a head of values have one scale; where a bend stands between, nothing is scaled."""
-    from llmworks.model.lowbit.activations import Reading
+    from llmworks.model.lowbit.activations import InputQuantization
     from llmworks.model.lowbit.integer import Grid
     from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 
@@ -223,23 +223,28 @@ def test_scaling_what_layers_read_changes_nothing(
             torch.nn.init.normal_(weight, std=0.2)
             weight.data[:, ::7] *= 4
     save_decoder(model, tmp_path / "m")
-    source, ids = Source(tmp_path / "m"), torch.randint(0, 300, (8, 48), generator=torch.Generator().manual_seed(2))
-    grid = Grid(8, 0, inputs=Reading()) if method == "smoothquant" else Grid(3, 32)
+    source, ids = (
+        LayerReader(tmp_path / "m"),
+        torch.randint(0, 300, (8, 48), generator=torch.Generator().manual_seed(2)),
+    )
+    grid = Grid(8, 0, inputs=InputQuantization()) if method == "smoothquant" else Grid(3, 32)
     with torch.inference_mode():
-        walk = Walk(source, ids, ids[:1], tmp_path / "walk")
-        passing = next(walk.blocks())
-        before = walk.through(source.block(0), walk.states(0)[:4].clone())
-        (Smooth(8, powers=(0.5,)) if method == "smoothquant" else Awq(8, clip=False)).prepare(
-            passing, lambda name: grid
-        )
+        walk = LayerwiseCalibration(source, ids, ids[:1], tmp_path / "walk")
+        passing = next(walk.iter_blocks())
+        before = walk.run_block(source.load_block(0), walk.open_states(0)[:4].clone())
+        (
+            SmoothQuantMethod(8, smoothing_strengths=(0.5,))
+            if method == "smoothquant"
+            else AwqMethod(8, apply_clip=False)
+        ).prepare(passing, lambda name: grid)
         moved = [
             name
             for name, weight in passing.block.state_dict().items()
-            if not torch.equal(weight, source.block(0).state_dict()[name])
+            if not torch.equal(weight, source.load_block(0).state_dict()[name])
         ]
         assert any("attention.value" in name for name in moved)
         assert any("feed_forward.up" in name for name in moved)
-        after = walk.through(passing.block, walk.states(0)[:4].clone())
+        after = walk.run_block(passing.block, walk.open_states(0)[:4].clone())
     assert float((after - before).norm() / before.norm()) < 1e-5
 
 

@@ -18,7 +18,7 @@ from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.model.io.decoder_files import load_decoder
 from llmworks.quantize.algorithms.config import RotateConfig
-from llmworks.quantize.algorithms.hadamard import hadamard, rotation
+from llmworks.quantize.algorithms.hadamard import hadamard, random_hadamard
 from llmworks.quantize.rotate import rotate
 from tests.conftest import make_pico
 
@@ -46,7 +46,7 @@ def test_hadamard_matrices_are(order: int) -> None:
     made = hadamard(order)
     assert bool((made.abs() == 1).all())
     assert torch.equal(made @ made.T, order * torch.eye(order, dtype=torch.float64))
-    turn = rotation(order, 3)
+    turn = random_hadamard(order, 3)
     assert torch.allclose(turn @ turn.T, torch.eye(order, dtype=torch.float64), atol=1e-12)
 
 

@@ -10,7 +10,7 @@ from llmworks.core.artifact import Dataset
 from llmworks.core.errors import RecipeError, UserError
 from llmworks.runtime.read_recipe import load_recipe
 from llmworks.runtime.recipe import GateStep, StageStep, check_gate
-from llmworks.runtime.recipe_schema import recipe_schema
+from llmworks.runtime.recipe_schema import build_recipe_schema
 
 GOOD = """\
 name: try
@@ -133,7 +133,7 @@ def test_shipped_recipes_are_valid_and_fit_the_schema() -> None:
     import jsonschema_rs
     import yaml
 
-    schema = recipe_schema()
+    schema = build_recipe_schema()
     validator = jsonschema_rs.Draft202012Validator(schema)  # which checks the schema
     for file in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")):
         load_recipe(file)

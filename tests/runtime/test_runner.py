@@ -20,15 +20,17 @@ from tests.command_line import call
 from llmworks.core.errors import GateFailed
 from llmworks.core.workspace import Workspace
 from llmworks.runtime.read_recipe import load_recipe
-from llmworks.runtime.runner import Judgement, Run
+from llmworks.runtime.runner import RecipeRun, StepStatus
 from llmworks.train.loop import checkpoints
 
 WriteRecipe = Callable[..., Path]
 
 
-def run(recipe: Path, workspace: Path, *overrides: str) -> tuple[dict[str, Judgement], list[str]]:
+def run(recipe: Path, workspace: Path, *overrides: str) -> tuple[dict[str, StepStatus], list[str]]:
     lines: list[str] = []
-    done = Run(load_recipe(recipe, overrides), Workspace(workspace), say=lines.append, quiet=True).run(explain=True)
+    done = RecipeRun(load_recipe(recipe, overrides), Workspace(workspace), say=lines.append, quiet=True).run(
+        explain=True
+    )
     return {j.name: j for j in done}, lines
 
 
@@ -86,22 +88,24 @@ def test_second_run_makes_nothing(finished: tuple[Path, Path]) -> None:
 
 def test_changed_config_remakes_only_what_depends_on_it(finished: tuple[Path, Path]) -> None:
     recipe, workspace = finished
-    judged = {j.name: j for j in Run(load_recipe(recipe, ["tuned.num_train_epochs=1"]), Workspace(workspace)).plan()}
+    judged = {
+        j.name: j for j in RecipeRun(load_recipe(recipe, ["tuned.num_train_epochs=1"]), Workspace(workspace)).plan()
+    }
     assert judged["train"].state == "up to date"
     assert judged["tuned"].state == "to run"
-    assert "config.num_train_epochs was 3.0, is 1.0" in judged["tuned"].why
-    assert (judged["merged"].state, judged["merged"].why) == ("waits", "for tuned")
+    assert "config.num_train_epochs was 3.0, is 1.0" in judged["tuned"].reason
+    assert (judged["merged"].state, judged["merged"].reason) == ("waits", "for tuned")
     assert judged["tuned"].expect is not None
     assert judged["tuned"].expect.seconds > 0
-    assert judged["tuned"].expect_from == "measured here"
+    assert judged["tuned"].expect_source == "measured here"
 
 
 def test_changed_code_is_told(finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmworks.runtime.runner.code_digest", lambda name: "other")
+    monkeypatch.setattr("llmworks.runtime.runner.compute_code_digest", lambda name: "other")
     recipe, workspace = finished
-    judged = {j.name: j for j in Run(load_recipe(recipe), Workspace(workspace)).plan()}
+    judged = {j.name: j for j in RecipeRun(load_recipe(recipe), Workspace(workspace)).plan()}
     assert judged["chats"].state == "up to date"
-    assert "its code has changed" in judged["chats"].why
+    assert "its code has changed" in judged["chats"].reason
 
 
 def test_a_gate_that_fails_stops_the_run(finished: tuple[Path, Path], tmp_path: Path) -> None:
@@ -141,7 +145,7 @@ def test_show_tree_verify_diff_on_the_workspace(finished: tuple[Path, Path]) -> 
 def test_verify_lets_a_page_be_drawn_otherwise(finished: tuple[Path, Path]) -> None:
     """Another version's looks; not other figures, nor other data."""
     from llmworks.core.artifact import FileEntry
-    from llmworks.lineage.family import family_of
+    from llmworks.lineage.family import build_family
     from llmworks.lineage.verify import verify
     from llmworks.runtime.session import load
 
@@ -155,7 +159,7 @@ def test_verify_lets_a_page_be_drawn_otherwise(finished: tuple[Path, Path]) -> N
         ([next(name for name in files if not name.startswith("report/"))], "DIFFERS"),
     ):
         found = verify(
-            family_of([chats]), chats.digest, lambda _, changed=changed: {**files, **dict.fromkeys(changed, other)}
+            build_family([chats]), chats.digest, lambda _, changed=changed: {**files, **dict.fromkeys(changed, other)}
         )  # type: ignore[misc]
         assert found[-1].verdict == verdict, changed
 

@@ -12,7 +12,7 @@ import pytest
 from llmworks.cli import main
 from llmworks.core.workspace import Workspace
 from llmworks.runtime.read_recipe import load_recipe
-from llmworks.runtime.runner import Run
+from llmworks.runtime.runner import RecipeRun
 
 
 @pytest.fixture
@@ -47,9 +47,11 @@ def test_what_is_whole_is_read_and_the_rest_is_made_again(old: Path, capsys: pyt
     for before, after in NAMES.items():
         text = text.replace(before, after)
     Path("new.yaml").write_text(text.replace("name: new", "name: old"))
-    judged = {j.name: j for j in Run(load_recipe(Path("new.yaml")), Workspace(Path("ws"))).plan()}
-    assert judged["chats"].why.startswith("stage data.chat revision 5 became data.chat revision 6; config.repeated was")
-    assert judged["small"].why.startswith("stage quantize.absmax revision 3 became quantize.rtn revision 2")
+    judged = {j.name: j for j in RecipeRun(load_recipe(Path("new.yaml")), Workspace(Path("ws"))).plan()}
+    assert judged["chats"].reason.startswith(
+        "stage data.chat revision 5 became data.chat revision 6; config.repeated was"
+    )
+    assert judged["small"].reason.startswith("stage quantize.absmax revision 3 became quantize.rtn revision 2")
     assert main(["run", "new.yaml", "--workspace", "ws", "--quiet"]) == 0
     assert "6 steps run" in capsys.readouterr().out
     assert main(["run", "new.yaml", "--workspace", "ws", "--quiet"]) == 0

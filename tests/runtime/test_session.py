@@ -143,7 +143,9 @@ def test_inputs_of_every_shape(tmp_path: Path, chat_file: Path) -> None:
     mixed = session.make("data.mix", kind=Dataset, data={"a": rows, "b": "named"}, config={"weights": {"a": 1, "b": 1}})
     page = session.make("lineage.report", kind=Report, artifacts=[rows, mixed], config={"title": "t", "subtitle": "l"})
     assert (page.path / "report.html").exists()
-    aside = session.at(tmp_path / "aside").make("data.split", data="named", config={"split": "test", "n_splits": 3})
+    aside = session.with_workspace(tmp_path / "aside").make(
+        "data.split", data="named", config={"split": "test", "n_splits": 3}
+    )
     assert aside.path.is_relative_to(tmp_path / "aside")
     assert session.load("named").digest == rows.digest
 

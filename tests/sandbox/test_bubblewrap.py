@@ -127,7 +127,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]
     del os.environ["LLMWORKS_TEST_KEY"]
 
 
-def sandboxed(program: str, host: dict[str, object], **limits: float) -> bubblewrap.Outcome:
+def sandboxed(program: str, host: dict[str, object], **limits: float) -> bubblewrap.SandboxResult:
     return run_python(program.format(**host), limits=Limits(**limits))  # type: ignore[arg-type]
 
 
@@ -135,7 +135,7 @@ def sandboxed(program: str, host: dict[str, object], **limits: float) -> bubblew
 def test_no_escape(what: str, host: dict[str, object]) -> None:
     program = (READS | WRITES | POWERS)[what]
     outcome = sandboxed(program, host)
-    assert outcome.ended == "exit"
+    assert outcome.stop_reason == "exit"
     assert "ESCAPED" not in outcome.stdout
     assert Path(str(host["canary"])).read_text() == SECRET
 
@@ -194,7 +194,7 @@ BOMBS = {
 def test_what_is_used_up_ends(what: str) -> None:
     program, ends = BOMBS[what]
     outcome, mark = marked(program, Limits(seconds=2, memory_mb=256, processes=16))
-    assert outcome.ended in ends
+    assert outcome.stop_reason in ends
     assert not outcome.ok
     assert outcome.seconds < 8
     assert len(outcome.stdout) <= 1 << 20
@@ -242,13 +242,13 @@ def test_what_is_left_would_be_seen() -> None:
         process.communicate()
 
 
-def marked(program: str, limits: Limits) -> tuple[bubblewrap.Outcome, str]:
+def marked(program: str, limits: Limits) -> tuple[bubblewrap.SandboxResult, str]:
     """Run a program whose processes carry a mark in their command line: other tests have sandboxes of their own
     meanwhile.
     """
     mark = uuid.uuid4().hex
     words = [str(Path(sys.base_prefix) / "bin" / "python3"), "-B", "-E", "-s", "main.py", mark]
-    return run(words, files={"main.py": program}, limits=limits, show=[Path(sys.base_prefix)]), mark
+    return run(words, files={"main.py": program}, limits=limits, readable_paths=[Path(sys.base_prefix)]), mark
 
 
 def left(mark: str, moments: int = 50) -> set[int]:
@@ -271,9 +271,9 @@ def test_programs_run() -> None:
         files={"helper.py": "def f(x): return x * 2"},
         stdin="21",
     )
-    assert (outcome.ended, outcome.code, outcome.stdout, outcome.stderr) == ("exit", 3, "42\n", "")
+    assert (outcome.stop_reason, outcome.exit_code, outcome.stdout, outcome.stderr) == ("exit", 3, "42\n", "")
     outcome = run(["sh", "-c", "cat data/a.txt; kill -9 $$"], files={"data/a.txt": "ä".encode()})
-    assert (outcome.code, outcome.stdout) == (137, "ä")
+    assert (outcome.exit_code, outcome.stdout) == (137, "ä")
 
 
 def test_many_at_once() -> None:
@@ -295,7 +295,7 @@ def test_files_stay_inside(name: str) -> None:
 
 
 def test_without_bubblewrap_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    bubblewrap.require.cache_clear()
+    bubblewrap.require_bubblewrap.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingDependency, match="apt-get install bubblewrap"):
         run_python("print(1)")
@@ -305,7 +305,7 @@ def test_without_bubblewrap_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tm
     with pytest.raises(MissingDependency, match="No permissions to create new namespace"):
         run_python("print(1)")
     monkeypatch.undo()
-    bubblewrap.require.cache_clear()
+    bubblewrap.require_bubblewrap.cache_clear()
     assert shutil.which("bwrap")
 
 

@@ -12,9 +12,9 @@ import pytest
 from tests.oracles.constraints import ANSWERS, CASES
 
 from llmworks.core.errors import DataError
-from llmworks.score import score_function, verified
-from llmworks.score.constraints import CHECKS, UNCHECKED, followed
-from llmworks.score.constraints.text import sentences
+from llmworks.score import get_score_function, score_verified
+from llmworks.score.constraints import CHECKS, UNSUPPORTED, check_instructions
+from llmworks.score.constraints.text import split_sentences
 
 VERDICTS = json.loads((Path(__file__).parent.parent / "fixtures" / "constraints.json").read_text())["verdicts"]
 # sentences and words are divided otherwise there: at no mark but a full stop with a space, at no backtick
@@ -31,7 +31,7 @@ OTHERWISE = {
 def test_verdicts_are_those_of_the_published_checkers(number: int) -> None:
     name, arguments = CASES[number]
     for answer, verdict in zip(ANSWERS, VERDICTS[number], strict=True):
-        ours = followed(answer, [name], [arguments])[0]
+        ours = check_instructions(answer, [name], [arguments])[0]
         assert ours == OTHERWISE.get((name, answer), verdict == "T"), answer
 
 
@@ -52,7 +52,7 @@ def test_every_check_is_compared_or_named_here() -> None:
         "custom:csv_quotes",
     }
     assert set(CHECKS) - {name for name, _ in CASES} == by_hand
-    assert not set(CHECKS) & set(UNCHECKED)
+    assert not set(CHECKS) & set(UNSUPPORTED)
 
 
 def test_languages_and_sentences() -> None:
@@ -60,15 +60,15 @@ def test_languages_and_sentences() -> None:
         "The weather is fine today and we all go for a walk.",
         "Das Wetter ist heute schön und wir gehen alle spazieren.",
     )
-    assert followed(german, ["language:response_language"], [{"language": "de"}]) == [True]
-    assert followed(english, ["language:response_language"], [{"language": "de"}]) == [False]
-    assert followed(english.upper(), ["change_case:english_capital"], [{}]) == [True]
-    assert followed(english.lower(), ["change_case:english_lowercase"], [{}]) == [True]
-    assert followed(german.lower(), ["change_case:english_lowercase"], [{}]) == [False]
-    assert followed(
+    assert check_instructions(german, ["language:response_language"], [{"language": "de"}]) == [True]
+    assert check_instructions(english, ["language:response_language"], [{"language": "de"}]) == [False]
+    assert check_instructions(english.upper(), ["change_case:english_capital"], [{}]) == [True]
+    assert check_instructions(english.lower(), ["change_case:english_lowercase"], [{}]) == [True]
+    assert check_instructions(german.lower(), ["change_case:english_lowercase"], [{}]) == [False]
+    assert check_instructions(
         "One. Two. Three.", ["length_constraints:number_sentences"], [{"num_sentences": 3, "relation": "at least"}]
     ) == [True]
-    assert sentences('Dr. Who said "Go!" to J. Smith. Really? Yes, e.g. now... and 3.5 more. The end') == [
+    assert split_sentences('Dr. Who said "Go!" to J. Smith. Really? Yes, e.g. now... and 3.5 more. The end') == [
         'Dr. Who said "Go!"',
         "to J. Smith.",
         "Really?",
@@ -82,12 +82,12 @@ def test_tables() -> None:
     products = "ProductID,Category,Brand,Price,Stock\n" + "\n".join(
         f"{i},Tea,{chr(34) + 'A&B' + chr(34) if i == 3 else 'Ann'},{i},9" for i in range(14)
     )
-    assert followed(products, ["custom:csv_special_character"], [{}]) == [True]
-    assert followed(products.replace("&", ""), ["custom:csv_special_character"], [{}]) == [False]
+    assert check_instructions(products, ["custom:csv_special_character"], [{}]) == [True]
+    assert check_instructions(products.replace("&", ""), ["custom:csv_special_character"], [{}]) == [False]
     line = "\t".join(f'"{x}"' for x in "abcde")
     grades = '"StudentID"\t"Subject"\t"Grade"\t"Semester"\t"Score"\n' + "\n".join([line] * 3)
-    assert followed(grades, ["custom:csv_quotes"], [{}]) == [True]
-    assert followed(grades.replace('"a"', "a"), ["custom:csv_quotes"], [{}]) == [False]
+    assert check_instructions(grades, ["custom:csv_quotes"], [{}]) == [True]
+    assert check_instructions(grades.replace('"a"', "a"), ["custom:csv_quotes"], [{}]) == [False]
 
 
 def row(*names: str, **arguments: Any) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def row(*names: str, **arguments: Any) -> dict[str, Any]:
 
 
 def test_strict_loose_and_by_instruction() -> None:
-    strict, loose, share = (score_function(f"constraints{kind}") for kind in ("", "_loose", "_share"))
+    strict, loose, share = (get_score_function(f"constraints{kind}") for kind in ("", "_loose", "_share"))
     given = row("punctuation:no_comma", "startend:quotation")
     answer = 'Sure, here it is:\n"*all of it*"'
     assert strict((), answer, given).reason == "not followed: punctuation:no_comma, startend:quotation"
@@ -105,7 +105,7 @@ def test_strict_loose_and_by_instruction() -> None:
         0.0,
     )
     assert share((), "no quotation", given).value == 0.5
-    assert verified((), '"so"', given).value == 1.0
+    assert score_verified((), '"so"', given).value == 1.0
     assert strict((), " \n", row("punctuation:no_comma")).value == 0.0  # an empty answer follows nothing
 
 
@@ -117,4 +117,4 @@ def test_rows_that_cannot_be_checked() -> None:
         ({"id": "r", "answer": {"constraints": ["punctuation:no_comma"], "arguments": []}}, "`answer` must be"),
     ):
         with pytest.raises(DataError, match=message):
-            score_function("constraints")((), "x", bad)
+            get_score_function("constraints")((), "x", bad)

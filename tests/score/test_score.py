@@ -14,15 +14,15 @@ import jsonschema
 import pytest
 
 from llmworks.core.errors import DataError, UserError
-from llmworks.score import score_function
-from llmworks.score.extract import code_block, final_answer, json_value
-from llmworks.score.sql import query_of
+from llmworks.score import get_score_function
+from llmworks.score.extract import extract_code_block, extract_final_answer, extract_json
+from llmworks.score.sql import extract_query
 
 SETUP = "CREATE TABLE t (a INTEGER, b TEXT); INSERT INTO t VALUES (1, 'x'), (2, 'y'), (3, 'y');"
 
 
 def score(name: str, text: str, answer: Any, **row: Any) -> tuple[float, str]:
-    found = score_function(name)((), text, {"id": "r", "answer": answer, **row})
+    found = get_score_function(name)((), text, {"id": "r", "answer": answer, **row})
     return found.value, found.reason
 
 
@@ -67,15 +67,15 @@ def test_wrong_answers(text: str, answer: Any) -> None:
 
 
 def test_parts_of_answers() -> None:
-    assert final_answer("a\n b \n\n") == "b"
-    assert code_block("x\n```python\na = 1\n```\ny\n```\nb\n```\n```js\nc\n```", "python") == "b\n"
-    assert code_block("plain") == "plain"
-    assert code_block("```python\ncut off", "python") == "cut off"
-    assert json_value('Here: {"a": [1, 2]} and more') == {"a": [1, 2]}
-    assert json_value('```json\n{"a": 1}\n```') == {"a": 1}
-    assert json_value("[1]") == [1]
+    assert extract_final_answer("a\n b \n\n") == "b"
+    assert extract_code_block("x\n```python\na = 1\n```\ny\n```\nb\n```\n```js\nc\n```", "python") == "b\n"
+    assert extract_code_block("plain") == "plain"
+    assert extract_code_block("```python\ncut off", "python") == "cut off"
+    assert extract_json('Here: {"a": [1, 2]} and more') == {"a": [1, 2]}
+    assert extract_json('```json\n{"a": 1}\n```') == {"a": 1}
+    assert extract_json("[1]") == [1]
     with pytest.raises(ValueError, match="no JSON"):
-        json_value("{a: 1}")
+        extract_json("{a: 1}")
 
 
 def test_shapes() -> None:
@@ -89,7 +89,7 @@ def test_shapes() -> None:
 
 def test_patterns_that_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backtracking takes 2^40 steps here; the verifier says no instead."""
-    monkeypatch.setattr(import_module("llmworks.score.shape"), "SECONDS", 0.5)
+    monkeypatch.setattr(import_module("llmworks.score.shape"), "TIMEOUT", 0.5)
     began = time.monotonic()
     slow = "^(a|b|ab)*(?=d)$"
     assert score("regex", "ab" * 40 + "!", {"regex": slow}) == (0.0, f"takes longer than 0.5 s to match {slow!r}")
@@ -159,7 +159,7 @@ def test_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sql(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("llmworks.score.sql"), "SECONDS", 1.0)
+    monkeypatch.setattr(import_module("llmworks.score.sql"), "TIMEOUT", 1.0)
     answer = {"sql": "SELECT b, count(*) FROM t GROUP BY b", "setup": SETUP}
     assert score("verified", "```sql\nSELECT b, COUNT(a) AS n FROM t GROUP BY 1 ORDER BY n DESC;\n```", answer) == (
         1.0,
@@ -170,7 +170,8 @@ def test_sql(monkeypatch: pytest.MonkeyPatch) -> None:
     assert score("sql", "select a from t order by a", ordered)[0] == 0.0
     assert score("sql", "select a from t order by -a", ordered)[0] == 1.0
     assert (
-        query_of("The query is: WITH x AS (SELECT 1) SELECT * FROM x; done") == "WITH x AS (SELECT 1) SELECT * FROM x"
+        extract_query("The query is: WITH x AS (SELECT 1) SELECT * FROM x; done")
+        == "WITH x AS (SELECT 1) SELECT * FROM x"
     )
     for harmful in (
         "DELETE FROM t",
@@ -216,4 +217,4 @@ def test_rows_that_cannot_be_checked(name: str, answer: Any, match: str) -> None
 
 def test_unknown_names() -> None:
     with pytest.raises(UserError, match="unknown score function 'keys'; known: code"):
-        score_function("keys")
+        get_score_function("keys")

@@ -22,15 +22,15 @@ from tests.conftest import TEMPLATE, make_pico
 
 from llmworks.core.errors import AccessError, EngineError, RequestError, UserError
 from llmworks.core.types import Completion, Delta, Engine, Message, Request, Sampling, ToolCall
-from llmworks.generate.chat import Conversation, converse
+from llmworks.generate.chat import ChatSession, run_chat
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.generate.engines.remote import RemoteEngine
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.generate.providers.openai import collect_calls
-from llmworks.generate.providers.protocol import Call
-from llmworks.serve.answer import chunks, whole
+from llmworks.generate.providers.protocol import PartialToolCall
+from llmworks.serve.answer import build_completion, stream_chunks
 from llmworks.serve.server import build_app, check_port
-from llmworks.tokenize.chat.templates import render_call, tool_aware
+from llmworks.tokenize.chat.templates import add_tool_support, render_tool_call
 
 HI: list[Any] = [{"role": "user", "content": "hi there"}]
 
@@ -86,15 +86,15 @@ def test_stream_is_the_same_answer_with_usage(live: Live) -> None:
 def test_same_greedy_answer_in_the_terminal(live: Live) -> None:
     served = live.client.chat.completions.create(model="pico", messages=HI, max_tokens=16, temperature=0)
     screen = io.StringIO()
-    converse(Conversation(live.engine, Sampling(max_tokens=16)), "hi there", target=screen)
+    run_chat(ChatSession(live.engine, Sampling(max_tokens=16)), "hi there", target=screen)
     assert screen.getvalue() == f"{served.choices[0].message.content}\n"
 
 
 def test_terminal_over_http_and_dialogue(live: Live) -> None:
     remote = RemoteEngine(live.url, "pico")
     screen = io.StringIO()
-    conversation = Conversation(remote, Sampling(max_tokens=6))
-    converse(conversation, None, io.StringIO("hi\n\n/help\n/system be brief\nagain\n/exit\nnever\n"), screen)
+    conversation = ChatSession(remote, Sampling(max_tokens=6))
+    run_chat(conversation, None, io.StringIO("hi\n\n/help\n/system be brief\nagain\n/exit\nnever\n"), screen)
     assert [t.role for t in conversation.turns] == ["user", "assistant", "user", "assistant"]
     assert conversation.turns[2].content == "again"
     assert conversation.system == "be brief"
@@ -220,7 +220,7 @@ def test_requests_at_the_same_time_get_their_own_answers(live: Live) -> None:
 
 
 def test_tools_reach_a_model_whose_template_shows_them(tmp_path: Path) -> None:
-    server = Live(TorchEngine.open(make_pico(tmp_path / "aware", template=tool_aware(TEMPLATE))))
+    server = Live(TorchEngine.open(make_pico(tmp_path / "aware", template=add_tool_support(TEMPLATE))))
     tool: Any = {
         "type": "function",
         "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}},
@@ -245,15 +245,15 @@ def events_of(pieces: list[Delta]) -> list[str]:
             yield piece
 
     async def collect() -> list[str]:
-        return [event async for event in chunks("chatcmpl-1", 0, "m", pieces[0], rest(), True, False)]
+        return [event async for event in stream_chunks("chatcmpl-1", 0, "m", pieces[0], rest(), True, False)]
 
     return asyncio.run(collect())
 
 
 def test_calls_in_the_answer_become_tool_calls() -> None:
-    text = "Let me see. " + render_call(ToolCall("get_weather", {"city": "Oslo"}))
+    text = "Let me see. " + render_tool_call(ToolCall("get_weather", {"city": "Oslo"}))
     done = Completion(text, "stop", prompt_tokens=3, completion_tokens=4)
-    answer = whole("chatcmpl-1", 0, "m", done, with_tools=True)["choices"][0]
+    answer = build_completion("chatcmpl-1", 0, "m", done, with_tools=True)["choices"][0]
     assert answer["finish_reason"] == "tool_calls"
     assert answer["message"]["content"] == "Let me see."
     assert json.loads(answer["message"]["tool_calls"][0]["function"]["arguments"]) == {"city": "Oslo"}
@@ -266,14 +266,14 @@ def test_calls_in_the_answer_become_tool_calls() -> None:
 
 
 def test_fragments_of_streamed_calls_are_joined() -> None:
-    calls: dict[int, Call] = {}
+    calls: dict[int, PartialToolCall] = {}
     collect_calls(calls, [{"index": 0, "id": "x", "function": {"name": "f", "arguments": ""}}])
     collect_calls(
         calls,
         [{"index": 0, "function": {"arguments": '{"a"'}}, {"index": 1, "function": {"name": "g", "arguments": "{}"}}],
     )
     collect_calls(calls, [{"index": 0, "function": {"arguments": ": 1}"}}])
-    assert calls == {0: Call("f", '{"a": 1}'), 1: Call("g", "{}")}
+    assert calls == {0: PartialToolCall("f", '{"a": 1}'), 1: PartialToolCall("g", "{}")}
 
 
 def test_a_call_that_never_closes_is_text() -> None:

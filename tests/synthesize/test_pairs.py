@@ -22,11 +22,11 @@ from llmworks.core.artifact import Dataset
 from llmworks.core.errors import DataError, UserError
 from llmworks.core.types import Completion, Message
 from llmworks.data.store.rows import read_preference
-from llmworks.score.judge import comparing, grading, read_choice, read_grade
-from llmworks.score.rouge import longest_common, rouge_l, words
+from llmworks.score.judge import comparison_prompt, grading_prompt, parse_choice, parse_grade
+from llmworks.score.rouge import lcs_length, rouge_l, split_words
 from llmworks.synthesize.pairs import PairsConfig, pairs
-from llmworks.synthesize.text.diversity import Pool
-from llmworks.synthesize.text.parse import bare, labelled, numbered, refuses
+from llmworks.synthesize.text.diversity import DiversityPool
+from llmworks.synthesize.text.parse import is_refusal, parse_labeled, parse_list, strip_markup
 
 SCHEMA = {"schema": {"type": "object", "required": ["a"]}}
 
@@ -127,12 +127,12 @@ def test_by_ratings(tmp_path: Path) -> None:
 
 
 def test_verdicts() -> None:
-    assert read_grade("It is fine. [[7]]") == pytest.approx(6 / 9)
-    assert read_grade("[[3]] no, rather [[10]]") == 1.0
-    assert read_grade("Rating: 5.5") == 0.5
-    assert read_grade("I give it 1/10.") == 0.0
-    assert [read_grade(t) for t in ("[[0]]", "[[11]]", "good", "[[A]]", "")] == [None] * 5
-    assert [read_choice(t) for t in ("[[A]]", "so [[b]]", "[[tie]]", "[[C]]", "A is better", "[[5]]")] == [
+    assert parse_grade("It is fine. [[7]]") == pytest.approx(6 / 9)
+    assert parse_grade("[[3]] no, rather [[10]]") == 1.0
+    assert parse_grade("Rating: 5.5") == 0.5
+    assert parse_grade("I give it 1/10.") == 0.0
+    assert [parse_grade(t) for t in ("[[0]]", "[[11]]", "good", "[[A]]", "")] == [None] * 5
+    assert [parse_choice(t) for t in ("[[A]]", "so [[b]]", "[[tie]]", "[[C]]", "A is better", "[[5]]")] == [
         "A",
         "B",
         "C",
@@ -141,8 +141,8 @@ def test_verdicts() -> None:
         "",
     ]
     prompt = (Message("user", "Why?"),)
-    assert "User: Why?" in grading(prompt, "So.")
-    assert comparing(prompt, "uno", "due").index("uno") < comparing(prompt, "uno", "due").index("due")
+    assert "User: Why?" in grading_prompt(prompt, "So.")
+    assert comparison_prompt(prompt, "uno", "due").index("uno") < comparison_prompt(prompt, "uno", "due").index("due")
 
 
 def plain_lcs(a: list[str], b: list[str]) -> int:
@@ -157,9 +157,9 @@ def test_rouge_is_what_the_plain_algorithm_gives() -> None:
     draw = random.Random(0)
     for _ in range(300):
         a, b = ([draw.choice("abcdef") for _ in range(draw.randint(0, 12))] for _ in range(2))
-        assert longest_common(a, b) == plain_lcs(a, b)
+        assert lcs_length(a, b) == plain_lcs(a, b)
         # Lin (2004), section 3: "police killed the gunman", "police kill the gunman": 3 of 4 words in sequence
-    assert rouge_l(words("police killed the gunman"), words("Police kill the gunman.")) == 0.75
+    assert rouge_l(split_words("police killed the gunman"), split_words("Police kill the gunman.")) == 0.75
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 1.0])
@@ -167,9 +167,9 @@ def test_a_pool_refuses_what_comparing_with_all_refuses(threshold: float) -> Non
     draw = random.Random(2)
     vocabulary = ["a", "of", "the", "rain", "write", "poem", "mountain", "river", "seventeen"]
     texts = [" ".join(draw.choices(vocabulary, k=draw.randint(1, 9))) for _ in range(400)]
-    pool, kept = Pool(threshold), []
+    pool, kept = DiversityPool(threshold), []
     for text in texts:
-        own = words(text)
+        own = split_words(text)
         expected = all(2 * plain_lcs(own, other) / (len(own) + len(other)) < threshold for other in kept)
         assert pool.add(text) == expected
         if expected:
@@ -179,17 +179,18 @@ def test_a_pool_refuses_what_comparing_with_all_refuses(threshold: float) -> Non
 
 
 def test_lists_and_labels() -> None:
-    assert numbered("Here:\n1. a\nb\n2) **c**\n 3: 'd'\n") == ["a\nb", "c", "d"]
-    assert numbered("Task 1: a\nTask 2: b") == ["a", "b"]
-    assert numbered("- a\n* b\n• c") == ["a", "b", "c"]
-    assert numbered("nothing") == []
+    assert parse_list("Here:\n1. a\nb\n2) **c**\n 3: 'd'\n") == ["a\nb", "c", "d"]
+    assert parse_list("Task 1: a\nTask 2: b") == ["a", "b"]
+    assert parse_list("- a\n* b\n• c") == ["a", "b", "c"]
+    assert parse_list("nothing") == []
     assert (
-        labelled("Sure.\n**New Instruction:** Do this\nand that.\nNote: x", "new instruction") == "Do this\nand that."
+        parse_labeled("Sure.\n**New Instruction:** Do this\nand that.\nNote: x", "new instruction")
+        == "Do this\nand that."
     )
-    assert labelled("none", "question") == ""
-    assert bare(' **"a"** ') == "a"
-    assert refuses("I'm sorry, but as an AI I cannot.")
-    assert not refuses("He said that he was sorry. " * 3 + "I am sorry, he said." + " word" * 100)
+    assert parse_labeled("none", "question") == ""
+    assert strip_markup(' **"a"** ') == "a"
+    assert is_refusal("I'm sorry, but as an AI I cannot.")
+    assert not is_refusal("He said that he was sorry. " * 3 + "I am sorry, he said." + " word" * 100)
 
 
 def test_a_killed_run_pays_nothing_twice(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from llmworks.core.types import Completion, Document
 from llmworks.data.store.rows import read_chat
 from llmworks.synthesize.branch import BranchConfig, branch
 from llmworks.synthesize.evolve import EvolveConfig, evolve
-from llmworks.synthesize.grounded import GroundedConfig, grounded, off_topic, passages_of, support_of
+from llmworks.synthesize.grounded import GroundedConfig, compute_support, find_topic_problem, grounded, split_passages
 from llmworks.synthesize.instruct import InstructConfig, instruct
 from llmworks.synthesize.personas import PersonasConfig, personas
 from llmworks.synthesize.reason import ReasonConfig, reason
@@ -241,25 +241,25 @@ def test_grounded(tmp_path: Path) -> None:
 
 def test_passages_are_whole_paragraphs() -> None:
     text = "\n\na " + "x" * 100 + "\n\n\n" + "b\nb " + "y" * 100 + "\n \n" + "c" * 90 + "\n\n" + "d" * 500
-    found = passages_of(Document("d", text, "s"), GroundedConfig(max_characters=230, min_characters=50))
+    found = split_passages(Document("d", text, "s"), GroundedConfig(max_characters=230, min_characters=50))
     assert [text[p.start : p.start + len(p.text)] == p.text for p in found] == [True] * len(found)
     assert [p.text[0] for p in found] == ["a", "c"]
     assert found[0].text.endswith("y")
 
 
 def test_support() -> None:
-    assert support_of("It returns the fields.", PASSAGE, "What is returned?") == (1.0, "")
-    assert support_of("In version 3.2 it is refused.", PASSAGE, "When?") == (1.0, "")
-    assert support_of("In version 3.7 it is refused.", PASSAGE, "When?")[1] == "7"
-    assert support_of("Bananas are yellow.", PASSAGE, "What?")[0] == 0.0
-    assert support_of("It calls parse_all.", PASSAGE, "What?")[1] == "parse_all"
-    assert support_of("The parse_line function is parse_line.", PASSAGE, "What is the function parse_line?") == (
+    assert compute_support("It returns the fields.", PASSAGE, "What is returned?") == (1.0, "")
+    assert compute_support("In version 3.2 it is refused.", PASSAGE, "When?") == (1.0, "")
+    assert compute_support("In version 3.7 it is refused.", PASSAGE, "When?")[1] == "7"
+    assert compute_support("Bananas are yellow.", PASSAGE, "What?")[0] == 0.0
+    assert compute_support("It calls parse_all.", PASSAGE, "What?")[1] == "parse_all"
+    assert compute_support("The parse_line function is parse_line.", PASSAGE, "What is the function parse_line?") == (
         0.0,
         "",
     )
-    assert off_topic("What does the function parse_line return?", PASSAGE) == ""
-    assert off_topic("What does the function parse_all return?", PASSAGE) == "off-topic (parse_all)"
-    assert off_topic("Why do bananas and universes exist?", PASSAGE) == "off-topic (content words: 0%)"
+    assert find_topic_problem("What does the function parse_line return?", PASSAGE) == ""
+    assert find_topic_problem("What does the function parse_all return?", PASSAGE) == "off-topic (parse_all)"
+    assert find_topic_problem("Why do bananas and universes exist?", PASSAGE) == "off-topic (content words: 0%)"
 
 
 def test_reason(tmp_path: Path) -> None:

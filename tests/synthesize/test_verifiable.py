@@ -19,8 +19,8 @@ from llmworks.core.errors import DataError, LlmworksError
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.data.store.rows import read_chat, write_chat
-from llmworks.score import score_function
-from llmworks.score.constraints import CHECKS, followed
+from llmworks.score import get_score_function
+from llmworks.score.constraints import CHECKS, check_instructions
 from llmworks.synthesize import rules
 from llmworks.synthesize.verifiable import VerifiableConfig, verifiable
 
@@ -85,7 +85,7 @@ def made(tmp_path: Path) -> Any:
 
 def test_every_answer_passes_its_checks(made: Any) -> None:
     rows, data = made(max_instructions=3)
-    score = score_function("verified")
+    score = get_score_function("verified")
     for row in rows:
         assert score([], row["messages"][-1]["content"], row).value == 1.0, row
         assert row["extra"]["text"] in row["messages"][0]["content"]
@@ -102,23 +102,23 @@ def test_a_text_that_follows_nothing_fails(made: Any) -> None:
     for row in rows:
         name = row["answer"]["constraints"][0]
         asked[name] += 1
-        passed[name] += followed(row["extra"]["text"], [name], row["answer"]["arguments"])[0]
-        assert followed("", [name], row["answer"]["arguments"]) == [False]
+        passed[name] += check_instructions(row["extra"]["text"], [name], row["answer"]["arguments"])[0]
+        assert check_instructions("", [name], row["answer"]["arguments"]) == [False]
     for name in asked:
         if name != "combination:repeat_prompt":  # whose answer begins with the text
             assert passed[name] <= 0.1 * asked[name], name
 
 
 @pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.name)
-def test_a_rule_makes_what_its_check_wants(rule: rules.Rule) -> None:
+def test_a_rule_makes_what_its_check_wants(rule: rules.InstructionRule) -> None:
     checked = 0
     for number, text in enumerate(TEXTS):
-        given = rule.draw(text, Random(number))
+        given = rule.sample_arguments(text, Random(number))
         if given is not None:
             checked += 1
-            answer = rule.make(text, text, given)
+            answer = rule.apply(text, text, given)
             assert CHECKS[rule.name](answer, given), (text, answer, given)
-            assert "{" not in rules.said(rule, given, Random(number))
+            assert "{" not in rules.format_instruction(rule, given, Random(number))
     assert checked > 20
 
 
@@ -172,11 +172,15 @@ def test_answers_are_what_is_said_not_only_what_is_checked() -> None:
             "keywords:frequency",
         ):
             rule, random = by_name[name], Random(number)
-            given = rule.draw(text, random)
+            given = rule.sample_arguments(text, random)
             if given is None:
                 continue
             seen[name] += 1
-            answer, asked, words = rule.make(text, text, given), rules.said(rule, given, random), text.split()
+            answer, asked, words = (
+                rule.apply(text, text, given),
+                rules.format_instruction(rule, given, random),
+                text.split(),
+            )
             count = rules.NUMBERS.index(rules.number_word(given))
             assert f" {rules.number_word(given)} " in asked
             assert ("one longest words" in asked, "one placeholders" in asked) == (False, False)

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from llmworks.tokenize.bpe.fast import GPT2
-from llmworks.tokenize.bpe.reference import BPE, join
-from llmworks.tokenize.bpe.trainers import LLAMA3
+from llmworks.tokenize.bpe.reference import BPE, merge_pair
+from llmworks.tokenize.bpe.trainers import LLAMA3_PATTERN
 
 BYTES = pre_tokenizers.ByteLevel
 WORKED = "aaabdaaabac"  # Gage 1994: aa, then ab or its like, then what they make
@@ -39,12 +39,12 @@ def library(texts: list[str], size: int, pattern: str, least: int = 1, control: 
 
 def same(texts: list[str], others: list[str], size: int, pattern: str = GPT2, least: int = 1, control: int = 0) -> BPE:
     theirs = library(texts, size, pattern, least, control)
-    ours = BPE(pattern=pattern, first=control)
-    ours.train(texts, size, least=least)
+    ours = BPE(pattern=pattern, first_id=control)
+    ours.train(texts, size, min_frequency=least)
     state = json.loads(theirs.to_str())
     vocab = state["model"]["vocab"]
     assert [(vocab[a], vocab[b]) for a, b in state["model"]["merges"]] == list(ours.merges)
-    again = BPE(list(ours.merges), pattern=pattern, first=control)
+    again = BPE(list(ours.merges), pattern=pattern, first_id=control)
     for text in (*texts, *others):
         ids = ours.encode(text)
         assert ids == theirs.encode(text, add_special_tokens=False).ids
@@ -59,12 +59,12 @@ def test_a_worked_example() -> None:
     """
     ours = BPE(pattern=r"[\s\S]+")
     ours.train([WORKED], 259)
-    assert [ours.bytes_of[id] for id in ours.merges.values()] == [b"aa", b"ab", b"aaab"]
-    assert [ours.bytes_of[id] for id in ours.encode(WORKED)] == [b"aaab", b"d", b"aaab", b"a", b"c"]
-    assert join([1, 1, 1, 2, 1, 1], (1, 1), 9) == [9, 1, 2, 9]
+    assert [ours.id_to_bytes[id] for id in ours.merges.values()] == [b"aa", b"ab", b"aaab"]
+    assert [ours.id_to_bytes[id] for id in ours.encode(WORKED)] == [b"aaab", b"d", b"aaab", b"a", b"c"]
+    assert merge_pair([1, 1, 1, 2, 1, 1], (1, 1), 9) == [9, 1, 2, 9]
 
 
-@pytest.mark.parametrize("pattern", [GPT2, LLAMA3])
+@pytest.mark.parametrize("pattern", [GPT2, LLAMA3_PATTERN])
 def test_it_is_the_library(pattern: str) -> None:
     texts = [
         Path(__file__).read_text(),
@@ -78,7 +78,7 @@ def test_it_is_the_library(pattern: str) -> None:
 
 def test_training_ends_when_pairs_are_rare() -> None:
     ours = BPE()
-    ours.train(["ab ab cd"], 1000, least=2)
+    ours.train(["ab ab cd"], 1000, min_frequency=2)
     assert len(ours.merges) == 1
     with pytest.raises(KeyError):
         ours.decode([9999])
@@ -102,4 +102,4 @@ def test_it_is_the_library_on_real_text_of_several_scripts(language: str) -> Non
     pages = [re.sub(r"<[^>]+>", " ", file.read_text()) for file in sorted(folder.glob("*.html"))]
     text = "".join(pages)[:400_000]
     assert len({c for c in text if c.isalpha() and not c.isascii()}) > 25 or language == "de-DE"
-    same([text], ["".join(pages)[500_000:520_000]], 2000, LLAMA3)
+    same([text], ["".join(pages)[500_000:520_000]], 2000, LLAMA3_PATTERN)

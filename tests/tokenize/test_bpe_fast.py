@@ -12,8 +12,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from llmworks import assets
-from llmworks.tokenize.bpe.fast import PROBE, bulk_encoder
-from llmworks.tokenize.bpe.trainers import LLAMA3
+from llmworks.tokenize.bpe.fast import PROBE_TEXTS, build_bulk_encoder
+from llmworks.tokenize.bpe.trainers import LLAMA3_PATTERN
 
 TEXTS = [
     row[1]
@@ -29,7 +29,7 @@ KINDS: dict[str, Any] = {
         [pre_tokenizers.Split(Regex("[^中e]+"), "isolated"), BYTES(add_prefix_space=False, use_regex=False)]
     ),
     "llama3": pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES(add_prefix_space=False, use_regex=False)]
+        [pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"), BYTES(add_prefix_space=False, use_regex=False)]
     ),
 }
 
@@ -42,7 +42,7 @@ def trained(pre: Any) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=3000, special_tokens=special, initial_alphabet=BYTES.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator([*TEXTS[:200], *PROBE], trainer)
+    tokenizer.train_from_iterator([*TEXTS[:200], *PROBE_TEXTS], trainer)
     return tokenizer
 
 
@@ -69,9 +69,9 @@ def tricky(count: int = 3000) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_the_same(kind: str) -> None:
     tokenizer = trained(KINDS[kind])
-    encoder = bulk_encoder(tokenizer)
+    encoder = build_bulk_encoder(tokenizer)
     assert encoder is not None
-    for text in (*TEXTS, *PROBE, "", " ", "\n", "a\0b", "x" * 5000, "a <|im_start|> b<|endoftext|>", *tricky()):
+    for text in (*TEXTS, *PROBE_TEXTS, "", " ", "\n", "a\0b", "x" * 5000, "a <|im_start|> b<|endoftext|>", *tricky()):
         assert encoder.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
 
 
@@ -81,21 +81,21 @@ def test_bytes_without_a_token_are_left_out_alike() -> None:
     for character in ("\u0104", "ñ", "¢"):  # the bytes 4, 0xF1 and 0xA2
         state["model"]["vocab"].pop(character)
     tokenizer = Tokenizer.from_str(json.dumps(state))
-    encoder = bulk_encoder(tokenizer)
+    encoder = build_bulk_encoder(tokenizer)
     assert encoder is not None
-    for text in ("a\x04b the\x04re", "x\U00040000y", "plain", "the ¢ent, 5 ¢s.", *PROBE):
+    for text in ("a\x04b the\x04re", "x\U00040000y", "plain", "the ¢ent, 5 ¢s.", *PROBE_TEXTS):
         assert encoder.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def test_others_are_left_to_their_own_library() -> None:
     lower = trained(KINDS["gpt2"])
     lower.normalizer = normalizers.Lowercase()
-    assert bulk_encoder(lower) is None
-    assert bulk_encoder(trained(BYTES(add_prefix_space=True))) is None
-    assert bulk_encoder(Tokenizer(models.WordLevel({"a": 0}))) is None
+    assert build_bulk_encoder(lower) is None
+    assert build_bulk_encoder(trained(BYTES(add_prefix_space=True))) is None
+    assert build_bulk_encoder(Tokenizer(models.WordLevel({"a": 0}))) is None
     unknown = trained(KINDS["gpt2"])
     unknown.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), BYTES(add_prefix_space=False)])
-    assert bulk_encoder(unknown) is None
+    assert build_bulk_encoder(unknown) is None
 
 
 @pytest.mark.parametrize("pattern", [r"(?=[A-Z])|[^A-Z]+", r"\p{L}*", "a|", r"(?<=a)", r"\h+"])
@@ -103,20 +103,20 @@ def test_patterns_that_can_find_nothing_are_left_to_the_library(pattern: str) ->
     pre = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), "isolated"), BYTES(add_prefix_space=False, use_regex=False)]
     )
-    assert bulk_encoder(trained(pre)) is None
+    assert build_bulk_encoder(trained(pre)) is None
 
 
 def test_settings_that_change_what_is_encoded() -> None:
     cuts, pads = trained(KINDS["gpt2"]), trained(KINDS["gpt2"])
     cuts.enable_truncation(5)
     pads.enable_padding(length=9)
-    assert bulk_encoder(cuts) is None
-    assert bulk_encoder(pads) is None
+    assert build_bulk_encoder(cuts) is None
+    assert build_bulk_encoder(pads) is None
 
 
 def test_what_is_no_text_is_refused_alike() -> None:
     tokenizer = trained(KINDS["smollm"])
-    encoder = bulk_encoder(tokenizer)
+    encoder = build_bulk_encoder(tokenizer)
     assert encoder is not None
     for text in ("a\ud800", "word \udc80 word"):
         with pytest.raises(TypeError):
@@ -133,17 +133,17 @@ def test_merges_that_do_not_make_their_tokens_are_left_to_the_library() -> None:
     state["added_tokens"] = []
     odd = Tokenizer.from_str(json.dumps(state))
     assert odd.encode("zqx").tokens == ["z", "qx"]
-    assert bulk_encoder(odd) is None
+    assert build_bulk_encoder(odd) is None
     state["model"] |= {"merges": [["z", "q"], ["zq", "x"]], "ignore_merges": True}
-    assert bulk_encoder(Tokenizer.from_str(json.dumps(state))) is None  # "qx" is a word that no merge makes
+    assert build_bulk_encoder(Tokenizer.from_str(json.dumps(state))) is None  # "qx" is a word that no merge makes
     state["model"] |= {"ignore_merges": False, "dropout": 0.5}
-    assert bulk_encoder(Tokenizer.from_str(json.dumps(state))) is None
+    assert build_bulk_encoder(Tokenizer.from_str(json.dumps(state))) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_endless_white_space_and_new_digits(kind: str) -> None:
     tokenizer = trained(KINDS[kind])
-    encoder = bulk_encoder(tokenizer)
+    encoder = build_bulk_encoder(tokenizer)
     assert encoder is not None
     for text in ("a" + " " * 1_000_000 + "b", "\n" * 400_000, "  \U00011de1 ", "x  \U00016ff4"):
         assert encoder.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
@@ -155,9 +155,9 @@ def test_a_real_tokenizer_on_real_text() -> None:
 
     from llmworks.runtime.session import load
 
-    assert assets.get("smollm2-135m-instruct").convert
+    assert assets.get_asset("smollm2-135m-instruct").convert
     tokenizer = Tokenizer.from_file(str(load("asset:smollm2-135m-instruct").path / "tokenizer.json"))
-    encoder = bulk_encoder(tokenizer)
+    encoder = build_bulk_encoder(tokenizer)
     assert encoder is not None
     texts = [text for _, text in real_documents()]
     for text, expected in zip(texts, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):

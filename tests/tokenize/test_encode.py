@@ -15,9 +15,9 @@ from tokenizers import AddedToken
 from llmworks.core.errors import ModelError, RequestError
 from llmworks.core.types import Message, ToolCall
 from llmworks.tokenize.chat.encode import ConversationEncoder
-from llmworks.tokenize.chat.named import NAMED, named_template
-from llmworks.tokenize.chat.template_cache import Skeletons, pattern_of
-from llmworks.tokenize.chat.templates import for_template, render_masked, tool_aware
+from llmworks.tokenize.chat.named import NAMED_TEMPLATES, get_named_template
+from llmworks.tokenize.chat.template_cache import SkeletonCache, get_pattern
+from llmworks.tokenize.chat.templates import adapt_tools, add_tool_support, render_masked
 from llmworks.tokenize.load import load_tokenizer
 
 TOOL = {
@@ -92,7 +92,7 @@ TEXTS = (
 
 def tokenizer_with(template: str) -> Any:
     tokenizer = make_tokenizer(template)
-    if template in map(named_template, NAMED):
+    if template in map(get_named_template, NAMED_TEMPLATES):
         tokenizer.bos_token, tokenizer.eos_token = "<s>", "</s>"
     return tokenizer
 
@@ -112,7 +112,16 @@ def conversations(count: int = 200) -> list[tuple[Message, ...]]:
 
 
 @pytest.mark.parametrize(
-    "template", [TEMPLATE, QWEN, ONLY_THERE, SETS, tool_aware(TEMPLATE), *map(named_template, NAMED), *LOOKS.values()]
+    "template",
+    [
+        TEMPLATE,
+        QWEN,
+        ONLY_THERE,
+        SETS,
+        add_tool_support(TEMPLATE),
+        *map(get_named_template, NAMED_TEMPLATES),
+        *LOOKS.values(),
+    ],
 )
 def test_ids_and_masks_are_those_of_the_template(template: str) -> None:
     tokenizer = tokenizer_with(template)
@@ -131,7 +140,8 @@ def test_ids_and_masks_are_those_of_the_template(template: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "template", [TEMPLATE, QWEN, ONLY_THERE, SETS, tool_aware(TEMPLATE), *map(named_template, NAMED)]
+    "template",
+    [TEMPLATE, QWEN, ONLY_THERE, SETS, add_tool_support(TEMPLATE), *map(get_named_template, NAMED_TEMPLATES)],
 )
 def test_usual_templates_have_a_skeleton(template: str) -> None:
     messages = (
@@ -141,17 +151,17 @@ def test_usual_templates_have_a_skeleton(template: str) -> None:
         Message("user", "d"),
         Message("assistant", "e"),
     )
-    pattern = pattern_of(messages)
+    pattern = get_pattern(messages)
     assert pattern is not None
-    assert Skeletons(tokenizer_with(template)).of(pattern, lambda: messages) is not None
+    assert SkeletonCache(tokenizer_with(template)).get_segments(pattern, lambda: messages) is not None
 
 
 @pytest.mark.parametrize("template", LOOKS.values(), ids=LOOKS)
 def test_a_template_that_looks_into_contents_has_none(template: str) -> None:
     messages = (Message("user", "b"), Message("assistant", "c"))
-    pattern = pattern_of(messages)
+    pattern = get_pattern(messages)
     assert pattern is not None
-    assert Skeletons(tokenizer_with(template)).of(pattern, lambda: messages) is None
+    assert SkeletonCache(tokenizer_with(template)).get_segments(pattern, lambda: messages) is None
 
 
 def test_tools_and_calls() -> None:
@@ -161,9 +171,9 @@ def test_tools_and_calls() -> None:
         Message("tool", "2", tool_call_id="1"),
         Message("assistant", "e"),
     )
-    for template in (TEMPLATE, tool_aware(TEMPLATE), QWEN):
+    for template in (TEMPLATE, add_tool_support(TEMPLATE), QWEN):
         tokenizer = make_tokenizer(template)
-        shown, tools = for_template(tokenizer, turns, (TOOL,))
+        shown, tools = adapt_tools(tokenizer, turns, (TOOL,))
         expected = render_masked(tokenizer, shown, tools=tools)
         ids, mask = ConversationEncoder(tokenizer).encode(turns, (TOOL,))
         assert (ids, bytes(mask)) == (list(expected.ids), bytes(expected.mask))
@@ -171,7 +181,7 @@ def test_tools_and_calls() -> None:
 
 def test_what_the_template_refuses_is_refused() -> None:
     with pytest.raises(RequestError, match="the template llama-2"):
-        ConversationEncoder(tokenizer_with(named_template("llama-2"))).encode(
+        ConversationEncoder(tokenizer_with(get_named_template("llama-2"))).encode(
             (Message("tool", "b"), Message("assistant", "c"))
         )
 
@@ -217,10 +227,10 @@ def test_dates(monkeypatch: pytest.MonkeyPatch) -> None:
     """A template that writes the day is run again every time, or the day is frozen."""
     tokenizer = make_tokenizer(DATED)
     turns = (Message("user", "a"), Message("assistant", "b"))
-    pattern = pattern_of(turns)
+    pattern = get_pattern(turns)
     assert pattern is not None
-    assert Skeletons(tokenizer).of(pattern, lambda: turns) is None
-    assert Skeletons(tokenizer, frozen=True).of(pattern, lambda: turns) is not None
+    assert SkeletonCache(tokenizer).get_segments(pattern, lambda: turns) is None
+    assert SkeletonCache(tokenizer, frozen=True).get_segments(pattern, lambda: turns) is not None
     frozen = ConversationEncoder(tokenizer, frozen=True)
     expected = render_masked(tokenizer, turns, frozen=True)
     assert frozen.encode(turns)[0] == list(expected.ids)

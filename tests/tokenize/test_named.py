@@ -14,9 +14,9 @@ from tests.conftest import TEMPLATE, make_tokenizer
 
 from llmworks.core.errors import ModelError, RequestError, UserError
 from llmworks.core.types import Json, Message, ToolCall
-from llmworks.tokenize.chat.named import FOLDER, NAMED, named_template
-from llmworks.tokenize.chat.templates import encode, for_template, render_masked, render_text, tool_aware
-from llmworks.tokenize.view import as_ansi, as_html, as_plain, without_colours
+from llmworks.tokenize.chat.named import FOLDER, NAMED_TEMPLATES, get_named_template
+from llmworks.tokenize.chat.templates import adapt_tools, add_tool_support, encode, render_masked, render_text
+from llmworks.tokenize.view import format_ansi, format_html, format_plain, strip_colors
 
 ROWS: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "fixtures" / "chat_templates.json").read_text())
 
@@ -42,24 +42,24 @@ def test_templates_write_what_the_published_ones_write() -> None:
             continue
         messages = tuple(Message(m["role"], m["content"]) for m in row["messages"])
         text = render_text(
-            tokenizer_with(named_template(row["template"])), messages, generation_prompt=row["generation_prompt"]
+            tokenizer_with(get_named_template(row["template"])), messages, generation_prompt=row["generation_prompt"]
         )
         assert text == row["text"], (row["source"], row["messages"])
         compared.add((row["template"], len(messages), system, row["generation_prompt"]))
-    assert {name for name, *_ in compared} == set(NAMED)
+    assert {name for name, *_ in compared} == set(NAMED_TEMPLATES)
     assert len(compared) > 80
 
 
-@pytest.mark.parametrize("name", [name for name in NAMED if name not in ("chatml", "llama-3")])
+@pytest.mark.parametrize("name", [name for name in NAMED_TEMPLATES if name not in ("chatml", "llama-3")])
 def test_what_a_template_cannot_show_is_refused(name: str) -> None:
     with pytest.raises(RequestError, match=f"the template {name}"):
-        render_text(tokenizer_with(named_template(name)), (Message("user", "a"), Message("tool", "b")))
+        render_text(tokenizer_with(get_named_template(name)), (Message("user", "a"), Message("tool", "b")))
 
 
 def test_names() -> None:
-    assert {path.stem for path in FOLDER.glob("*.jinja")} == set(NAMED)
+    assert {path.stem for path in FOLDER.glob("*.jinja")} == set(NAMED_TEMPLATES)
     with pytest.raises(UserError, match="unknown chat template 'lama'; known: chatml"):
-        named_template("lama")
+        get_named_template("lama")
 
 
 U, A, A0 = Message("user", "Hi"), Message("assistant", "Hello."), Message("assistant", "Hello.", weight=0)
@@ -254,12 +254,12 @@ def test_masks_are_those_that_a_person_marked(
     template: str, turns: tuple[Message, ...], tools: tuple[Json, ...], marked: str
 ) -> None:
     if template in ("own", "tools"):
-        tokenizer = make_tokenizer(TEMPLATE if template == "own" else tool_aware(TEMPLATE))
+        tokenizer = make_tokenizer(TEMPLATE if template == "own" else add_tool_support(TEMPLATE))
     else:
-        tokenizer = tokenizer_with(named_template(template) if template in NAMED else template)
-    shown, offered = for_template(tokenizer, turns, tools)
+        tokenizer = tokenizer_with(get_named_template(template) if template in NAMED_TEMPLATES else template)
+    shown, offered = adapt_tools(tokenizer, turns, tools)
     rendered = render_masked(tokenizer, shown, tools=offered)
-    assert as_plain(tokenizer, rendered.ids, rendered.mask) == marked
+    assert format_plain(tokenizer, rendered.ids, rendered.mask) == marked
     assert tokenizer.decode(rendered.ids) == render_text(tokenizer, shown, tools=offered, generation_prompt=False)
 
 
@@ -275,12 +275,12 @@ def test_a_template_that_rewrites_turns_is_refused() -> None:
 def test_views_show_the_same_text() -> None:
     tokenizer = make_tokenizer()
     rendered = render_masked(tokenizer, (U, Message("assistant", "<b> 谢 🙂\n\nx")))
-    ansi = as_ansi(tokenizer, rendered.ids, rendered.mask)
+    ansi = format_ansi(tokenizer, rendered.ids, rendered.mask)
     assert "\x1b[42;30m" in ansi
     text = tokenizer.decode(rendered.ids)
     assert re.sub(r"\x1b\[[\d;]*m", "", ansi).replace("⏎", "") == text
-    assert without_colours(ansi).replace("⏎", "") == as_plain(tokenizer, rendered.ids, rendered.mask)
-    page = as_html(tokenizer, rendered.ids, rendered.mask)
+    assert strip_colors(ansi).replace("⏎", "") == format_plain(tokenizer, rendered.ids, rendered.mask)
+    page = format_html(tokenizer, rendered.ids, rendered.mask)
     assert page.count("<span") == len(rendered.ids)
     assert "&lt;" in page
     assert '<span class="l s" title="2">&lt;|im_end|&gt;</span>' in page
@@ -313,14 +313,14 @@ def token_equal(tokenizer: Any) -> None:
 def test_tokens_of_real_models_are_those_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the model's own template, and with the named ones."""
     from llmworks import assets
-    from llmworks.model.from_gguf import metadata, open_reader
-    from llmworks.model.gguf.tokenizer import tokenizer_of
+    from llmworks.model.from_gguf import open_reader, read_metadata
+    from llmworks.model.gguf.tokenizer import build_transformers_tokenizer
 
     monkeypatch.setenv("LLMWORKS_ACCEPT", name)
-    tokenizer = tokenizer_of(metadata(open_reader(next(assets.fetch(name).glob("*.gguf")))))
+    tokenizer = build_transformers_tokenizer(read_metadata(open_reader(next(assets.fetch(name).glob("*.gguf")))))
     token_equal(tokenizer)
-    for template in NAMED:
-        tokenizer.chat_template = named_template(template)
+    for template in NAMED_TEMPLATES:
+        tokenizer.chat_template = get_named_template(template)
         raw = [{"role": m.role, "content": m.content} for m in (S, U)]
         theirs = tokenizer.apply_chat_template(raw, tokenize=True, add_generation_prompt=True, return_dict=True)[
             "input_ids"

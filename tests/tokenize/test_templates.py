@@ -10,15 +10,15 @@ from tests.conftest import TEMPLATE, make_tokenizer
 from llmworks.core.errors import ModelError, RequestError
 from llmworks.core.types import Message, ToolCall, messages_from_json, messages_to_json
 from llmworks.tokenize.chat.templates import (
+    add_tool_support,
+    can_render_tools,
     encode,
     flatten_tools,
-    parse_calls,
-    render_call,
+    parse_tool_calls,
     render_masked,
     render_prompt,
     render_text,
-    renders_tools,
-    tool_aware,
+    render_tool_call,
 )
 
 TURNS = (
@@ -70,21 +70,21 @@ def test_missing_template_and_refusing_template() -> None:
 
 
 def test_tool_aware_changes_nothing_without_tools(tokenizer: Any) -> None:
-    aware = make_tokenizer(tool_aware(TEMPLATE))
+    aware = make_tokenizer(add_tool_support(TEMPLATE))
     assert render_text(aware, TURNS) == render_text(tokenizer, TURNS)
-    assert tool_aware(aware.chat_template) == aware.chat_template
-    assert renders_tools(aware)
-    assert not renders_tools(tokenizer)
+    assert add_tool_support(aware.chat_template) == aware.chat_template
+    assert can_render_tools(aware)
+    assert not can_render_tools(tokenizer)
 
 
 def test_tool_aware_template_renders_the_training_prompt_for_all_of_bfcl(
     bfcl_rows: list[dict[str, Any]], tokenizer: Any
 ) -> None:
-    aware = make_tokenizer(tool_aware(TEMPLATE))
+    aware = make_tokenizer(add_tool_support(TEMPLATE))
     for row in bfcl_rows:
         given = messages_from_json(row["messages"])
         stored = flatten_tools(given, row["tools"])
-        assert parse_calls(stored[-1].content)[1] == given[-1].tool_calls
+        assert parse_tool_calls(stored[-1].content)[1] == given[-1].tool_calls
         tools = [{"type": "function", "function": f} for f in row["tools"]]
         assert render_text(aware, given, tools=tools, generation_prompt=False) == render_text(
             tokenizer, stored, generation_prompt=False
@@ -111,18 +111,18 @@ def test_tool_aware_template_renders_the_training_prompt_for_all_of_bfcl(
     ],
 )
 def test_template_and_python_agree_on_odd_tools(tool: dict[str, Any], tokenizer: Any) -> None:
-    aware = make_tokenizer(tool_aware(TEMPLATE))
+    aware = make_tokenizer(add_tool_support(TEMPLATE))
     turns = (Message("system", "s"), Message("user", "u"))
     assert render_text(aware, turns, tools=(tool,)) == render_text(tokenizer, flatten_tools(turns, (tool,)))
 
 
 def test_calls_are_parsed_back() -> None:
     calls = (ToolCall("a", {"x": [1, "é", {"y": None}]}), ToolCall("b.c", {}))
-    assert parse_calls("sure " + "".join(map(render_call, calls))) == ("sure", calls)
-    assert parse_calls("no call") == ("no call", ())
+    assert parse_tool_calls("sure " + "".join(map(render_tool_call, calls))) == ("sure", calls)
+    assert parse_tool_calls("no call") == ("no call", ())
     broken = '<tool_call>{"name": "a", "arguments": {</tool_call>'
-    assert parse_calls(broken) == (broken, ())
-    assert parse_calls('<tool_call>{"name": "a", "arguments": {"x": 1}}')[1] == (ToolCall("a", {"x": 1}),)
+    assert parse_tool_calls(broken) == (broken, ())
+    assert parse_tool_calls('<tool_call>{"name": "a", "arguments": {"x": 1}}')[1] == (ToolCall("a", {"x": 1}),)
 
 
 def test_messages_survive_storage() -> None:

@@ -19,13 +19,13 @@ from llmworks.core.artifact import Dataset
 from llmworks.core.documents import DocumentWriter, count_characters
 from llmworks.core.types import Document
 from llmworks.tokenize.bpe.config import TrainConfig
-from llmworks.tokenize.bpe.fast import bulk_encoder
-from llmworks.tokenize.chat.named import NAMED
-from llmworks.tokenize.chat.template_faults import Uses, probe
+from llmworks.tokenize.bpe.fast import build_bulk_encoder
+from llmworks.tokenize.chat.named import NAMED_TEMPLATES
+from llmworks.tokenize.chat.template_faults import TemplateUses, find_template_faults
 from llmworks.tokenize.load import load_tokenizer
-from llmworks.tokenize.statistics import measure, script_of, unused
-from llmworks.tokenize.train import control_tokens
-from llmworks.tokenize.view import without_colours
+from llmworks.tokenize.statistics import detect_script, find_unused_ids, measure_usage
+from llmworks.tokenize.train import collect_special_tokens
+from llmworks.tokenize.view import strip_colors
 
 MORE = [
     "Grüße aus Köln – übermorgen um 7:45.",
@@ -75,7 +75,7 @@ def test_bpe_gives_every_text_back(documents: Path, divide: str) -> None:
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|pad|>")
     if divide == "digits":
         assert len(tokenizer("2026")["input_ids"]) == 4
-    assert bulk_encoder(tokenizer._tokenizer) is not None  # the fast encoder knows it
+    assert build_bulk_encoder(tokenizer._tokenizer) is not None  # the fast encoder knows it
 
 
 def test_unigram_gives_every_text_back_by_bytes(documents: Path) -> None:
@@ -134,28 +134,31 @@ def test_the_bytes_are_the_same_in_every_run(documents: Path, algorithm: str) ->
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("template", NAMED)
+@pytest.mark.parametrize("template", NAMED_TEMPLATES)
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
 def test_templates_come_with_their_tokens(few: Path, template: str, algorithm: str) -> None:
     """The doctor of templates finds no error and no split mark in what was made."""
     tokenizer = load_tokenizer(trained(few, "t", vocab_size=600, algorithm=algorithm, chat_template=template))
     found = {
-        f.code: f for f in probe(tokenizer, [tokenizer.eos_token_id], Uses(system=True, turns=True), len(tokenizer))
+        f.code: f
+        for f in find_template_faults(
+            tokenizer, [tokenizer.eos_token_id], TemplateUses(system=True, turns=True), len(tokenizer)
+        )
     }
     assert not [f for f in found.values() if f.level == "error"]
     assert "split-mark" not in found or template in ("alpaca", "llama-2", "mistral")  # whose marks are text
 
 
 def test_control_tokens() -> None:
-    assert control_tokens(TrainConfig(chat_template="chatml")) == (
+    assert collect_special_tokens(TrainConfig(chat_template="chatml")) == (
         {"eos_token": "<|im_end|>", "pad_token": "<|pad|>"},
         ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"],
     )
-    assert control_tokens(TrainConfig(chat_template="llama-2")) == (
+    assert collect_special_tokens(TrainConfig(chat_template="llama-2")) == (
         {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>", "bos_token": "<s>"},
         ["<|endoftext|>", "<|pad|>", "<s>"],
     )
-    assert control_tokens(TrainConfig(end="<end>", special_tokens=["<a>", "<end>"]))[1] == [
+    assert collect_special_tokens(TrainConfig(end="<end>", special_tokens=["<a>", "<end>"]))[1] == [
         "<|endoftext|>",
         "<|pad|>",
         "<end>",
@@ -168,16 +171,16 @@ def test_the_report_counts(documents: Path, tmp_path: Path) -> None:
     report = json.loads((out / "report/report.json").read_text())
     tokenizer = load_tokenizer(out)
     texts = [*TEXTS[:300], *MORE * 20]
-    usage = measure(tokenizer, [("x", text) for text in texts])
+    usage = measure_usage(tokenizer, [("x", text) for text in texts])
     size = sum(len(text.encode()) for text in texts)
     assert (report["bytes"], report["tokens"]) == (
         size,
         sum(len(tokenizer(t, split_special_tokens=True)["input_ids"]) for t in texts),
     )
     assert report["bytes_per_token"] == round(size / report["tokens"], 4)
-    assert report["unused"] == len(unused(tokenizer, usage.used)) == 700 - 2 - len(usage.used)
+    assert report["unused"] == len(find_unused_ids(tokenizer, usage.id_counts)) == 700 - 2 - len(usage.id_counts)
     assert set(report["groups"]) >= {"en", "Cyrillic"}
-    assert [script_of(t) for t in ("hello", "привет", "人工", "كلمة", "123")] == [
+    assert [detect_script(t) for t in ("hello", "привет", "人工", "كلمة", "123")] == [
         "Latin",
         "Cyrillic",
         "Cjk",
@@ -232,7 +235,7 @@ def test_compare(documents: Path, tmp_path: Path, pico: Path, capsys: pytest.Cap
     assert "|" in shown
     assert "Grüße <b>" in shown.replace("|", "").replace("·", "")
     assert any("&lt;" in file.read_text() for file in tmp_path.glob("ws/store/report-*/report.html"))
-    assert without_colours("\x1b[44;30ma\x1b[0m\x1b[43;30mb\x1b[0m\n") == "a|b\n"
+    assert strip_colors("\x1b[44;30ma\x1b[0m\x1b[43;30mb\x1b[0m\n") == "a|b\n"
 
 
 def bad(documents: Path) -> Iterator[tuple[list[str], str]]:

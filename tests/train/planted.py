@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from llmworks.train.distributed.sharding import Placed
+from llmworks.train.distributed.sharding import DistributedModel
 from llmworks.train.loop import checkpoints, loop
 
 
 def wrong_parts(patch: pytest.MonkeyPatch) -> None:
-    def backward(self: Placed, batches: Any, loss: Any, labels: float, scaler: Any, precision: str) -> float:
+    def backward(self: DistributedModel, batches: Any, loss: Any, labels: float, scaler: Any, precision: str) -> float:
         total = 0.0
         for batch in batches:  # the mean of means, as many frameworks had it until 2024
             part = loss(self.forward, batch) / batch.labels / len(batches)
@@ -20,7 +20,7 @@ def wrong_parts(patch: pytest.MonkeyPatch) -> None:
             total += float(part.detach())
         return total
 
-    patch.setattr(Placed, "backward", backward)
+    patch.setattr(DistributedModel, "backward", backward)
 
 
 def wrong_resume(patch: pytest.MonkeyPatch) -> None:

@@ -8,24 +8,24 @@ from pathlib import Path
 import pytest
 
 from llmworks.cli import main
-from llmworks.train.compare import Run, at, crossing
+from llmworks.train.compare import TrainingHistory, describe_crossing, interpolate
 
 
 def test_between_two_looks() -> None:
     points = [(10.0, 4.0), (20.0, 3.0), (40.0, 2.5)]
-    assert [at(points, x) for x in (5, 10, 15, 20, 30, 40, 41)] == [4.0, 4.0, 3.5, 3.0, 2.75, 2.5, None]
-    assert at([], 1) is None
+    assert [interpolate(points, x) for x in (5, 10, 15, 20, 30, 40, 41)] == [4.0, 4.0, 3.5, 3.0, 2.75, 2.5, None]
+    assert interpolate([], 1) is None
 
 
 def test_from_when_on() -> None:
-    def run(*values: float) -> Run:
+    def run(*values: float) -> TrainingHistory:
         points = [(10.0 * (i + 1), value) for i, value in enumerate(values)]
-        return Run(points, points, 1, 1, values[-1], 1.0)
+        return TrainingHistory(points, points, 1, 1, values[-1], 1.0)
 
-    assert "from 30 s on" in crossing("a", {"a": run(4, 3.5, 2.5, 2.0), "b": run(3, 3, 3)})
-    assert "from the first evaluation on" in crossing("a", {"a": run(2, 2), "b": run(3, 3)})
-    assert "never the best" in crossing("a", {"a": run(4, 2, 4), "b": run(3, 3, 3)})
-    assert crossing("a", {"a": run(1)}) == ""
+    assert "from 30 s on" in describe_crossing("a", {"a": run(4, 3.5, 2.5, 2.0), "b": run(3, 3, 3)})
+    assert "from the first evaluation on" in describe_crossing("a", {"a": run(2, 2), "b": run(3, 3)})
+    assert "never the best" in describe_crossing("a", {"a": run(4, 2, 4), "b": run(3, 3, 3)})
+    assert describe_crossing("a", {"a": run(1)}) == ""
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@ from llmworks.model.io.decoder_files import load_decoder
 from llmworks.runtime.session import load
 from llmworks.train.distill import DistillConfig, distill
 from llmworks.train.finetune import distillation_loss as room
-from llmworks.train.finetune.distillation_loss import divergence, taught
-from llmworks.train.finetune.examples import joined
+from llmworks.train.finetune.distillation_loss import create_distillation_loss, divergence
+from llmworks.train.finetune.examples import collate_padding_free
 from llmworks.train.loop.packed import packed_loss
 
 
@@ -63,7 +63,7 @@ def test_the_loss_does_not_depend_on_how_logits_are_divided(
 ) -> None:
     """Against the divergence of whole logits; gradients, too, three labels at a time."""
     teacher, student = load_decoder(make_pico(tmp_path / "teacher", seed=5)), load_decoder(pico)
-    batch = joined(EXAMPLES[:5])
+    batch = collate_padding_free(EXAMPLES[:5])
     at = batch.label_ids[:, 1:] != -100
     with torch.no_grad():
         guide = teacher(input_ids=batch.ids, position_ids=batch.positions, segment_ids=batch.segments).logits[:, :-1][
@@ -75,22 +75,22 @@ def test_the_loss_does_not_depend_on_how_logits_are_divided(
     )
     wanted.backward()
     gradients = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
-    monkeypatch.setattr(room, "chunk", lambda vocabulary: 3)
+    monkeypatch.setattr(room, "get_chunk_size", lambda vocabulary: 3)
     student.zero_grad()
-    found = taught(teacher, beta=0.0, temperature=2.0, mix=0.25)(student, batch)
+    found = create_distillation_loss(teacher, beta=0.0, temperature=2.0, ce_weight=0.25)(student, batch)
     found.backward()
     assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     for name, p in student.named_parameters():
         assert p.grad is not None
         assert float((p.grad - gradients[name]).norm() / gradients[name].norm()) < 1e-5, name
     assert all(p.grad is None for p in teacher.parameters())
-    assert float(taught(student, beta=0.0, temperature=1.0, mix=0.0)(student, batch).detach()) == pytest.approx(
-        0, abs=1e-3
-    )
+    assert float(
+        create_distillation_loss(student, beta=0.0, temperature=1.0, ce_weight=0.0)(student, batch).detach()
+    ) == pytest.approx(0, abs=1e-3)
     plain = float(packed_loss(student, batch).detach())
-    assert float(taught(teacher, beta=0.0, temperature=1.0, mix=0.999999)(student, batch).detach()) == pytest.approx(
-        plain, rel=1e-3
-    )
+    assert float(
+        create_distillation_loss(teacher, beta=0.0, temperature=1.0, ce_weight=0.999999)(student, batch).detach()
+    ) == pytest.approx(plain, rel=1e-3)
 
 
 Run = Callable[..., tuple[Adapter | Model, dict[str, Any]]]

@@ -23,9 +23,9 @@ from llmworks.cli import main
 from llmworks.core.errors import UserError
 from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.model.shape import Shape
-from llmworks.train.distributed.config import Parallel, share_of
-from llmworks.train.distributed.pipeline import Pipelined
-from llmworks.train.distributed.sharding import place
+from llmworks.train.distributed.config import ParallelConfig, get_micro_batch_rows
+from llmworks.train.distributed.pipeline import PipelinedModel
+from llmworks.train.distributed.sharding import distribute_model
 from llmworks.train.distributed.world import World
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
@@ -422,37 +422,40 @@ def test_mistakes(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str])
 
 def test_what_cannot_be_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="to shard"):
-        Parallel(tensor_parallel_size=2).over(4)
-    assert Parallel(tensor_parallel_size=2, data_parallel="fsdp", pipeline_parallel_size=2).over(8) == 2
+        ParallelConfig(tensor_parallel_size=2).get_data_parallel_size(4)
+    assert (
+        ParallelConfig(tensor_parallel_size=2, data_parallel="fsdp", pipeline_parallel_size=2).get_data_parallel_size(8)
+        == 2
+    )
     with pytest.raises(UserError, match="cannot be divided among 3 processes"):
-        share_of(8, 3, 4)
-    assert [share_of(8, 2, batch) for batch in (8, 4, 2)] == [4, 4, 2]
-    monkeypatch.setattr(World, "count", lambda self, axis: 4)
+        get_micro_batch_rows(8, 3, 4)
+    assert [get_micro_batch_rows(8, 2, batch) for batch in (8, 4, 2)] == [4, 4, 2]
+    monkeypatch.setattr(World, "get_axis_size", lambda self, axis: 4)
     world = World(torch.device("cpu"), size=4)
     for shape, parallel, precision, says in (
         (
             Shape(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3),
-            Parallel(tensor_parallel_size=4),
+            ParallelConfig(tensor_parallel_size=4),
             "fp32",
             "parallel.tensor_parallel_size 4 does not divide the model's num_key_value_heads 2",
         ),
         (
             Shape(hidden_size=32, num_attention_heads=4, num_hidden_layers=3, position_embedding_type="alibi"),
-            Parallel(tensor_parallel_size=4),
+            ParallelConfig(tensor_parallel_size=4),
             "fp32",
             "ALiBi",
         ),
         (
             Shape(hidden_size=32, num_attention_heads=4, num_hidden_layers=3),
-            Parallel(data_parallel="fsdp"),
+            ParallelConfig(data_parallel="fsdp"),
             "fp16",
             "use bf16",
         ),
     ):
         network = DecoderForCausalLM(DecoderConfig(shape=shape.model_copy(update={"vocab_size": 64}).model_dump()))
         with pytest.raises(UserError, match=says):
-            place(network, parallel, world, precision=precision)
+            distribute_model(network, parallel, world, precision=precision)
     with pytest.raises(UserError, match="only decoders can be sharded"):
-        place(torch.nn.Linear(2, 2), Parallel(data_parallel="fsdp"), world)
+        distribute_model(torch.nn.Linear(2, 2), ParallelConfig(data_parallel="fsdp"), world)
     with pytest.raises(UserError, match="4 exceeds the model's 3 layers"):
-        Pipelined(network, Parallel(pipeline_parallel_size=4), world)
+        PipelinedModel(network, ParallelConfig(pipeline_parallel_size=4), world)

@@ -15,14 +15,14 @@ from llmworks.cli import main
 from llmworks.core.artifact import Dataset
 from llmworks.core.errors import UserError
 from llmworks.data.store.rows import write_chat
-from llmworks.model.io.families import shape_of
+from llmworks.model.io.families import parse_shape
 from llmworks.model.io.load import load_model
 from llmworks.model.lora import lora
 from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.model.shape import Shape
-from llmworks.train.distributed.config import Parallel
-from llmworks.train.estimate.finetune import TURN, Conversations, Tuning, conversations_of
-from llmworks.train.estimate.pretrain import PROCESS, Training, Trial
+from llmworks.train.distributed.config import ParallelConfig
+from llmworks.train.estimate.finetune import TEMPLATE_CHARS, DatasetStats, FinetuneEstimate, measure_dataset
+from llmworks.train.estimate.pretrain import BASE_PROCESS_BYTES, PretrainEstimate, TrialMeasurement
 from llmworks.train.finetune.lora_config import LoraConfig
 from llmworks.train.pretrain import PretrainConfig, PretrainOptimizer
 from llmworks.train.sft import SftConfig
@@ -92,44 +92,48 @@ def test_operations_and_memory_by_hand() -> None:
         intermediate_size=128,
         max_position_embeddings=64,
     )
-    training = Training(PretrainConfig(batch_size=4), shape, 64, rows=100, tokens=6000)
+    training = PretrainEstimate(PretrainConfig(batch_size=4), shape, 64, rows=100, tokens=6000)
     network = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
     numbers = sum(p.numel() for p in network.parameters())
-    assert (training.parameters, training.steps, training.read) == (numbers, 25, 6000)
+    assert (training.parameters, training.steps, training.num_tokens) == (numbers, 25, 6000)
     matrices = sum(p.numel() for p in network.parameters() if p.dim() == 2)
-    assert training.work == 3 * (2 * matrices + 4 * 4 * 64 * 32) * 6000
-    again = Training(PretrainConfig(batch_size=4, gradient_checkpointing=True), shape, 64, rows=100, tokens=6000)
-    assert again.work == training.work * 4 / 3
-    assert again.activations() < training.activations()
+    assert training.flops == 3 * (2 * matrices + 4 * 4 * 64 * 32) * 6000
+    again = PretrainEstimate(
+        PretrainConfig(batch_size=4, gradient_checkpointing=True), shape, 64, rows=100, tokens=6000
+    )
+    assert again.flops == training.flops * 4 / 3
+    assert again.estimate_activations() < training.estimate_activations()
 
     def states(processes: int = 1, **more: object) -> float:
-        t = Training(
+        t = PretrainEstimate(
             PretrainConfig.model_validate({"batch_size": 4, "gradient_accumulation_steps": 2, **more}),
             shape,
             64,
             processes=processes,
         )
-        return t.memory - PROCESS - t.activations()
+        return t.memory - BASE_PROCESS_BYTES - t.estimate_activations()
 
     assert states() == 16 * numbers  # weights, gradients, two moments
     assert states(optimizer=PretrainOptimizer(name="lion").model_dump()) == 12 * numbers
     assert states(ema_decay=0.9) == 20 * numbers
-    assert states(8, parallel=Parallel(data_parallel="fsdp").model_dump()) == 2 * numbers
+    assert states(8, parallel=ParallelConfig(data_parallel="fsdp").model_dump()) == 2 * numbers
     assert states(2) == 16 * numbers  # replicated
-    assert states(4, parallel=Parallel(data_parallel="fsdp", tensor_parallel_size=2).model_dump()) == 4 * numbers
-    half = Training(PretrainConfig(batch_size=4, gradient_accumulation_steps=2), shape, 64, processes=8)
+    assert states(4, parallel=ParallelConfig(data_parallel="fsdp", tensor_parallel_size=2).model_dump()) == 4 * numbers
+    half = PretrainEstimate(PretrainConfig(batch_size=4, gradient_accumulation_steps=2), shape, 64, processes=8)
     assert (
-        half.activations()
-        < Training(PretrainConfig(batch_size=4, gradient_accumulation_steps=2), shape, 64).activations()
+        half.estimate_activations()
+        < PretrainEstimate(
+            PretrainConfig(batch_size=4, gradient_accumulation_steps=2), shape, 64
+        ).estimate_activations()
     )  # one row each
 
 
 def test_layers_that_were_not_tried() -> None:
-    one, two = Trial(1.0, 0.1, 2.0, 5.0, 100.0), Trial(1.5, 0.15, 3.0, 5.0, 140.0)
-    assert one.deeper(two, 9) == Trial(5.5, pytest.approx(0.55), 11.0, 5.0, 460.0)
+    one, two = TrialMeasurement(1.0, 0.1, 2.0, 5.0, 100.0), TrialMeasurement(1.5, 0.15, 3.0, 5.0, 140.0)
+    assert one.deeper(two, 9) == TrialMeasurement(5.5, pytest.approx(0.55), 11.0, 5.0, 460.0)
     assert two.deeper(one, 9) == two  # a machine that had other work while one layer was tried
     config = PretrainConfig(batch_size=4, eval_steps=10, eval_samples=50)
-    training = Training(
+    training = PretrainEstimate(
         config,
         Shape(vocab_size=64, hidden_size=32, num_attention_heads=2, num_hidden_layers=1),
         64,
@@ -137,17 +141,17 @@ def test_layers_that_were_not_tried() -> None:
         tokens=6400,
         held_out=20,
     )
-    assert training.seconds(one) == pytest.approx(5.0 + 25 * 1.0 + (3 + 2) * 2.0 + (3 * 20 + 20) * 0.1)
+    assert training.estimate_seconds(one) == pytest.approx(5.0 + 25 * 1.0 + (3 + 2) * 2.0 + (3 * 20 + 20) * 0.1)
 
 
 @pytest.mark.slow
 def test_a_trial_runs_what_is_asked() -> None:
-    deep = Training(
+    deep = PretrainEstimate(
         PretrainConfig(batch_size=2, sample_max_tokens=2),
         Shape(vocab_size=512, hidden_size=32, num_attention_heads=2, num_hidden_layers=12, max_position_embeddings=32),
         32,
     )
-    trial = deep.attempt()
+    trial = deep.try_steps()
     assert min(trial.step, trial.row, trial.around) > 0
     assert 3e8 < trial.memory < 3e9
 
@@ -171,7 +175,7 @@ def test_a_fine_tuning_is_what_then_happens(
     capsys.readouterr()
     tried = planned("--measure")
     assert tried["expect"]["seconds"] > 0
-    assert tried["training"]["memory_bytes"] > before["training"]["parameters"] * 4 + PROCESS
+    assert tried["training"]["memory_bytes"] > before["training"]["parameters"] * 4 + BASE_PROCESS_BYTES
     assert main(["run", str(recipe), *workspace, "--quiet"]) == 0
     metrics = json.loads((tmp_path / "ws" / "small" / "tuned" / "manifest.json").read_text())["metrics"]
     assert (tried["training"]["steps"], tried["training"]["learned"]) == (
@@ -183,26 +187,30 @@ def test_a_fine_tuning_is_what_then_happens(
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
 def test_an_adapter_is_counted_without_weights(targets: str | list[str], pico: Path) -> None:
     network = load_model(pico)
-    lora.attach(network, targets, lora.Lora(3, 6.0))
-    shape = shape_of(json.loads((pico / "config.json").read_text()))[1]
-    tuning = Tuning(
-        SftConfig(lora=LoraConfig(r=3, target_modules=targets)), pico, shape, Conversations(8, 700.0, 1400, 0.25)
+    lora.attach_lora(network, targets, lora.LoraSettings(3, 6.0))
+    shape = parse_shape(json.loads((pico / "config.json").read_text()))[1]
+    tuning = FinetuneEstimate(
+        SftConfig(lora=LoraConfig(r=3, target_modules=targets)), pico, shape, DatasetStats(8, 700.0, 1400, 0.25)
     )
-    assert tuning.learned == tuning.saved == sum(p.numel() for p in network.parameters() if p.requires_grad)
+    assert (
+        tuning.trainable_parameters
+        == tuning.saved_parameters
+        == sum(p.numel() for p in network.parameters() if p.requires_grad)
+    )
     assert tuning.parameters == sum(p.numel() for p in network.parameters() if not p.requires_grad)
     # by hand, of 2 passes over 8 conversations of 200 tokens: matrices of the layers and attention to half a text, a
     # quarter of the head, the adapter thrice
     layers = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
     head, attention = shape.vocab_size * 64, 2 * 2 * 64 * 100
-    assert tuning.work == pytest.approx((4 * (layers + attention + head / 4) + 6 * tuning.learned) * 3200)
+    assert tuning.flops == pytest.approx((4 * (layers + attention + head / 4) + 6 * tuning.trainable_parameters) * 3200)
 
 
 def test_letters_of_conversations(chat_file: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) | {"tools": [], "answer": None} for line in chat_file.read_text().splitlines()]
     write_chat(tmp_path / "data", rows)
-    sizes = [sum(TURN + len(turn["content"]) for turn in row["messages"]) for row in rows]
-    learned = sum(TURN + len(row["messages"][1]["content"]) for row in rows)
-    assert conversations_of(Dataset(tmp_path / "data")) == Conversations(
+    sizes = [sum(TEMPLATE_CHARS + len(turn["content"]) for turn in row["messages"]) for row in rows]
+    learned = sum(TEMPLATE_CHARS + len(row["messages"][1]["content"]) for row in rows)
+    assert measure_dataset(Dataset(tmp_path / "data")) == DatasetStats(
         12, pytest.approx(sum(sizes) / 12), max(sizes), pytest.approx(learned / sum(sizes))
     )
 
@@ -275,17 +283,17 @@ def planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Path, l
 def test_texts_and_completions_are_counted(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"prompt": "a" * 30, "completion": "b" * n}) + "\n" for n in (10, 30)))
-    found = conversations_of(Dataset(file, name="rows"))
-    assert (found.count, found.letters, found.longest, found.share) == (2, 50.0, 60, 0.4)
+    found = measure_dataset(Dataset(file, name="rows"))
+    assert (found.count, found.mean_chars, found.max_chars, found.label_share) == (2, 50.0, 60, 0.4)
 
 
 @pytest.mark.parametrize("kind", ["prompt_tuning", "prefix_tuning"])
 def test_a_soft_prompt_is_counted_without_weights(kind: str, pico: Path) -> None:
-    from llmworks.train.finetune.trainable import open_tuned
+    from llmworks.train.finetune.trainable import open_trainable_model
 
     config = SftConfig.model_validate({"method": kind, "soft_prompt": {"num_virtual_tokens": 5}})
-    tuned = open_tuned(pico)
-    tuned.put_before(kind, 5, "")
+    tuned = open_trainable_model(pico)
+    tuned.add_soft_prompt(kind, 5, "")
     shape = Shape(
         vocab_size=328,
         hidden_size=64,
@@ -295,12 +303,14 @@ def test_a_soft_prompt_is_counted_without_weights(kind: str, pico: Path) -> None
         num_key_value_heads=2,
         max_position_embeddings=512,
     )
-    assert Tuning(config, pico, shape).learned == tuned.trained
+    assert FinetuneEstimate(config, pico, shape).trainable_parameters == tuned.num_trainable_parameters
 
 
 def test_a_layer_that_is_not_there_is_told_before(pico: Path) -> None:
-    shape = shape_of(json.loads((pico / "config.json").read_text()))[1]
-    tuning = Tuning(SftConfig.model_validate({"lora": {"target_modules": ["q_proj", "vproj"]}}), pico, shape)
+    shape = parse_shape(json.loads((pico / "config.json").read_text()))[1]
+    tuning = FinetuneEstimate(SftConfig.model_validate({"lora": {"target_modules": ["q_proj", "vproj"]}}), pico, shape)
     with pytest.raises(UserError, match="the model has no layer 'vproj', did you mean 'v_proj'"):
         tuning.check()
-    Tuning(SftConfig.model_validate({"lora": {"target_modules": ["q_proj", "down_proj"]}}), pico, shape).check()
+    FinetuneEstimate(
+        SftConfig.model_validate({"lora": {"target_modules": ["q_proj", "down_proj"]}}), pico, shape
+    ).check()

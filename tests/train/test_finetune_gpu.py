@@ -13,7 +13,7 @@ import torch
 from tests.train.test_sft import Run, chats, run
 
 from llmworks.model.io.load import load_model
-from llmworks.train.distributed.sharding import resolved
+from llmworks.train.distributed.sharding import resolve_precision
 
 __all__ = ["run"]
 WAYS: dict[str, dict[str, Any]] = {
@@ -63,7 +63,7 @@ def test_a_gpu_trains_what_a_cpu_trains(what: str, run: Run, tmp_path: Path, mon
     config = WAYS.get(what, {"optimizer": {"name": "adamw_8bit"}})
     held_out = chats(tmp_path / "unseen", 6)
     made, data = run("gpu", held_out=held_out, num_train_epochs=1.0, eval_steps=3, **config)
-    assert resolved("auto", torch.device("cuda", 0)) != "fp32"
+    assert resolve_precision("auto", torch.device("cuda", 0)) != "fp32"
     assert made.golden is not None
     plain = config if what in WAYS else {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -20,8 +20,8 @@ from llmworks.model.lora import adapter_io as adapter
 from llmworks.model.lora import lora
 from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.model.shape import Shape
-from llmworks.train.finetune.examples import Batch, Example, collate, plan_epoch
-from llmworks.train.loop.loop import Habits, train
+from llmworks.train.finetune.examples import Example, PaddedBatch, collate, plan_epoch
+from llmworks.train.loop.loop import LoopConfig, train
 from llmworks.train.loop.losses import next_token_loss
 from llmworks.train.loop.schedule import OptimizerConfig, learning_rate
 
@@ -37,11 +37,11 @@ CONFIG = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.1)
 def prepared(pico: Path) -> torch.nn.Module:
     model = load_model(pico)
     torch.manual_seed(0)
-    lora.attach(model, "all-linear", lora.Lora(4, 8.0, dropout=0.1))
+    lora.attach_lora(model, "all-linear", lora.LoraSettings(4, 8.0, dropout=0.1))
     return model
 
 
-def steps_of(groups: list[list[list[int]]]) -> list[list[Callable[[], Batch]]]:
+def steps_of(groups: list[list[list[int]]]) -> list[list[Callable[[], PaddedBatch]]]:
     return [[lambda part=part: collate([EXAMPLES[i] for i in part]) for part in parts] for parts in groups]  # type: ignore[misc]
 
 
@@ -51,8 +51,8 @@ def run(
     scratch.mkdir(exist_ok=True)
     model = prepared(pico)
     progress = Progress(scratch / "metrics.jsonl", quiet=True)
-    train(model, steps_of(groups), next_token_loss, config, Habits(every), scratch=scratch, progress=progress)
-    return adapter.state(model), progress.read_metrics()
+    train(model, steps_of(groups), next_token_loss, config, LoopConfig(every), scratch=scratch, progress=progress)
+    return adapter.get_adapter_state(model), progress.read_metrics()
 
 
 def test_loss_of_an_own_model_is_the_sum_over_its_labels() -> None:
@@ -97,18 +97,18 @@ def test_accumulated_steps_equal_the_large_batch(pico: Path, tmp_path: Path) -> 
     def trained(name: str, groups: list[list[list[int]]]) -> dict[str, torch.Tensor]:
         model = load_model(pico)
         torch.manual_seed(0)
-        lora.attach(model, "all-linear", lora.Lora(4, 8.0))
+        lora.attach_lora(model, "all-linear", lora.LoraSettings(4, 8.0))
         (tmp_path / name).mkdir()
         train(
             model,
             steps_of(groups),
             next_token_loss,
             CONFIG,
-            Habits(99),
+            LoopConfig(99),
             scratch=tmp_path / name,
             progress=Progress(quiet=True),
         )
-        return adapter.state(model)
+        return adapter.get_adapter_state(model)
 
     whole, parts = trained("a", [[[0, 1, 2, 3, 4, 5, 6, 7]]] * 3), trained("b", [[[7], [0, 1], [2, 3, 4], [5, 6]]] * 3)
     for name in whole:
@@ -124,7 +124,7 @@ def test_resume_is_no_interruption_bit_for_bit(pico: Path, tmp_path: Path) -> No
 
     made = 0
 
-    def dying(part: list[int]) -> Batch:
+    def dying(part: list[int]) -> PaddedBatch:
         nonlocal made
         made += 1
         if made == 8:
@@ -140,7 +140,7 @@ def test_resume_is_no_interruption_bit_for_bit(pico: Path, tmp_path: Path) -> No
             [[lambda p=parts[0]: dying(p)] for parts in groups],
             next_token_loss,
             CONFIG,
-            Habits(3),
+            LoopConfig(3),
             scratch=scratch,
             progress=progress,  # type: ignore[misc]
         )

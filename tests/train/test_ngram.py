@@ -12,11 +12,11 @@ import torch
 from llmworks.cli import main
 from llmworks.core.artifact import Dataset
 from llmworks.core.types import Request, Sampling
-from llmworks.data.store.packed_tokens import Packed
+from llmworks.data.store.packed_tokens import PackedDataset
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.model.io.load import load_model
 from llmworks.tokenize.load import load_tokenizer
-from llmworks.train.loop.heldout import measure
+from llmworks.train.loop.heldout import evaluate_loss
 
 
 @pytest.fixture
@@ -78,12 +78,12 @@ def test_the_stage(packed: tuple[Path, Path, Path], pico: Path, tmp_path: Path) 
     assert found[4]["bits_per_byte"] < found[1]["bits_per_byte"] - 1
     # measured again, token by token by the engine, piece by piece as they were packed
     engine = TorchEngine.open(tmp_path / "n4")
-    rows = Packed(Dataset(test))
+    rows = PackedDataset(Dataset(test))
     nats, tokens = 0.0, 0
     for number in range(len(rows)):
         row = rows[number]
-        for piece in range(int(row.segments.max()) + 1):
-            (scored,) = engine.score([row.ids[row.segments == piece].tolist()])
+        for piece in range(int(row.segment_ids.max()) + 1):
+            (scored,) = engine.score([row.ids[row.segment_ids == piece].tolist()])
             nats, tokens = nats - sum(scored.logprobs), tokens + len(scored.logprobs)
     assert found[4]["nats_per_token"] == pytest.approx(nats / tokens, rel=1e-4)
     first = len(load_tokenizer(pico).decode(rows[0].ids[:1]))
@@ -96,19 +96,19 @@ def test_the_stage(packed: tuple[Path, Path, Path], pico: Path, tmp_path: Path) 
 
 def test_one_measure_for_every_model(packed: tuple[Path, Path, Path], pico: Path) -> None:
     """A transformers Llama, padded and packed, gives the surprise that it gives piece by piece."""
-    rows = Packed(Dataset(packed[1]))
+    rows = PackedDataset(Dataset(packed[1]))
     model = load_model(pico)
-    found = measure(model, rows, load_tokenizer(pico), rows=5, batch=2)
+    found = evaluate_loss(model, rows, load_tokenizer(pico), max_rows=5, batch_size=2)
     nats, tokens = 0.0, 0
     for number in range(5):
         row = rows[number]
-        for piece in range(int(row.segments.max()) + 1):
-            ids = torch.tensor(row.ids[row.segments == piece])[None]
+        for piece in range(int(row.segment_ids.max()) + 1):
+            ids = torch.tensor(row.ids[row.segment_ids == piece])[None]
             with torch.no_grad():
                 nats += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
             tokens += ids.shape[1] - 1
-    assert found.tokens == tokens
-    assert found.per_token == pytest.approx(nats / tokens, rel=1e-4)
+    assert found.num_tokens == tokens
+    assert found.loss == pytest.approx(nats / tokens, rel=1e-4)
 
 
 def test_mistakes(

@@ -16,9 +16,9 @@ from llmworks.core.progress import Progress
 from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.model.shape import Shape
 from llmworks.train.loop import checkpoints
-from llmworks.train.loop.loop import Habits, train
-from llmworks.train.loop.loss_guard import Watch
-from llmworks.train.loop.optimizers import inner_matrices, optimizers_of
+from llmworks.train.loop.loop import LoopConfig, train
+from llmworks.train.loop.loss_guard import LossGuard
+from llmworks.train.loop.optimizers import create_optimizers, find_linear_weights
 from llmworks.train.loop.schedule import OptimizerConfig, learning_rate
 
 
@@ -37,7 +37,7 @@ class Two(nn.Module):
 
 def stepped(config: OptimizerConfig, steps: int = 4) -> dict[str, torch.Tensor]:
     model = Two()
-    optimizers = optimizers_of(model, config)
+    optimizers = create_optimizers(model, config)
     for step in range(steps):
         model.loss(step).backward()
         for optimizer in optimizers:
@@ -85,7 +85,7 @@ def test_muon_turns_inner_matrices_only() -> None:
     """
     shape = Shape(vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, tie_word_embeddings=False)  # type: ignore[call-arg]
     model = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
-    inner = inner_matrices(model)
+    inner = find_linear_weights(model)
     names = {name for name, p in model.named_parameters() if id(p) in inner}
     assert names == {
         f"decoder.blocks.0.{part}.weight"
@@ -100,7 +100,7 @@ def test_muon_turns_inner_matrices_only() -> None:
         )
     }
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    muon, adamw = optimizers_of(model, OptimizerConfig(name="muon", learning_rate=0.01))
+    muon, adamw = create_optimizers(model, OptimizerConfig(name="muon", learning_rate=0.01))
     assert isinstance(muon, torch.optim.Muon)
     ids = torch.randint(0, 61, (2, 12), generator=torch.Generator().manual_seed(0))
     model(input_ids=ids, labels=ids).loss.backward()
@@ -115,7 +115,7 @@ def test_muon_turns_inner_matrices_only() -> None:
 
 def test_eight_bits_need_a_gpu() -> None:
     with pytest.raises(MissingDependency, match="adamw_8bit needs"):
-        optimizers_of(Two(), OptimizerConfig(name="adamw_8bit"))
+        create_optimizers(Two(), OptimizerConfig(name="adamw_8bit"))
 
 
 def test_schedules() -> None:
@@ -139,26 +139,26 @@ def test_schedules() -> None:
 
 
 def test_jumps_and_numbers_that_are_none_stop() -> None:
-    watch = Watch(spike=1.0)
+    watch = LossGuard(threshold=1.0)
     for step in range(30):
-        watch.look(step, 100, 3.0 + 0.01 * (step % 3), 1.0, "rows 1, 2")
-    watch.look(30, 100, 3.9, 1.0, "rows 3, 4")
+        watch.check(step, 100, 3.0 + 0.01 * (step % 3), 1.0, "rows 1, 2")
+    watch.check(30, 100, 3.9, 1.0, "rows 3, 4")
     with pytest.raises(
         TrainingError,
         match=r"step 32 of 100 \(rows 7, 9\): the loss is 4\.500, 1\.490 above the median of the last 31 steps",
     ):
-        watch.look(31, 100, 4.5, 1.0, "rows 7, 9")
-    early = Watch(spike=1.0)
+        watch.check(31, 100, 4.5, 1.0, "rows 7, 9")
+    early = LossGuard(threshold=1.0)
     for step, loss in enumerate((7.0, 9.0, 10.0)):  # too early for a median
-        early.look(step, 9, loss, 1.0, "")
+        early.check(step, 9, loss, 1.0, "")
     with pytest.raises(TrainingError, match=r"the loss is 10\.100, the first one was 7\.000"):
-        early.look(3, 9, 10.1, 1.0, "")
-    Watch(spike=0.0, earlier=[1.0] * 50).look(0, 9, 99.0, 1.0, "")
+        early.check(3, 9, 10.1, 1.0, "")
+    LossGuard(threshold=0.0, previous_losses=[1.0] * 50).check(0, 9, 99.0, 1.0, "")
     with pytest.raises(TrainingError, match=r"step 1 of 9: the loss is nan"):
-        Watch().look(0, 9, float("nan"), 1.0, "")
+        LossGuard().check(0, 9, float("nan"), 1.0, "")
     with pytest.raises(TrainingError, match="the gradient norm is inf"):
-        Watch().look(0, 9, 1.0, float("inf"), "")
-    Watch().look(0, 9, 1.0, float("inf"), "", scaled=True)
+        LossGuard().check(0, 9, 1.0, float("inf"), "")
+    LossGuard().check(0, 9, 1.0, float("inf"), "", scaled=True)
 
 
 def test_a_step_without_labels_is_told(tmp_path: Path) -> None:
@@ -171,15 +171,15 @@ def test_a_step_without_labels_is_told(tmp_path: Path) -> None:
             [[Nothing]],
             lambda model, batch: model.loss(0),
             OptimizerConfig(),
-            Habits(1),
+            LoopConfig(1),
             scratch=tmp_path,
             progress=Progress(quiet=True),
         )
 
 
-def running(model: nn.Module) -> checkpoints.Running:
+def running(model: nn.Module) -> checkpoints.TrainingState:
     parameters = dict(model.named_parameters())
-    return checkpoints.Running(parameters, optimizers_of(model, OptimizerConfig()), {})
+    return checkpoints.TrainingState(parameters, create_optimizers(model, OptimizerConfig()), {})
 
 
 def test_checkpoints_rotate_and_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,8 +188,8 @@ def test_checkpoints_rotate_and_are_whole(tmp_path: Path, monkeypatch: pytest.Mo
     for step in (10, 20, 30):
         with torch.no_grad():
             model.layer.weight.fill_(step)
-        checkpoints.save(run, step, tmp_path, keep=2)
-    assert [file.name for file in checkpoints.found(tmp_path)] == ["step-000000020", "step-000000030"]
+        checkpoints.save(run, step, tmp_path, save_total_limit=2)
+    assert [file.name for file in checkpoints.list_checkpoints(tmp_path)] == ["step-000000020", "step-000000030"]
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -197,18 +197,20 @@ def test_checkpoints_rotate_and_are_whole(tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as disk:
         disk.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
-            checkpoints.save(run, 40, tmp_path, keep=2)
-    assert sorted((tmp_path / checkpoints.FOLDER).iterdir()) == checkpoints.found(tmp_path)  # and no half of one
+            checkpoints.save(run, 40, tmp_path, save_total_limit=2)
+    assert sorted((tmp_path / checkpoints.FOLDER).iterdir()) == checkpoints.list_checkpoints(
+        tmp_path
+    )  # and no half of one
     again = Two()
     assert checkpoints.resume(running(again), tmp_path) == 30
     assert torch.equal(again.layer.weight, torch.full((4, 3), 30.0))
     with pytest.raises(TrainingError, match=r"another configuration \(layer\.weight differs\)"):
         checkpoints.resume(running(nn.ModuleDict({"layer": nn.Linear(2, 4)})), tmp_path)
-    newest = checkpoints.found(tmp_path)[-1]
+    newest = checkpoints.list_checkpoints(tmp_path)[-1]
     part = newest / "__0_0.distcp"
     part.write_bytes(part.read_bytes()[:100])
     with pytest.raises(TrainingError, match="delete it to resume from the previous one"):
         checkpoints.resume(running(Two()), tmp_path)
     shutil.rmtree(newest)
     assert checkpoints.resume(running(Two()), tmp_path) == 20
-    assert Habits(1).keep == 2
+    assert LoopConfig(1).save_total_limit == 2

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from llmworks.cli import main
 from llmworks.core.artifact import Dataset
-from llmworks.data.store.packed_tokens import Packed
-from llmworks.model.io.load import load_model, open_trainable
+from llmworks.data.store.packed_tokens import PackedDataset
+from llmworks.model.io.load import load_model, load_trainable
 from llmworks.train.loop.packed import PackedSteps, packed_loss
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
@@ -158,12 +158,12 @@ def test_a_large_step_is_its_parts(made: Path, tmp_path: Path) -> None:
 
 
 def test_a_row_of_texts_is_its_texts(made: Path) -> None:
-    packed = Packed(Dataset(made / "train-packed"))
-    batch = PackedSteps(packed, 1, rows=len(packed), parts=1, length=64, seed=0)[0][0]()
+    packed = PackedDataset(Dataset(made / "train-packed"))
+    batch = PackedSteps(packed, 1, batch_size=len(packed), num_micro_batches=1, length=64, seed=0)[0][0]()
     assert int(batch.segments.max()) >= 1
     assert int(batch.segments.min()) == -1  # and padding
     for name in ("decoder", "gru"):
-        model = open_trainable(made / name).train()
+        model = load_trainable(made / name).train()
         together = float(packed_loss(model, batch).detach())
         apart = 0.0
         for row, segments in zip(batch.ids, batch.segments, strict=True):
@@ -178,15 +178,17 @@ def test_a_row_of_texts_is_its_texts(made: Path) -> None:
 
 
 def test_steps_follow_from_their_numbers(made: Path) -> None:
-    packed = Packed(Dataset(made / "train-packed"))
-    steps = PackedSteps(packed, 40, rows=2, parts=3, length=64, seed=1)
+    packed = PackedDataset(Dataset(made / "train-packed"))
+    steps = PackedSteps(packed, 40, batch_size=2, num_micro_batches=3, length=64, seed=1)
     each = len(packed) // 6
-    first = list(itertools.chain.from_iterable(steps.numbers(i) for i in range(each)))
+    first = list(itertools.chain.from_iterable(steps.get_row_indices(i) for i in range(each)))
     assert len(set(first)) == each * 6  # no row twice in a pass
-    assert sorted(steps.numbers(each)) != sorted(steps.numbers(0))  # the next pass has another order
-    assert steps.numbers(each + 1) == PackedSteps(packed, 40, rows=6, parts=1, length=64, seed=1).numbers(each + 1)
+    assert sorted(steps.get_row_indices(each)) != sorted(steps.get_row_indices(0))  # the next pass has another order
+    assert steps.get_row_indices(each + 1) == PackedSteps(
+        packed, 40, batch_size=6, num_micro_batches=1, length=64, seed=1
+    ).get_row_indices(each + 1)
     assert [p().where for p in steps[3]] == [
-        f"rows {', '.join(map(str, steps.numbers(3)[i : i + 2]))}" for i in (0, 2, 4)
+        f"rows {', '.join(map(str, steps.get_row_indices(3)[i : i + 2]))}" for i in (0, 2, 4)
     ]
 
 

@@ -20,9 +20,9 @@ from llmworks.core.report import ReportBuilder
 from llmworks.data.store.rows import write_chat
 from llmworks.model.io.decoder_files import load_decoder
 from llmworks.model.io.load import load_model
-from llmworks.tokenize.chat.golden import require
+from llmworks.tokenize.chat.golden import require_replay
 from llmworks.train.finetune.examples import Example
-from llmworks.train.prune import PruneConfig, influence, prune
+from llmworks.train.prune import PruneConfig, compute_block_influence, prune
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +116,14 @@ def test_what_is_left_is_those_blocks(deep: Path, short: Any) -> None:
             atol=1e-4,
         )
     assert made.metrics["blocks"] == 3
-    require(made.golden, *_own(made.path), step="test")
+    require_replay(made.golden, *_own(made.path), step="test")
 
 
 def _own(path: Path) -> tuple[Any, Any]:
-    from llmworks.tokenize.load import load_tokenizer, stop_ids
+    from llmworks.tokenize.load import get_stop_ids, load_tokenizer
 
     tokenizer = load_tokenizer(path)
-    return tokenizer, stop_ids(path, tokenizer)
+    return tokenizer, get_stop_ids(path, tokenizer)
 
 
 def test_the_block_that_changes_least_goes_first(short: Any, tmp_path: Path) -> None:
@@ -147,7 +147,9 @@ def test_influence_is_one_less_the_cosine(deep: Path) -> None:
                 sums[block] += (
                     1 - torch.nn.functional.cosine_similarity(states[block], states[block + 1], dim=-1)
                 ).sum()
-    assert influence(load_decoder(deep), examples)[:4] == pytest.approx((sums / 10).tolist(), rel=1e-4, abs=1e-6)
+    assert compute_block_influence(load_decoder(deep), examples)[:4] == pytest.approx(
+        (sums / 10).tolist(), rel=1e-4, abs=1e-6
+    )
 
 
 def test_what_is_refused(short: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 from llmworks.cli import main
 from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.train import scaling
-from llmworks.train.scaling_plan import ScalingConfig, Size, planned
+from llmworks.train.scaling_plan import ScalingConfig, ScalingModelSize, plan_run
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 SMALL = (
@@ -76,20 +76,20 @@ def words(made: Path, pico: Path, out: Path, *sets: str) -> list[str]:
 def test_a_run_has_the_work_it_should() -> None:
     """Six operations for each parameter that multiplies and each token, and attention's."""
     config = ScalingConfig(head_dim=16)
-    plan, why = planned(config, Size(hidden_size=64, num_hidden_layers=2), 1e11, 512, 128, 1_000_000, 8000)
+    plan, why = plan_run(config, ScalingModelSize(hidden_size=64, num_hidden_layers=2), 1e11, 512, 128, 1_000_000, 8000)
     assert plan is not None, why
     network = DecoderForCausalLM(DecoderConfig(shape=plan.shape.model_dump()))
     assert plan.parameters == sum(p.numel() for p in network.parameters())
     multiply = sum(p.numel() for p in network.parameters() if p.dim() == 2)  # the embedding once, as the head
     attention = 3 * 2 * 4 * 64 * 64  # layers, products, width, half of 128 tokens
-    assert plan.work == pytest.approx((6 * multiply + attention) * plan.tokens, rel=1e-3)
-    assert plan.work == pytest.approx(1e11, rel=0.05)
-    assert planned(config, Size(hidden_size=64, num_hidden_layers=2), 1e8, 512, 128, 1_000_000, 8000)[1].endswith(
-        "fewer than min_steps 20"
-    )
+    assert plan.flops == pytest.approx((6 * multiply + attention) * plan.tokens, rel=1e-3)
+    assert plan.flops == pytest.approx(1e11, rel=0.05)
+    assert plan_run(config, ScalingModelSize(hidden_size=64, num_hidden_layers=2), 1e8, 512, 128, 1_000_000, 8000)[
+        1
+    ].endswith("fewer than min_steps 20")
     assert (
         "more than max_epochs 4"
-        in planned(config, Size(hidden_size=32, num_hidden_layers=1), 1e13, 512, 128, 1_000_000, 8000)[1]
+        in plan_run(config, ScalingModelSize(hidden_size=32, num_hidden_layers=1), 1e13, 512, 128, 1_000_000, 8000)[1]
     )
 
 

@@ -57,9 +57,9 @@ OTHERS = (
     ],
 )
 def test_what_is_right_passes(shape: Any) -> None:
-    checks = list(selftest.selftest(CONFIG, shape))
+    checks = list(selftest.selftest_pretrain(CONFIG, shape))
     assert len(checks) == 7
-    assert all(check.holds for check in checks), [check for check in checks if not check.holds]
+    assert all(check.passed for check in checks), [check for check in checks if not check.passed]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_what_is_right_passes(shape: Any) -> None:
 )
 def test_every_habit_passes(more: dict[str, Any]) -> None:
     checks = list(
-        selftest.selftest(
+        selftest.selftest_pretrain(
             PretrainConfig.model_validate(
                 {
                     **CONFIG.model_dump(),
@@ -88,41 +88,41 @@ def test_every_habit_passes(more: dict[str, Any]) -> None:
             SHAPE,
         )
     )
-    assert all(check.holds for check in checks), [check for check in checks if not check.holds]
+    assert all(check.passed for check in checks), [check for check in checks if not check.passed]
 
 
-def bench(tmp_path: Path, config: PretrainConfig = CONFIG) -> selftest._Bench:
-    return selftest._Bench(tmp_path, selftest.shrunken(SHAPE), selftest.reduced(config), None)
+def bench(tmp_path: Path, config: PretrainConfig = CONFIG) -> selftest._PretrainBench:
+    return selftest._PretrainBench(tmp_path, selftest.shrink_shape(SHAPE), selftest.reduce_config(config), None)
 
 
 def wrong_segments(patch: pytest.MonkeyPatch) -> None:
-    real = decoder.seen
-    patch.setattr(decoder, "seen", lambda *a, **k: real(*a, **{**k, "segments": None}))
+    real = decoder.build_attention_mask
+    patch.setattr(decoder, "build_attention_mask", lambda *a, **k: real(*a, **{**k, "segments": None}))
 
 
 def wrong_labels(patch: pytest.MonkeyPatch) -> None:
-    real = packed.stack
+    real = packed.collate_packed
 
     def cut(rows: Any, length: int) -> Any:
         found = real(rows, length)
         found["learned"][:, 3:6] = False
         return found
 
-    patch.setattr(packed, "stack", cut)
+    patch.setattr(packed, "collate_packed", cut)
 
 
 def wrong_seed(patch: pytest.MonkeyPatch) -> None:
-    real = packed._order
-    patch.setattr(packed, "_order", lambda rows, seed, epoch: real(rows, 0, epoch))
+    real = packed._permute_rows
+    patch.setattr(packed, "_permute_rows", lambda rows, seed, epoch: real(rows, 0, epoch))
 
 
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., tuple[bool, str]]]] = {
-    "texts see one another": (wrong_segments, selftest._apart),
-    "parts weigh alike": (wrong_parts, lambda b: selftest._parts(b, selftest.EXACT)),
-    "labels are lost": (wrong_labels, selftest._labels),
-    "the seed is not used": (wrong_seed, selftest.seed_replays),
-    "moments are lost": (wrong_resume, selftest.resumes),
-    "nothing is learned": (wrong_learning, selftest._overfit),
+    "texts see one another": (wrong_segments, selftest._check_document_isolation),
+    "parts weigh alike": (wrong_parts, lambda b: selftest._check_accumulation(b, selftest.EXACT)),
+    "labels are lost": (wrong_labels, selftest._check_labels),
+    "the seed is not used": (wrong_seed, selftest.check_seed),
+    "moments are lost": (wrong_resume, selftest.check_resume),
+    "nothing is learned": (wrong_learning, selftest._check_memorization),
 }
 
 
@@ -136,23 +136,27 @@ def test_a_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_key_that_nothing_reads_is_named(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"optimizer": PretrainOptimizer(lr_scheduler_type="cosine", decay_ratio=0.5)})
-    holds, detail = selftest._keys(bench(tmp_path, config), config)
+    holds, detail = selftest._check_fields_read(bench(tmp_path, config), config)
     assert not holds
     assert detail == "set, but not read by this training: optimizer.decay_ratio"
 
 
 def test_a_training_that_does_not_run_says_so_once() -> None:
     found = list(
-        selftest.selftest(CONFIG.model_copy(update={"gradient_checkpointing": True}), RecurrentShape(rnn_type="lstm"))
+        selftest.selftest_pretrain(
+            CONFIG.model_copy(update={"gradient_checkpointing": True}), RecurrentShape(rnn_type="lstm")
+        )
     )
-    assert [check.holds for check in found] == [False] * 7
+    assert [check.passed for check in found] == [False] * 7
     assert "gradient_checkpointing" in found[0].detail
     assert {check.detail for check in found[1:]} == {"skipped"}
 
 
 @pytest.mark.slow
 def test_what_dropout_draws_is_not_compared() -> None:
-    assert all(check.holds for check in selftest.selftest(CONFIG, RecurrentShape(rnn_type="lstm", dropout=0.3)))
+    assert all(
+        check.passed for check in selftest.selftest_pretrain(CONFIG, RecurrentShape(rnn_type="lstm", dropout=0.3))
+    )
 
 
 def test_rows_of_the_data_are_taken(tmp_path: Path) -> None:
@@ -161,10 +165,10 @@ def test_rows_of_the_data_are_taken(tmp_path: Path) -> None:
     made = bench(tmp_path)
     ids = np.arange(1000, 1100)
     row = PackedRow(ids, np.arange(100) > 0, np.arange(100), np.repeat([0, 1], [30, 70]), np.array([0, 1]))
-    data = made.packed("own", [row] * 2)
-    first, second = selftest._rows(data, 2)
+    data = made.write_packed("own", [row] * 2)
+    first, second = selftest._take_rows(data, 2)
     assert torch.equal(torch.from_numpy(first.ids), torch.arange(1000, 1064) % selftest.VOCABULARY)
-    assert second.segments.tolist() == [0] * 30 + [1] * 34
+    assert second.segment_ids.tolist() == [0] * 30 + [1] * 34
 
 
 RECIPE = """

@@ -18,7 +18,7 @@ from llmworks.data.conversations import training_rows as lessons
 from llmworks.data.store.rows import write_chat
 from llmworks.model.lora import adapter_io as adapter
 from llmworks.model.nn import attention
-from llmworks.tokenize.chat.templates import Rendered
+from llmworks.tokenize.chat.templates import RenderedConversation
 from llmworks.train.distill import DistillConfig
 from llmworks.train.selftest import finetune as selftest_sft
 from llmworks.train.sft import SftConfig
@@ -61,12 +61,12 @@ def test_what_is_right_passes(what: str, pico: Path, tmp_path: Path) -> None:
         selftest_sft.selftest_sft(SftConfig.model_validate(CONFIG | RIGHT[what]), pico, chats(tmp_path / "chats", 30))
     )
     assert len(checks) == 9
-    assert all(check.holds for check in checks), [check for check in checks if not check.holds]
+    assert all(check.passed for check in checks), [check for check in checks if not check.passed]
 
 
-def bench(pico: Path, tmp_path: Path, config: SftConfig | None = None) -> selftest_sft._Bench:
+def bench(pico: Path, tmp_path: Path, config: SftConfig | None = None) -> selftest_sft._SftBench:
     (tmp_path / "bench").mkdir()
-    return selftest_sft._Bench(
+    return selftest_sft._SftBench(
         tmp_path / "bench", pico, config or SftConfig.model_validate(CONFIG), chats(tmp_path / "chats", 30, turns=2)
     )
 
@@ -74,9 +74,9 @@ def bench(pico: Path, tmp_path: Path, config: SftConfig | None = None) -> selfte
 def wrong_mask(patch: pytest.MonkeyPatch) -> None:
     real = lessons.render_masked
 
-    def all_learned(*args: Any, **more: Any) -> Rendered:
+    def all_learned(*args: Any, **more: Any) -> RenderedConversation:
         made = real(*args, **more)
-        return Rendered(made.ids, (1,) * len(made.ids))
+        return RenderedConversation(made.ids, (1,) * len(made.ids))
 
     patch.setattr(lessons, "render_masked", all_learned)
 
@@ -84,15 +84,17 @@ def wrong_mask(patch: pytest.MonkeyPatch) -> None:
 def lost_mask(patch: pytest.MonkeyPatch) -> None:
     real = lessons.render_masked
 
-    def half(*args: Any, **more: Any) -> Rendered:
+    def half(*args: Any, **more: Any) -> RenderedConversation:
         made = real(*args, **more)
-        return Rendered(made.ids, tuple(m if i > len(made.mask) // 2 else 0 for i, m in enumerate(made.mask)))
+        return RenderedConversation(
+            made.ids, tuple(m if i > len(made.mask) // 2 else 0 for i, m in enumerate(made.mask))
+        )
 
     patch.setattr(lessons, "render_masked", half)
 
 
 def wrong_segments(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(attention, "parts_of", lambda segments: ((0, len(segments)),))
+    patch.setattr(attention, "get_segment_bounds", lambda segments: ((0, len(segments)),))
 
 
 def wrong_seed(patch: pytest.MonkeyPatch) -> None:
@@ -100,26 +102,26 @@ def wrong_seed(patch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_fold(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(adapter, "scale_of", lambda *a: 1.0)
+    patch.setattr(adapter, "compute_scale", lambda *a: 1.0)
 
 
-def _parts(b: selftest_sft._Bench) -> tuple[bool, str]:
-    return selftest_sft._parts(b, selftest_sft.EXACT)
+def _parts(b: selftest_sft._SftBench) -> tuple[bool, str]:
+    return selftest_sft._check_accumulation(b, selftest_sft.EXACT)
 
 
-def _saved(b: selftest_sft._Bench) -> tuple[bool, str]:
-    assert b.usual
-    return selftest_sft._saved(b)
+def _saved(b: selftest_sft._SftBench) -> tuple[bool, str]:
+    assert b.baseline
+    return selftest_sft._check_saved(b)
 
 
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., tuple[bool, str]]]] = {
-    "questions are learned": (wrong_mask, selftest_sft._labels),
-    "answers are not learned": (lost_mask, selftest_sft._labels),
-    "rows see one another": (wrong_segments, selftest_sft._apart),
+    "questions are learned": (wrong_mask, selftest_sft._check_labels),
+    "answers are not learned": (lost_mask, selftest_sft._check_labels),
+    "rows see one another": (wrong_segments, selftest_sft._check_row_isolation),
     "parts weigh alike": (wrong_parts, _parts),
-    "the adapter is drawn before the seed": (wrong_seed, selftest_sft.seed_replays),
-    "moments are lost": (wrong_resume, selftest_sft.resumes),
-    "nothing is learned": (wrong_learning, selftest_sft._heart),
+    "the adapter is drawn before the seed": (wrong_seed, selftest_sft.check_seed),
+    "moments are lost": (wrong_resume, selftest_sft.check_resume),
+    "nothing is learned": (wrong_learning, selftest_sft._check_memorization),
     "another scale is merged": (wrong_fold, _saved),
 }
 
@@ -134,7 +136,7 @@ def test_a_fault_is_found(name: str, pico: Path, tmp_path: Path, monkeypatch: py
 
 def test_a_key_that_nothing_reads_is_named(pico: Path, tmp_path: Path) -> None:
     config = SftConfig.model_validate(CONFIG | {"optimizer": {"lr_scheduler_type": "cosine", "decay_ratio": 0.5}})
-    holds, detail = selftest_sft._keys(bench(pico, tmp_path, config), config)
+    holds, detail = selftest_sft._check_fields_read(bench(pico, tmp_path, config), config)
     assert not holds
     assert detail == "set, but not read by this training: optimizer.decay_ratio"
 
@@ -156,9 +158,9 @@ def test_a_distillation_is_tried_under_a_teacher(pico: Path, tmp_path: Path) -> 
         {**CONFIG, "method": "full", "lora": {}, "temperature": 2.0, "ce_weight": 0.2, "divergence": "reverse_kl"}
     )
     checks = list(selftest_sft.selftest_sft(config, pico, chats(tmp_path / "chats", 30), teacher=True))
-    assert all(check.holds for check in checks), [check for check in checks if not check.holds]
+    assert all(check.passed for check in checks), [check for check in checks if not check.passed]
     keys = next(selftest_sft.selftest_sft(config, pico, chats(tmp_path / "chats", 30)))
-    assert not keys.holds
+    assert not keys.passed
     assert "temperature" in keys.detail
 
 
@@ -170,17 +172,17 @@ def test_golden_tokens_that_do_not_replay_are_found(pico: Path, tmp_path: Path) 
         check = next(
             check
             for check in selftest_sft.selftest_sft(config, pico, chats(tmp_path / "chats", 30), golden=base)
-            if check.what == "golden tokens replay or may change"
+            if check.name == "golden tokens replay or may change"
         )
-        assert check.holds == holds, check.detail
+        assert check.passed == holds, check.detail
         assert holds or "set golden to 'renew: REASON'" in check.detail
 
 
 def recorded_model(pico: Path) -> Model:
-    from llmworks.model.golden import torch_logits
+    from llmworks.model.golden import make_logits_function
     from llmworks.model.io.load import load_model
-    from llmworks.tokenize.chat.golden import record
-    from llmworks.tokenize.load import load_tokenizer, stop_ids
+    from llmworks.tokenize.chat.golden import record_golden
+    from llmworks.tokenize.load import get_stop_ids, load_tokenizer
 
     tokenizer = load_tokenizer(pico)
     tokenizer.chat_template = (
@@ -189,7 +191,7 @@ def recorded_model(pico: Path) -> Model:
     )
     return Model(
         pico,
-        golden=record(tokenizer, stop_ids(pico, tokenizer), torch_logits(load_model(pico))),
+        golden=record_golden(tokenizer, get_stop_ids(pico, tokenizer), make_logits_function(load_model(pico))),
         about={"format": "hf"},
         name="pico",
     )

@@ -22,23 +22,23 @@ from llmworks.core.errors import DataError, GoldenMismatch, LlmworksError, Model
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.core.types import Engine, Request, Sampling
-from llmworks.data.conversations.training_rows import training_rows
+from llmworks.data.conversations.training_rows import read_training_rows
 from llmworks.data.store.rows import write_chat
 from llmworks.generate.engines.torch import TorchEngine
-from llmworks.merge.adapter import AdapterConfig
+from llmworks.merge.adapter import MergeAdapterConfig
 from llmworks.merge.adapter import adapter as merged
-from llmworks.model.golden import require
+from llmworks.model.golden import require_golden
 from llmworks.model.io.decoder_files import load_decoder
-from llmworks.model.io.load import load_model, open_adaptable
+from llmworks.model.io.load import load_adaptable, load_model
 from llmworks.model.lora import adapter_io as adapter
 from llmworks.model.lora import lora
-from llmworks.model.lora.fold import fold_into, weights_of
+from llmworks.model.lora.fold import make_weight_lookup, merge_adapter_into
 from llmworks.runtime.session import load
 from llmworks.tokenize.load import load_tokenizer
-from llmworks.train.distributed.sharding import resolved
-from llmworks.train.finetune.examples import Example, Steps, collate, joined, make_example
-from llmworks.train.finetune.trainable import Tuned
-from llmworks.train.loop.losses import Noise, label_logits, next_token_loss
+from llmworks.train.distributed.sharding import resolve_precision
+from llmworks.train.finetune.examples import Example, ExampleSteps, collate, collate_padding_free, make_example
+from llmworks.train.finetune.trainable import TrainableModel
+from llmworks.train.loop.losses import NeftuneNoise, iter_label_logits, next_token_loss
 from llmworks.train.loop.packed import packed_loss
 from llmworks.train.sft import SftConfig, sft
 
@@ -134,10 +134,10 @@ def tensors(made: Artifact) -> dict[str, torch.Tensor]:
 def test_joined_rows_are_rows_apart(pico: Path) -> None:
     """Loss and every gradient: one row without padding = each example by itself = transformers, padded."""
     decoder, theirs = load_decoder(pico), load_model(pico)
-    assert float(packed_loss(decoder, joined(EXAMPLES)).detach()) == pytest.approx(
-        sum(float(packed_loss(decoder, joined([e])).detach()) for e in EXAMPLES), rel=1e-5
+    assert float(packed_loss(decoder, collate_padding_free(EXAMPLES)).detach()) == pytest.approx(
+        sum(float(packed_loss(decoder, collate_padding_free([e])).detach()) for e in EXAMPLES), rel=1e-5
     )
-    packed_loss(decoder, joined(EXAMPLES)).backward()
+    packed_loss(decoder, collate_padding_free(EXAMPLES)).backward()
     next_token_loss(theirs, collate(EXAMPLES)).backward()
     theirs_by_name = dict(theirs.named_parameters())
     for name, p in decoder.named_parameters():
@@ -157,26 +157,28 @@ def test_joined_rows_need_no_mask(pico: Path, monkeypatch: pytest.MonkeyPatch) -
     same.
     """
     from llmworks.model.nn import attention
-    from llmworks.model.nn.attention import seen
+    from llmworks.model.nn.attention import build_attention_mask
 
-    decoder, batch = load_decoder(pico), joined(EXAMPLES)
+    decoder, batch = load_decoder(pico), collate_padding_free(EXAMPLES)
     with torch.no_grad():
         wanted = float(packed_loss(decoder, batch))
-        look = seen(
+        look = build_attention_mask(
             torch.arange(batch.ids.shape[1])[None],
             torch.arange(batch.ids.shape[1])[None],
             segments=(batch.segments, batch.segments),
         )
         assert look.mask is None
-        assert [end - first for first, end in look.parts] == [len(e.ids) for e in EXAMPLES]
-        assert all(end - first <= 64 for first, end, _ in look.blocks or ())
-        monkeypatch.setattr(attention, "blocks_of_parts", lambda *_: None)
+        assert [end - first for first, end in look.segment_bounds] == [len(e.ids) for e in EXAMPLES]
+        assert all(end - first <= 64 for first, end, _ in look.query_blocks or ())
+        monkeypatch.setattr(attention, "split_segment_blocks", lambda *_: None)
         assert float(packed_loss(decoder, batch)) == pytest.approx(wanted, rel=1e-5)
-        short = seen(
+        short = build_attention_mask(
             torch.arange(9)[None], torch.arange(9)[None], segments=(torch.tensor([[0] * 6 + [1] * 3]),) * 2, window=5
         )
         assert short.mask is not None  # a window that hides something needs one
-        back = seen(torch.arange(4)[None], torch.arange(4)[None], segments=(torch.tensor([[0, 1, 0, 1]]),) * 2)
+        back = build_attention_mask(
+            torch.arange(4)[None], torch.arange(4)[None], segments=(torch.tensor([[0, 1, 0, 1]]),) * 2
+        )
         assert back.mask is not None  # and so do texts that are not in one piece
 
 
@@ -216,17 +218,19 @@ def test_loss_and_gradients_are_trl_s(pico: Path, tmp_path: Path) -> None:
     theirs = trainer.compute_loss(trainer.model.train(), batch)
     theirs.backward()
     named = dict(trainer.model.named_parameters())
-    decoder, rename = open_adaptable(pico)
-    lora.attach(decoder, "all-linear", lora.Lora(4, 8.0), rename)
+    decoder, rename = load_adaptable(pico)
+    lora.attach_lora(decoder, "all-linear", lora.LoraSettings(4, 8.0), rename)
     with torch.no_grad():
-        for name, layer in lora.layers(decoder):
+        for name, layer in lora.iter_lora_layers(decoder):
             layer.a.copy_(named[f"base_model.model.{rename(name)}.lora_A.default.weight"])
-    made = joined([e for e in (make_example(tokenizer, row, 500) for row in rows) if isinstance(e, Example)])
+    made = collate_padding_free(
+        [e for e in (make_example(tokenizer, row, 500) for row in rows) if isinstance(e, Example)]
+    )
     ours = packed_loss(decoder, made) / made.labels
     ours.backward()
     assert made.labels == int((batch["labels"][:, 1:] != -100).sum())
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)
-    for name, layer in lora.layers(decoder):
+    for name, layer in lora.iter_lora_layers(decoder):
         there = named[f"base_model.model.{rename(name)}.lora_B.default.weight"].grad
         assert layer.b.grad is not None
         assert there is not None
@@ -235,16 +239,32 @@ def test_loss_and_gradients_are_trl_s(pico: Path, tmp_path: Path) -> None:
 
 def test_steps_hold_every_row_once_an_epoch_whatever_the_parts() -> None:
     """Without padding a step's rows do not depend on how it is divided: into parts, or among processes."""
-    whole = Steps(EXAMPLES, epochs=2, size=4, accumulation=1, seed=5, free=True)
-    parts = Steps(EXAMPLES, epochs=2, size=2, accumulation=2, seed=5, free=True)
+    whole = ExampleSteps(EXAMPLES, epochs=2, batch_size=4, gradient_accumulation_steps=1, seed=5, padding_free=True)
+    parts = ExampleSteps(EXAMPLES, epochs=2, batch_size=2, gradient_accumulation_steps=2, seed=5, padding_free=True)
     assert whole.steps == parts.steps
     assert sorted(i for step in whole.steps[:3] for i in step) == list(range(12))
     assert whole.steps[:3] != whole.steps[3:]
-    shares = [Steps(EXAMPLES, epochs=2, size=2, accumulation=2, seed=5, free=True, share=(at, 2)) for at in range(2)]
+    shares = [
+        ExampleSteps(
+            EXAMPLES, epochs=2, batch_size=2, gradient_accumulation_steps=2, seed=5, padding_free=True, shard=(at, 2)
+        )
+        for at in range(2)
+    ]
     with pytest.raises(UserError, match="cannot be divided among 13 processes"):
-        Steps(EXAMPLES, epochs=1, size=16, accumulation=1, seed=0, free=True, share=(0, 13))
+        ExampleSteps(
+            EXAMPLES, epochs=1, batch_size=16, gradient_accumulation_steps=1, seed=0, padding_free=True, shard=(0, 13)
+        )
     uneven = [
-        Steps(EXAMPLES[:7], epochs=1, size=1, accumulation=4, seed=0, free=True, share=(at, 2), cut=1)
+        ExampleSteps(
+            EXAMPLES[:7],
+            epochs=1,
+            batch_size=1,
+            gradient_accumulation_steps=4,
+            seed=0,
+            padding_free=True,
+            shard=(at, 2),
+            micro_batch_size=1,
+        )
         for at in range(2)
     ]
     assert (
@@ -261,9 +281,9 @@ def test_noise_is_that_of_the_paper(pico: Path) -> None:
     """Uniform, up to alpha / sqrt(L d), L the length of a token's own text; none while it is not trained; the gradient
     goes through.
     """
-    decoder, batch = load_decoder(pico).train(), joined(EXAMPLES)
-    noise = Noise(decoder, 5.0)
-    noise.around(packed_loss)(decoder, batch)
+    decoder, batch = load_decoder(pico).train(), collate_padding_free(EXAMPLES)
+    noise = NeftuneNoise(decoder, 5.0)
+    noise.wrap_loss(packed_loss)(decoder, batch)
     table = decoder.get_input_embeddings()
     torch.manual_seed(0)
     off = (table(batch.ids) - torch.nn.functional.embedding(batch.ids, table.weight)).detach()[0]
@@ -292,7 +312,7 @@ def test_what_is_learned_of_a_conversation(pico: Path) -> None:
     whole = make_example(tokenizer, row, 500)
     assert isinstance(whole, Example)
     assert make_example(tokenizer, row, 20) == f"{len(whole.ids)} tokens, longer than max_length 20"
-    cut = make_example(tokenizer, row, 20, cut=True)
+    cut = make_example(tokenizer, row, 20, truncate=True)
     assert isinstance(cut, Example)
     assert cut.ids == whole.ids[: len(cut.ids)]
     assert len(cut.ids) <= 20
@@ -321,9 +341,9 @@ def test_texts_and_completions_are_learned_as_they_are(pico: Path, tmp_path: Pat
     ):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         with pytest.raises(DataError, match=message):
-            training_rows(Dataset(file, name="rows"))
+            read_training_rows(Dataset(file, name="rows"))
     file.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
-    assert training_rows(Dataset(file, name="rows")) == [{"id": "1", "prompt": "a", "completion": "b"}]
+    assert read_training_rows(Dataset(file, name="rows")) == [{"id": "1", "prompt": "a", "completion": "b"}]
 
     # runs
 
@@ -437,7 +457,7 @@ def test_an_adapter_beside_four_bits_is_merged_into_what_they_say(run: Run, tmp_
 
     assert isinstance(made, Adapter)
     whole = merged(
-        AdapterConfig(),
+        MergeAdapterConfig(),
         Adapter(made.path, golden=made.golden, about=made.about),
         base,
         Context(tmp_path / "m", tmp_path, 0, Progress(quiet=True), ReportBuilder(), engine),
@@ -482,7 +502,7 @@ def test_a_soft_prompt_is_peft_s(kind: str, run: Run, pico: Path, tmp_path: Path
         chances = torch.from_numpy(engine.logits(text[:-1])).log_softmax(-1)
         assert found.logprobs == pytest.approx([float(chances[i, token]) for i, token in enumerate(text[1:])], abs=1e-4)
     with pytest.raises(ModelError, match="is a soft prompt"):
-        fold_into(weights_of(load_model(pico)), made.path)
+        merge_adapter_into(make_weight_lookup(load_model(pico)), made.path)
     assert engine.context == 506
     for change, message in (
         ({"prompt_embeddings": torch.zeros(6, 12)}, "belongs to another model"),
@@ -503,7 +523,7 @@ def test_weights_in_fewer_bits_stay_in_them(kind: str, run: Run, pico: Path, tmp
     whole, _ = run("whole", model=tmp_path / "half", method="full")
     assert {t.dtype for t in tensors(whole).values()} == {getattr(torch, kind)}
     assert whole.golden is not None
-    gap = require(whole.golden, whole.path, mean_within=1e-4, step="again")
+    gap = require_golden(whole.golden, whole.path, mean_within=1e-4, step="again")
     assert gap is not None
     made, _ = run("adapter", model=tmp_path / "half", optimizer={"learning_rate": 0.01})
     base = load(str(tmp_path / "half"))
@@ -515,10 +535,10 @@ def test_weights_in_fewer_bits_stay_in_them(kind: str, run: Run, pico: Path, tmp
 
     place = Context(tmp_path / "m", tmp_path, 0, Progress(quiet=True), ReportBuilder(), engine)
     adapted = Adapter(made.path, golden=made.golden, about=made.about)
-    done = merged(AdapterConfig(), adapted, base, place)
+    done = merged(MergeAdapterConfig(), adapted, base, place)
     assert 1e-4 < done.metrics["golden_gap_mean"] < {"bfloat16": 0.15, "float16": 0.02}[kind]
     with pytest.raises(GoldenMismatch):
-        merged(AdapterConfig(logits_atol=1e-5), adapted, base, place)
+        merged(MergeAdapterConfig(logits_atol=1e-5), adapted, base, place)
 
 
 def test_the_best_look_is_kept_and_patience_ends_the_training(run: Run, tmp_path: Path, pico: Path) -> None:
@@ -541,16 +561,17 @@ def test_the_best_look_is_kept_and_patience_ends_the_training(run: Run, tmp_path
     assert made.metrics["best_step"] == best["step"]
     if len(looks) < 18:
         assert [r["eval_loss"] < best["eval_loss"] for r in looks[-2:]] == [False, False]
-    network, rename = open_adaptable(pico)
+    network, rename = load_adaptable(pico)
     torch.manual_seed(0)
-    lora.attach(network, "all-linear", lora.Lora(16, 32.0), rename)
-    adapter.load_state(network, tensors(made), rename)
+    lora.attach_lora(network, "all-linear", lora.LoraSettings(16, 32.0), rename)
+    adapter.load_adapter_state(network, tensors(made), rename)
     tokenizer = load_tokenizer(pico)
     examples = [e for e in (make_example(tokenizer, row, 2048) for row in rows_of(40)) if isinstance(e, Example)]
     with torch.no_grad():
-        total = float(packed_loss(network, joined(examples)))
+        total = float(packed_loss(network, collate_padding_free(examples)))
         right = sum(
-            int((logits.argmax(-1) == labels).sum()) for logits, labels in label_logits(network, joined(examples))
+            int((logits.argmax(-1) == labels).sum())
+            for logits, labels in iter_label_logits(network, collate_padding_free(examples))
         )
     count = sum(e.labels for e in examples)
     assert total / count == pytest.approx(best["eval_loss"], rel=1e-3)
@@ -738,15 +759,15 @@ def test_where_a_curve_is_steepest_and_lowest() -> None:
     """By hand: a loss that falls between 1e-4 and 1e-2, and explodes after 1e-1."""
     import math
 
-    from llmworks.train.lr_finder import chosen, smoothed
+    from llmworks.train.lr_finder import choose_learning_rate, smooth_losses
 
     rising = [10 ** (-6 + i / 10) for i in range(61)]
     losses = [3 / (1 + math.exp(3 * (math.log10(r) + 3))) + (r / 0.2) ** 2 for r in rising]
-    best, steepest, lowest = chosen(rising, losses)
+    best, steepest, lowest = choose_learning_rate(rising, losses)
     assert 5e-4 < steepest < 5e-3
     assert 5e-3 < lowest < 0.2
     assert best <= lowest / 10 * 1.001
-    assert smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+    assert smooth_losses([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
 
 
 def test_frozen_matrices_in_half_are_the_same_products(
@@ -758,7 +779,7 @@ def test_frozen_matrices_in_half_are_the_same_products(
     found = {}
     for name in ("kept", "whole"):
         if name == "whole":
-            monkeypatch.setattr(Tuned, "narrow", lambda self, precision: None)
+            monkeypatch.setattr(TrainableModel, "cast_frozen_weights", lambda self, precision: None)
         made, metrics = run(
             name, held_out=chats(tmp_path / "unseen", 6), precision="bf16", num_train_epochs=1.0, eval_steps=3
         )
@@ -773,10 +794,19 @@ def test_frozen_matrices_in_half_are_the_same_products(
 
 def test_auto_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert [resolved(wanted, cpu) for wanted in ("auto", "fp32", "bf16", "fp16")] == ["fp32", "fp32", "bf16", "fp16"]
+    assert [resolve_precision(wanted, cpu) for wanted in ("auto", "fp32", "bf16", "fp16")] == [
+        "fp32",
+        "fp32",
+        "bf16",
+        "fp16",
+    ]
     for capability, alone, spread in (((8, 0), "bf16", "bf16"), ((7, 5), "fp16", "fp32")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert (resolved("auto", gpu), resolved("auto", gpu, spread=True), resolved("fp32", gpu)) == (
+        assert (
+            resolve_precision("auto", gpu),
+            resolve_precision("auto", gpu, sharded=True),
+            resolve_precision("fp32", gpu),
+        ) == (
             alone,
             spread,
             "fp32",

@@ -16,8 +16,16 @@ from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.runtime.session import load
 from llmworks.tune.benchmark import BenchmarkConfig, benchmark
-from llmworks.tune.tradeoff import Skill, TradeoffConfig, Variant, hidden, recommended, tradeoff, worth_having
-from llmworks.workflows.autoquant import WAYS, ways_of
+from llmworks.tune.tradeoff import (
+    Skill,
+    TradeoffConfig,
+    Variant,
+    describe_hidden_losses,
+    pareto_front,
+    recommend,
+    tradeoff,
+)
+from llmworks.workflows.autoquant import QUANTIZATION_METHODS, select_methods
 
 
 def way(name: str, size: int, kl: float, same: float = 0.9, **more: Any) -> Variant:
@@ -36,13 +44,13 @@ MADE = [
 
 
 def test_what_something_smaller_beats_is_not_worth_having() -> None:
-    best = worth_having(sorted(MADE, key=lambda v: (v.bytes, v.kl)))
+    best = pareto_front(sorted(MADE, key=lambda v: (v.bytes, v.kl)))
     assert [v.name for v in best] == ["a", "c", "f", "g"]
-    assert recommended(best, None).name == "f"  # the smallest with the same best guess for 95 %
-    assert recommended(best, 99).name == "c"
-    assert recommended(best[:2], None).name == "c"
+    assert recommend(best, None).name == "f"  # the smallest with the same best guess for 95 %
+    assert recommend(best, 99).name == "c"
+    assert recommend(best[:2], None).name == "c"
     with pytest.raises(DataError, match=r"no quantization is within 0.0 MB; the smallest is a with 0.0 MB"):
-        recommended(best, 10)
+        recommend(best, 10)
 
 
 def test_what_perplexity_hides_is_told() -> None:
@@ -55,7 +63,7 @@ def test_what_perplexity_hides_is_told() -> None:
 
     original = Variant(name="as it was", perplexity=10.0, skills=skill(0.8))
     assert (
-        hidden(original, [way("x", 1, 0.1, perplexity=10.1, skills=skill(0.5))])
+        describe_hidden_losses(original, [way("x", 1, 0.1, perplexity=10.1, skills=skill(0.5))])
         == "x loses calls (0.8 to 0.5) although its perplexity rises by only 1.0%."
     )
     alike = [
@@ -64,10 +72,10 @@ def test_what_perplexity_hides_is_told() -> None:
         way("z", 1, 0.5, perplexity=37.1, skills=skill(0.3)),
         way("far", 1, 0.5, perplexity=60.0, skills=skill(0.0)),
     ]
-    assert hidden(original, alike).endswith(
+    assert describe_hidden_losses(original, alike).endswith(
         "x and y have similar perplexities (36.00 and 37.00), but not on calls: 0.6 and 0.1."
     )
-    assert "none was found" in hidden(
+    assert "none was found" in describe_hidden_losses(
         original,
         [way("x", 1, 0.1, perplexity=10.1, skills=skill(0.75)), way("y", 1, 0.1, perplexity=12.0, skills=skill(0.1))],
     )
@@ -87,11 +95,11 @@ def test_a_page_without_results_is_none(tmp_path: Path) -> None:
 
 
 def test_ways_by_name_and_by_beginning() -> None:
-    assert list(ways_of(["gptq-4"])) == ["gptq-4"]
-    assert {"gptq-4", "gptq-4-zero", "gptq-3"} == set(ways_of(["gptq"]))
-    assert ways_of([]) == WAYS
+    assert list(select_methods(["gptq-4"])) == ["gptq-4"]
+    assert {"gptq-4", "gptq-4-zero", "gptq-3"} == set(select_methods(["gptq"]))
+    assert select_methods([]) == QUANTIZATION_METHODS
     with pytest.raises(UserError, match="no quantization method is named 'exl9'; known: absmax-8"):
-        ways_of(["exl9"])
+        select_methods(["exl9"])
 
 
 def test_running_is_measured(pico: Path, pico_gguf: Path, tmp_path: Path) -> None:

@@ -22,36 +22,39 @@ from llmworks.cli import main
 from llmworks.core.artifact import Model
 from llmworks.core.errors import ModelError, UserError
 from llmworks.core.workspace import Workspace
-from llmworks.evaluate.suites import Item
+from llmworks.evaluate.suites import SuiteTask
 from llmworks.merge.plan.config import MergeConfig
 from llmworks.runtime.session import Session, load
 from llmworks.tune.search.cma import evolve
-from llmworks.tune.search.genome import Gene, genes_of, with_values
+from llmworks.tune.search.genome import MergeParameter, list_parameters, set_values
 from llmworks.workflows import evolve as evolutions
-from llmworks.workflows.evolve import Evolution, evolution
+from llmworks.workflows.evolve import EvolutionJob, run_evolution
 
 FILE = {"merge_method": "task_arithmetic", "base_model": "base", "models": weighted(("a", 0.5), ("b", 0.5))}
 
 
 def test_numbers_that_can_be_searched() -> None:
     """Weights, densities, t and their like, wherever they stand; as many as there are points of a gradient."""
-    names = [gene.name for gene in genes_of({**FILE, "parameters": {"lambda": 1.0, "normalize": True, "int8_mask": 1}})]
+    names = [
+        gene.name
+        for gene in list_parameters({**FILE, "parameters": {"lambda": 1.0, "normalize": True, "int8_mask": 1}})
+    ]
     assert names == ["models.0.parameters.weight", "models.1.parameters.weight", "parameters.lambda"]
-    genes = genes_of({"merge_method": "slerp", "parameters": {"t": GRADIENT}})
+    genes = list_parameters({"merge_method": "slerp", "parameters": {"t": GRADIENT}})
     assert [(gene.name, gene.start) for gene in genes][:2] == [
         ("parameters.t.0.value.0", 0),
         ("parameters.t.0.value.1", 0.5),
     ]
     assert len(genes) == 11
-    spread = genes_of(FILE, gradient=3, negative=True)
+    spread = list_parameters(FILE, gradient=3, negative=True)
     assert len(spread) == 6
     assert (spread[0].low, spread[0].high) == (-1.0, 1.5)
-    made = with_values(FILE, spread, [0, 1, 2, 3, 4, 5])
+    made = set_values(FILE, spread, [0, 1, 2, 3, 4, 5])
     assert [model["parameters"]["weight"] for model in made["models"]] == [[0, 1, 2], [3, 4, 5]]
     assert MergeConfig.model_validate(made)
     assert FILE["models"][0]["parameters"]["weight"] == 0.5
     with pytest.raises(UserError, match="no numeric parameter to search"):
-        genes_of({"merge_method": "model_stock", "models": [{"model": "a"}]})
+        list_parameters({"merge_method": "model_stock", "models": [{"model": "a"}]})
 
 
 @pytest.mark.parametrize(
@@ -70,16 +73,16 @@ def test_a_gradient_of_other_points(given: Any, points: int, starts: list[float]
     number.
     """
     plain = {"parameters": {"t": given, "weight": [{"filter": "mlp", "value": given}, 0.5]}}
-    genes = genes_of(plain, gradient=points)
+    genes = list_parameters(plain, gradient=points)
     assert [gene.start for gene in genes] == pytest.approx([*starts, *starts, 0.5])
-    made = with_values(plain, genes, [gene.start for gene in genes])["parameters"]
+    made = set_values(plain, genes, [gene.start for gene in genes])["parameters"]
     assert made["t"] == made["weight"][0]["value"] == pytest.approx(starts)
     assert made["weight"][1] == 0.5
 
 
 def test_an_optimum_is_found(tmp_path: Path) -> None:
     """Of a function whose best is known; the first attempt is what the file has; twice the same."""
-    genes = [Gene((name,), 0.0, 2.0, 1.0) for name in "xyz"]
+    genes = [MergeParameter((name,), 0.0, 2.0, 1.0) for name in "xyz"]
     target = [0.3, 1.7, 0.9]
 
     def judge(values: Sequence[float]) -> tuple[float, dict[str, float]]:
@@ -94,7 +97,7 @@ def test_an_optimum_is_found(tmp_path: Path) -> None:
 
 def test_a_killed_search_goes_on(tmp_path: Path) -> None:
     """With a line of its journal cut off: nothing is judged twice, and it ends where it would have ended."""
-    genes = [Gene((name,), 0.0, 1.0, 0.5) for name in "xy"]
+    genes = [MergeParameter((name,), 0.0, 1.0, 0.5) for name in "xy"]
     calls = 0
 
     def judge(values: Sequence[float]) -> tuple[float, dict[str, float]]:
@@ -128,26 +131,26 @@ def test_weights_of_a_known_child_are_found(tmp_path: Path, monkeypatch: pytest.
         def __init__(self, score: float) -> None:
             self.metrics = {"score": score, "low": score, "high": score, "samples": 1}
 
-    def evaluate(self: Evolution, model: Model, item: Item, session: Session) -> Any:
+    def evaluate(self: EvolutionJob, model: Model, item: SuiteTask, session: Session) -> Any:
         tensors = load_file(model.path / "model.safetensors")
         return Scored(1 / (1 + sum(float((tensors[name] - one).square().sum()) for name, one in wanted.items())))
 
-    monkeypatch.setattr(Evolution, "evaluate", evaluate)
+    monkeypatch.setattr(EvolutionJob, "evaluate", evaluate)
     pages: list[Any] = []
-    monkeypatch.setattr(evolutions, "_page", lambda job, found, names, child: pages.append((found, names)))
+    monkeypatch.setattr(evolutions, "_write_report", lambda job, found, names, child: pages.append((found, names)))
     found: dict[str, Any] = {name: load(str(family / name)) for name in ("base", "a", "b")}
     workspace = Workspace(tmp_path / "ws")
-    job = Evolution(
+    job = EvolutionJob(
         "merge",
         MergeConfig.model_validate(FILE),
         found,
         Session(workspace),
-        [Item(task="x")],
+        [SuiteTask(task="x")],
         attempts=36,
         population=7,
         say=lambda line: None,
     )
-    _, child = evolution(job)
+    _, child = run_evolution(job)
     best = max(pages[0][0], key=lambda one: one.score)
     assert best.values == pytest.approx((0.8, 0.2), abs=0.08)
     assert torch.allclose(
@@ -162,30 +165,30 @@ def test_a_fault_of_a_file_is_no_score(tmp_path: Path, monkeypatch: pytest.Monke
     models(family)
     found: dict[str, Any] = {name: load(str(family / name)) for name in ("base", "a", "b")}
 
-    def job(error: Exception) -> Evolution:
-        def merge(self: Evolution, *_: Any) -> Any:
+    def job(error: Exception) -> EvolutionJob:
+        def merge(self: EvolutionJob, *_: Any) -> Any:
             raise error
 
-        monkeypatch.setattr(Evolution, "merge", merge)
-        return Evolution(
+        monkeypatch.setattr(EvolutionJob, "merge", merge)
+        return EvolutionJob(
             "merge",
             MergeConfig.model_validate(FILE),
             found,
             Session(tmp_path / "ws"),
-            [Item(task="x")],
+            [SuiteTask(task="x")],
             attempts=2,
             population=2,
             say=lambda line: None,
         )
 
     with pytest.raises(ModelError, match="cut off"):
-        evolution(job(ModelError("cut off")))
+        run_evolution(job(ModelError("cut off")))
     assert (
         not list((tmp_path / "ws").rglob("journal.jsonl"))
         or not next((tmp_path / "ws").rglob("journal.jsonl")).read_text()
     )
     with pytest.raises(UserError, match="sum to zero"):  # of the best, which is made again at the end
-        evolution(job(UserError("sum to zero")))
+        run_evolution(job(UserError("sum to zero")))
     assert len(next((tmp_path / "ws").rglob("journal.jsonl")).read_text().splitlines()) >= 2
 
 
@@ -206,18 +209,18 @@ def test_the_same_search_twice_at_once_waits(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(evolutions, "evolve", judged)
     jobs = [
-        Evolution(
+        EvolutionJob(
             "merge",
             MergeConfig.model_validate(FILE),
             found,
             Session(tmp_path / "ws"),
-            [Item(task="x")],
+            [SuiteTask(task="x")],
             say=lambda line: None,
         )
         for _ in range(4)
     ]
     with ThreadPoolExecutor(4) as pool:
-        ends = [pool.submit(evolution, job) for job in jobs]
+        ends = [pool.submit(run_evolution, job) for job in jobs]
     assert all(isinstance(one.exception(), UserError) for one in ends)
     assert most == 1
 

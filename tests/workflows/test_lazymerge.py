@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from llmworks.cli import main
 from llmworks.core.errors import UserError
 from llmworks.merge.plan.catalogue import METHODS
-from llmworks.workflows.lazymerge import recipe_of
+from llmworks.workflows.lazymerge import build_merge_config
 
 
 def test_every_method_has_a_beginning() -> None:
@@ -22,14 +22,20 @@ def test_every_method_has_a_beginning() -> None:
     for method, how in METHODS.items():
         if method == "passthrough":
             continue
-        models = ["a", "b", "c"] if how.least > 2 or (how.most or 9) > 2 else ["b"]
-        models = models[: (how.most - 1 if how.most and how.base == "required" else how.most_others or how.most or 9)]
-        config = recipe_of(
+        models = ["a", "b", "c"] if how.min_models > 2 or (how.max_models or 9) > 2 else ["b"]
+        models = models[
+            : (
+                how.max_models - 1
+                if how.max_models and how.base == "required"
+                else how.max_others or how.max_models or 9
+            )
+        ]
+        config = build_merge_config(
             method, ["base", *models] if len(models) < 2 else models, "base" if how.base == "required" else ""
         )
-        named = config.named()
-        assert how.least <= len(named) <= (how.most or 9)
-    assert recipe_of("ties", ["a", "b"], "base").models[0].parameters == {"weight": 0.5, "density": 0.5}  # type: ignore[index]
+        named = config.model_names()
+        assert how.min_models <= len(named) <= (how.max_models or 9)
+    assert build_merge_config("ties", ["a", "b"], "base").models[0].parameters == {"weight": 0.5, "density": 0.5}  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -42,9 +48,9 @@ def test_every_method_has_a_beginning() -> None:
 )
 def test_what_it_cannot_have(given: tuple[str, list[str]], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        recipe_of(*given)
+        build_merge_config(*given)
     with pytest.raises(UserError, match="1 numbers for 2 models"):
-        recipe_of("linear", ["a", "b"], weights=[1.0])
+        build_merge_config("linear", ["a", "b"], weights=[1.0])
 
 
 def test_from_the_command_line(

@@ -14,12 +14,12 @@ from tests.train.test_sft import chats
 from llmworks.cli import main
 from llmworks.core.artifact import Report
 from llmworks.core.errors import DataError, RecipeError, UserError
-from llmworks.core.workers import Pool
+from llmworks.core.workers import WorkerPool
 from llmworks.runtime.session import Session
-from llmworks.tune.search.optuna_study import Study, Trial
-from llmworks.tune.search.search_space import Search, load_search, overrides
+from llmworks.tune.search.optuna_study import SweepStudy, SweepTrial
+from llmworks.tune.search.search_space import SweepConfig, format_overrides, load_search
 from llmworks.workflows import sweep as sweeping
-from llmworks.workflows.sweep import Outcome, Unit, run_trial, sweep
+from llmworks.workflows.sweep import TrialJob, TrialResult, run_trial, sweep
 
 RECIPE = """
 name: tiny
@@ -44,9 +44,9 @@ SEARCH: dict[str, Any] = {
 }
 
 
-def study(tmp_path: Path, **more: Any) -> Study:
-    return Study(
-        Search.model_validate(
+def study(tmp_path: Path, **more: Any) -> SweepStudy:
+    return SweepStudy(
+        SweepConfig.model_validate(
             {
                 "metric": "a.b",
                 "fields": {"a.x": {"low": -5, "high": 5}, "a.kind": {"choices": ["bad", "good"]}},
@@ -68,13 +68,13 @@ def test_it_finds_the_top_of_a_hill(tmp_path: Path) -> None:
     found = study(tmp_path, trials=40)
     for _ in range(40):
         trial = found.ask()
-        found.tell(Trial(trial.number, trial.values, score(trial.values)))
+        found.tell(SweepTrial(trial.number, trial.values, score(trial.values)))
     assert found.best is not None
     assert found.best.values["a.kind"] == "good"
     assert abs(found.best.values["a.x"] - 2) < 0.3
     scores = [t.score for t in found.trials if t.score is not None]
     assert sum(scores[20:]) / 20 > sum(scores[:6]) / 6  # what was found is followed
-    importance = found.importance()
+    importance = found.compute_importance()
     assert sum(importance.values()) == pytest.approx(1)
 
 
@@ -84,7 +84,7 @@ def test_what_was_under_way_is_tried_again(tmp_path: Path) -> None:
     """
     first = study(tmp_path)
     told = first.ask()
-    first.tell(Trial(told.number, told.values, 1.0, seconds=3.0))
+    first.tell(SweepTrial(told.number, told.values, 1.0, seconds=3.0))
     lost = first.ask()
     second = study(tmp_path)
     assert [(t.values, t.score, t.seconds) for t in second.trials] == [(told.values, 1.0, 3.0)]
@@ -143,7 +143,7 @@ def test_a_trial_that_fails_is_told_and_others_go_on(
     chats(tmp_path / "rows", 12)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=pico, data=tmp_path / "rows"))
-    search = Search.model_validate(
+    search = SweepConfig.model_validate(
         {**SEARCH, "trials": 4, "random": 4, "fields": {"tuned.optimizer.learning_rate": {"choices": [1e-3, 1e30]}}}
     )
     found = sweep(recipe, search, Session(tmp_path / "ws"))
@@ -152,19 +152,25 @@ def test_a_trial_that_fails_is_told_and_others_go_on(
     assert all("the loss is" in t["error"] for t in trials if t["score"] is None)
     assert found.metrics["failed"] == sum(t["score"] is None for t in trials) > 0
     monkeypatch.setattr(
-        sweeping.Run, "run", lambda self: self.found.update(tuned=Report(tmp_path, metrics={"loss": float("nan")}))
+        sweeping.RecipeRun,
+        "run",
+        lambda self: self.found.update(tuned=Report(tmp_path, metrics={"loss": float("nan")})),
     )
-    nothing = run_trial(Unit(recipe, tmp_path / "ws", (), "tuned", "loss"))
-    assert (nothing.score, nothing.why) == (None, "tuned.loss is nan")
+    nothing = run_trial(TrialJob(recipe, tmp_path / "ws", (), "tuned", "loss"))
+    assert (nothing.score, nothing.error) == (None, "tuned.loss is nan")
     monkeypatch.undo()
     outcome = run_trial(
-        Unit(recipe, tmp_path / "ws", tuple(overrides({"tuned.optimizer.learning_rate": 1e-3})), "tuned", "beauty")
+        TrialJob(
+            recipe, tmp_path / "ws", tuple(format_overrides({"tuned.optimizer.learning_rate": 1e-3})), "tuned", "beauty"
+        )
     )
     assert outcome.score is None
-    assert outcome.why.startswith("tuned has no metric 'beauty'; it has accuracy")
+    assert outcome.error.startswith("tuned has no metric 'beauty'; it has accuracy")
     with pytest.raises(DataError, match="no trial of tiny has a score; first error: tuned has no metric"):
         sweep(
-            recipe, Search.model_validate({**SEARCH, "metric": "tuned.beauty", "trials": 1}), Session(tmp_path / "ws")
+            recipe,
+            SweepConfig.model_validate({**SEARCH, "metric": "tuned.beauty", "trials": 1}),
+            Session(tmp_path / "ws"),
         )
 
 
@@ -174,7 +180,9 @@ def test_trials_run_beside_one_another(tmp_path: Path, pico: Path) -> None:
     chats(tmp_path / "rows", 8)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=pico, data=tmp_path / "rows"))
-    found = sweep(recipe, Search.model_validate({**SEARCH, "trials": 3}), Session(tmp_path / "ws", pool=Pool(2)))
+    found = sweep(
+        recipe, SweepConfig.model_validate({**SEARCH, "trials": 3}), Session(tmp_path / "ws", pool=WorkerPool(2))
+    )
     assert [t["number"] for t in found.read()["trials"]] == [0, 1, 2]
     assert found.metrics["failed"] == 0
 
@@ -184,7 +192,9 @@ def test_trials_run_on_ray(tmp_path: Path, pico: Path) -> None:
     chats(tmp_path / "rows", 8)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=pico, data=tmp_path / "rows"))
-    found = sweep(recipe, Search.model_validate({**SEARCH, "trials": 2}), Session(tmp_path / "ws", pool=Pool(2, "ray")))
+    found = sweep(
+        recipe, SweepConfig.model_validate({**SEARCH, "trials": 2}), Session(tmp_path / "ws", pool=WorkerPool(2, "ray"))
+    )
     assert (found.metrics["trials"], found.metrics["failed"]) == (2, 0)
 
 
@@ -195,14 +205,14 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, pico: Path, monkeypatch: pytest.
     recipe.write_text(RECIPE.format(model=pico, data=tmp_path / "rows"))
     asked: list[tuple[str, ...]] = []
 
-    def trial(unit: Unit) -> Outcome:
+    def trial(unit: TrialJob) -> TrialResult:
         asked.append(unit.sets)
         if len(asked) == 3:
             raise KeyboardInterrupt
         return run_trial(unit)
 
     monkeypatch.setattr(sweeping, "run_trial", trial)
-    search = Search.model_validate(SEARCH)
+    search = SweepConfig.model_validate(SEARCH)
     with pytest.raises(KeyboardInterrupt):
         sweep(recipe, search, Session(tmp_path / "ws"))
     found = sweep(recipe, search, Session(tmp_path / "ws"))
@@ -244,7 +254,7 @@ def test_searches_that_do_not_fit_the_recipe(tmp_path: Path, pico: Path) -> None
         ({"fields": {"tuned.lora.rank": {"low": -4, "high": 4, "whole": True}}}, RecipeError, "rank"),
     ):
         with pytest.raises(kind, match=message):
-            sweep(recipe, Search.model_validate({**SEARCH, **change}), Session(tmp_path / "ws"))
+            sweep(recipe, SweepConfig.model_validate({**SEARCH, **change}), Session(tmp_path / "ws"))
     with pytest.raises(UserError, match="no such file"):
         load_search(tmp_path / "none.yaml")
     (tmp_path / "odd.yaml").write_bytes(b"\xff\xfe")

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.align.preference.run import Policy, PreferenceConfig, prefer
+from llmworks.align.preference.run import Policy, PreferenceConfig, run_preference
 from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
 
 if TYPE_CHECKING:
-    from llmworks.align.preference.objective import Given
-    from llmworks.train.finetune.method import Way
+    from llmworks.align.preference.objective import MethodContext
+    from llmworks.train.finetune.method import TrainMethod
 
 
 class CpoConfig(PreferenceConfig):
@@ -58,19 +58,19 @@ def cpo(
     Errors: DataError when no pair can be used; ArtifactError for an adapter of another model; TrainingError when the
     loss is not finite.
     """
-    return prefer(
-        config, Policy(policy, adapter), pairs, ctx, eval_data, functools.partial(way_of, config), "align.cpo"
+    return run_preference(
+        config, Policy(policy, adapter), pairs, ctx, eval_data, functools.partial(build_method, config), "align.cpo"
     )
 
 
-def way_of(config: CpoConfig, given: Given) -> Way:
+def build_method(config: CpoConfig, context: MethodContext) -> TrainMethod:
     """Return the training method with this configuration's loss."""
     from llmworks.align.losses.cpo import cpo as loss
-    from llmworks.align.preference.objective import Pairs
+    from llmworks.align.preference.objective import PairObjective
 
-    return Pairs(
-        given,
-        lambda sides: loss(sides, config.loss_type, beta=config.beta, smoothing=config.label_smoothing),
-        compared=False,
-        learn=config.cpo_alpha,
-    ).way()
+    return PairObjective(
+        context,
+        lambda sides: loss(sides, config.loss_type, beta=config.beta, label_smoothing=config.label_smoothing),
+        use_reference=False,
+        nll_weight=config.cpo_alpha,
+    ).build_method()

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.align.preference.run import Policy, PreferenceConfig, prefer
+from llmworks.align.preference.run import Policy, PreferenceConfig, run_preference
 from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import UserError
 
 if TYPE_CHECKING:
-    from llmworks.align.preference.objective import Given
-    from llmworks.train.finetune.method import Way
+    from llmworks.align.preference.objective import MethodContext
+    from llmworks.train.finetune.method import TrainMethod
 
-SMOOTH = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")  # losses that take label smoothing
-PLAIN = (
+SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")  # losses that take label smoothing
+LOG_RATIO_LOSSES = (
     "nca_pair",
     "bco_pair",
     "apo_zero",
@@ -63,7 +63,9 @@ class DpoConfig(PreferenceConfig):
         0.0,
         ge=0,
         lt=0.5,
-        description=(f"label smoothing: probability that a preference label is flipped; for {', '.join(SMOOTH)}"),
+        description=(
+            f"label smoothing: probability that a preference label is flipped; for {', '.join(SMOOTHED_LOSSES)}"
+        ),
     )
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
         "reverse_kl",
@@ -98,13 +100,13 @@ class DpoConfig(PreferenceConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.label_smoothing and self.loss_type not in SMOOTH:
-            raise ValueError(f"label_smoothing is for loss_type {', '.join(SMOOTH)}, not for {self.loss_type}")
+        if self.label_smoothing and self.loss_type not in SMOOTHED_LOSSES:
+            raise ValueError(f"label_smoothing is for loss_type {', '.join(SMOOTHED_LOSSES)}, not for {self.loss_type}")
         if self.loss_type in ("exo_pair",) and not self.label_smoothing:
             raise ValueError(
                 "loss_type exo needs label_smoothing above 0, such as 0.001: its formula has the logarithm of it"
             )
-        if self.f_divergence_type != "reverse_kl" and self.loss_type in PLAIN:
+        if self.f_divergence_type != "reverse_kl" and self.loss_type in LOG_RATIO_LOSSES:
             raise ValueError(
                 f"f_divergence_type is not for loss_type {self.loss_type}, which takes log-ratios unchanged"
             )
@@ -145,34 +147,34 @@ def dpo(
             "config.precompute_ref_log_probs live uses the initial policy as the reference; with the input"
             " `ref_model` set it to cached"
         )
-    return prefer(
+    return run_preference(
         config,
         Policy(policy, adapter),
         pairs,
         ctx,
         eval_data,
-        functools.partial(way_of, config),
+        functools.partial(build_method, config),
         "align.dpo",
-        reference=ref_model,
+        ref_model=ref_model,
     )
 
 
-def way_of(config: DpoConfig, given: Given) -> Way:
+def build_method(config: DpoConfig, context: MethodContext) -> TrainMethod:
     """Return the training method with this configuration's loss."""
     from llmworks.align.losses.dpo import dpo as loss
-    from llmworks.align.preference.objective import Pairs
+    from llmworks.align.preference.objective import PairObjective
 
     options = {
         "beta": config.beta,
-        "smoothing": config.label_smoothing,
+        "label_smoothing": config.label_smoothing,
         "divergence": config.f_divergence_type,
         "alpha": config.f_alpha_divergence_coef,
     }
-    return Pairs(
-        given,
+    return PairObjective(
+        context,
         lambda sides: loss(sides, config.loss_type, **options),  # type: ignore[arg-type]
-        compared=True,
-        live=not config.precompute_ref_log_probs,
-        learn=config.rpo_alpha,
-        tail=config.ld_alpha,
-    ).way()
+        use_reference=True,
+        live_reference=not config.precompute_ref_log_probs,
+        nll_weight=config.rpo_alpha,
+        ld_alpha=config.ld_alpha,
+    ).build_method()

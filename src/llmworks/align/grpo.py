@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, model_validator
 
 from llmworks.align.preference.run import Policy
-from llmworks.align.rl.run import OnlineConfig, run
+from llmworks.align.rl.run import OnlineConfig, run_online
 from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
 
 if TYPE_CHECKING:
-    from llmworks.align.preference.objective import Given
-    from llmworks.align.rl.objective import Groups
-    from llmworks.align.rl.rollouts import Drawing
+    from llmworks.align.preference.objective import MethodContext
+    from llmworks.align.rl.objective import RolloutObjective
+    from llmworks.align.rl.rollouts import RolloutSampler
 
 
 class GrpoConfig(OnlineConfig):
@@ -104,11 +104,11 @@ def grpo(
     model or file; TrainingError when the loss is not finite.
     """
 
-    def groups_of(given: Given, drawing: Drawing) -> Groups:
+    def build_objective(context: MethodContext, sampler: RolloutSampler) -> RolloutObjective:
         from llmworks.align.losses.policy import group_advantages
-        from llmworks.align.rl.objective import Groups, Objective
+        from llmworks.align.rl.objective import PolicyLossOptions, RolloutObjective
 
-        objective = Objective(
+        objective = PolicyLossOptions(
             config.loss_type,
             config.loss_aggregation,
             config.importance_sampling_level,
@@ -120,17 +120,19 @@ def grpo(
             config.use_bias_correction_kl,
             not config.mask_truncated_completions,
         )
-        return Groups(given, drawing, objective, lambda made: group_advantages(made.rewards, config.scale_rewards))
+        return RolloutObjective(
+            context, sampler, objective, lambda made: group_advantages(made.rewards, config.scale_rewards)
+        )
 
-    return run(
+    return run_online(
         config,
         Policy(policy, adapter),
         data,
         ctx,
         eval_data,
-        groups_of,
+        build_objective,
         "align.grpo",
-        compared=config.beta > 0,
-        reward=reward_model,
+        use_reference=config.beta > 0,
+        reward_model=reward_model,
         judge=judge,
     )

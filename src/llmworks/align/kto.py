@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.align.preference.run import Policy, PreferenceConfig, prefer
+from llmworks.align.preference.run import Policy, PreferenceConfig, run_preference
 from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError, UserError
 
 if TYPE_CHECKING:
-    from llmworks.align.preference.objective import Given
-    from llmworks.train.finetune.method import Way
+    from llmworks.align.preference.objective import MethodContext
+    from llmworks.train.finetune.method import TrainMethod
 
-SHARES = (1.0, 4 / 3)  # advised range of desirable_weight * count over undesirable_weight * count (KTO paper)
+ADVISED_WEIGHT_RATIO = (
+    1.0,
+    4 / 3,
+)  # advised range of desirable_weight * count over undesirable_weight * count (KTO paper)
 
 
 class KtoConfig(PreferenceConfig):
@@ -80,41 +83,44 @@ def kto(
             "config.precompute_ref_log_probs live uses the initial policy as the reference; with the input"
             " `ref_model` set it to cached"
         )
-    return prefer(
+    return run_preference(
         config,
         Policy(policy, adapter),
         data,
         ctx,
         eval_data,
-        functools.partial(way_of, config),
+        functools.partial(build_method, config),
         "align.kto",
-        reference=ref_model,
-        singles=True,
+        ref_model=ref_model,
+        single_completions=True,
     )
 
 
-def way_of(config: KtoConfig, given: Given) -> Way:
+def build_method(config: KtoConfig, context: MethodContext) -> TrainMethod:
     """Return the training method with this configuration's loss."""
-    from llmworks.align.preference.objective import Singles
+    from llmworks.align.preference.objective import KtoObjective
 
-    good = sum(example.good for example in given.material.examples)
-    bad = len(given.material.examples) - good
-    if not good or not bad:
+    num_desirable = sum(example.desirable for example in context.material.examples)
+    num_undesirable = len(context.material.examples) - num_desirable
+    if not num_desirable or not num_undesirable:
         raise DataError(
-            f"all {good or bad} completions are {'desirable' if good else 'undesirable'}; both kinds are needed"
+            f"all {num_desirable or num_undesirable} completions are"
+            f" {'desirable' if num_desirable else 'undesirable'}; both kinds are needed"
         )
-    share = config.desirable_weight * good / (config.undesirable_weight * bad)
-    if not SHARES[0] - 0.1 <= share <= SHARES[1] + 0.1:
-        given.ctx.progress.say(
-            f"warning: desirable completions weigh {share:.2f} times as much as undesirable ones ({good:,} and"
-            f" {bad:,}); 1 to 1.33 is advised: set desirable_weight to {config.desirable_weight / share:.2g}, or"
+    weight_ratio = config.desirable_weight * num_desirable / (config.undesirable_weight * num_undesirable)
+    if not ADVISED_WEIGHT_RATIO[0] - 0.1 <= weight_ratio <= ADVISED_WEIGHT_RATIO[1] + 0.1:
+        context.ctx.progress.log(
+            f"warning: desirable completions weigh {weight_ratio:.2f} times as much as undesirable ones"
+            f" ({num_desirable:,} and"
+            f" {num_undesirable:,}); 1 to 1.33 is advised: set desirable_weight to"
+            f" {config.desirable_weight / weight_ratio:.2g}, or"
             " undesirable_weight"
         )
-    return Singles(
-        given,
+    return KtoObjective(
+        context,
         beta=config.beta,
-        good_weight=config.desirable_weight,
-        bad_weight=config.undesirable_weight,
-        measured=config.loss_type == "kto",
-        live=not config.precompute_ref_log_probs,
-    ).way()
+        desirable_weight=config.desirable_weight,
+        undesirable_weight=config.undesirable_weight,
+        use_kl=config.loss_type == "kto",
+        live_reference=not config.precompute_ref_log_probs,
+    ).build_method()

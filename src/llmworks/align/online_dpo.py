@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from llmworks.align.preference.run import Policy
-from llmworks.align.rl.run import OnlineConfig, run
+from llmworks.align.rl.run import OnlineConfig, run_online
 from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
 
 if TYPE_CHECKING:
-    from llmworks.align.preference.objective import Given
-    from llmworks.align.rl.objective import Groups
-    from llmworks.align.rl.rollouts import Drawing
+    from llmworks.align.preference.objective import MethodContext
+    from llmworks.align.rl.objective import RolloutObjective
+    from llmworks.align.rl.rollouts import RolloutSampler
 
 
 class OnlineDpoConfig(OnlineConfig):
@@ -45,22 +45,26 @@ def online_dpo(
     Inputs and errors as in align.grpo.
     """
 
-    def groups_of(given: Given, drawing: Drawing) -> Groups:
-        from llmworks.align.rl.objective import Contest
+    def build_objective(context: MethodContext, sampler: RolloutSampler) -> RolloutObjective:
+        from llmworks.align.rl.objective import OnlineDpoObjective
 
-        return Contest(
-            given, drawing, kind=config.loss_type, beta=config.beta, whole=not config.mask_truncated_completions
+        return OnlineDpoObjective(
+            context,
+            sampler,
+            loss_type=config.loss_type,
+            beta=config.beta,
+            train_on_truncated=not config.mask_truncated_completions,
         )
 
-    return run(
+    return run_online(
         config,
         Policy(policy, adapter),
         data,
         ctx,
         eval_data,
-        groups_of,
+        build_objective,
         "align.online_dpo",
-        compared=True,
-        reward=reward_model,
+        use_reference=True,
+        reward_model=reward_model,
         judge=judge,
     )

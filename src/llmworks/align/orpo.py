@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from llmworks.align.preference.run import Policy, PreferenceConfig, prefer
+from llmworks.align.preference.run import Policy, PreferenceConfig, run_preference
 from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
 
 if TYPE_CHECKING:
-    from llmworks.align.preference.objective import Given
-    from llmworks.train.finetune.method import Way
+    from llmworks.align.preference.objective import MethodContext
+    from llmworks.train.finetune.method import TrainMethod
 
 
 class OrpoConfig(PreferenceConfig):
@@ -46,20 +46,20 @@ def orpo(
     Errors: DataError when no pair can be used; ArtifactError for an adapter of another model; TrainingError when the
     loss is not finite.
     """
-    return prefer(
-        config, Policy(policy, adapter), pairs, ctx, eval_data, functools.partial(way_of, config), "align.orpo"
+    return run_preference(
+        config, Policy(policy, adapter), pairs, ctx, eval_data, functools.partial(build_method, config), "align.orpo"
     )
 
 
-def way_of(config: OrpoConfig, given: Given) -> Way:
+def build_method(config: OrpoConfig, context: MethodContext) -> TrainMethod:
     """Return the training method with this configuration's loss."""
     from llmworks.align.losses.orpo import orpo as loss
-    from llmworks.align.preference.objective import Pairs
+    from llmworks.align.preference.objective import PairObjective
 
-    return Pairs(
-        given,
+    return PairObjective(
+        context,
         lambda sides: loss(sides, weight=config.orpo_lambda),
-        compared=False,
-        learn=1.0,
-        prompts=config.train_on_prompts,
-    ).way()
+        use_reference=False,
+        nll_weight=1.0,
+        train_on_prompts=config.train_on_prompts,
+    ).build_method()

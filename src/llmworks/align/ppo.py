@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from llmworks.align.preference.run import Policy
-from llmworks.align.rl.run import OnlineConfig, run
+from llmworks.align.rl.run import OnlineConfig, run_online
 from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
 
 if TYPE_CHECKING:
-    from llmworks.align.preference.objective import Given
-    from llmworks.align.rl.objective import Groups
-    from llmworks.align.rl.rollouts import Drawing
+    from llmworks.align.preference.objective import MethodContext
+    from llmworks.align.rl.objective import RolloutObjective
+    from llmworks.align.rl.rollouts import RolloutSampler
 
 
 class PpoConfig(OnlineConfig):
@@ -63,37 +63,37 @@ def ppo(
     Inputs and errors as in align.grpo.
     """
 
-    def groups_of(given: Given, drawing: Drawing) -> Groups:
-        from llmworks.align.rl.objective import Actor, Objective
+    def build_objective(context: MethodContext, sampler: RolloutSampler) -> RolloutObjective:
+        from llmworks.align.rl.objective import PolicyLossOptions, PpoObjective
 
-        objective = Objective(
+        objective = PolicyLossOptions(
             "clip",
             "token-mean",
-            low=config.cliprange,
-            high=config.cliprange,
-            whole=not config.mask_truncated_completions,
+            epsilon_low=config.cliprange,
+            epsilon_high=config.cliprange,
+            train_on_truncated=not config.mask_truncated_completions,
         )
-        return Actor(
-            given,
-            drawing,
+        return PpoObjective(
+            context,
+            sampler,
             objective,
-            reference_kl=config.kl_coef,
-            discount=config.gamma,
-            trace=config.gae_lambda,
-            worth=config.vf_coef,
-            held=config.cliprange_value,
-            white=config.normalize_advantages,
+            kl_coef=config.kl_coef,
+            gamma=config.gamma,
+            gae_lambda=config.gae_lambda,
+            vf_coef=config.vf_coef,
+            cliprange_value=config.cliprange_value,
+            normalize_advantages=config.normalize_advantages,
         )
 
-    return run(
+    return run_online(
         config,
         Policy(policy, adapter),
         data,
         ctx,
         eval_data,
-        groups_of,
+        build_objective,
         "align.ppo",
-        compared=config.kl_coef > 0,
-        reward=reward_model,
+        use_reference=config.kl_coef > 0,
+        reward_model=reward_model,
         judge=judge,
     )

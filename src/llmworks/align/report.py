@@ -9,30 +9,30 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from llmworks.align.reward_model.calibration import bins_of, expected_error, wilson
+from llmworks.align.reward_model.calibration import compute_bins, expected_calibration_error, wilson_interval
 from llmworks.core.report import ReportBuilder
-from llmworks.train.loop.report import smooth, thin
+from llmworks.train.loop.report import smooth, subsample
 
-TIMES = 6  # rollouts of a run whose samples are shown
-BOTH = (
+NUM_SHOWN_ROLLOUTS = 6  # rollouts of a run whose samples are shown
+MARGIN_CURVES = (
     ("Reward margin", "reward of chosen minus rejected", "margin", "eval_margin"),
     ("Reward accuracy", "share of pairs", "ranked", "accuracy"),
 )  # heading, unit, training metric, evaluation metric
 Curve = tuple[str, dict[str, list[tuple[float, float]]], str]
 
 
-def describe(
+def describe_preference(
     report: ReportBuilder,
     title: str,
     rows: Sequence[dict[str, Any]],
     metrics: Mapping[str, Any],
     config: Mapping[str, Any],
-    set_aside: Sequence[tuple[str, str]],
+    rejected: Sequence[tuple[str, str]],
 ) -> None:
     """Write curves and metrics; the training run adds the sample completions."""
-    steps, looks = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
+    steps, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
     report.title = f"Alignment of {title}"
-    report.lead = (
+    report.subtitle = (
         (
             f"{len(steps):,} steps; loss {metrics['loss_first']:.3f} in the first tenth, {metrics['loss']:.3f} in the"
             " last."
@@ -40,39 +40,42 @@ def describe(
         if steps
         else ""
     )
-    if looks:
-        last = looks[-1]
-        chosen = next((row for row in looks if row["step"] == metrics.get("best_step", -1)), last)
-        if "accuracy" in chosen:
-            count = chosen.get("eval_rows", 0)
-            share, low, high = wilson(chosen["accuracy"] * count, count) if count else (chosen["accuracy"], 0.0, 0.0)
-            report.lead += (
+    if evaluations:
+        last = evaluations[-1]
+        saved = next((row for row in evaluations if row["step"] == metrics.get("best_step", -1)), last)
+        if "accuracy" in saved:
+            count = saved.get("eval_rows", 0)
+            share, low, high = (
+                wilson_interval(saved["accuracy"] * count, count) if count else (saved["accuracy"], 0.0, 0.0)
+            )
+            report.subtitle += (
                 f" Reward accuracy on {f'{count:,} ' if count else ''}held-out"
                 f" {'pairs' if count else 'completions'}:"
                 f" {share:.1%}{f' ({low:.1%} to {high:.1%})' if count else ''}, mean margin"
-                f" {chosen['eval_margin']:+.3f}"
+                f" {saved['eval_margin']:+.3f}"
             )
         else:
-            report.lead += (
-                f" Held-out completions all have one label, so there is no accuracy; loss {chosen['eval_loss']:.4f}"
+            report.subtitle += (
+                f" Held-out completions all have one label, so there is no accuracy; loss {saved['eval_loss']:.4f}"
             )
-        report.lead += f" after step {chosen['step'] + 1}, the saved checkpoint." if chosen is not last else "."
+        report.subtitle += f" after step {saved['step'] + 1}, the saved checkpoint." if saved is not last else "."
     report.data = {
         "warnings": [],
         "config": dict(config),
         "steps": len(steps),
         "evaluations": [
-            {key: row[key] for key in ("step", "eval_loss", "accuracy", "eval_margin") if key in row} for row in looks
+            {key: row[key] for key in ("step", "eval_loss", "accuracy", "eval_margin") if key in row}
+            for row in evaluations
         ],
     }
-    for heading, series, y in curves(steps, looks) if steps else ():
-        report.curves(heading, series, x="step", y=y)
-    if set_aside:
-        report.table(
+    for heading, series, y in make_curves(steps, evaluations) if steps else ():
+        report.add_curves(heading, series, x="step", y=y)
+    if rejected:
+        report.add_table(
             "Rejected rows",
             ("id", "reason"),
-            set_aside[:50],
-            f"{len(set_aside)} rows; all are in set_aside.jsonl." if len(set_aside) > 50 else "",
+            rejected[:50],
+            f"{len(rejected)} rows; all are in set_aside.jsonl." if len(rejected) > 50 else "",
         )
 
 
@@ -82,65 +85,69 @@ def describe_scores(
     rows: Sequence[dict[str, Any]],
     metrics: Mapping[str, Any],
     config: Mapping[str, Any],
-    set_aside: Sequence[tuple[str, str]],
-    seen: Sequence[tuple[float, Any]],
+    rejected: Sequence[tuple[str, str]],
+    eval_scores: Sequence[tuple[float, Any]],
     kind: str,
 ) -> dict[str, float]:
     """Write the report of a reward model: curves, accuracy and calibration. Return its metrics.
 
     `seen`: scores of held-out pairs (chosen, rejected), or probabilities and labels of steps.
     """
-    describe(report, title, rows, metrics, config, set_aside)
+    describe_preference(report, title, rows, metrics, config, rejected)
     report.title = f"{'Reward model' if kind == 'whole' else 'Process reward model'} of {title}"
-    if not seen:
+    if not eval_scores:
         return {}
-    report.lead = report.lead.partition(" Reward accuracy on ")[0]  # the sentence below gives it with an interval
-    chances, true, low = [score for score, _ in seen], [bool(right) for _, right in seen], 0.0
+    report.subtitle = report.subtitle.partition(" Reward accuracy on ")[
+        0
+    ]  # the sentence below gives it with an interval
+    probabilities, outcomes, low = [score for score, _ in eval_scores], [bool(right) for _, right in eval_scores], 0.0
     if kind == "whole":  # probability that the higher-scored completion wins
-        chances, true, low = (
-            [1 / (1 + math.exp(-min(700.0, abs(a - b)))) for a, b in seen],
-            [a > b for a, b in seen],
+        probabilities, outcomes, low = (
+            [1 / (1 + math.exp(-min(700.0, abs(a - b)))) for a, b in eval_scores],
+            [a > b for a, b in eval_scores],
             0.5,
         )
-    found = bins_of(chances, true, low=low)
-    right = [a > b for a, b in seen] if kind == "whole" else [(score > 0.5) == label for score, label in seen]
-    share, lowest, highest = wilson(sum(right), len(right))
-    error = expected_error(found)
+    bins = compute_bins(probabilities, outcomes, low=low)
+    right = (
+        [a > b for a, b in eval_scores] if kind == "whole" else [(score > 0.5) == label for score, label in eval_scores]
+    )
+    share, lowest, highest = wilson_interval(sum(right), len(right))
+    error = expected_calibration_error(bins)
     what = "pairs" if kind == "whole" else "steps"
-    report.lead += (
-        f" Accuracy on {len(seen):,} held-out {what}: {share:.1%} ({lowest:.1%} to {highest:.1%}); expected"
+    report.subtitle += (
+        f" Accuracy on {len(eval_scores):,} held-out {what}: {share:.1%} ({lowest:.1%} to {highest:.1%}); expected"
         f" calibration error {error:.1%}."
     )
-    report.curves(
+    report.add_curves(
         "Calibration",
-        {"this model": [(b.said, b.true) for b in found], "perfect calibration": [(low, low), (1.0, 1.0)]},
+        {"this model": [(b.predicted, b.observed) for b in bins], "perfect calibration": [(low, low), (1.0, 1.0)]},
         x="predicted probability",
         y="observed frequency",
         note="Held-out cases, binned by the predicted probability of "
         + ("the higher-scored completion to win." if kind == "whole" else "a step to be correct."),
     )
-    report.table(
+    report.add_table(
         "Calibration table",
         ("probability", "cases", "predicted", "observed"),
-        [(f"{b.low:.2f} to {b.high:.2f}", b.cases, f"{b.said:.3f}", f"{b.true:.3f}") for b in found],
+        [(f"{b.low:.2f} to {b.high:.2f}", b.size, f"{b.predicted:.3f}", f"{b.observed:.3f}") for b in bins],
     )
     report.data |= {
         "accuracy": share,
         "low": lowest,
         "high": highest,
         "calibration_error": error,
-        "bins": [b._asdict() for b in found],
+        "bins": [b._asdict() for b in bins],
     }
     return {"accuracy": round(share, 5), "accuracy_low": round(lowest, 5), "calibration_error": round(error, 5)}
 
 
-ALARM_LENGTH, ALARM_REPEATED = (
+MAX_LENGTH_GROWTH, MAX_REPETITION = (
     1.5,
     0.2,
 )  # growth of the completion length; share of repeated 4-grams
 
 
-def alarms(steps: Sequence[dict[str, Any]]) -> list[str]:
+def find_reward_hacking(steps: Sequence[dict[str, Any]]) -> list[str]:
     """Return signs of reward hacking: changes from the first tenth of the steps to the last."""
     tenth = max(1, len(steps) // 10)
     first, last = (
@@ -150,27 +157,27 @@ def alarms(steps: Sequence[dict[str, Any]]) -> list[str]:
         }
         for part in (steps[:tenth], steps[-tenth:])
     )
-    found = []
-    if last["length"] > ALARM_LENGTH * max(1.0, first["length"]):
-        found.append(
+    warnings = []
+    if last["length"] > MAX_LENGTH_GROWTH * max(1.0, first["length"]):
+        warnings.append(
             f"completions grew {last['length'] / max(1.0, first['length']):.1f} times longer"
             f" ({first['length']:.0f} to {last['length']:.0f} tokens): check whether the reward favors length"
         )
-    if last["repeated"] > ALARM_REPEATED and last["repeated"] > 2 * first["repeated"]:
-        found.append(
+    if last["repeated"] > MAX_REPETITION and last["repeated"] > 2 * first["repeated"]:
+        warnings.append(
             f"completions repeat themselves: {last['repeated']:.0%} of their 4-grams occurred before,"
             f" {first['repeated']:.0%} at first"
         )
     if last["cut"] > 0.5:
-        found.append(
+        warnings.append(
             f"{last['cut']:.0%} of the completions are truncated at max_completion_length, {first['cut']:.0%} at first"
         )
     if last["alike"] > 0.8:
-        found.append(
+        warnings.append(
             f"in {last['alike']:.0%} of the groups all completions have the same reward, so there is little"
             " learning signal left"
         )
-    return found
+    return warnings
 
 
 def describe_online(
@@ -179,73 +186,76 @@ def describe_online(
     rows: Sequence[dict[str, Any]],
     metrics: Mapping[str, Any],
     config: Mapping[str, Any],
-    set_aside: Sequence[tuple[str, str]],
-    began: Sequence[float],
-    ended: Sequence[float],
-    samples: Path,
-    failed: Path,
-    say: Callable[[str], None],
+    rejected: Sequence[tuple[str, str]],
+    initial_rewards: Sequence[float],
+    final_rewards: Sequence[float],
+    samples_file: Path,
+    failed_file: Path,
+    log: Callable[[str], None],
 ) -> dict[str, float]:
     """Write the report of a training on rollouts. Return its metrics.
 
     `began`, `ended`: rewards of greedy completions of held-out prompts before and after.
     """
-    steps, looks = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
+    steps, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
     tenth = max(1, len(steps) // 10)
     first, last = (sum(row["reward"] for row in part) / len(part) for part in (steps[:tenth], steps[-tenth:]))
     report.title = f"Alignment of {title} with online rollouts"
-    report.lead = (
+    report.subtitle = (
         f"{len(steps):,} steps; mean reward of the rollouts {first:.3f} in the first tenth, {last:.3f} in the last."
     )
-    figures = {"reward_first": round(first, 5), "reward": round(last, 5)}
-    both = [(a, b) for a, b in zip(began, ended, strict=False) if a == a and b == b]
-    figures = _describe_wins(both, figures, report)
-    warnings = alarms(steps)
-    if failed.exists():
-        rows_failed = [json.loads(line) for line in failed.read_text(encoding="utf-8").splitlines()]
-        drawn = sum(not row["evaluation"] for row in rows_failed)
-        what = f"{drawn} sampled completions" + (
-            f", and {len(rows_failed) - drawn} of held-out prompts," if len(rows_failed) > drawn else ""
+    report_metrics = {"reward_first": round(first, 5), "reward": round(last, 5)}
+    reward_pairs = [(a, b) for a, b in zip(initial_rewards, final_rewards, strict=False) if a == a and b == b]
+    report_metrics = _describe_win_rate(reward_pairs, report_metrics, report)
+    warnings = find_reward_hacking(steps)
+    if failed_file.exists():
+        rows_failed = [json.loads(line) for line in failed_file.read_text(encoding="utf-8").splitlines()]
+        num_sampled = sum(not row["evaluation"] for row in rows_failed)
+        what = f"{num_sampled} sampled completions" + (
+            f", and {len(rows_failed) - num_sampled} of held-out prompts," if len(rows_failed) > num_sampled else ""
         )
         warnings.append(
             f"{what} have no reward because a reward function failed; they are in failed_rewards.jsonl, the first"
             f" reason: {rows_failed[0]['reason']}"
         )
     for warning in warnings:
-        say(f"warning: {warning}")
+        log(f"warning: {warning}")
     if warnings:
-        report.text("Warnings", "\n\n".join(warnings))
-    figures["alarms"] = len(warnings)
+        report.add_text("Warnings", "\n\n".join(warnings))
+    report_metrics["alarms"] = len(warnings)
     report.data = {
         "warnings": [],
         "config": dict(config),
         "steps": len(steps),
-        **figures,
+        **report_metrics,
         "alarms": warnings,
-        "evaluations": [{"step": row["step"], "reward": row["accuracy"]} for row in looks],
+        "evaluations": [{"step": row["step"], "reward": row["accuracy"]} for row in evaluations],
     }
-    for heading, series, y in online_curves(steps, looks, both):
-        report.curves(heading, series, x="step", y=y)
-    _describe_draws(samples, report)
-    if set_aside:
-        report.table("Rejected rows", ("id", "reason"), set_aside[:50])
-    return figures
+    for heading, series, y in make_online_curves(steps, evaluations, reward_pairs):
+        report.add_curves(heading, series, x="step", y=y)
+    _describe_samples(samples_file, report)
+    if rejected:
+        report.add_table("Rejected rows", ("id", "reason"), rejected[:50])
+    return report_metrics
 
 
-def _describe_wins(both: list[tuple[float, float]], figures: dict[str, Any], report: ReportBuilder) -> dict[str, Any]:
+def _describe_win_rate(
+    reward_pairs: list[tuple[float, float]], metrics: dict[str, Any], report: ReportBuilder
+) -> dict[str, Any]:
     """Add to summary and metrics how often the trained policy beats the initial one on held-out prompts."""
-    if both:
-        won, lost = sum(b > a + 1e-9 for a, b in both), sum(b < a - 1e-9 for a, b in both)
-        share, low, high = wilson(won + (len(both) - won - lost) / 2, len(both))
-        figures |= {
-            "eval_reward_first": round(sum(a for a, _ in both) / len(both), 5),
+    if reward_pairs:
+        won, lost = sum(b > a + 1e-9 for a, b in reward_pairs), sum(b < a - 1e-9 for a, b in reward_pairs)
+        share, low, high = wilson_interval(won + (len(reward_pairs) - won - lost) / 2, len(reward_pairs))
+        metrics |= {
+            "eval_reward_first": round(sum(a for a, _ in reward_pairs) / len(reward_pairs), 5),
             "win_rate": round(share, 5),
             "win_rate_low": round(low, 5),
             "win_rate_high": round(high, 5),
         }
-        report.lead += (
-            f" Mean reward of greedy completions of {len(both):,} held-out prompts:"
-            f" {figures['eval_reward_first']:.3f} before, {sum(b for _, b in both) / len(both):.3f} after; "
+        report.subtitle += (
+            f" Mean reward of greedy completions of {len(reward_pairs):,} held-out prompts:"
+            f" {metrics['eval_reward_first']:.3f} before, {sum(b for _, b in reward_pairs) / len(reward_pairs):.3f}"
+            " after; "
         ) + (
             (
                 f"win rate against the initial policy {share:.1%} ({low:.1%} to {high:.1%}; {won} better, {lost}"
@@ -254,17 +264,17 @@ def _describe_wins(both: list[tuple[float, float]], figures: dict[str, Any], rep
             if won or lost
             else "all rewards are unchanged."
         )
-    return figures
+    return metrics
 
 
-def _describe_draws(samples: Path, report: ReportBuilder) -> None:
+def _describe_samples(samples_file: Path, report: ReportBuilder) -> None:
     """Show samples of a few rollouts. `samples`: the file that they were saved in."""
-    kept = json.loads(samples.read_text(encoding="utf-8")) if samples.exists() else {}
-    numbers = sorted(kept, key=int)
+    samples = json.loads(samples_file.read_text(encoding="utf-8")) if samples_file.exists() else {}
+    numbers = sorted(samples, key=int)
     shown = (
         [
-            numbers[round(i * (len(numbers) - 1) / (min(TIMES, len(numbers)) - 1))]
-            for i in range(min(TIMES, len(numbers)))
+            numbers[round(i * (len(numbers) - 1) / (min(NUM_SHOWN_ROLLOUTS, len(numbers)) - 1))]
+            for i in range(min(NUM_SHOWN_ROLLOUTS, len(numbers)))
         ]
         if len(numbers) > 1
         else numbers
@@ -276,35 +286,38 @@ def _describe_draws(samples: Path, report: ReportBuilder) -> None:
             "answer": one["answer"] + (" ..." if one["cut"] else ""),
         }
         for number in shown
-        for one in kept[number]
+        for one in samples[number]
     ]
     if items:
-        report.samples("Sample completions during training", items, note="Sampled at the training temperature.")
+        report.add_samples("Sample completions during training", items, note="Sampled at the training temperature.")
 
 
-def online_curves(
-    steps: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]], both: Sequence[tuple[float, float]]
+def make_online_curves(
+    steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], reward_pairs: Sequence[tuple[float, float]]
 ) -> list[Curve]:
     """Return (heading, series over steps, unit) of the plots."""
-    wide = max(2, min(25, len(steps) // 10))
+    smoothing_window = max(2, min(25, len(steps) // 10))
 
-    def of(name: str) -> list[tuple[float, float]]:
+    def get_points(name: str) -> list[tuple[float, float]]:
         return [(row["step"] + 1, row[name]) for row in steps if name in row]
 
-    reward = {"rollouts": thin(of("reward")), f"mean of {wide}": thin(smooth(of("reward"), wide))}
-    if looks:
+    reward = {
+        "rollouts": subsample(get_points("reward")),
+        f"mean of {smoothing_window}": subsample(smooth(get_points("reward"), smoothing_window)),
+    }
+    if evaluations:
         reward["held-out, greedy"] = [
-            *([(0, sum(a for a, _ in both) / len(both))] if both else []),
-            *((row["step"] + 1, row["accuracy"]) for row in looks),
+            *([(0, sum(a for a, _ in reward_pairs) / len(reward_pairs))] if reward_pairs else []),
+            *((row["step"] + 1, row["accuracy"]) for row in evaluations),
         ]
-    found: list[Curve] = [("Reward", reward, "mean")]
+    plots: list[Curve] = [("Reward", reward, "mean")]
     parts = sorted({name for row in steps for name in row if name.startswith("reward_") and name != "reward_deviation"})
     if parts:
-        found.append(
+        plots.append(
             (
                 "Reward functions",
-                {name.removeprefix("reward_"): thin(smooth(of(name), wide)) for name in parts},
-                f"mean of {wide} steps, unweighted",
+                {name.removeprefix("reward_"): subsample(smooth(get_points(name), smoothing_window)) for name in parts},
+                f"mean of {smoothing_window} steps, unweighted",
             )
         )
     one: tuple[tuple[str, str, str], ...] = (
@@ -321,63 +334,69 @@ def online_curves(
         ("Gradient norm", "grad_norm", "before clipping"),
         ("Learning rate", "learning_rate", ""),
     )
-    found += [(heading, {heading.lower(): thin(of(name))}, y) for heading, name, y in one if of(name)]
-    seconds = {"sampling": of("drawing"), "scoring": of("valuing"), "whole step": of("seconds")}
+    plots += [
+        (heading, {heading.lower(): subsample(get_points(name))}, y) for heading, name, y in one if get_points(name)
+    ]
+    seconds = {"sampling": get_points("drawing"), "scoring": get_points("valuing"), "whole step": get_points("seconds")}
     return [
-        *found,
-        ("Seconds", {name: thin(points) for name, points in seconds.items() if points}, "per rollout, per step"),
+        *plots,
+        ("Seconds", {name: subsample(points) for name, points in seconds.items() if points}, "per rollout, per step"),
     ]
 
 
-def curves(steps: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]]) -> list[Curve]:
+def make_curves(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> list[Curve]:
     """Return (heading, series over steps, unit) of the plots."""
-    wide = max(2, min(50, len(steps) // 10))
+    smoothing_window = max(2, min(50, len(steps) // 10))
 
-    def of(name: str, factor: float = 1.0) -> list[tuple[float, float]]:
+    def get_points(name: str, factor: float = 1.0) -> list[tuple[float, float]]:
         return [(row["step"] + 1, row[name] * factor) for row in steps if name in row]
 
     loss = {
-        "loss": thin(of("loss")),
-        f"mean of {wide}": thin(smooth(of("loss"), wide)),
-        **({"held-out": [(row["step"] + 1, row["eval_loss"]) for row in looks]} if looks else {}),
+        "loss": subsample(get_points("loss")),
+        f"mean of {smoothing_window}": subsample(smooth(get_points("loss"), smoothing_window)),
+        **({"held-out": [(row["step"] + 1, row["eval_loss"]) for row in evaluations]} if evaluations else {}),
     }
-    found: list[Curve] = [
+    plots: list[Curve] = [
         ("Loss", loss, "per example"),
         (
             "Rewards",
-            {side: thin(smooth(of(side), wide)) for side in ("chosen", "rejected") if of(side)},
-            f"mean of {wide} steps",
+            {
+                side: subsample(smooth(get_points(side), smoothing_window))
+                for side in ("chosen", "rejected")
+                if get_points(side)
+            },
+            f"mean of {smoothing_window} steps",
         ),
     ]
-    for heading, y, trained, held in BOTH:
+    for heading, y, train_key, eval_key in MARGIN_CURVES:
         series = {
-            "training": thin(smooth(of(trained), wide)),
-            "held-out": [(row["step"] + 1, row[held]) for row in looks if held in row],
+            "training": subsample(smooth(get_points(train_key), smoothing_window)),
+            "held-out": [(row["step"] + 1, row[eval_key]) for row in evaluations if eval_key in row],
         }
-        if of(trained) or looks:
-            found.append((heading, {key: points for key, points in series.items() if points}, y))
+        if get_points(train_key) or evaluations:
+            plots.append((heading, {key: points for key, points in series.items() if points}, y))
     for heading, name, y in (
         ("KL divergence from the reference", "distance", "nats per completion"),
         ("Entropy", "entropy", "nats per completion token"),
         ("Gradient norm", "grad_norm", "before clipping"),
         ("Learning rate", "learning_rate", ""),
     ):
-        if of(name):
-            found.append((heading, {heading.lower(): thin(of(name))}, y))
-    most = list(accumulate((value for _, value in of("memory", 1e-9)), max))
-    found.append(
+        if get_points(name):
+            plots.append((heading, {heading.lower(): subsample(get_points(name))}, y))
+    most = list(accumulate((value for _, value in get_points("memory", 1e-9)), max))
+    plots.append(
         (
             "Memory",
-            {"memory": thin([(row["step"] + 1, value) for row, value in zip(steps, most, strict=True)])},
+            {"memory": subsample([(row["step"] + 1, value) for row, value in zip(steps, most, strict=True)])},
             "peak so far, GB",
         )
     )
     return [
-        *found,
+        *plots,
         (
             "Speed",
             {
-                "mean of 10": thin(
+                "mean of 10": subsample(
                     smooth([(row["step"] + 1, row["tokens"] / max(row["seconds"], 1e-9)) for row in steps])
                 )
             },

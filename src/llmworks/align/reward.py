@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmworks.align.preference.examples import apart
-from llmworks.align.preference.run import HELD, Policy, examples_of, rows_of
+from llmworks.align.preference.examples import make_ids_unique
+from llmworks.align.preference.run import EVAL_ID_SUFFIX, Policy, read_rows, tokenize_rows
 from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
-from llmworks.train.finetune.method import Material
-from llmworks.train.finetune.run import context_of
+from llmworks.train.finetune.method import TrainingData
+from llmworks.train.finetune.run import get_context_length
 
 if TYPE_CHECKING:
     pass
@@ -38,17 +38,22 @@ def reward(
     not finite.
     """
     policy = Policy(model, adapter)
-    tokenizer, stops = policy.open(config, "align.reward")
-    most = min(config.max_length, context_of(model))
-    rows, unseen = (
-        rows_of(pairs, singles=False),
-        rows_of(eval_data, singles=False)[: config.eval_samples] if eval_data is not None else [],
+    tokenizer, stops = policy.open_tokenizer(config, "align.reward")
+    max_length = min(config.max_length, get_context_length(model))
+    rows, eval_rows = (
+        read_rows(pairs, single_completions=False),
+        read_rows(eval_data, single_completions=False)[: config.eval_samples] if eval_data is not None else [],
     )
-    examples, lost = examples_of(config, tokenizer, rows, pairs.name, most, singles=False)
-    tests = (
-        apart(examples_of(config, tokenizer, unseen, eval_data.name, most, singles=False)[0], HELD)
+    examples, rejected_rows = tokenize_rows(config, tokenizer, rows, pairs.name, max_length, single_completions=False)
+    eval_examples = (
+        make_ids_unique(
+            tokenize_rows(config, tokenizer, eval_rows, eval_data.name, max_length, single_completions=False)[0],
+            EVAL_ID_SUFFIX,
+        )
         if eval_data is not None
         else []
     )
-    ctx.progress.say(f"{len(examples)} pairs" + (f"; {len(lost)} rows rejected" if lost else ""))
-    return train_scorer(config, policy, Material(tokenizer, stops, examples, lost, tests, []), ctx, "whole", {})
+    ctx.progress.log(f"{len(examples)} pairs" + (f"; {len(rejected_rows)} rows rejected" if rejected_rows else ""))
+    return train_scorer(
+        config, policy, TrainingData(tokenizer, stops, examples, rejected_rows, eval_examples, []), ctx, "whole", {}
+    )

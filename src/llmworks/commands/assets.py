@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from llmworks.commands.output import as_json, out, table
+from llmworks.commands.output import print_json, print_line, print_table
 from llmworks.commands.parsers import Parser, new_parser
 from llmworks.core.errors import UserError
 
@@ -37,37 +37,37 @@ def handle(args: argparse.Namespace) -> None:
 def list_assets(args: argparse.Namespace) -> None:
     """`llmworks assets list`."""
     from llmworks import assets
-    from llmworks.assets.catalogue import CATALOGUE
+    from llmworks.assets.catalogue import CATALOG
 
     if args.json:
-        as_json(
+        print_json(
             {
                 a.name: {
                     "kind": a.kind,
-                    "what": a.what,
-                    "licence": a.licence,
+                    "what": a.description,
+                    "licence": a.license,
                     "bytes": a.bytes,
                     "cached": assets.is_cached(a),
                     "source": [w.requirement for w in a.packages],
                     "sha256": [w.sha256 for w in a.packages],
                 }
-                for a in CATALOGUE.values()
+                for a in CATALOG.values()
             }
         )
         return
-    table(
+    print_table(
         ("asset", "kind", "MB", "license", "cached", "source", "description"),
         [
             (
                 a.name,
                 a.kind,
                 f"{a.bytes / 1e6:.0f}",
-                a.licence,
+                a.license,
                 "yes" if assets.is_cached(a) else "no",
                 ", ".join(w.requirement for w in a.packages),
-                a.what,
+                a.description,
             )
-            for a in CATALOGUE.values()
+            for a in CATALOG.values()
         ],
     )
 
@@ -77,14 +77,14 @@ def fetch_assets(args: argparse.Namespace) -> None:
     from llmworks import assets
 
     for name in args.names:
-        out(f"{name}  {assets.fetch(name)}")
+        print_line(f"{name}  {assets.fetch(name)}")
 
 
 def print_path(args: argparse.Namespace) -> None:
     """`llmworks assets path NAME`."""
     from llmworks import assets
 
-    asset = assets.get(args.name)
+    asset = assets.get_asset(args.name)
     if not assets.is_cached(asset):
         raise UserError(f"{args.name} is not in the cache; download it with: llmworks assets fetch {args.name}")
-    out(str(assets.directory(asset)))
+    print_line(str(assets.cache_path(asset)))

@@ -11,4 +11,4 @@ __all__ = ["build_parser", "handle"]
 
 def build_parser() -> Parser:
     """Return the parser of `llmworks autogguf`."""
-    return tune_frontier.build_parser("autogguf", ways="gguf-")
+    return tune_frontier.build_parser("autogguf", methods="gguf-")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmworks.commands.parsers import Parser, new_parser
-from llmworks.commands.session import session_of
+from llmworks.commands.session import create_session
 from llmworks.core.errors import UserError
 
 
@@ -33,13 +33,13 @@ def build_parser() -> Parser:
 def handle(args: argparse.Namespace) -> None:
     """`llmworks chat MODEL`."""
     from llmworks.core.types import Sampling
-    from llmworks.generate.chat import Conversation, converse
+    from llmworks.generate.chat import ChatSession, run_chat
 
     sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     tools = _read_tools(args.tools) if args.tools else ()
-    engine = session_of(args).open_engine(args.model)
+    engine = create_session(args).open_engine(args.model)
     try:
-        converse(Conversation(engine, sampling, args.system, tools), args.message)
+        run_chat(ChatSession(engine, sampling, args.system, tools), args.message)
     finally:
         engine.close()
 

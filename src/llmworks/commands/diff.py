@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from llmworks.commands.output import as_json, brief, out, table
+from llmworks.commands.output import print_json, print_line, print_table, shorten
 from llmworks.commands.parsers import Parser, new_parser
-from llmworks.commands.session import session_of
+from llmworks.commands.session import create_session
 
 if TYPE_CHECKING:
     pass
@@ -25,12 +25,12 @@ def handle(args: argparse.Namespace) -> None:
     """`llmworks diff A B`."""
     from llmworks.lineage.diff import diff as compare
 
-    session = session_of(args)
+    session = create_session(args)
     a, b = session.load(args.a), session.load(args.b)
     rows = compare(a, b)
     if args.json:
-        as_json([{"section": s, "field": f, "a": x, "b": y} for s, f, x, y in rows])
+        print_json([{"section": s, "field": f, "a": x, "b": y} for s, f, x, y in rows])
     elif not rows:
-        out(f"{a.name} and {b.name} are identical")
+        print_line(f"{a.name} and {b.name} are identical")
     else:
-        table(("", "field", a.name, b.name), [(s, f, brief(x), brief(y)) for s, f, x, y in rows])
+        print_table(("", "field", a.name, b.name), [(s, f, shorten(x), shorten(y)) for s, f, x, y in rows])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from llmworks.commands.output import as_json, out, short
+from llmworks.commands.output import print_json, print_line, relative_path
 from llmworks.commands.parsers import Parser, new_parser
-from llmworks.commands.session import workspace_of
+from llmworks.commands.session import get_workspace
 from llmworks.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,13 +24,13 @@ def build_parser() -> Parser:
 
 def handle(args: argparse.Namespace) -> None:
     """`llmworks gc`."""
-    workspace = workspace_of(args)
+    workspace = get_workspace(args)
     if not workspace.store.is_dir():
         raise UserError(f"{workspace.root}: not a workspace; set one with --workspace")
     removed = workspace.collect(scratch=args.scratch, dry_run=args.dry_run)
     if args.json:
-        as_json([{"path": str(p), "bytes": n} for p, n in removed])
+        print_json([{"path": str(p), "bytes": n} for p, n in removed])
         return
     for path, size in removed:
-        out(f"{'would remove' if args.dry_run else 'removed'}  {short(path)}  {size / 1e6:.1f} MB")
-    out(f"{len(removed)} items, {sum(n for _, n in removed) / 1e6:.1f} MB")
+        print_line(f"{'would remove' if args.dry_run else 'removed'}  {relative_path(path)}  {size / 1e6:.1f} MB")
+    print_line(f"{len(removed)} items, {sum(n for _, n in removed) / 1e6:.1f} MB")

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llmworks.commands.output import as_json, out
+from llmworks.commands.output import print_json, print_line
 from llmworks.commands.parsers import Parser, new_parser
 from llmworks.core.errors import RecipeError, UserError
 
@@ -51,7 +51,7 @@ def handle(args: argparse.Namespace) -> None:
         if args.out is not None:
             draft.replace(args.out)
     if args.json:
-        as_json(
+        print_json(
             {
                 "tool": found.tool,
                 "recipe": found.text,
@@ -60,7 +60,7 @@ def handle(args: argparse.Namespace) -> None:
         )
         return
     if args.out is None:
-        out(found.text.rstrip())
+        print_line(found.text.rstrip())
     for line in missing:
         print(f"not found: {line}", file=sys.stderr)
     for fate in ("lost", "unknown"):
@@ -68,7 +68,7 @@ def handle(args: argparse.Namespace) -> None:
             if note.fate == fate:
                 print(f"{HEADINGS[note.fate].partition(':')[0].lower()}: {note.key}: {note.text}", file=sys.stderr)
     if args.out is not None:
-        out(
+        print_line(
             f"{args.out}: recipe converted from {found.tool}'s {args.file.name}; its header lists the translation"
             f" of {len(found.notes)} keys\n  llmworks plan {args.out}\n  llmworks run {args.out}"
         )

@@ -22,8 +22,8 @@ from collections.abc import Callable, Sequence
 from llmworks.core.errors import LlmworksError, UserError, WorkerLost
 
 LAUNCHED = "LLMWORKS_LAUNCHED"  # set in processes whose failure is reported by the launcher
-RANK = re.compile(r"^\[rank\d+\]:")  # prefix of torch's error lines
-LOST = 75  # exit code of a process that lost contact with another one, which is the cause
+RANK_PREFIX = re.compile(r"^\[rank\d+\]:")  # prefix of torch's error lines
+LOST_EXIT_CODE = 75  # exit code of a process that lost contact with another one, which is the cause
 
 
 def launch(words: Sequence[str], processes: int) -> int:
@@ -43,24 +43,24 @@ def launch(words: Sequence[str], processes: int) -> int:
     }
     started: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as files:
-        told = [files.enter_context(tempfile.TemporaryFile()) for _ in range(processes - 1)]
+        error_files = [files.enter_context(tempfile.TemporaryFile()) for _ in range(processes - 1)]
         try:
             for rank in range(processes):
                 environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                output, errors = (subprocess.DEVNULL, told[rank - 1]) if rank else (None, None)
+                output, errors = (subprocess.DEVNULL, error_files[rank - 1]) if rank else (None, None)
                 command = [sys.executable, "-m", "llmworks.cli", *words]
                 started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=errors))
-            first = _first_to_fail(started)
+            first = _find_failed_rank(started)
         except KeyboardInterrupt:
             for process in started:
                 process.send_signal(signal.SIGINT)
-            _end(started, 30)
+            _wait_or_kill(started, 30)
             return 130
         if first is None:
             return 0
-        _end(started, 0 if started[first].returncode < 0 else 5)
+        _wait_or_kill(started, 0 if started[first].returncode < 0 else 5)
         code = started[first].returncode
-        if code < 0 or code == LOST:
+        if code < 0 or code == LOST_EXIT_CODE:
             how = (
                 f"process {first} of {processes} was killed (signal {-code})"
                 if code < 0
@@ -68,11 +68,12 @@ def launch(words: Sequence[str], processes: int) -> int:
             )
             raise WorkerLost(f"{how}; all are stopped. Run the same command again to resume from the last checkpoint")
         if first:  # rank 0's output is shown already
-            told[first - 1].seek(0)
+            error_files[first - 1].seek(0)
             lines = [
                 line
                 for line in (
-                    RANK.sub("", line).strip() for line in told[first - 1].read().decode(errors="replace").splitlines()
+                    RANK_PREFIX.sub("", line).strip()
+                    for line in error_files[first - 1].read().decode(errors="replace").splitlines()
                 )
                 if line
             ]
@@ -82,27 +83,27 @@ def launch(words: Sequence[str], processes: int) -> int:
         return code
 
 
-def _first_to_fail(started: Sequence[subprocess.Popen[bytes]]) -> int | None:
+def _find_failed_rank(started: Sequence[subprocess.Popen[bytes]]) -> int | None:
     """Return the rank of the process that caused the failure; None when all end well.
 
     A killed process comes first, then the first that raised an error itself, last those that lost contact with another
     one. One failure makes others fail within moments, and they may end earlier.
     """
 
-    def codes(patience: float, enough: Callable[[Sequence[int | None]], bool]) -> list[int | None]:
+    def wait_for_codes(patience: float, enough: Callable[[Sequence[int | None]], bool]) -> list[int | None]:
         until = time.monotonic() + patience
         while not enough(found := [process.poll() for process in started]) and time.monotonic() < until:
             time.sleep(0.05)
         return found
 
-    codes(math.inf, lambda found: any(found) or all(code == 0 for code in found))
-    codes(5, lambda found: any(code and code != LOST for code in found) or not any(found))
-    ended = codes(2, lambda found: found[0] is not None or min(code or 0 for code in found) < 0)
+    wait_for_codes(math.inf, lambda found: any(found) or all(code == 0 for code in found))
+    wait_for_codes(5, lambda found: any(code and code != LOST_EXIT_CODE for code in found) or not any(found))
+    ended = wait_for_codes(2, lambda found: found[0] is not None or min(code or 0 for code in found) < 0)
     failed = [rank for rank, code in enumerate(ended) if code]
-    return min(failed, key=lambda rank: (ended[rank] == LOST, (ended[rank] or 0) > 0)) if failed else None
+    return min(failed, key=lambda rank: (ended[rank] == LOST_EXIT_CODE, (ended[rank] or 0) > 0)) if failed else None
 
 
-def _end(started: Sequence[subprocess.Popen[bytes]], patience: float) -> None:
+def _wait_or_kill(started: Sequence[subprocess.Popen[bytes]], patience: float) -> None:
     """Wait this many seconds for all processes, then kill the rest."""
     until = time.monotonic() + patience
     for process in started:
@@ -113,7 +114,7 @@ def _end(started: Sequence[subprocess.Popen[bytes]], patience: float) -> None:
             process.wait()
 
 
-def spread(words: Sequence[str]) -> int | None:
+def launch_if_distributed(words: Sequence[str]) -> int | None:
     """Run a command with `--nproc N` in N processes and return the exit code; None for every other command.
 
     Errors: UserError.
@@ -133,6 +134,6 @@ def spread(words: Sequence[str]) -> int | None:
     return launch(rest, int(text))
 
 
-def is_told(error: LlmworksError) -> bool:
+def is_reported_by_launcher(error: LlmworksError) -> bool:
     """Return whether the launcher of this process reports the error."""
     return LAUNCHED in os.environ and isinstance(error, WorkerLost)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from llmworks.commands.output import as_json, out, short, table
+from llmworks.commands.output import print_json, print_line, print_table, relative_path
 from llmworks.commands.parsers import Parser, new_parser
-from llmworks.commands.session import session_of, tell
+from llmworks.commands.session import create_session, print_status
 
 
 def build_parser() -> Parser:
@@ -70,25 +70,25 @@ def handle(args: argparse.Namespace) -> None:
     """`llmworks lazymerge --models A B --method ties`."""
     from llmworks.core.errors import UserError
     from llmworks.core.workspace import check_out
-    from llmworks.evaluate.suites import items_of
-    from llmworks.workflows.lazymerge import Lazy, export, recipe_of, scores_of
+    from llmworks.evaluate.suites import resolve_items
+    from llmworks.workflows.lazymerge import LazyMergeJob, build_merge_config, export, list_evaluations
     from llmworks.workflows.lazymerge import lazymerge as run
-    from llmworks.workflows.merge_file import found_models
+    from llmworks.workflows.merge_file import resolve_models
 
     check_out(args.out)
     if args.export is not None and args.export.exists() and (not args.export.is_dir() or any(args.export.iterdir())):
         raise UserError(f"{args.export}: already exists and is not empty; choose another --export")
-    session = session_of(args)
-    config = recipe_of(args.method, args.models, args.base, args.weights or (), args.density, args.t)
-    models = found_models(config, {}, session)
-    items = items_of(args.suite, args.limit) if args.suite else ()
-    job = Lazy(config, models, items, session, say=tell)
+    session = create_session(args)
+    config = build_merge_config(args.method, args.models, args.base, args.weights or (), args.density, args.t)
+    models = resolve_models(config, {}, session)
+    items = resolve_items(args.suite, args.limit) if args.suite else ()
+    job = LazyMergeJob(config, models, items, session, say=print_status)
     child, board = run(job, args.out.name)
     session.workspace.link_out(args.out, child)
     if args.export is not None:
-        export(child, board, args.out.name, args.export, scores_of(child, session.workspace))
+        export(child, board, args.out.name, args.export, list_evaluations(child, session.workspace))
     if args.json:
-        as_json(
+        print_json(
             {
                 "path": str(child.path),
                 "digest": child.digest,
@@ -99,10 +99,12 @@ def handle(args: argparse.Namespace) -> None:
         return
     if job.scores:
         tasks = list(dict.fromkeys(task for one in job.scores.values() for task in one))
-        out("")
-        table(("model", *tasks), [(who, *(one.get(task, "–") for task in tasks)) for who, one in job.scores.items()])
-    out(
+        print_line("")
+        print_table(
+            ("model", *tasks), [(who, *(one.get(task, "–") for task in tasks)) for who, one in job.scores.items()]
+        )
+    print_line(
         f"\nModel: {args.out}"
-        + (f"\nLeaderboard: {short(board.path / 'report.html')}" if board else "")
+        + (f"\nLeaderboard: {relative_path(board.path / 'report.html')}" if board else "")
         + (f"\nTo upload: huggingface-cli upload ORG/{args.out.name} {args.export}" if args.export else "")
     )

@@ -6,14 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmworks.commands.output import as_json, out, outcome_json, print_outcome, table
+from llmworks.commands.output import print_json, print_line, print_stage_result, print_table, stage_result_to_json
 from llmworks.commands.parsers import Parser, new_parser
-from llmworks.commands.session import session_of
+from llmworks.commands.session import create_session
 from llmworks.core.errors import UserError
 
 if TYPE_CHECKING:
     from llmworks.core.artifact import Model
-    from llmworks.merge.plan.plan import Plan
+    from llmworks.merge.plan.plan import MergePlan
     from llmworks.runtime.session import Session
 
 
@@ -60,20 +60,20 @@ def build_parser() -> Parser:
 def handle(args: argparse.Namespace) -> None:
     """`llmworks merge FILE --out NAME`."""
     from llmworks.core.workspace import check_out
-    from llmworks.workflows.merge_file import merge_file, plan_file, read, unnamed
+    from llmworks.workflows.merge_file import find_unused_model, merge_file, plan_file, read_documents
 
     if args.methods:
-        _methods()
+        _print_methods()
         return
     if args.file is None:
         raise UserError("the file is missing: mergekit's YAML (llmworks merge FILE --out NAME)")
-    documents, session = read(args.file, args.set), session_of(args)
-    given = _given(args, session)
-    spare = unnamed(documents, given)
+    documents, session = read_documents(args.file, args.set), create_session(args)
+    given = _load_models(args, session)
+    spare = find_unused_model(documents, given)
     if spare:
         raise UserError(
             f"--models {spare}=...: {args.file} has no model {spare!r}; it has"
-            f" {', '.join(dict.fromkeys(name for document in documents for name in document.config.named()))}"
+            f" {', '.join(dict.fromkeys(name for document in documents for name in document.config.model_names()))}"
         )
     if args.plan:
         _print_plan(plan_file(documents, session, given), args.json)
@@ -84,12 +84,12 @@ def handle(args: argparse.Namespace) -> None:
     outcome = merge_file(documents, session, given=given)
     session.workspace.link_out(args.out, outcome.artifact)
     if args.json:
-        as_json(outcome_json(outcome))
+        print_json(stage_result_to_json(outcome))
         return
-    print_outcome("merge", args.out, outcome)
+    print_stage_result("merge", args.out, outcome)
 
 
-def _given(args: argparse.Namespace, session: Session) -> dict[str, Model]:
+def _load_models(args: argparse.Namespace, session: Session) -> dict[str, Model]:
     """Return the models of `--models NAME=REF`."""
     from llmworks.core.artifact import Model
 
@@ -105,52 +105,56 @@ def _given(args: argparse.Namespace, session: Session) -> dict[str, Model]:
     return given
 
 
-def _print_plan(plan: Plan, json: bool) -> None:
+def _print_plan(plan: MergePlan, json: bool) -> None:
     """Print what a merge would read and write."""
-    from llmworks.merge.plan.plan import spans
+    from llmworks.merge.plan.plan import format_layer_ranges
 
-    read_bytes, written = plan.sizes()
+    read_bytes, written = plan.count_bytes()
     if json:
-        as_json(
+        print_json(
             {
                 "tensors": len(plan.jobs),
                 "read_bytes": read_bytes,
                 "written_bytes": written,
-                "seconds": round(plan.seconds(), 1),
-                "unused": list(plan.unused),
+                "seconds": round(plan.estimate_seconds(), 1),
+                "unused": list(plan.unused_parameters),
             }
         )
         return
     names = list(dict.fromkeys(name for job in plan.jobs for name, _ in job.sources))
-    out(f"{plan.method.name} of {', '.join(names)}\n")
-    table(
+    print_line(f"{plan.method.name} of {', '.join(names)}\n")
+    print_table(
         ("stack", "layers", "first source of each layer"),
-        [(stack, len(origins), ", ".join(spans(origins))) for stack, origins in plan.layers.items()],
+        [(stack, len(origins), ", ".join(format_layer_ranges(origins))) for stack, origins in plan.layers.items()],
     )
-    out(
+    print_line(
         f"\n{len(plan.jobs)} tensors; {read_bytes / 1e9:.2f} GB to read, {written / 1e9:.2f} GB to write; about"
-        f" {max(1, round(plan.seconds())):,} s on one core, plus disk time."
-        + (f"\nThe method ignores the file's parameter {', '.join(plan.unused)}." if plan.unused else "")
+        f" {max(1, round(plan.estimate_seconds())):,} s on one core, plus disk time."
+        + (
+            f"\nThe method ignores the file's parameter {', '.join(plan.unused_parameters)}."
+            if plan.unused_parameters
+            else ""
+        )
     )
 
 
-def _methods() -> None:
+def _print_methods() -> None:
     """Print all methods with their parameters (per tensor or per model) and defaults."""
     from llmworks.merge.plan.catalogue import METHODS
     from llmworks.merge.plan.parameters import REQUIRED, Parameter
 
-    def said(one: Parameter) -> str:
+    def describe(one: Parameter) -> str:
         default = "none" if one.default is None else str(one.default).lower()
         of = "" if one.of == "tensor" else ", of each model"
         return f"{one.name} ({'required' if one.default is REQUIRED else default}{of})"
 
-    table(
+    print_table(
         ("merge_method", "base_model", "parameters (default)"),
         [
             (
                 name,
                 {"required": "required", "optional": "optional", "none": "any model"}[how.base],
-                ", ".join(map(said, how.parameters)) or "none",
+                ", ".join(map(describe, how.parameters)) or "none",
             )
             for name, how in METHODS.items()
         ],

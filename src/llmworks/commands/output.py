@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmworks.runtime.execute import Outcome
+    from llmworks.runtime.execute import StageResult
 
 
-def out(text: str = "") -> None:
+def print_line(text: str = "") -> None:
     """Print one line of the result."""
     print(text)
 
 
-def as_json(value: Any) -> None:
+def print_json(value: Any) -> None:
     """Print a result as JSON."""
     print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
 
 
-def table(columns: tuple[str, ...], rows: list[Any]) -> None:
+def print_table(columns: tuple[str, ...], rows: list[Any]) -> None:
     """Print a plain table; the last column takes the remaining width of the terminal."""
     from rich.console import Console
     from rich.table import Table
@@ -35,45 +35,45 @@ def table(columns: tuple[str, ...], rows: list[Any]) -> None:
     Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160, highlight=False).print(view)
 
 
-def short(path: Path) -> Path:
+def relative_path(path: Path) -> Path:
     """Return a path relative to the current directory, if it is below it."""
     return Path(os.path.relpath(path)) if path.is_relative_to(Path.cwd()) else path
 
 
-def brief(value: Any) -> str:
+def shorten(value: Any) -> str:
     """Return a value on one line, shortened."""
     text = "–" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 70 else text[:69] + "…"
 
 
-def amount(value: float, unit: str) -> str:
+def format_amount(value: float, unit: str) -> str:
     """Format a value with its unit; empty for zero."""
     return f"{value:.0f} {unit}" if value else ""
 
 
-def outcome_json(outcome: Outcome) -> dict[str, Any]:
+def stage_result_to_json(outcome: StageResult) -> dict[str, Any]:
     """Return a stage's result for JSON output."""
     artifact = outcome.artifact
-    return {"path": str(artifact.path), "digest": artifact.digest, "made": outcome.made, "metrics": artifact.metrics}
+    return {"path": str(artifact.path), "digest": artifact.digest, "made": outcome.is_new, "metrics": artifact.metrics}
 
 
-def print_outcome(stage: str, name: Path | None, outcome: Outcome) -> None:
+def print_stage_result(stage: str, name: Path | None, outcome: StageResult) -> None:
     """Print a stage's result: the artifact, its path, and the report's terminal text."""
-    from llmworks.core.report import TERMINAL
-    from llmworks.runtime.runner import facts
-    from llmworks.tokenize.view import without_colours
+    from llmworks.core.report import TERMINAL_FILE
+    from llmworks.runtime.runner import format_metrics
+    from llmworks.tokenize.view import strip_colors
 
     artifact = outcome.artifact
-    terminal = artifact.path / TERMINAL
+    terminal = artifact.path / TERMINAL_FILE
     if terminal.exists():
         text = terminal.read_text(encoding="utf-8")
-        out((text if sys.stdout.isatty() else without_colours(text)).rstrip("\n") + "\n")
-    out(
+        print_line((text if sys.stdout.isatty() else strip_colors(text)).rstrip("\n") + "\n")
+    print_line(
         f"✓ {stage}  {artifact.kind} {artifact.digest[:12]} "
-        f" {'up to date' if not outcome.made else f'{outcome.seconds:.1f} s'}  {facts(artifact.metrics)}"
+        f" {'up to date' if not outcome.is_new else f'{outcome.seconds:.1f} s'}  {format_metrics(artifact.metrics)}"
     )
     if name is None:
-        out(f"Report: {short(artifact.path / 'report.html')}")
+        print_line(f"Report: {relative_path(artifact.path / 'report.html')}")
     else:
         chat = f'  llmworks chat {name} "Hello"\n' if artifact.kind == "model" else ""
-        out(f"Result: {name}\nNext:\n{chat}  llmworks show {name}\n  llmworks tree {name}")
+        print_line(f"Result: {name}\nNext:\n{chat}  llmworks show {name}\n  llmworks tree {name}")

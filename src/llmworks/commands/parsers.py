@@ -35,9 +35,9 @@ class Parser(argparse.ArgumentParser):
         return f"did you mean {renamed}?" if renamed else ""
 
 
-def new_parser(name: str, what: str, *, workspace: bool = True, json: bool = True) -> Parser:
+def new_parser(name: str, description: str, *, workspace: bool = True, json: bool = True) -> Parser:
     """Return a command's parser with the common options."""
-    parser = Parser(prog=f"llmworks {name}", description=what, allow_abbrev=False)
+    parser = Parser(prog=f"llmworks {name}", description=description, allow_abbrev=False)
     if workspace:
         parser.add_argument("--workspace", type=Path, help="default: $LLMWORKS_WORKSPACE, else ./workspace")
     if json:

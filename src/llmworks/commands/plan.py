@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmworks.commands.output import amount, as_json, out, table
+from llmworks.commands.output import format_amount, print_json, print_line, print_table
 from llmworks.commands.parsers import Parser, new_parser
-from llmworks.commands.session import workspace_of
+from llmworks.commands.session import get_workspace
 from llmworks.core.errors import UserError
 
 if TYPE_CHECKING:
     from llmworks.runtime.recipe import Expect
-    from llmworks.runtime.runner import Judgement, Run
-    from llmworks.train.estimate.pretrain import Estimate
+    from llmworks.runtime.runner import RecipeRun, StepStatus
+    from llmworks.train.estimate.pretrain import TrainingEstimate
 
 
 def build_parser() -> Parser:
@@ -47,57 +47,57 @@ def build_parser() -> Parser:
 def handle(args: argparse.Namespace) -> None:
     """`llmworks plan RECIPE`."""
     from llmworks.runtime.read_recipe import load_recipe
-    from llmworks.runtime.runner import Run
+    from llmworks.runtime.runner import RecipeRun
 
     recipe = load_recipe(args.recipe, args.set)
-    job = Run(recipe, workspace_of(args))
+    job = RecipeRun(recipe, get_workspace(args))
     judgements = job.plan()
-    trainings = _trainings(job, judgements, args)
+    trainings = _estimate_trainings(job, judgements, args)
     judgements = [
         (
-            replace(j, expect=trainings[j.name][1], expect_from="measured with --measure")
+            replace(j, expect=trainings[j.name][1], expect_source="measured with --measure")
             if trainings.get(j.name, (None, None))[1] is not None
             else j
         )
         for j in judgements
     ]
     if args.json:
-        as_json(_steps_json(judgements, trainings))
+        print_json(_steps_to_json(judgements, trainings))
         return
     _print_steps(judgements)
     pending = [j for j in judgements if j.state in ("to run", "waits")]
     expected = [j.expect for j in pending if j.expect]
-    foreseen = any(e.seconds or e.disk_mb for e in expected)
-    out(
+    has_estimates = any(e.seconds or e.disk_mb for e in expected)
+    print_line(
         f"\n{len(pending)} steps to run; their time, memory and disk space are unknown."
-        if pending and not foreseen
+        if pending and not has_estimates
         else (
             f"\n{len(pending)} steps to run: about {sum(e.seconds for e in expected) / 60:.1f} minutes,"
             f" {max((e.memory_mb for e in expected), default=0) / 1e3:.1f} GB of memory,"
             f" {sum(e.disk_mb for e in expected) / 1e3:.2f} GB of disk."
         )
     )
-    sources = sorted({j.expect_from for j in pending if j.expect_from})
+    sources = sorted({j.expect_source for j in pending if j.expect_source})
     unknown = [j.name for j in pending if j.expect is None or not any((j.expect.seconds, j.expect.disk_mb))]
-    _say_trainings(trainings)
+    _print_trainings(trainings)
     if sources:
-        out(f"Estimates: {', '.join(sources)}." + (f" Unknown: {', '.join(unknown)}." if unknown else ""))
+        print_line(f"Estimates: {', '.join(sources)}." + (f" Unknown: {', '.join(unknown)}." if unknown else ""))
 
 
-BEFORE = 250_000_000  # approximate memory of libraries that earlier steps load in the same process
+LIBRARY_BYTES = 250_000_000  # approximate memory of libraries that earlier steps load in the same process
 
 
-def _steps_json(
-    judgements: list[Judgement], trainings: dict[str, tuple[Estimate, Expect | None]]
+def _steps_to_json(
+    judgements: list[StepStatus], trainings: dict[str, tuple[TrainingEstimate, Expect | None]]
 ) -> list[dict[str, Any]]:
     """Return the steps for JSON output."""
     known = {
         name: {
             "parameters": t.parameters,
-            "learned": t.learned,
+            "learned": t.trainable_parameters,
             "steps": t.steps,
-            "tokens": t.read,
-            "operations": t.work,
+            "tokens": t.num_tokens,
+            "operations": t.flops,
             "memory_bytes": t.memory,
         }
         for name, (t, _) in trainings.items()
@@ -106,7 +106,7 @@ def _steps_json(
         {
             "step": j.name,
             "state": j.state,
-            "why": j.why,
+            "why": j.reason,
             "expect": j.expect.model_dump() if j.expect else None,
             "training": known.get(j.name),
         }
@@ -114,7 +114,7 @@ def _steps_json(
     ]
 
 
-def _print_steps(judgements: list[Judgement]) -> None:
+def _print_steps(judgements: list[StepStatus]) -> None:
     """Print the table of steps."""
     rows = []
     for j in judgements:
@@ -123,29 +123,29 @@ def _print_steps(judgements: list[Judgement]) -> None:
             (
                 j.name,
                 j.state,
-                amount(e.seconds if e else 0, "s"),
-                amount(e.memory_mb if e else 0, "MB"),
-                amount(e.disk_mb if e else 0, "MB"),
-                j.why,
+                format_amount(e.seconds if e else 0, "s"),
+                format_amount(e.memory_mb if e else 0, "MB"),
+                format_amount(e.disk_mb if e else 0, "MB"),
+                j.reason,
             )
         )
-    table(("step", "state", "time", "memory", "disk", "why"), rows)
+    print_table(("step", "state", "time", "memory", "disk", "why"), rows)
 
 
-def _trainings(
-    job: Run, judgements: list[Judgement], args: argparse.Namespace
-) -> dict[str, tuple[Estimate, Expect | None]]:
+def _estimate_trainings(
+    job: RecipeRun, judgements: list[StepStatus], args: argparse.Namespace
+) -> dict[str, tuple[TrainingEstimate, Expect | None]]:
     """Return the estimates of pending trainings by step, with measurements of a few steps if requested."""
-    from llmworks.workflows.estimate import estimate_of
+    from llmworks.workflows.estimate import estimate_step
 
     if args.processes < 1:
         raise UserError(f"--processes {args.processes}: must be a positive integer")
     if args.measure and args.processes > 1:
         raise UserError("--measure runs in one local process; remove --processes or --measure")
-    found: dict[str, tuple[Estimate, Expect | None]] = {}
+    found: dict[str, tuple[TrainingEstimate, Expect | None]] = {}
     for j in judgements:
         training = (
-            estimate_of(job.recipe, job.found, j.name, args.processes) if j.state in ("to run", "waits") else None
+            estimate_step(job.recipe, job.artifacts, j.name, args.processes) if j.state in ("to run", "waits") else None
         )
         if training is not None:
             before = any(
@@ -153,23 +153,27 @@ def _trainings(
             )
             found[j.name] = (
                 training,
-                _tried(j.name, training, BEFORE if before else 0) if args.measure and training.ready else None,
+                _measure_training(j.name, training, LIBRARY_BYTES if before else 0)
+                if args.measure and training.can_try
+                else None,
             )
     return found
 
 
-def _tried(name: str, training: Estimate, before: int) -> Expect:
+def _measure_training(name: str, training: TrainingEstimate, before: int) -> Expect:
     from llmworks.runtime.recipe import Expect
 
     print(f"running a few steps of {name} ...", file=sys.stderr, flush=True)
-    trial = training.attempt()
-    size = 4 * training.saved / 1e6
+    trial = training.try_steps()
+    size = 4 * training.saved_parameters / 1e6
     return Expect(
-        seconds=training.seconds(trial) if training.steps else 0, memory_mb=(trial.memory + before) / 1e6, disk_mb=size
+        seconds=training.estimate_seconds(trial) if training.steps else 0,
+        memory_mb=(trial.memory + before) / 1e6,
+        disk_mb=size,
     )
 
 
-def _say_trainings(trainings: dict[str, tuple[Estimate, Expect | None]]) -> None:
+def _print_trainings(trainings: dict[str, tuple[TrainingEstimate, Expect | None]]) -> None:
     if not trainings:
         return
     rows = []
@@ -184,19 +188,19 @@ def _say_trainings(trainings: dict[str, tuple[Estimate, Expect | None]]) -> None
             (
                 name,
                 f"{t.parameters:,}",
-                f"{t.learned:,}",
+                f"{t.trainable_parameters:,}",
                 f"{t.steps:,}" if known else "unknown",
-                f"{t.read:,}" if known else "",
-                f"{t.work:.2g}" if known else "",
+                f"{t.num_tokens:,}" if known else "",
+                f"{t.flops:.2g}" if known else "",
                 memory,
             )
         )
-    out()
-    table(("training", "parameters", "trainable", "steps", "tokens", "operations", "memory per process"), rows)
+    print_line()
+    print_table(("training", "parameters", "trainable", "steps", "tokens", "operations", "memory per process"), rows)
     if not any(tried for _, tried in trainings.values()):
-        out("Add --measure to measure time and memory on this machine.")
+        print_line("Add --measure to measure time and memory on this machine.")
     if not all(t.steps for t, _ in trainings.values()):
-        out(
+        print_line(
             "The number of steps is known once the training data exist: `run` makes them first, and resumes after"
             " an interruption."
         )

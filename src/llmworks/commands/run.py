@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmworks.commands.output import as_json, out, short
+from llmworks.commands.output import print_json, print_line, relative_path
 from llmworks.commands.parsers import Parser, add_workers, new_parser
-from llmworks.commands.session import pool_of, workspace_of
-from llmworks.core.trackers import check as check_trackers
+from llmworks.commands.session import create_pool, get_workspace
+from llmworks.core.trackers import check_trackers as check_trackers
 
 if TYPE_CHECKING:
     pass
@@ -32,27 +32,27 @@ def build_parser() -> Parser:
 def handle(args: argparse.Namespace) -> None:
     """`llmworks run RECIPE`."""
     from llmworks.runtime.read_recipe import load_recipe
-    from llmworks.runtime.runner import Run
+    from llmworks.runtime.runner import RecipeRun
 
     recipe = load_recipe(args.recipe, args.set)
-    workspace = workspace_of(args)
+    workspace = get_workspace(args)
     target = sys.stderr if args.json else sys.stdout
 
     def say(line: str) -> None:
         print(line, file=target, flush=True)
 
-    say(f"{recipe.name}: {len(recipe.steps)} steps in {short(workspace.root)}")
+    say(f"{recipe.name}: {len(recipe.steps)} steps in {relative_path(workspace.root)}")
     check_trackers(args.track)
-    job = Run(recipe, workspace, say=say, quiet=args.quiet, pool=pool_of(args), track=args.track)
+    job = RecipeRun(recipe, workspace, say=say, quiet=args.quiet, pool=create_pool(args), track=args.track)
     done = job.run(explain=args.explain)
     made = sum(j.state == "made" for j in done)
     if args.json:
-        as_json(
+        print_json(
             [
                 {
                     "step": j.name,
                     "state": j.state,
-                    "why": j.why,
+                    "why": j.reason,
                     "digest": j.artifact.digest if j.artifact else None,
                     "path": str(j.artifact.path) if j.artifact else None,
                 }
@@ -60,14 +60,14 @@ def handle(args: argparse.Namespace) -> None:
             ]
         )
         return
-    out(
+    print_line(
         f"\n{made} steps run, {sum(j.state == 'up to date' for j in done)} up to date."
         if made
         else "\nEverything is up to date."
     )
     if page := job.report_path():
-        out(f"Report: {short(page)}")
+        print_line(f"Report: {relative_path(page)}")
     if recipe.next:
-        out("Next:")
+        print_line("Next:")
         for line in recipe.next:
-            out(f"  {line.replace('{workspace}', str(short(workspace.root)))}")
+            print_line(f"  {line.replace('{workspace}', str(relative_path(workspace.root)))}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from llmworks.commands.parsers import Parser, new_parser
-from llmworks.commands.session import session_of
+from llmworks.commands.session import create_session
 
 
 def build_parser() -> Parser:
@@ -27,7 +27,7 @@ def handle(args: argparse.Namespace) -> None:
     from llmworks.serve.server import check_port, serve_forever
 
     check_port(args.host, args.port)
-    session = session_of(args)
+    session = create_session(args)
     artifact = session.load(args.model)
     engine = session.open_engine(artifact)
     try:

@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmworks.commands.output import as_json, outcome_json, print_outcome, short
+from llmworks.commands.output import print_json, print_stage_result, relative_path, stage_result_to_json
 from llmworks.commands.parsers import Parser, add_workers
-from llmworks.commands.session import session_of, tell
+from llmworks.commands.session import create_session, print_status
 from llmworks.core.errors import GateFailed, UserError
 
 if TYPE_CHECKING:
-    from llmworks.runtime.resolve import Input, ResolvedStage
+    from llmworks.runtime.resolve import ResolvedStage, StageInput
     from llmworks.runtime.session import Session
 
 
@@ -23,7 +23,7 @@ def build_parser(stage: ResolvedStage) -> Parser:
     known_fields = config_help(stage.config)
     wide = max((len(field) for field, _, _ in known_fields), default=0)
     fields = "\n".join(f"  {field:<{wide}} {what} ({kind})" for field, kind, what in known_fields)
-    inputs = " ".join(_usage(item) for item in stage.inputs.values())
+    inputs = " ".join(_format_usage(item) for item in stage.inputs.values())
     made = Parser(
         prog=f"llmworks {stage.name.replace('.', ' ')}",
         usage=(
@@ -63,7 +63,7 @@ def build_parser(stage: ResolvedStage) -> Parser:
     return made
 
 
-def _usage(item: Input) -> str:
+def _format_usage(item: StageInput) -> str:
     """Return an input's usage: in brackets if optional, with dots if repeatable."""
     text = (
         f"--{item.name.replace('_', '-')}"
@@ -95,12 +95,12 @@ def parse(stage: ResolvedStage, words: list[str]) -> argparse.Namespace:
 def handle(stage: ResolvedStage, args: argparse.Namespace) -> None:
     """`llmworks GROUP STAGE --INPUT REF ... --out NAME`."""
     from llmworks.core.workspace import check_out
-    from llmworks.runtime.session import require_inputs, validate
+    from llmworks.runtime.session import check_inputs, validate
 
-    session = session_of(args)
-    config = validate(stage, _fields(args))
-    given = session.with_defaults(stage, config, _inputs(stage, args, session))
-    require_inputs(stage, given)
+    session = create_session(args)
+    config = validate(stage, _read_fields(args))
+    given = session.add_default_inputs(stage, config, _load_inputs(stage, args, session))
+    check_inputs(stage, given)
     if args.out is not None:
         check_out(args.out)
     elif stage.output.kind != "report":
@@ -109,17 +109,19 @@ def handle(stage: ResolvedStage, args: argparse.Namespace) -> None:
     if args.out is not None:
         before = session.workspace.link_out(args.out, outcome.artifact)
         if before is not None and before.kind != outcome.artifact.kind:
-            tell(f"  {args.out} linked to a {before.kind} before, which still exists: {short(before.path)}")
+            print_status(
+                f"  {args.out} linked to a {before.kind} before, which still exists: {relative_path(before.path)}"
+            )
     if args.json:
-        as_json(outcome_json(outcome))
+        print_json(stage_result_to_json(outcome))
     else:
-        print_outcome(stage.name, args.out, outcome)
+        print_stage_result(stage.name, args.out, outcome)
     failed = str(outcome.artifact.about.get("failed", ""))
     if failed:
         raise GateFailed(failed)
 
 
-def _fields(args: argparse.Namespace) -> dict[str, Any]:
+def _read_fields(args: argparse.Namespace) -> dict[str, Any]:
     """Return the config fields of --config, overridden by --set. UserError for invalid values."""
     import yaml
 
@@ -146,12 +148,12 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def _inputs(stage: ResolvedStage, args: argparse.Namespace, session: Session) -> dict[str, Any]:
+def _load_inputs(stage: ResolvedStage, args: argparse.Namespace, session: Session) -> dict[str, Any]:
     """Return the artifacts behind the given references, by input.
 
     UserError for one of the wrong kind, without a name, or too many.
     """
-    from llmworks.runtime.session import require_kind
+    from llmworks.runtime.session import check_kind
 
     given: dict[str, Any] = {}
     for name, wanted in stage.inputs.items():
@@ -170,7 +172,7 @@ def _inputs(stage: ResolvedStage, args: argparse.Namespace, session: Session) ->
             raise UserError(f"--{name}: the name {twice!r} is given twice")
         found = [session.load(ref) for _, _, ref in named]
         for artifact in found:
-            require_kind(stage, name, artifact)
+            check_kind(stage, name, artifact)
         shaped = {"one": found[0], "list": found, "dict": dict(zip(keys, found, strict=True))}
         given[name] = shaped[wanted.shape]
     return given

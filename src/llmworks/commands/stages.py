@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from llmworks.commands.output import as_json, out, table
+from llmworks.commands.output import print_json, print_line, print_table
 from llmworks.commands.parsers import Parser, new_parser
 
 if TYPE_CHECKING:
@@ -23,34 +23,34 @@ def build_parser() -> Parser:
 def handle(args: argparse.Namespace) -> None:
     """`llmworks stages [NAME] [--schema]`."""
     from llmworks.runtime.config_help import config_help
-    from llmworks.runtime.resolve import resolve
-    from llmworks.runtime.stages import table as stage_table
+    from llmworks.runtime.resolve import resolve_stage
+    from llmworks.runtime.stages import get_stages as stage_table
 
     if args.schema:
-        from llmworks.runtime.recipe_schema import recipe_schema
+        from llmworks.runtime.recipe_schema import build_recipe_schema
 
-        as_json(recipe_schema())
+        print_json(build_recipe_schema())
         return
     if args.name:
-        stage = resolve(args.name)
-        out(
+        stage = resolve_stage(args.name)
+        print_line(
             f"{stage.name}  revision {stage.stage.revision}, {stage.stage.derivation}, makes"
             f" {'an' if stage.output.kind[0] in 'aeiou' else 'a'} {stage.output.kind}\n\n{stage.help}\n"
         )
-        table(("input", "takes"), [(i.name, i.describe()) for i in stage.inputs.values()])
-        out()
-        table(("field", "type and default", "description"), config_help(stage.config))
+        print_table(("input", "takes"), [(i.name, i.describe()) for i in stage.inputs.values()])
+        print_line()
+        print_table(("field", "type and default", "description"), config_help(stage.config))
         return
     known = {name: stage for name, stage in stage_table().items() if not stage.internal}
     if args.json:
-        as_json(
+        print_json(
             {
                 name: {"summary": s.summary, "revision": s.revision, "derivation": s.derivation}
                 for name, s in known.items()
             }
         )
         return
-    table(
+    print_table(
         ("stage", "revision", "derivation", "summary"),
         [(name, s.revision, s.derivation, s.summary) for name, s in sorted(known.items())],
     )

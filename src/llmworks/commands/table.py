@@ -10,10 +10,10 @@ class Command(NamedTuple):
 
     group: str
     arguments: str
-    what: str
+    summary: str
 
     @staticmethod
-    def module(name: str) -> str:
+    def get_module_name(name: str) -> str:
         """Return the module name of a command; `import` is a Python keyword."""
         return "import_" if name == "import" else name.replace(" ", "_")
 
@@ -61,11 +61,11 @@ COMMANDS: dict[str, Command] = {
 STAGE_USAGE = "GROUP STAGE [--INPUT] REF ... [--config FILE] [--set key=value] --out NAME"
 
 
-def lines(group: str) -> str:
+def format_commands(group: str) -> str:
     """Format the commands of a group for help."""
     width = 30
     return "\n".join(
-        f"  {f'{name} {command.arguments}':<{width}}{command.what}"
+        f"  {f'{name} {command.arguments}':<{width}}{command.summary}"
         for name, command in COMMANDS.items()
         if command.group == group
     )

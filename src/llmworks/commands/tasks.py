@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from llmworks.commands.output import as_json, out
+from llmworks.commands.output import print_json, print_line
 from llmworks.commands.parsers import Parser, new_parser
 from llmworks.core.errors import UserError
 
@@ -27,39 +27,39 @@ def handle(args: argparse.Namespace) -> None:
     """`llmworks tasks [NAME] [--harness]`."""
     import yaml
 
-    from llmworks.commands.output import table
+    from llmworks.commands.output import print_table
     from llmworks.evaluate.protocol.load_task import load_task, task_names
     from llmworks.evaluate.protocol.write_harness import to_harness
-    from llmworks.evaluate.suites import suites
+    from llmworks.evaluate.suites import load_suites
 
     if args.name:
         task = load_task(args.name)
-        fields = _on_disk(to_harness(task)) if args.harness else task.model_dump(exclude_defaults=True)
+        fields = _replace_references(to_harness(task)) if args.harness else task.model_dump(exclude_defaults=True)
         if args.json:
-            as_json(fields)
+            print_json(fields)
         else:
-            out(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=140).rstrip())
+            print_line(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=140).rstrip())
         return
     if args.harness:
         raise UserError("--harness needs the name of a task")
     found = {name: load_task(name) for name in task_names()}
     if args.json:
-        as_json(
+        print_json(
             {
                 "tasks": {n: t.model_dump(exclude_defaults=True) for n, t in found.items()},
-                "suites": {n: s.model_dump() for n, s in suites().items()},
+                "suites": {n: s.model_dump() for n, s in load_suites().items()},
             }
         )
         return
-    table(
+    print_table(
         ("task", "kind", "score", "data", "description"),
         [(n, t.kind, t.metrics[0].name, t.data, t.what) for n, t in found.items()],
     )
-    out()
-    table(("suite", "tasks"), [(n, ", ".join(i.task for i in s.tasks)) for n, s in suites().items()])
+    print_line()
+    print_table(("suite", "tasks"), [(n, ", ".join(i.task for i in s.tasks)) for n, s in load_suites().items()])
 
 
-def _on_disk(fields: dict[str, Any]) -> dict[str, Any]:
+def _replace_references(fields: dict[str, Any]) -> dict[str, Any]:
     """Replace references by file paths in a task for the lm-evaluation-harness, which cannot resolve them."""
     from llmworks.data.readers.source import find_files
     from llmworks.runtime.session import load

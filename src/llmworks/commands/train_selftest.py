@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmworks.commands.output import as_json, out
+from llmworks.commands.output import print_json, print_line
 from llmworks.commands.parsers import Parser, new_parser
-from llmworks.commands.session import workspace_of
+from llmworks.commands.session import get_workspace
 from llmworks.core.errors import GateFailed, UserError
 
 if TYPE_CHECKING:
     from llmworks.core.artifact import Dataset
-    from llmworks.runtime.runner import Run
-    from llmworks.train.estimate.finetune import Tuning
-    from llmworks.train.estimate.pretrain import Training
-    from llmworks.train.selftest.check import Check
+    from llmworks.runtime.runner import RecipeRun
+    from llmworks.train.estimate.finetune import FinetuneEstimate
+    from llmworks.train.estimate.pretrain import PretrainEstimate
+    from llmworks.train.selftest.check import SelftestCheck
 
 
 def build_parser() -> Parser:
@@ -37,30 +37,30 @@ def build_parser() -> Parser:
 
 def handle(args: argparse.Namespace) -> None:
     """`llmworks train selftest RECIPE [STEP]`."""
-    from llmworks.runtime.execute import threads, use_threads
+    from llmworks.runtime.execute import get_thread_count, set_threads
     from llmworks.runtime.read_recipe import load_recipe
-    from llmworks.runtime.runner import Run
+    from llmworks.runtime.runner import RecipeRun
 
-    job = Run(load_recipe(args.recipe, args.set), workspace_of(args))
+    job = RecipeRun(load_recipe(args.recipe, args.set), get_workspace(args))
     job.plan()
-    trainings = _trainings(job, args)
-    use_threads(threads())
-    found = {name: _check(job, name, training, quiet=args.json) for name, training in trainings.items()}
+    trainings = _find_trainings(job, args)
+    set_threads(get_thread_count())
+    found = {name: _run_checks(job, name, training, quiet=args.json) for name, training in trainings.items()}
     if args.json:
-        as_json({name: [c.__dict__ for c in checks] for name, checks in found.items()})
-    wrong = [f"{name}: {c.what}: {c.detail}" for name, checks in found.items() for c in checks if not c.holds]
+        print_json({name: [c.__dict__ for c in checks] for name, checks in found.items()})
+    wrong = [f"{name}: {c.name}: {c.detail}" for name, checks in found.items() for c in checks if not c.passed]
     if wrong:
         raise GateFailed(f"{len(wrong)} of {sum(map(len, found.values()))} checks failed; the first is {wrong[0]}")
 
 
-def _trainings(job: Run, args: argparse.Namespace) -> dict[str, Training | Tuning]:
+def _find_trainings(job: RecipeRun, args: argparse.Namespace) -> dict[str, PretrainEstimate | FinetuneEstimate]:
     """Return the trainings to check, by step. UserError where there is none, or one that cannot run."""
-    from llmworks.train.estimate.pretrain import Training
-    from llmworks.workflows.estimate import training_of
+    from llmworks.train.estimate.pretrain import PretrainEstimate
+    from llmworks.workflows.estimate import get_training
 
-    found = {name: training_of(job.recipe, job.found, name) for name in job.recipe.steps}
+    found = {name: get_training(job.recipe, job.artifacts, name) for name in job.recipe.steps}
     trainings = {
-        name: t for name, t in found.items() if t is not None and (isinstance(t, Training) or t.ready)
+        name: t for name, t in found.items() if t is not None and (isinstance(t, PretrainEstimate) or t.can_try)
     }  # a fine-tuning is checked on its data, which must exist
     if args.step:
         if args.step not in trainings:
@@ -82,34 +82,36 @@ def _trainings(job: Run, args: argparse.Namespace) -> dict[str, Training | Tunin
     return trainings
 
 
-def _check(job: Run, name: str, training: Training | Tuning, *, quiet: bool) -> list[Check]:
+def _run_checks(
+    job: RecipeRun, name: str, training: PretrainEstimate | FinetuneEstimate, *, quiet: bool
+) -> list[SelftestCheck]:
     """Run the checks of one training, and print each as it ends."""
     from llmworks.core.artifact import Dataset
-    from llmworks.train.estimate.pretrain import Training
-    from llmworks.train.selftest.pretrain import selftest
+    from llmworks.train.estimate.pretrain import PretrainEstimate
+    from llmworks.train.selftest.pretrain import selftest_pretrain
 
     began = time.monotonic()
-    data = job.found.get(str(job.recipe.steps[name].inputs["data"]))  # type: ignore[union-attr]
+    data = job.artifacts.get(str(job.recipe.steps[name].inputs["data"]))  # type: ignore[union-attr]
     rows = data if isinstance(data, Dataset) else None
     if not quiet:
-        told = "its first rows" if rows is not None else "random rows, since its data do not exist yet"
-        out(f"{name}: {told}, a shrunken model of kind {getattr(training.shape, 'kind', 'decoder')}")
-    found: list[Check] = []
+        rows_note = "its first rows" if rows is not None else "random rows, since its data do not exist yet"
+        print_line(f"{name}: {rows_note}, a shrunken model of kind {getattr(training.shape, 'kind', 'decoder')}")
+    found: list[SelftestCheck] = []
     checks = (
-        selftest(training.config, training.shape, rows)
-        if isinstance(training, Training)
-        else checks_of_tuning(training, rows)
+        selftest_pretrain(training.config, training.shape, rows)
+        if isinstance(training, PretrainEstimate)
+        else check_finetuning(training, rows)
     )
     for check in checks:
         found.append(check)
         if not quiet:
-            out(f"{'✓' if check.holds else '✗'} {check.what:<42}{check.detail}")
+            print_line(f"{'✓' if check.passed else '✗'} {check.name:<42}{check.detail}")
     if not quiet:
-        out(f"  {time.monotonic() - began:.0f} s\n")
+        print_line(f"  {time.monotonic() - began:.0f} s\n")
     return found
 
 
-def checks_of_tuning(tuning: Tuning, rows: Dataset | None) -> Iterator[Check]:
+def check_finetuning(tuning: FinetuneEstimate, rows: Dataset | None) -> Iterator[SelftestCheck]:
     """Yield the checks of a fine-tuning."""
     from llmworks.core.artifact import MANIFEST, Model, load
     from llmworks.train.selftest.finetune import selftest_sft

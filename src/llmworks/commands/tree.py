@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmworks.commands.output import as_json, out
+from llmworks.commands.output import print_json, print_line
 from llmworks.commands.parsers import Parser, new_parser
-from llmworks.commands.session import session_of
+from llmworks.commands.session import create_session
 from llmworks.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,26 +47,26 @@ def handle(args: argparse.Namespace) -> None:
     """`llmworks tree [ARTIFACT]`."""
     from llmworks.lineage.drawing.formats import draw_mermaid, draw_png, draw_svg, draw_text
     from llmworks.lineage.drawing.page import draw_page
-    from llmworks.lineage.licence import conflicts
-    from llmworks.workflows.family import family_with, licences_of
+    from llmworks.lineage.licence import find_license_conflicts
+    from llmworks.workflows.family import build_workspace_family, collect_licenses
 
-    session = session_of(args)
+    session = create_session(args)
     workspace = session.workspace
     chosen = session.load(args.artifact) if args.artifact else None
     among = [session.load(ref) for ref in args.candidates]
     if among:
         _find_parents(session, chosen, among)
-    family = family_with(workspace, *([chosen] if chosen is not None else []), *among)
+    family = build_workspace_family(workspace, *([chosen] if chosen is not None else []), *among)
     if chosen is not None:
-        family = family.restricted([chosen.digest])
+        family = family.subgraph([chosen.digest])
     if args.models:
-        family = family.of_kinds("model", "adapter", "tokenizer")
+        family = family.filter_kinds("model", "adapter", "tokenizer")
     if not family.nodes:
         raise UserError(
             f"{workspace.root}: no artifacts here yet; run a recipe first (llmworks run recipes/quickstart.yaml)"
         )
-    licences = licences_of(family)
-    warnings = conflicts(family, licences)
+    licences = collect_licenses(family)
+    warnings = find_license_conflicts(family, licences)
     if args.json:
         nodes = [
             {
@@ -79,7 +79,7 @@ def handle(args: argparse.Namespace) -> None:
             }
             for n in family.nodes.values()
         ]
-        as_json({"nodes": nodes, "warnings": warnings})
+        print_json({"nodes": nodes, "warnings": warnings})
         return
     title = f"Family of {chosen.name}" if chosen is not None else "Family tree"
     for file, write in (
@@ -90,9 +90,9 @@ def handle(args: argparse.Namespace) -> None:
     ):
         if file:
             write(Path(file))
-    out(draw_text(family))
+    print_line(draw_text(family))
     for line in warnings:
-        out(f"licenses: {line}")
+        print_line(f"licenses: {line}")
 
 
 def _find_parents(session: Session, chosen: Artifact | None, among: Sequence[Artifact]) -> None:

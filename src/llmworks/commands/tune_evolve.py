@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from llmworks.commands.output import as_json, out, short
+from llmworks.commands.output import print_json, print_line, relative_path
 from llmworks.commands.parsers import Parser, new_parser
-from llmworks.commands.session import session_of, tell
+from llmworks.commands.session import create_session, print_status
 
 
 def build_parser() -> Parser:
@@ -59,46 +59,48 @@ def handle(args: argparse.Namespace) -> None:
     """`llmworks tune evolve FILE --suite NAMES`."""
     from llmworks.core.errors import UserError
     from llmworks.core.workspace import check_out
-    from llmworks.evaluate.suites import items_of
+    from llmworks.evaluate.suites import resolve_items
     from llmworks.merge.plan.config import MergeConfig
-    from llmworks.workflows.evolve import Evolution, evolution
-    from llmworks.workflows.merge_file import found_models, read
+    from llmworks.workflows.evolve import EvolutionJob, run_evolution
+    from llmworks.workflows.merge_file import read_documents, resolve_models
 
     for name in (args.out, args.out_model):
         if name is not None:
             check_out(name)
-    documents, session = read(args.file, args.set), session_of(args)
+    documents, session = read_documents(args.file, args.set), create_session(args)
     config = documents[0].config
     if len(documents) > 1 or not isinstance(config, MergeConfig):
         raise UserError(
             f"{args.file}: must contain one merge, it contains {'several' if len(documents) > 1 else 'experts'}"
         )
-    models = found_models(config, {}, session)
-    held = items_of(args.holdout_suite, args.limit) if args.holdout_suite else ()
-    job = Evolution(
+    models = resolve_models(config, {}, session)
+    held = resolve_items(args.holdout_suite, args.limit) if args.holdout_suite else ()
+    job = EvolutionJob(
         args.file.stem,
         config,
         models,
         session,
-        items_of(args.suite, args.limit),
+        resolve_items(args.suite, args.limit),
         held,
         args.attempts,
         args.population,
         args.gradient,
         args.negative,
-        say=tell,
+        say=print_status,
     )
-    page, child = evolution(job)
+    page, child = run_evolution(job)
     for name, artifact in ((args.out, page), (args.out_model, child)):
         if name is not None:
             session.workspace.link_out(name, artifact)
-    told = page.read()
+    report = page.read()
     if args.json:
-        as_json({"report": str(page.path), "model": str(child.path), "best": told["best"], "scores": told["scores"]})
+        print_json(
+            {"report": str(page.path), "model": str(child.path), "best": report["best"], "scores": report["scores"]}
+        )
         return
-    out(
-        f"\nBest: {told['best']['score']:.4g} "
-        f" {'  '.join(f'{name} {value:g}' for name, value in told['best']['values'].items())}\nModel:"
-        f" {short(args.out_model if args.out_model is not None else child.path)}\nReport:"
-        f" {short(page.path / 'report.html')}"
+    print_line(
+        f"\nBest: {report['best']['score']:.4g} "
+        f" {'  '.join(f'{name} {value:g}' for name, value in report['best']['values'].items())}\nModel:"
+        f" {relative_path(args.out_model if args.out_model is not None else child.path)}\nReport:"
+        f" {relative_path(page.path / 'report.html')}"
     )

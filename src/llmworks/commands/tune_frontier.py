@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from llmworks.commands.output import as_json, out, short
+from llmworks.commands.output import print_json, print_line, relative_path
 from llmworks.commands.parsers import Parser, new_parser
-from llmworks.commands.session import session_of, tell
+from llmworks.commands.session import create_session, print_status
 
 
-def build_parser(name: str = "tune frontier", ways: str = "", suite: str = "") -> Parser:
+def build_parser(name: str = "tune frontier", methods: str = "", suite: str = "") -> Parser:
     """Return the parser of `llmworks tune frontier`, and of its aliases with other defaults."""
     parser = new_parser(
         name,
@@ -26,15 +26,15 @@ def build_parser(name: str = "tune frontier", ways: str = "", suite: str = "") -
     )
     parser.add_argument(
         "--methods",
-        default=ways,
+        default=methods,
         metavar="NAMES",
         help=(
             "comma-separated methods or prefixes of their names (gptq, gguf-q4 ...); default: all"
-            if not ways
+            if not methods
             else "comma-separated GGUF types or prefixes; default: all"
         ),
     )
-    parser.set_defaults(only=ways)
+    parser.set_defaults(only=methods)
     parser.add_argument(
         "--suite",
         default=suite,
@@ -72,15 +72,15 @@ def handle(args: argparse.Namespace) -> None:
     from llmworks.core.artifact import Dataset, Model
     from llmworks.core.errors import UserError
     from llmworks.core.workspace import check_out
-    from llmworks.evaluate.suites import items_of
-    from llmworks.workflows.autoquant import Frontier, ways_of
+    from llmworks.evaluate.suites import resolve_items
+    from llmworks.workflows.autoquant import QuantizationJob, select_methods
     from llmworks.workflows.autoquant import frontier as run
 
     for name in (args.out, args.out_model):
         if name is not None:
             check_out(name)
-    session, ways = session_of(args), ways_of([name for name in args.methods.split(",") if name])
-    strange = next((name for name in ways if not name.startswith(args.only)), None)
+    session, methods = create_session(args), select_methods([name for name in args.methods.split(",") if name])
+    strange = next((name for name in methods if not name.startswith(args.only)), None)
     if strange is not None:
         raise UserError(f"autogguf supports GGUF files only, not {strange}; use tune frontier")
     model, data = session.load(args.model), session.load(args.data)
@@ -94,26 +94,28 @@ def handle(args: argparse.Namespace) -> None:
         raise UserError("--limit must be greater than 0")
     if args.budget is not None and not 0 < args.budget < float("inf"):
         raise UserError(f"--budget {args.budget:g}: must be a number of megabytes greater than 0")
-    items = items_of(args.suite, args.limit) if args.suite else ()
-    job = Frontier(model, data, session, items, args.num_calibration_samples, args.eval_samples, say=tell)
-    page, chosen = run(job, ways, None if args.budget is None else args.budget * 1e6)
+    items = resolve_items(args.suite, args.limit) if args.suite else ()
+    job = QuantizationJob(
+        model, data, session, items, args.num_calibration_samples, args.eval_samples, say=print_status
+    )
+    page, chosen = run(job, methods, None if args.budget is None else args.budget * 1e6)
     for name, artifact in ((args.out, page), (args.out_model, chosen)):
         if name is not None and artifact is not None:
             session.workspace.link_out(name, artifact)
-    told = page.read()
+    report = page.read()
     if args.json:
-        as_json(
+        print_json(
             {
                 "report": str(page.path),
-                "recommended": told["recommended"]["name"],
+                "recommended": report["recommended"]["name"],
                 "model": str(chosen.path) if chosen else None,
-                **told["metrics"],
+                **report["metrics"],
             }
         )
         return
-    best = told["recommended"]
-    out(
+    best = report["recommended"]
+    print_line(
         f"\n{best['name']}: {best['bytes'] / 1e6:,.1f} MB, KL divergence {best['kl']:.4f} nats per token"
-        + (f"\nModel: {short(args.out_model if args.out_model is not None else chosen.path)}" if chosen else "")
-        + f"\nReport: {short(page.path / 'report.html')}"
+        + (f"\nModel: {relative_path(args.out_model if args.out_model is not None else chosen.path)}" if chosen else "")
+        + f"\nReport: {relative_path(page.path / 'report.html')}"
     )

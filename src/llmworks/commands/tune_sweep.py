@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from llmworks.commands.output import as_json, out, short
+from llmworks.commands.output import print_json, print_line, relative_path
 from llmworks.commands.parsers import Parser, add_workers, new_parser
-from llmworks.commands.session import session_of, tell
+from llmworks.commands.session import create_session, print_status
 
 
 def build_parser() -> Parser:
@@ -45,15 +45,15 @@ def handle(args: argparse.Namespace) -> None:
     search = load_search(args.search)
     if args.trials is not None:
         search = type(search).model_validate(search.model_dump() | {"trials": args.trials})
-    session = session_of(args)
-    session.say = tell
+    session = create_session(args)
+    session.say = print_status
     found = run(args.recipe, search, session, args.set)
     data = found.read()
     if args.json:
-        as_json({"report": str(found.path), "best": data["best"], **data["metrics"]})
+        print_json({"report": str(found.path), "best": data["best"], **data["metrics"]})
         return
     sets = " ".join(f"--set {field}={value}" for field, value in data["best"].items())
-    out(
+    print_line(
         f"\nBest: {search.metric} {data['metrics']['score']:.4g}\n  llmworks run {args.recipe} {sets}\nReport:"
-        f" {short(found.path / 'report.html')}"
+        f" {relative_path(found.path / 'report.html')}"
     )

@@ -6,9 +6,9 @@ import argparse
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llmworks.commands.output import as_json, out
+from llmworks.commands.output import print_json, print_line
 from llmworks.commands.parsers import Parser, new_parser
-from llmworks.commands.session import session_of
+from llmworks.commands.session import create_session
 from llmworks.core.errors import GateFailed, UserError
 
 if TYPE_CHECKING:
@@ -43,19 +43,19 @@ def build_parser() -> Parser:
 def handle(args: argparse.Namespace) -> None:
     """`llmworks verify ARTIFACT`."""
     from llmworks.lineage.verify import verify as check
-    from llmworks.workflows.family import derive, family_with
+    from llmworks.workflows.family import build_workspace_family, reproduce
 
     if args.golden:
-        golden(args)
+        verify_golden(args)
         return
     if args.engine:
         raise UserError(f"unexpected argument {args.engine!r}; an engine needs --golden")
-    session = session_of(args)
+    session = create_session(args)
     chosen = session.load(args.artifact)
-    family = family_with(session.workspace, chosen)
-    findings = check(family, chosen.digest, partial(derive, session, family))
+    family = build_workspace_family(session.workspace, chosen)
+    findings = check(family, chosen.digest, partial(reproduce, session, family))
     if args.json:
-        as_json(
+        print_json(
             [
                 {
                     "name": f.node.label,
@@ -70,7 +70,7 @@ def handle(args: argparse.Namespace) -> None:
     else:
         width = max(len(f.node.label) for f in findings)
         for f in findings:
-            out(
+            print_line(
                 f"{'✓' if f.ok else '✗'} {f.node.label.ljust(width)}  {f.node.kind:<8} {f.node.digest[:12]} "
                 f" {f.verdict}{f': {f.detail}' if f.detail else ''}"
             )
@@ -82,13 +82,13 @@ def handle(args: argparse.Namespace) -> None:
         )
 
 
-def golden(args: argparse.Namespace) -> None:
+def verify_golden(args: argparse.Namespace) -> None:
     """`llmworks verify --golden MODEL [ENGINE]`."""
     from llmworks.core.artifact import Adapter, Model
     from llmworks.generate.replay import replay
-    from llmworks.model.golden import record
+    from llmworks.model.golden import record_golden
 
-    session = session_of(args)
+    session = create_session(args)
     model = session.load(args.artifact)
     other = session.load(args.engine) if args.engine else model
     for artifact in (model, other):
@@ -101,8 +101,8 @@ def golden(args: argparse.Namespace) -> None:
                 f"{model.name}: no golden tokens recorded; put the model it should agree with first: llmworks"
                 f" verify --golden MODEL {args.artifact}"
             )
-        recorded = record(model.path)
-    bound = args.tolerance if args.tolerance is not None else _bound(other)
+        recorded = record_golden(model.path)
+    bound = args.tolerance if args.tolerance is not None else _get_tolerance(other)
     engine = session.open_engine(other)
     reference = (
         session.open_engine(model)
@@ -116,28 +116,29 @@ def golden(args: argparse.Namespace) -> None:
         if reference is not None:
             reference.close()
     if args.json:
-        as_json([{"what": c.what, "ok": c.ok, "detail": c.detail} for c in checks])
+        print_json([{"what": c.name, "ok": c.passed, "detail": c.detail} for c in checks])
     else:
         for c in checks:
-            out(f"{ {True: '✓', False: '✗', None: '·'}[c.ok] } {c.what:<15} {c.detail}")
-    if wrong := [c for c in checks if c.ok is False]:
+            print_line(f"{ {True: '✓', False: '✗', None: '·'}[c.passed] } {c.name:<15} {c.detail}")
+    if wrong := [c for c in checks if c.passed is False]:
         raise GateFailed(
-            f"{other.name} does not replay the golden tokens of {model.name}: {wrong[0].what}: {wrong[0].detail}"
+            f"{other.name} does not replay the golden tokens of {model.name}: {wrong[0].name}: {wrong[0].detail}"
         )
 
 
-def _bound(other: Any) -> float:
+def _get_tolerance(other: Any) -> float:
     """Return the allowed mean logit difference by the type of quantization; 0.3 for an unknown GGUF type."""
-    from llmworks.model.from_gguf import type_of
-    from llmworks.quantize.config import allowed
-    from llmworks.quantize.llamacpp.config import bound_of
+    from llmworks.model.from_gguf import read_quantization_type
+    from llmworks.quantize.config import max_gap_for_bits
+    from llmworks.quantize.llamacpp.config import max_gap_for_type
 
     gguf = getattr(other, "format", "") == "gguf"
-    kind = other.about.get("type") or (type_of(other.gguf_path) if gguf else "")
+    kind = other.about.get("type") or (read_quantization_type(other.gguf_path) if gguf else "")
     if kind:
-        return bound_of(str(kind))
+        return max_gap_for_type(str(kind))
     if other.about.get("bits"):
-        return allowed(
-            int(other.about["bits"]), inputs=other.about.get("method") in ("smoothquant", "int8", "zeroquant")
+        return max_gap_for_bits(
+            int(other.about["bits"]),
+            quantized_activations=other.about.get("method") in ("smoothquant", "int8", "zeroquant"),
         )
     return 0.3 if gguf else 0.05

@@ -227,7 +227,7 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-def files_of(path: Path) -> list[Path]:
+def list_files(path: Path) -> list[Path]:
     """Return all files of an artifact directory except its manifest, sorted by relative path."""
     if path.is_file():
         return [path]
@@ -236,10 +236,10 @@ def files_of(path: Path) -> list[Path]:
     )
 
 
-def digest_files(path: Path, known: Mapping[str, FileEntry] | None = None) -> dict[str, FileEntry]:
+def hash_files(path: Path, known: Mapping[str, FileEntry] | None = None) -> dict[str, FileEntry]:
     """Hash every file of a directory (or one file), except those with known digests."""
     root = path.parent if path.is_file() else path
-    files = {p.relative_to(root).as_posix(): p for p in files_of(path)}
+    files = {p.relative_to(root).as_posix(): p for p in list_files(path)}
     return {
         name: (
             known[name]
@@ -250,7 +250,7 @@ def digest_files(path: Path, known: Mapping[str, FileEntry] | None = None) -> di
     }
 
 
-def artifact_digest(kind: str, key: str, files: dict[str, FileEntry]) -> str:
+def compute_artifact_digest(kind: str, key: str, files: dict[str, FileEntry]) -> str:
     """Return the artifact's digest over how it was derived and what it contains."""
     content = {name: entry.sha256 for name, entry in files.items()}
     return hashlib.sha256(canonical_json([kind, key, content]).encode()).hexdigest()
@@ -277,7 +277,7 @@ def load(path: Path, *, name: str = "", ref: str = "") -> Artifact:
     return KINDS[manifest.kind](path, manifest=manifest, name=name, ref=ref)
 
 
-def require_base(adapter: Adapter, model: Model) -> bool:
+def check_base(adapter: Adapter, model: Model) -> bool:
     """Check an adapter's recorded base model; return False where none is recorded.
 
     ArtifactError when it was trained on another model.
@@ -291,12 +291,12 @@ def require_base(adapter: Adapter, model: Model) -> bool:
     return bool(base)
 
 
-def changed_files(artifact: Artifact) -> list[str]:
+def find_changed_files(artifact: Artifact) -> list[str]:
     """Return the files that do not match the manifest, one line each; also missing and extra ones."""
     assert artifact.manifest is not None
     problems: list[str] = []
     present = (
-        {p.relative_to(artifact.path).as_posix(): p for p in files_of(artifact.path)}
+        {p.relative_to(artifact.path).as_posix(): p for p in list_files(artifact.path)}
         if artifact.path.is_dir()
         else {artifact.path.name: artifact.path}
     )
@@ -309,7 +309,7 @@ def changed_files(artifact: Artifact) -> list[str]:
             problems.append(f"{name}: modified (same size, different bytes)")
     problems += [f"{name}: not in the manifest" for name in sorted(set(present) - set(artifact.manifest.files))]
     if (
-        artifact_digest(artifact.manifest.kind, artifact.manifest.key, artifact.manifest.files)
+        compute_artifact_digest(artifact.manifest.kind, artifact.manifest.key, artifact.manifest.files)
         != artifact.manifest.digest
     ):
         problems.append(f"{MANIFEST}: digest does not match its contents")
@@ -327,7 +327,7 @@ def fsync_path(path: Path) -> None:
 
 def seal(draft: Path, manifest: Manifest) -> None:
     """Flush a draft's files, then write and flush its manifest; from then on it is complete."""
-    paths: Iterable[Path] = files_of(draft)
+    paths: Iterable[Path] = list_files(draft)
     for path in paths:
         fsync_path(path)
     temporary = draft / (MANIFEST + ".tmp")

@@ -10,7 +10,7 @@ from llmworks.core.artifact import Artifact, FileEntry
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.core.types import Engine
-from llmworks.core.workers import Pool
+from llmworks.core.workers import WorkerPool
 
 
 @dataclass(frozen=True)
@@ -27,5 +27,5 @@ class Context:
     progress: Progress
     report: ReportBuilder
     open_engine: Callable[[Artifact], Engine]
-    pool: Pool = field(default_factory=Pool)
+    pool: WorkerPool = field(default_factory=WorkerPool)
     digests: dict[str, FileEntry] = field(default_factory=dict)

@@ -27,7 +27,7 @@ COPY_OF = "copy_of"  # metadata key of a duplicate: the id of the first document
 
 
 @dataclass(frozen=True)
-class Unusable:
+class RejectedInput:
     """Input that gave no document: its place (`line` is 0 for a whole file), the reason, and its first characters."""
 
     file: str
@@ -74,7 +74,7 @@ class DocumentWriter:
         self._rows.append((*row, reason) if len(self.columns) > len(row) else row)
         self.documents += 1
         self.characters += len(document.text)
-        self._grown(len(document.text.encode()))
+        self._add_pending(len(document.text.encode()))
 
     def add_table(self, table: Any) -> None:
         """Add the documents of a table that has this writer's columns."""
@@ -85,9 +85,9 @@ class DocumentWriter:
         self._tables.append(table)
         self.documents += table.num_rows
         self.characters += pc.sum(pc.utf8_length(table["text"])).as_py() or 0
-        self._grown(pc.sum(pc.binary_length(table["text"])).as_py() or 0)
+        self._add_pending(pc.sum(pc.binary_length(table["text"])).as_py() or 0)
 
-    def _grown(self, size: int) -> None:
+    def _add_pending(self, size: int) -> None:
         self._pending += size
         if self._pending >= self.group_bytes:
             self._flush()
@@ -137,13 +137,13 @@ class DocumentWriter:
                 stream.close()
 
 
-class SideFile:
+class RejectedFile:
     """`rejected.jsonl`: unusable input, written as it occurs and counted by reason."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / REJECTED
         self.reasons: Counter[str] = Counter()
-        self.first: Unusable | None = None
+        self.first: RejectedInput | None = None
         self._stream: Any = None
 
     def __enter__(self) -> Self:
@@ -155,7 +155,7 @@ class SideFile:
         if self._stream is not None:
             self._stream.close()
 
-    def add(self, item: Unusable) -> None:
+    def add(self, item: RejectedInput) -> None:
         """Write one item. Details of a reason in parentheses are not counted separately."""
         if self._stream is None:
             self._stream = self.path.open("w", encoding="utf-8", errors="backslashreplace")
@@ -170,7 +170,7 @@ class SideFile:
         return sum(self.reasons.values())
 
 
-def shard_files(dataset: Dataset) -> list[Path]:
+def list_shards(dataset: Dataset) -> list[Path]:
     """Return the Parquet files of a document data set. DataError when there are none."""
     files = sorted(dataset.path.glob("*.parquet")) if dataset.path.is_dir() else []
     if not files:
@@ -183,7 +183,7 @@ def open_shard(file: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    _give_back()
+    _enable_memory_release()
     try:
         opened = pq.ParquetFile(file)
     except (pa.ArrowInvalid, OSError) as error:
@@ -208,7 +208,7 @@ def open_shard(file: Path) -> Any:
 
 
 @functools.cache
-def _give_back() -> None:
+def _enable_memory_release() -> None:
     """Let Arrow return freed memory immediately where it can; by default it keeps a quarter more than it needs."""
     import pyarrow as pa
 
@@ -235,7 +235,7 @@ def read_tables(
             yield table
 
 
-def table_documents(table: Any) -> Iterator[Document]:
+def iterate_documents(table: Any) -> Iterator[Document]:
     """Yield a table's documents."""
     for batch in table.to_batches(max_chunksize=1024):
         columns = [batch.column(name).to_pylist() for name in COLUMNS]
@@ -251,9 +251,9 @@ def table_documents(table: Any) -> Iterator[Document]:
 
 def read_documents(dataset: Dataset) -> Iterator[Document]:
     """Yield all documents of a data set. DataError when it has another schema or cannot be read."""
-    for file in shard_files(dataset):
+    for file in list_shards(dataset):
         for table in read_tables(file):
-            yield from table_documents(table)
+            yield from iterate_documents(table)
 
 
 def count_characters(dataset: Dataset) -> tuple[int, int]:
@@ -261,7 +261,7 @@ def count_characters(dataset: Dataset) -> tuple[int, int]:
     import pyarrow.compute as pc
 
     documents = characters = 0
-    for file in shard_files(dataset):
+    for file in list_shards(dataset):
         for table in read_tables(file, columns=("text",)):
             documents += table.num_rows
             characters += pc.sum(pc.utf8_length(table["text"])).as_py() or 0

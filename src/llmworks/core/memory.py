@@ -13,31 +13,31 @@ from pathlib import Path
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Return unused memory to the operating system, where the C library can (glibc)."""
     gc.collect()
     if "pyarrow" in sys.modules:
         sys.modules["pyarrow"].default_memory_pool().release_unused()
-    trim()
+    trim_heap()
 
 
-def trim() -> None:
+def trim_heap() -> None:
     """Return free heap memory to the operating system without a garbage collection; takes a few milliseconds."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass
-class Memory:
+class PeakMemory:
     """Peak resident memory, in bytes; 0 where the system does not report it."""
 
     peak: int = 0
 
 
 @contextlib.contextmanager
-def peak_memory() -> Iterator[Memory]:
+def track_peak_memory() -> Iterator[PeakMemory]:
     """Measure the process's peak resident memory over a block (Linux: VmHWM, reset before)."""
-    memory = Memory()
+    memory = PeakMemory()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     yield memory
@@ -49,7 +49,7 @@ def peak_memory() -> Iterator[Memory]:
         memory.peak = int(line.split()[1]) * 1024
 
 
-def keep_freed() -> None:
+def retain_freed_blocks() -> None:
     """Let glibc keep freed blocks of up to 32 MB instead of returning them to the operating system.
 
     With thousands of short-lived tensors, returning and requesting memory can take longer than computing them.

@@ -11,10 +11,10 @@ from typing import Any
 ACCENTS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569", "#0891b2", "#65a30d")
 
 
-LABEL = 7  # font size of scatter labels, in points
+LABEL_SIZE = 7  # font size of scatter labels, in points
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def _new_figure(width: float, height: float) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("svg")
@@ -33,7 +33,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _svg(figure: Any) -> str:
+def _to_svg(figure: Any) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
@@ -42,23 +42,23 @@ def _svg(figure: Any) -> str:
 
 def draw_curves(series: Series, x: str, y: str) -> str:
     """Draw lines as SVG."""
-    figure, axes = _figure(8.6, 3.2)
-    _lines(axes, series, x, y)
-    return _svg(figure)
+    figure, axes = _new_figure(8.6, 3.2)
+    _draw_lines(axes, series, x, y)
+    return _to_svg(figure)
 
 
 def write_curves(plots: Sequence[tuple[str, Series, str, str]], path: Path) -> None:
     """Write plots (heading, series, x, y), two per row, as one PNG for slides and messages."""
-    figure, first = _figure(11, 3 * -(-len(plots) // 2))
+    figure, first = _new_figure(11, 3 * -(-len(plots) // 2))
     first.remove()
     for number, (heading, series, x, y) in enumerate(plots):
         axes = figure.add_subplot(-(-len(plots) // 2), 2, number + 1)
         axes.set_title(heading, loc="left", fontsize=11)
-        _lines(axes, series, x, y)
+        _draw_lines(axes, series, x, y)
     figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
 
 
-def _lines(axes: Any, series: Series, x: str, y: str) -> None:
+def _draw_lines(axes: Any, series: Series, x: str, y: str) -> None:
     for color, (name, points) in zip(ACCENTS * 3, series.items(), strict=False):
         axes.plot(
             [p[0] for p in points],
@@ -121,7 +121,7 @@ def draw_histograms(items: Mapping[str, Mapping[str, Any]]) -> str:
 
 def draw_intervals(rows: Sequence[tuple[str, float, float, float]], x: str) -> str:
     """Draw points with error bars as SVG, the first row on top."""
-    figure, axes = _figure(8.6, 0.9 + 0.42 * len(rows))
+    figure, axes = _new_figure(8.6, 0.9 + 0.42 * len(rows))
     for i, (_, value, low, high) in enumerate(rows):
         axes.plot([low, high], [i, i], color=ACCENTS[0], linewidth=2, alpha=0.5)
         axes.plot([value], [i], "o", color=ACCENTS[0], markersize=6)
@@ -137,14 +137,14 @@ def draw_intervals(rows: Sequence[tuple[str, float, float, float]], x: str) -> s
     axes.set_ylim(len(rows) - 0.4, -0.8)
     axes.set_xlabel(x)
     axes.grid(axis="x", alpha=0.25)
-    return _svg(figure)
+    return _to_svg(figure)
 
 
 def draw_points(items: Sequence[tuple[str, float, float, int]]) -> str:
     """Draw names at their points, as SVG."""
     from matplotlib import colormaps
 
-    figure, axes = _figure(9.6, 7.2)
+    figure, axes = _new_figure(9.6, 7.2)
     palette = colormaps["tab20"]
     for name, x, y, group in items:
         axes.plot([x], [y], ".", color=palette(group % 20), markersize=3)
@@ -152,7 +152,7 @@ def draw_points(items: Sequence[tuple[str, float, float, int]]) -> str:
             name, (x, y), textcoords="offset points", xytext=(2, 1), fontsize=7, color=palette(group % 20 // 2 * 2)
         )
     axes.set_axis_off()
-    return _svg(figure)
+    return _to_svg(figure)
 
 
 def draw_scatter(
@@ -163,7 +163,7 @@ def draw_scatter(
     log: bool,
 ) -> str:
     """Draw named points, as SVG."""
-    figure, axes = _figure(9.6, 5.2)
+    figure, axes = _new_figure(9.6, 5.2)
     if line:
         axes.plot([p[0] for p in line], [p[1] for p in line], color="#94a3b8", linewidth=1.2, zorder=1)
     for color, (group, points) in zip(ACCENTS * 3, groups.items(), strict=False):
@@ -182,16 +182,22 @@ def draw_scatter(
         for name, at, height in points
     ]
     for (name, color, left, low), (dx, dy) in zip(
-        named, beside([(name, left, low) for name, _, left, low in named]), strict=True
+        named, place_labels([(name, left, low) for name, _, left, low in named]), strict=True
     ):
         at, height = axes.transData.inverted().transform((left / scale, low / scale))
         axes.annotate(
-            name, (at, height), textcoords="offset points", xytext=(dx, dy), fontsize=LABEL, color=color, va="center"
+            name,
+            (at, height),
+            textcoords="offset points",
+            xytext=(dx, dy),
+            fontsize=LABEL_SIZE,
+            color=color,
+            va="center",
         )
-    return _svg(figure)
+    return _to_svg(figure)
 
 
-def beside(points: Sequence[tuple[str, float, float]]) -> list[tuple[float, float]]:
+def place_labels(points: Sequence[tuple[str, float, float]]) -> list[tuple[float, float]]:
     """Return label offsets for points (text, x, y in typographic points), from the point to the label's left middle.
 
     Each label takes the one of eight positions that overlaps least with other labels and points.
@@ -199,7 +205,7 @@ def beside(points: Sequence[tuple[str, float, float]]) -> list[tuple[float, floa
     taken = [(x - 3, y - 3, x + 3, y + 3) for _, x, y in points]
     found = []
     for text, x, y in points:
-        width, high = 0.56 * LABEL * len(text), 0.5 * LABEL
+        width, high = 0.56 * LABEL_SIZE * len(text), 0.5 * LABEL_SIZE
         places = [
             (5.0, 0.0),
             (5.0, 6.0),
@@ -228,7 +234,7 @@ def draw_bars(items: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> 
     """Draw groups of horizontal bars as SVG, the first group on top; each name has its own color."""
     names = list(dict.fromkeys(name for group in items.values() for name in group))
     thick = 0.8 / max(1, len(names))
-    figure, axes = _figure(8.6, 0.9 + max(0.32, 0.2 * len(names)) * len(items))
+    figure, axes = _new_figure(8.6, 0.9 + max(0.32, 0.2 * len(names)) * len(items))
     for place, name in enumerate(names):
         found = [(i, group[name]) for i, group in enumerate(items.values()) if name in group]
         at = [i - 0.4 + thick * (place + 0.5) for i, _ in found]
@@ -250,14 +256,14 @@ def draw_bars(items: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> 
     axes.grid(axis="x", alpha=0.25)
     if len(names) > 1:
         figure.legend(loc="outside upper left", ncols=min(3, len(names)), frameon=False, fontsize=9)
-    return _svg(figure)
+    return _to_svg(figure)
 
 
 def draw_radar(axes: Sequence[str], items: Mapping[str, Sequence[float]]) -> str:
     """Draw a radar chart as SVG; the rim is the largest value, rounded up to a tenth."""
     import math
 
-    figure, first = _figure(6.4, 6.0)
+    figure, first = _new_figure(6.4, 6.0)
     first.remove()
     plot = figure.add_subplot(projection="polar")
     angles = [2 * math.pi * i / len(axes) for i in range(len(axes))]
@@ -269,7 +275,7 @@ def draw_radar(axes: Sequence[str], items: Mapping[str, Sequence[float]]) -> str
     plot.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
     plot.tick_params(axis="y", labelsize=8)
     figure.legend(loc="outside lower center", ncols=min(3, len(items)), frameon=False, fontsize=9)
-    return _svg(figure)
+    return _to_svg(figure)
 
 
 Series = Mapping[str, Sequence[tuple[float, float]]]

@@ -17,16 +17,16 @@ from typing import Any, TextIO
 PLAIN_INTERVAL_S = 10.0
 
 
-class Bar:
+class ProgressBar:
     """One counted loop: `advance` it as units finish, with the metrics to show."""
 
     def __init__(self, label: str, total: int, unit: str, stream: TextIO) -> None:
         self.label, self.total, self.unit, self.stream = label, total, unit, stream
         self.done = 0
-        self.counted = 0  # in this process, for the rate
+        self.done_here = 0  # in this process, for the rate
         self.facts = ""
         self.started = time.monotonic()
-        self._shown = self.started
+        self._last_printed = self.started
         self._rich: Any = None
         self._task: Any = None
         if stream.isatty():
@@ -45,7 +45,7 @@ class Bar:
             self._task = self._rich.add_task(label, total=total, facts="")
             self._rich.start()
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(
@@ -63,13 +63,13 @@ class Bar:
     def advance(self, n: int = 1, **facts: float | str) -> None:
         """Count `n` more units; `facts` are shown beside the bar."""
         self.done += n
-        self.counted += n
+        self.done_here += n
         if facts:
             self.facts = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items())
         if self._rich is not None:
             self._rich.update(self._task, completed=self.done, facts=f"{self.rate():.3g} {self.unit}/s  {self.facts}")
-        elif time.monotonic() - self._shown >= PLAIN_INTERVAL_S:
-            self._shown = time.monotonic()
+        elif time.monotonic() - self._last_printed >= PLAIN_INTERVAL_S:
+            self._last_printed = time.monotonic()
             left = (self.total - self.done) / self.rate() if self.rate() else 0.0
             print(
                 f"  {self.label}: {self.done}/{self.total} {self.unit}  {self.rate():.3g}/s  {left:.0f} s left "
@@ -81,7 +81,7 @@ class Bar:
     def rate(self) -> float:
         """Return units per second in this process."""
         elapsed = time.monotonic() - self.started
-        return self.counted / elapsed if elapsed > 0 else 0.0
+        return self.done_here / elapsed if elapsed > 0 else 0.0
 
 
 class Progress:
@@ -103,19 +103,19 @@ class Progress:
         self.quiet = quiet
 
     @contextmanager
-    def bar(self, label: str, total: int, unit: str = "rows") -> Iterator[Bar]:
+    def bar(self, label: str, total: int, unit: str = "rows") -> Iterator[ProgressBar]:
         """Show a bar over a loop of `total` units."""
         import io
 
-        with Bar(label, total, unit, io.StringIO() if self.quiet else self.stream) as bar:
+        with ProgressBar(label, total, unit, io.StringIO() if self.quiet else self.stream) as bar:
             yield bar
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Print one line."""
         if not self.quiet:
             print(f"  {line}", file=self.stream, flush=True)
 
-    def metric(self, **values: Any) -> None:
+    def log_metrics(self, **values: Any) -> None:
         """Append one JSON object to the metric stream."""
         if self.metrics is not None:
             with self.metrics.open("a", encoding="utf-8") as stream:
@@ -135,13 +135,13 @@ class Progress:
                 break
         return rows
 
-    def keep_metrics(self, rows: list[dict[str, Any]]) -> None:
+    def rewrite_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Replace the metric stream: a resumed loop drops rows written after its checkpoint."""
         if self.metrics is not None:
-            write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+            write_atomic(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace a file's content atomically: a kill or a full disk leaves the old one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)

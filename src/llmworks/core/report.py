@@ -26,18 +26,18 @@ from llmworks.core.plots import (
     draw_scatter,
 )
 
-TERMINAL = "report.txt"
-NONE = "–"  # placeholder for an unknown value
+TERMINAL_FILE = "report.txt"
+MISSING = "–"  # placeholder for an unknown value
 
 _STYLE = "\n" + Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 
-BUTTONS = 24
-FILTER = Path(__file__).with_name("report_filter.js").read_text(encoding="utf-8").rstrip("\n")
+MAX_TAG_BUTTONS = 24
+FILTER_SCRIPT = Path(__file__).with_name("report_filter.js").read_text(encoding="utf-8").rstrip("\n")
 
 
 @dataclass(frozen=True)
-class Block:
+class ReportBlock:
     """One part of a report. `kind` determines which other fields are used.
 
     `draw` returns a plot's SVG and is called only when the page is written: drawing takes half of the time of a small
@@ -59,57 +59,61 @@ class ReportBuilder:
     """Collects blocks, then writes `report.json`, `report.md` and `report.html`."""
 
     title: str = ""
-    lead: str = ""
+    subtitle: str = ""
     data: dict[str, Any] = field(default_factory=dict)
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[ReportBlock] = field(default_factory=list)
     terminal: str = ""  # colored text for the terminal
 
-    def text(self, heading: str, text: str) -> None:
+    def add_text(self, heading: str, text: str) -> None:
         """Add a heading with a paragraph."""
-        self.blocks.append(Block("text", heading, text))
+        self.blocks.append(ReportBlock("text", heading, text))
 
-    def table(self, heading: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> None:
+    def add_table(self, heading: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> None:
         """Add a table; numbers are right-aligned with four significant digits."""
-        self.blocks.append(Block("table", heading, note, tuple(columns), tuple(tuple(r) for r in rows)))
+        self.blocks.append(ReportBlock("table", heading, note, tuple(columns), tuple(tuple(r) for r in rows)))
 
-    def curves(self, heading: str, series: Series, *, x: str, y: str, note: str = "") -> None:
+    def add_curves(self, heading: str, series: Series, *, x: str, y: str, note: str = "") -> None:
         """Add lines over a shared axis; each series is a list of (x, y) points."""
         data = {k: list(v) for k, v in series.items()}
-        self.blocks.append(Block("plot", heading, note, data=data, draw=partial(draw_curves, data, x, y)))
+        self.blocks.append(ReportBlock("plot", heading, note, data=data, draw=partial(draw_curves, data, x, y)))
 
-    def intervals(
+    def add_intervals(
         self, heading: str, rows: Sequence[tuple[str, float, float, float]], *, x: str, note: str = ""
     ) -> None:
         """Add values with confidence intervals, one per line: (name, value, low, high)."""
         draw = partial(draw_intervals, list(rows), x)
-        self.blocks.append(Block("plot", heading, note, data=[list(r) for r in rows], draw=draw))
+        self.blocks.append(ReportBlock("plot", heading, note, data=[list(r) for r in rows], draw=draw))
 
-    def bars(self, heading: str, items: Mapping[str, Mapping[str, tuple[float, float, float]]], note: str = "") -> None:
+    def add_bars(
+        self, heading: str, items: Mapping[str, Mapping[str, tuple[float, float, float]]], note: str = ""
+    ) -> None:
         """Add grouped bars with error bars: group -> name -> (value, low, high), values between 0 and 1."""
         data = {k: {n: list(v) for n, v in g.items()} for k, g in items.items()}
         drawn = {k: dict(g) for k, g in items.items()}
-        self.blocks.append(Block("plot", heading, note, data=data, draw=partial(draw_bars, drawn)))
+        self.blocks.append(ReportBlock("plot", heading, note, data=data, draw=partial(draw_bars, drawn)))
 
-    def radar(self, heading: str, axes: Sequence[str], items: Mapping[str, Sequence[float]], note: str = "") -> None:
+    def add_radar(
+        self, heading: str, axes: Sequence[str], items: Mapping[str, Sequence[float]], note: str = ""
+    ) -> None:
         """Add a radar chart: one closed line per name, values between 0 and 1."""
         values = {k: list(v) for k, v in items.items()}
         draw = partial(draw_radar, list(axes), values)
-        self.blocks.append(Block("plot", heading, note, data={"axes": list(axes), **values}, draw=draw))
+        self.blocks.append(ReportBlock("plot", heading, note, data={"axes": list(axes), **values}, draw=draw))
 
-    def histograms(self, heading: str, items: Mapping[str, Mapping[str, Any]], note: str = "") -> None:
+    def add_histograms(self, heading: str, items: Mapping[str, Mapping[str, Any]], note: str = "") -> None:
         """Add small histograms side by side.
 
         Each has `counts` in equal bins from 0 to `top`, and optional bounds `low` and `high`.
         """
         data = {k: dict(v) for k, v in items.items()}
-        self.blocks.append(Block("plot", heading, note, data=data, draw=partial(draw_histograms, data)))
+        self.blocks.append(ReportBlock("plot", heading, note, data=data, draw=partial(draw_histograms, data)))
 
-    def points(self, heading: str, items: Sequence[tuple[str, float, float, int]], note: str = "") -> None:
+    def add_points(self, heading: str, items: Sequence[tuple[str, float, float, int]], note: str = "") -> None:
         """Add named points in a plane: (name, x, y, group); groups differ in color."""
         draw = partial(draw_points, list(items))
-        self.blocks.append(Block("plot", heading, note, data=[list(i) for i in items], draw=draw))
+        self.blocks.append(ReportBlock("plot", heading, note, data=[list(i) for i in items], draw=draw))
 
-    def scatter(
+    def add_scatter(
         self,
         heading: str,
         groups: Mapping[str, Sequence[tuple[str, float, float]]],
@@ -122,7 +126,7 @@ class ReportBuilder:
     ) -> None:
         """Add a scatter plot: points (name, x, y) by group, and an optional line. `log`: log scale for y."""
         self.blocks.append(
-            Block(
+            ReportBlock(
                 "plot",
                 heading,
                 note,
@@ -134,11 +138,11 @@ class ReportBuilder:
             )
         )
 
-    def samples(self, heading: str, items: Sequence[Mapping[str, str]], note: str = "") -> None:
+    def add_samples(self, heading: str, items: Sequence[Mapping[str, str]], note: str = "") -> None:
         """Add examples: each item maps labels to text; its first entry is the summary line."""
-        self.blocks.append(Block("samples", heading, note, data=[dict(i) for i in items]))
+        self.blocks.append(ReportBlock("samples", heading, note, data=[dict(i) for i in items]))
 
-    def pairs(
+    def add_pairs(
         self,
         heading: str,
         items: Sequence[tuple[str, tuple[str, str], tuple[str, str]]],
@@ -150,7 +154,7 @@ class ReportBuilder:
         The page can be filtered by their tags.
         """
         self.blocks.append(
-            Block(
+            ReportBlock(
                 "pairs",
                 heading,
                 note,
@@ -159,17 +163,17 @@ class ReportBuilder:
             )
         )
 
-    def drawing(self, heading: str, svg: str, text: str = "", plain: str = "") -> None:
+    def add_drawing(self, heading: str, svg: str, text: str = "", plain: str = "") -> None:
         """Add an SVG drawing; `plain` replaces it in Markdown."""
-        self.blocks.append(Block("drawing", heading, text, svg=svg, data=plain))
+        self.blocks.append(ReportBlock("drawing", heading, text, svg=svg, data=plain))
 
-    def picture(self, heading: str, path: Path, note: str = "") -> None:
+    def add_picture(self, heading: str, path: Path, note: str = "") -> None:
         """Embed a PNG that is stored beside the report."""
         import base64
 
         source = base64.b64encode(path.read_bytes()).decode()
         image = f'<img style="max-width:100%" alt="{html.escape(heading)}" src="data:image/png;base64,{source}">'
-        self.blocks.append(Block("drawing", heading, note, svg=image, data=f"see {path.name}"))
+        self.blocks.append(ReportBlock("drawing", heading, note, svg=image, data=f"see {path.name}"))
 
     def write(self, out: Path) -> None:
         """Write the files into `out`: JSON, Markdown, HTML, and the terminal text if there is one."""
@@ -178,14 +182,14 @@ class ReportBuilder:
             json.dumps({"title": self.title, **self.data}, indent=1, ensure_ascii=False, sort_keys=True) + "\n",
             encoding="utf-8",
         )
-        (out / "report.md").write_text(self.markdown(), encoding="utf-8")
-        (out / "report.html").write_text(self.html(), encoding="utf-8")
+        (out / "report.md").write_text(self.to_markdown(), encoding="utf-8")
+        (out / "report.html").write_text(self.to_html(), encoding="utf-8")
         if self.terminal:
-            (out / TERMINAL).write_text(self.terminal + "\n", encoding="utf-8")
+            (out / TERMINAL_FILE).write_text(self.terminal + "\n", encoding="utf-8")
 
-    def markdown(self) -> str:
+    def to_markdown(self) -> str:
         """Return the report as Markdown; plots are omitted."""
-        parts = [f"# {self.title}", self.lead]
+        parts = [f"# {self.title}", self.subtitle]
         for block in self.blocks:
             parts.append(f"## {block.heading}")
             if block.text:
@@ -193,7 +197,7 @@ class ReportBuilder:
             if block.kind == "table":
                 lines = ["| " + " | ".join(block.columns) + " |", "|" + "---|" * len(block.columns)]
                 lines += [
-                    "| " + " | ".join(_cell(v).replace("|", "\\|").replace("\n", " ") for v in row) + " |"
+                    "| " + " | ".join(_format_cell(v).replace("|", "\\|").replace("\n", " ") for v in row) + " |"
                     for row in block.rows
                 ]
                 parts.append("\n".join(lines))
@@ -215,10 +219,10 @@ class ReportBuilder:
                 parts.append("(plot: see report.html)")
         return "\n\n".join(p for p in parts if p) + "\n"
 
-    def html(self) -> str:
+    def to_html(self) -> str:
         """Return the report as one self-contained page."""
         body = "".join(_block_html(block) for block in self.blocks)
-        lead = f"<p>{html.escape(self.lead)}</p>" if self.lead else ""
+        lead = f"<p>{html.escape(self.subtitle)}</p>" if self.subtitle else ""
         title = html.escape(self.title)
         head = (
             '<meta charset="utf-8"><meta name="viewport"'
@@ -227,12 +231,12 @@ class ReportBuilder:
         return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{title}</h1>{lead}{body}</body></html>\n'
 
 
-def counted(number: int, noun: str) -> str:
+def format_count(number: int, noun: str) -> str:
     """Return a number with its noun, as in "1 model", "2 models"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _cell(value: Any) -> str:
+def _format_cell(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     if isinstance(value, float):
@@ -240,7 +244,7 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _block_html(block: Block) -> str:
+def _block_html(block: ReportBlock) -> str:
     out = f"<h2>{html.escape(block.heading)}</h2>" if block.heading else ""
     if block.kind == "text":
         return out + "".join(f"<p>{html.escape(p)}</p>" for p in block.text.split("\n\n"))
@@ -248,14 +252,14 @@ def _block_html(block: Block) -> str:
     if block.kind == "table":
         numeric = [
             any(_is_number(row[i]) for row in block.rows)
-            and all(_is_number(row[i]) or row[i] == NONE for row in block.rows)
+            and all(_is_number(row[i]) or row[i] == MISSING for row in block.rows)
             for i in range(len(block.columns))
         ]
         head = "".join(
             f"<th{' class=n' if right else ''}>{html.escape(c)}</th>"
             for c, right in zip(block.columns, numeric, strict=True)
         )
-        rows = "".join("<tr>" + "".join(_td(v) for v in row) + "</tr>" for row in block.rows)
+        rows = "".join("<tr>" + "".join(_cell_html(v) for v in row) + "</tr>" for row in block.rows)
         wide = " class=wide" if len(block.columns) > 8 else ""
         return f'{out}{note}<div class="scroll"><table{wide}><tr>{head}</tr>{rows}</table></div>'
     if block.kind == "samples":
@@ -286,12 +290,12 @@ def _filter_html(tags: Sequence[Sequence[Any]]) -> str:
         return ""
     buttons = "".join(
         f'<button type="button" data-tag="{html.escape(tag, quote=True)}">{html.escape(tag)} ({n})</button>'
-        for tag, n in counts.most_common(BUTTONS)
-        if n > 1 or len(counts) <= BUTTONS
+        for tag, n in counts.most_common(MAX_TAG_BUTTONS)
+        if n > 1 or len(counts) <= MAX_TAG_BUTTONS
     )
     return (
         '<div class="filter"><input type="search" placeholder="words" aria-label="only with these words">'
-        f" {buttons}</div><script>{FILTER}</script>"
+        f" {buttons}</div><script>{FILTER_SCRIPT}</script>"
     )
 
 
@@ -321,5 +325,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _td(value: Any) -> str:
-    return f"<td{' class=n' if _is_number(value) or value == NONE else ''}>{html.escape(_cell(value))}</td>"
+def _cell_html(value: Any) -> str:
+    return f"<td{' class=n' if _is_number(value) or value == MISSING else ''}>{html.escape(_format_cell(value))}</td>"

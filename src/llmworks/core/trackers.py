@@ -26,7 +26,7 @@ class Tracker(NamedTuple):
     close: Callable[[], None]
 
 
-def _tensorboard(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
+def _open_tensorboard(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder / "tensorboard" / run))
@@ -39,7 +39,7 @@ def _tensorboard(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
     return Tracker(log, writer.close)
 
 
-def _wandb(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
+def _open_wandb(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
     import wandb
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def _wandb(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
     return Tracker(lambda step, values: made.log({"step": step, **values}), made.finish)
 
 
-def _mlflow(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
+def _open_mlflow(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
     place = os.environ.get("MLFLOW_TRACKING_URI") or f"file:{folder / 'mlflow'}"
     if place.startswith("file:"):
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -83,7 +83,7 @@ def _mlflow(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
     return Tracker(log, lambda: client.set_terminated(made))
 
 
-def _trackio(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
+def _open_trackio(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
     os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))
     import trackio
 
@@ -97,29 +97,29 @@ def _trackio(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
     return Tracker(lambda step, values: trackio.log(dict(values), step=step), close)
 
 
-TOOLS: dict[str, tuple[str, Callable[[Path, str, Mapping[str, Any]], Tracker]]] = {
-    "tensorboard": ("tensorboard", _tensorboard),
-    "wandb": ("wandb", _wandb),
-    "mlflow": ("mlflow", _mlflow),
-    "trackio": ("trackio", _trackio),
+TRACKERS: dict[str, tuple[str, Callable[[Path, str, Mapping[str, Any]], Tracker]]] = {
+    "tensorboard": ("tensorboard", _open_tensorboard),
+    "wandb": ("wandb", _open_wandb),
+    "mlflow": ("mlflow", _open_mlflow),
+    "trackio": ("trackio", _open_trackio),
 }
 
 
-def check(names: Sequence[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Check that all tools are available.
 
     Errors: UserError for an unknown tool; MissingDependency for one that is not installed.
     """
     for name in names:
-        if name not in TOOLS:
-            raise UserError(f"--track {name}: unknown tool; choose from {', '.join(TOOLS)}")
-        if importlib.util.find_spec(TOOLS[name][0]) is None:
+        if name not in TRACKERS:
+            raise UserError(f"--track {name}: unknown tool; choose from {', '.join(TRACKERS)}")
+        if importlib.util.find_spec(TRACKERS[name][0]) is None:
             raise MissingDependency(
-                f"--track {name} needs the package {TOOLS[name][0]}; install it with: pip install 'llmworks[track]'"
+                f"--track {name} needs the package {TRACKERS[name][0]}; install it with: pip install 'llmworks[track]'"
             )
 
 
-class Tracking:
+class MetricTracking:
     """Sends rows to the named tools, each opened at the first row. `say` receives warnings about failures."""
 
     def __init__(
@@ -131,9 +131,9 @@ class Tracking:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Errors: UserError for an unknown tool; MissingDependency for one that is not installed."""
-        check(names)
+        check_trackers(names)
         self.names, self.folder, self.run, self.config, self.say = list(dict.fromkeys(names)), folder, run, config, say
-        self.open: dict[str, Tracker] = {}
+        self.trackers: dict[str, Tracker] = {}
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Send a row of the metric stream; values that are not numbers, and rows without a step, are skipped."""
@@ -143,20 +143,20 @@ class Tracking:
         if "step" not in row or not values:
             return
         for name in list(self.names):
-            with self._guarded(name):
-                if name not in self.open:
-                    self.open[name] = TOOLS[name][1](self.folder, self.run, self.config)
-                self.open[name].log(int(row["step"]), values)
+            with self._guard(name):
+                if name not in self.trackers:
+                    self.trackers[name] = TRACKERS[name][1](self.folder, self.run, self.config)
+                self.trackers[name].log(int(row["step"]), values)
 
     def close(self) -> None:
         """Flush and close all trackers."""
-        for name, tracker in self.open.items():
-            with self._guarded(name):
+        for name, tracker in self.trackers.items():
+            with self._guard(name):
                 tracker.close()
-        self.open.clear()
+        self.trackers.clear()
 
     @contextlib.contextmanager
-    def _guarded(self, name: str) -> Any:
+    def _guard(self, name: str) -> Any:
         try:
             yield
         except Exception as error:  # a tracker's failure must not stop the run

@@ -25,13 +25,13 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Pool:
+class WorkerPool:
     """`workers` local processes, or `workers` parallel tasks on a Ray cluster (`address` empty: a local cluster)."""
 
     workers: int = 1
     engine: Literal["local", "ray"] = "local"
     address: str = ""
-    _started: list[ProcessPoolExecutor] = field(
+    _executors: list[ProcessPoolExecutor] = field(
         default_factory=list, compare=False, repr=False
     )  # reused by the next call
 
@@ -48,20 +48,20 @@ class Pool:
         `ray`.
         """
         if self.engine == "ray":
-            yield from self._ray(function, units)
+            yield from self._map_ray(function, units)
         elif self.workers == 1 or len(units) < 2:
             for index, unit in enumerate(units):
                 yield index, function(unit)
         else:
-            yield from self._processes(function, units)
+            yield from self._map_processes(function, units)
 
-    def _processes(self, function: Callable[[Unit], Result], units: Sequence[Unit]) -> Iterator[tuple[int, Result]]:
+    def _map_processes(self, function: Callable[[Unit], Result], units: Sequence[Unit]) -> Iterator[tuple[int, Result]]:
         from concurrent.futures.process import BrokenProcessPool
 
         left = dict(enumerate(units))
         for attempt in (1, 2):
             try:
-                for index, result in self._one_pool(function, left):
+                for index, result in self._run_processes(function, left):
                     del left[index]
                     yield index, result
                 return
@@ -73,14 +73,18 @@ class Pool:
                         " --workers if memory is short"
                     ) from None
 
-    def _one_pool(self, function: Callable[[Unit], Result], units: dict[int, Unit]) -> Iterator[tuple[int, Result]]:
+    def _run_processes(
+        self, function: Callable[[Unit], Result], units: dict[int, Unit]
+    ) -> Iterator[tuple[int, Result]]:
         import multiprocessing
         from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 
-        if not self._started:
+        if not self._executors:
             spawn = multiprocessing.get_context("spawn")
-            self._started.append(ProcessPoolExecutor(self.workers, spawn, initializer=_follow, initargs=(os.getpid(),)))
-        executor = self._started[0]
+            self._executors.append(
+                ProcessPoolExecutor(self.workers, spawn, initializer=_init_worker, initargs=(os.getpid(),))
+            )
+        executor = self._executors[0]
         try:
             waiting = {executor.submit(function, unit): index for index, unit in units.items()}
             while waiting:
@@ -89,21 +93,21 @@ class Pool:
                 for future in sorted(done, key=lambda f: f.exception() is not None):
                     yield waiting.pop(future), future.result()
         except BaseException:
-            self._started.clear()
+            self._executors.clear()
             for child in multiprocessing.active_children():
                 child.terminate()
             executor.shutdown(wait=True, cancel_futures=True)
             raise
 
-    def _ray(self, function: Callable[[Unit], Result], units: Sequence[Unit]) -> Iterator[tuple[int, Result]]:
+    def _map_ray(self, function: Callable[[Unit], Result], units: Sequence[Unit]) -> Iterator[tuple[int, Result]]:
         try:
             import ray
         except ImportError:
             raise MissingDependency("--engine ray needs Ray; install it with: pip install 'llmworks[ray]'") from None
 
         if not ray.is_initialized():
-            _connect(ray, self.address, self.workers)
-        remote: Any = ray.remote(max_retries=1)(_call)  # Ray accepts plain functions only
+            _connect_ray(ray, self.address, self.workers)
+        remote: Any = ray.remote(max_retries=1)(_call_unit)  # Ray accepts plain functions only
         todo = list(enumerate(units))[::-1]
         running: dict[Any, int] = {}
         try:
@@ -131,11 +135,11 @@ class Pool:
                 ray.cancel(reference, force=True)
 
 
-def _call(function: Callable[[Unit], Result], unit: Unit) -> Result:
+def _call_unit(function: Callable[[Unit], Result], unit: Unit) -> Result:
     return function(unit)
 
 
-def _connect(ray: Any, address: str, workers: int) -> None:
+def _connect_ray(ray: Any, address: str, workers: int) -> None:
     """Connect to the cluster at `address`, or start a local one with as many CPUs as workers."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -152,7 +156,7 @@ def _connect(ray: Any, address: str, workers: int) -> None:
         ) from None
 
 
-def _follow(parent: int) -> None:
+def _init_worker(parent: int) -> None:
     """Initialize a worker: leave Ctrl-C to the parent, use one thread, and exit when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -62,7 +62,7 @@ class Workspace:
 
     def find_digest(self, digest: str) -> Artifact | None:
         """Return the artifact with this digest, from the store or behind a name."""
-        for artifact in [*self.artifacts(), *self.names().values()]:
+        for artifact in [*self.artifacts(), *self.named_artifacts().values()]:
             if artifact.digest == digest:
                 return artifact
         return None
@@ -77,7 +77,7 @@ class Workspace:
             yield
 
     @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
+    def mark_in_use(self) -> Iterator[None]:
         """Block `collect` while a run reads and writes artifacts here."""
         directory = self.root / "locks"
         directory.mkdir(parents=True, exist_ok=True)
@@ -96,17 +96,17 @@ class Workspace:
 
     def scratch(self, key: str) -> Path:
         """Return the step's scratch directory, created if missing."""
-        path = self.scratch_place(key)
+        path = self.scratch_path(key)
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def scratch_place(self, key: str) -> Path:
+    def scratch_path(self, key: str) -> Path:
         """Return the path of the step's scratch directory, which may not exist."""
         return self.root / "scratch" / key[:12]
 
-    def drop_scratch(self, key: str) -> None:
+    def remove_scratch(self, key: str) -> None:
         """Remove the scratch directory of a finished step."""
-        shutil.rmtree(self.scratch_place(key), ignore_errors=True)
+        shutil.rmtree(self.scratch_path(key), ignore_errors=True)
 
     def publish(self, draft: Path, manifest: Manifest) -> Artifact:
         """Seal a draft and move it into the store under its kind and digest."""
@@ -120,7 +120,7 @@ class Workspace:
         link = self.root / group / name
         link.parent.mkdir(parents=True, exist_ok=True)
         target = artifact.path.absolute()
-        point(link, Path(os.path.relpath(target, link.parent)) if target.is_relative_to(self.root) else target)
+        replace_link(link, Path(os.path.relpath(target, link.parent)) if target.is_relative_to(self.root) else target)
         return link
 
     def link_out(self, out: Path, artifact: Artifact) -> Artifact | None:
@@ -134,11 +134,11 @@ class Workspace:
         out.parent.mkdir(parents=True, exist_ok=True)
         roots = self.root / "roots"
         roots.mkdir(parents=True, exist_ok=True)
-        point(roots / hashlib.sha256(str(out).encode()).hexdigest()[:12], out)
-        point(out, artifact.path)
+        replace_link(roots / hashlib.sha256(str(out).encode()).hexdigest()[:12], out)
+        replace_link(out, artifact.path)
         return before
 
-    def names(self) -> dict[str, Artifact]:
+    def named_artifacts(self) -> dict[str, Artifact]:
         """Return every name (`group/step`) with its artifact; dangling names are omitted."""
         found: dict[str, Artifact] = {}
         for link in sorted(self.root.glob("*/*")):
@@ -148,7 +148,7 @@ class Workspace:
                 found[f"{link.parent.name}/{link.name}"] = load(link.resolve(), name=link.name)
         return found
 
-    def outs(self) -> dict[str, Artifact]:
+    def out_links(self) -> dict[str, Artifact]:
         """Return the artifacts behind `--out` links by link name; missing or replaced links are omitted."""
         found: dict[str, Artifact] = {}
         for link in sorted((self.root / "roots").glob("*")):
@@ -177,7 +177,7 @@ class Workspace:
     def _collect(self, scratch: bool, dry_run: bool) -> list[tuple[Path, int]]:
         artifacts = {a.digest: a for a in self.artifacts()}
         alive: set[str] = set()
-        todo = [a.digest for a in self.names().values()]
+        todo = [a.digest for a in self.named_artifacts().values()]
         for root in (self.root / "roots").glob("*"):
             target = root.resolve()
             if target.parent == self.store.resolve() and (target / MANIFEST).exists():
@@ -192,9 +192,9 @@ class Workspace:
             artifact = artifacts.get(digest)
             if artifact is not None and artifact.manifest is not None:
                 todo += [parent.digest for parent in artifact.manifest.parents]
-        removed = [(a.path, size_of(a.path)) for digest, a in artifacts.items() if digest not in alive]
+        removed = [(a.path, get_size(a.path)) for digest, a in artifacts.items() if digest not in alive]
         leftovers = [*self.store.glob(".draft-*"), *((self.root / "scratch").glob("*") if scratch else ())]
-        removed += [(path, size_of(path)) for path in leftovers]
+        removed += [(path, get_size(path)) for path in leftovers]
         if not dry_run:
             for path, _ in removed:
                 doomed = path.with_name(f".draft-gone-{path.name.removeprefix('.')}")
@@ -212,7 +212,7 @@ def check_out(out: Path) -> None:
         raise UserError(f"{out}: already exists and is not an llmworks result; choose another --out")
 
 
-def point(link: Path, target: Path) -> None:
+def replace_link(link: Path, target: Path) -> None:
     """Create or replace a symbolic link atomically."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
@@ -220,7 +220,7 @@ def point(link: Path, target: Path) -> None:
     temporary.rename(link)
 
 
-def size_of(path: Path) -> int:
+def get_size(path: Path) -> int:
     """Return the bytes of a file or of all files below a directory."""
     if path.is_file():
         return path.stat().st_size

@@ -13,7 +13,7 @@ from typing import Any
 
 from llmworks.core.artifact import Dataset
 from llmworks.core.context import Context
-from llmworks.core.documents import read_tables, shard_files, table_documents
+from llmworks.core.documents import iterate_documents, list_shards, read_tables
 from llmworks.core.types import Json
 from llmworks.data.store.rows import Row, write_chat, write_preference
 
@@ -22,7 +22,7 @@ EXAMPLE_CHARACTERS = 500
 SHARES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
-def finish(
+def finish_dataset(
     ctx: Context,
     stage: str,
     parents: Sequence[Dataset],
@@ -33,9 +33,9 @@ def finish(
     extra: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """Write the data card of the documents in `ctx.out` and return them as a dataset."""
-    facts = measure(ctx)
-    sources = {s["name"]: s for parent in parents for s in sources_of(parent)}
-    history = _joined([parent.about.get("history", []) for parent in parents])
+    facts = measure_documents(ctx)
+    sources = {s["name"]: s for parent in parents for s in get_sources(parent)}
+    history = _merge_histories([parent.about.get("history", []) for parent in parents])
     of = ", ".join(sources) if len(sources) < 3 else f"{len(sources)} sources"
     entry: Json = {"stage": stage, "of": of, "documents": facts["documents"], "dropped": dict(dropped or {})}
     if note:
@@ -51,7 +51,7 @@ def finish(
         "history": history,
         **(extra or {}),
     }
-    (ctx.out / "README.md").write_text(card(about, facts), encoding="utf-8")
+    (ctx.out / "README.md").write_text(render_card(about, facts), encoding="utf-8")
     return Dataset(
         ctx.out,
         metrics={"documents": facts["documents"], "characters": facts["characters"], **(metrics or {})},
@@ -73,8 +73,8 @@ def finish_rows(
     """Write conversations or preference pairs (at least one) into `ctx.out`, with their data card."""
     pairs = "chosen" in rows[0]
     (write_preference if pairs else write_chat)(ctx.out, rows)
-    sources = {s["name"]: s for parent in parents for s in sources_of(parent)}
-    history = _joined([parent.about.get("history", []) for parent in parents])
+    sources = {s["name"]: s for parent in parents for s in get_sources(parent)}
+    history = _merge_histories([parent.about.get("history", []) for parent in parents])
     of = ", ".join(sources) if len(sources) < 3 else f"{len(sources)} sources"
     history.append(
         {
@@ -94,7 +94,7 @@ def finish_rows(
         **(extra or {}),
     }
     (ctx.out / "README.md").write_text(
-        card(about, measure_rows(rows), "preference pairs" if pairs else "conversations"), encoding="utf-8"
+        render_card(about, measure_rows(rows), "preference pairs" if pairs else "conversations"), encoding="utf-8"
     )
     return Dataset(ctx.out, metrics={"rows": len(rows), **(metrics or {})}, about=about)
 
@@ -126,7 +126,7 @@ def measure_rows(rows: Sequence[Row]) -> Json:
     }
 
 
-def sources_of(dataset: Dataset) -> list[Json]:
+def get_sources(dataset: Dataset) -> list[Json]:
     """Return the sources of a dataset: those of its card, the asset that it is, or external files."""
     known: list[Json] | None = dataset.about.get("sources")
     if known is not None:
@@ -138,7 +138,7 @@ def sources_of(dataset: Dataset) -> list[Json]:
     return [{"name": dataset.name, "licence": "not stated", "what": "external files"}]
 
 
-def _joined(histories: Sequence[list[Json]]) -> list[Json]:
+def _merge_histories(histories: Sequence[list[Json]]) -> list[Json]:
     """Concatenate histories; an entry shared by several parents appears once."""
     found: list[Json] = []
     for history in histories:
@@ -146,7 +146,7 @@ def _joined(histories: Sequence[list[Json]]) -> list[Json]:
     return found
 
 
-def measure(ctx: Context) -> Json:
+def measure_documents(ctx: Context) -> Json:
     """Return counts, length quantiles, languages and the first examples of the documents in `ctx.out`."""
     import numpy as np
     import pyarrow.compute as pc
@@ -154,13 +154,13 @@ def measure(ctx: Context) -> Json:
     lengths: list[Any] = []
     languages: Counter[str] = Counter()
     examples: list[Json] = []
-    for file in shard_files(Dataset(ctx.out)):
+    for file in list_shards(Dataset(ctx.out)):
         for table in read_tables(file):
             lengths.append(pc.utf8_length(table["text"]).to_numpy())
             found = pc.extract_regex(table["metadata"], r'"language": "(?P<code>[a-z]+)"')
             languages.update(code["code"] for code in found.to_pylist() if code)
             if len(examples) < EXAMPLES:
-                for document in table_documents(table.slice(0, EXAMPLES - len(examples))):
+                for document in iterate_documents(table.slice(0, EXAMPLES - len(examples))):
                     examples.append(
                         {"id": document.id, "text": document.text[:EXAMPLE_CHARACTERS], "metadata": document.metadata}
                     )
@@ -174,7 +174,7 @@ def measure(ctx: Context) -> Json:
     }
 
 
-def card(about: Json, facts: Json, what: str = "documents") -> str:
+def render_card(about: Json, facts: Json, what: str = "documents") -> str:
     """Render the card as Markdown; `what` names the rows."""
     lines = [
         "# Data card",
@@ -186,7 +186,10 @@ def card(about: Json, facts: Json, what: str = "documents") -> str:
         "",
     ]
     lines += ["## Sources", "", "| source | license | description |", "|---|---|---|"]
-    lines += [f"| {_cell(s['name'])} | {_cell(s['licence'])} | {_cell(s['what'])} |" for s in about["sources"]]
+    lines += [
+        f"| {_escape_cell(s['name'])} | {_escape_cell(s['licence'])} | {_escape_cell(s['what'])} |"
+        for s in about["sources"]
+    ]
     lines += [
         "",
         "## Processing history",
@@ -199,8 +202,9 @@ def card(about: Json, facts: Json, what: str = "documents") -> str:
             f"{reason} {n:,}" for reason, n in sorted(entry["dropped"].items(), key=lambda item: -item[1])[:12]
         )
         lines.append(
-            f"| {entry['stage']} | {_cell(entry['of'])} | {entry['documents']:,} | {sum(entry['dropped'].values()):,} |"
-            f" {_cell('; '.join(filter(None, (why, entry.get('note', '')))))} |"
+            f"| {entry['stage']} | {_escape_cell(entry['of'])} | {entry['documents']:,} |"
+            f" {sum(entry['dropped'].values()):,} |"
+            f" {_escape_cell('; '.join(filter(None, (why, entry.get('note', '')))))} |"
         )
     near = sum(entry["dropped"].get("near-duplicate", 0) for entry in about["history"])
     compared = [e for e in about["history"] if e["stage"] == "data.dedup"]
@@ -231,5 +235,5 @@ def card(about: Json, facts: Json, what: str = "documents") -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(text: str) -> str:
+def _escape_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")

@@ -20,12 +20,12 @@ from llmworks.core.errors import DataError
 from llmworks.core.types import Json, Message, messages_from_json, messages_to_json
 from llmworks.data import chat_formats as shapes
 from llmworks.data.card import finish_rows
-from llmworks.data.conversations.turns import merged, problems
+from llmworks.data.conversations.turns import find_problems, merge_consecutive_turns
 from llmworks.data.published import bfcl, flan_cot, spider
-from llmworks.data.store.jsonl import Rejected
-from llmworks.data.store.raw_rows import raw_rows
-from llmworks.data.store.rows import TURNS, WHAT, Row, converted
-from llmworks.data.text.statistics import question_of
+from llmworks.data.store.jsonl import RejectedRows
+from llmworks.data.store.raw_rows import read_raw_rows
+from llmworks.data.store.rows import KIND_NAMES, TURNS, Row, detect_full_schema
+from llmworks.data.text.statistics import get_question
 
 BRACKETS = re.compile(r" ?\([^()]*\)")
 PUBLISHED = {"bfcl": bfcl, "flan-cot": flan_cot, "spider": spider}
@@ -68,16 +68,17 @@ def chat(config: ChatConfig, data: Dataset, ctx: Context) -> Dataset:
 
     Errors: DataError for a missing or empty file, or when no row is left.
     """
-    if kind := converted(data):
+    if kind := detect_full_schema(data):
         raise DataError(
-            f"{data.path}: already holds {WHAT[kind]} in this schema; use data.export to write another format, data.mix"
+            f"{data.path}: already holds {KIND_NAMES[kind]} in this schema; use data.export to write another format,"
+            " data.mix"
             " to combine datasets"
         )
-    rejected = Rejected()
+    rejected = RejectedRows()
     published = PUBLISHED.get(config.format)
-    rows = published.rows(data.path, rejected) if published else list(_rows(config, data, rejected))
+    rows = published.rows(data.path, rejected) if published else list(_convert_rows(config, data, rejected))
     if config.duplicates == "drop":
-        rows = without_repeated(rows, data.name, rejected)
+        rows = drop_duplicate_rows(rows, data.name, rejected)
     if not rows:
         first = (
             f": {rejected.rows[0]['file']} line {rejected.rows[0]['line']}: {rejected.rows[0]['reason']}"
@@ -89,15 +90,15 @@ def chat(config: ChatConfig, data: Dataset, ctx: Context) -> Dataset:
             f" {'a conversation' if config.format == 'auto' else repr(config.format)}{first}"
         )
     pairs = "chosen" in rows[0]
-    rejected.write(ctx.out, ctx.progress.say)
+    rejected.write(ctx.out, ctx.progress.log)
     found = Counter(row["extra"].get("shape", config.format) for row in rows)
     reasons = Counter(row["reason"] for row in rejected.rows)
     ctx.report.title = f"{data.name} as {'preference pairs' if pairs else 'conversations'}"
-    ctx.report.lead = f"{len(rows):,} rows, {len(rejected.rows):,} rejected."
+    ctx.report.subtitle = f"{len(rows):,} rows, {len(rejected.rows):,} rejected."
     ctx.report.data = {"rows": len(rows), "shapes": dict(found), "rejected": dict(reasons)}
-    ctx.report.table("Formats", ("format", "rows"), found.most_common())
+    ctx.report.add_table("Formats", ("format", "rows"), found.most_common())
     if reasons:
-        ctx.report.table(
+        ctx.report.add_table(
             "Rejected", ("reason", "rows"), reasons.most_common(40), note="The rows are in rejected.jsonl."
         )
     extra = {"rejected": len(rejected.rows), "shapes": dict(found)}
@@ -106,28 +107,28 @@ def chat(config: ChatConfig, data: Dataset, ctx: Context) -> Dataset:
         "data.chat",
         [data],
         rows,
-        dropped=plain_reasons(reasons),
+        dropped=generalize_reasons(reasons),
         metrics={"rejected": len(rejected.rows)},
         extra=extra,
     )
 
 
-def without_repeated(rows: Sequence[Row], name: str, rejected: Rejected) -> list[Row]:
+def drop_duplicate_rows(rows: Sequence[Row], name: str, rejected: RejectedRows) -> list[Row]:
     """Reject rows whose turns and tools equal those of an earlier row; return the others."""
     first: dict[str, str] = {}
-    kept = []
+    unique_rows = []
     for number, row in enumerate(rows, 1):
         content = json.dumps(
             [row.get(side) for side in ("messages", "prompt", "chosen", "rejected", "tools")], sort_keys=True
         )
         if first.setdefault(content, row["id"]) == row["id"]:
-            kept.append(row)
+            unique_rows.append(row)
         else:
             rejected.add(name, number, f"duplicate of another row ({first[content]})", row)
-    return kept
+    return unique_rows
 
 
-def plain_reasons(reasons: Mapping[str, int]) -> dict[str, int]:
+def generalize_reasons(reasons: Mapping[str, int]) -> dict[str, int]:
     """Strip row-specific details from reasons (turn numbers, names, parentheses, advice) and add up their counts."""
     found: Counter[str] = Counter()
     for reason, count in reasons.items():
@@ -138,13 +139,13 @@ def plain_reasons(reasons: Mapping[str, int]) -> dict[str, int]:
     return dict(found)
 
 
-def _rows(config: ChatConfig, data: Dataset, rejected: Rejected) -> Iterator[Row]:
+def _convert_rows(config: ChatConfig, data: Dataset, rejected: RejectedRows) -> Iterator[Row]:
     seen: set[str] = set()
     questions: dict[str, str] = {}  # question -> id of the first row with it, used as the group
     pairs: bool | None = None
-    for file, number, raw in raw_rows(data.path, rejected):
+    for file, number, raw in read_raw_rows(data.path, rejected):
         try:
-            row = chat_row(config, raw, f"{file.rsplit('/', 1)[-1].split('.')[0]}-{number}")
+            row = convert_row(config, raw, f"{file.rsplit('/', 1)[-1].split('.')[0]}-{number}")
             if row["id"] in seen:
                 raise ValueError(f"duplicate id {row['id']!r}")
             if pairs is not None and pairs != ("chosen" in row):
@@ -154,16 +155,16 @@ def _rows(config: ChatConfig, data: Dataset, rejected: Rejected) -> Iterator[Row
                     else "a conversation among preference pairs"
                 )
         except (ValueError, AttributeError, KeyError, TypeError, UnicodeEncodeError) as error:
-            rejected.add(file, number, reason_of(error), raw)
+            rejected.add(file, number, get_rejection_reason(error), raw)
             continue
         pairs = "chosen" in row
         seen.add(row["id"])
         if not row["group"]:
-            row["group"] = questions.setdefault(question_of(row), row["id"])
+            row["group"] = questions.setdefault(get_question(row), row["id"])
         yield row
 
 
-def reason_of(error: Exception) -> str:
+def get_rejection_reason(error: Exception) -> str:
     """Return an error's message as a rejection reason; Python's own errors include their type."""
     if isinstance(error, UnicodeEncodeError):
         return "a lone surrogate, which is not valid Unicode text"
@@ -174,7 +175,7 @@ def reason_of(error: Exception) -> str:
     )
 
 
-def chat_row(config: ChatConfig, raw: Json, default_id: str) -> Row:
+def convert_row(config: ChatConfig, raw: Json, default_id: str) -> Row:
     """Convert one raw row to the schema; its group may be empty.
 
     Errors: ValueError, AttributeError, KeyError or TypeError when the format does not fit or the turns are faulty.
@@ -183,15 +184,15 @@ def chat_row(config: ChatConfig, raw: Json, default_id: str) -> Row:
     row["id"] = row["id"] or default_id
     if config.merge_turns:
         for name in TURNS["preference" if "chosen" in row else "chat"]:
-            row[name] = messages_to_json(merged(messages_from_json(row[name])))
+            row[name] = messages_to_json(merge_consecutive_turns(messages_from_json(row[name])))
     if config.turns == "strict":
-        for messages in conversations(row):
-            if found := problems(messages, row["tools"]):
+        for messages in get_conversations(row):
+            if found := find_problems(messages, row["tools"]):
                 raise ValueError(found[0])
     return row
 
 
-def conversations(row: Row) -> list[tuple[Message, ...]]:
+def get_conversations(row: Row) -> list[tuple[Message, ...]]:
     """Return the full conversations of a row: its own, or the prompt with the chosen and with the rejected side."""
     if "chosen" not in row:
         return [messages_from_json(row["messages"])]

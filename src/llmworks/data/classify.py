@@ -16,11 +16,11 @@ from pydantic import Field, model_validator
 
 from llmworks.core.artifact import Config, Dataset
 from llmworks.core.context import Context
-from llmworks.core.documents import DocumentWriter, read_documents, table_documents
+from llmworks.core.documents import DocumentWriter, iterate_documents, read_documents
 from llmworks.core.errors import DataError, MissingDependency
 from llmworks.core.types import Json
-from llmworks.data.card import finish
-from llmworks.data.store.parts import Done, Span, spans, work
+from llmworks.data.card import finish_dataset
+from llmworks.data.store.parts import PartResults, Span, plan_spans, process_parts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from llmworks.core.report import ReportBuilder
 
 MODEL, SCORES = "model.npz", "scores.npy"
-PIECE = 2000  # characters; all examples are cut to this size, so that length is not a feature
-SHOWN = 5
-LEAST = 10  # examples of each class
+EXCERPT_CHARACTERS = 2000  # characters; all examples are cut to this size, so that length is not a feature
+MAX_SAMPLES = 5
+MIN_EXAMPLES = 10  # examples of each class
 
 
 class ClassifyConfig(Config):
@@ -66,9 +66,9 @@ def classify(config: ClassifyConfig, good: list[Dataset], bad: list[Dataset], da
         raise MissingDependency(
             "data.classify needs scikit-learn; install it with: pip install 'llmworks[corpus]'"
         ) from None
-    report = learn(config, good, bad, ctx)
-    parts = spans(data)
-    scored = work(ctx, "score", partial(_score_part, ctx.scratch / MODEL), parts)
+    report = train_classifier(config, good, bad, ctx)
+    parts = plan_spans(data)
+    scored = process_parts(ctx, "score", partial(_score_part, ctx.scratch / MODEL), parts)
     scores = np.concatenate([np.load(folder / SCORES) for folder in scored.folders])
     bound = (
         config.threshold
@@ -77,35 +77,42 @@ def classify(config: ClassifyConfig, good: list[Dataset], bad: list[Dataset], da
         if config.quantile
         else 0.0
     )
-    done = work(
+    done = process_parts(
         ctx, "write", partial(_write_part, config.score_field, bound), list(zip(parts, scored.folders, strict=True))
     )
-    if not done.sum("kept"):
+    if not done.sum_values("kept"):
         raise DataError(f"{data.name}: no document scores {bound:.3g} or more; the highest score is {scores.max():.3g}")
     done.gather(ctx.out)
     _report(ctx, data, scores, bound, done)
-    metrics = {"documents": done.sum("kept"), "dropped": done.sum("dropped"), "bound": round(bound, 6), **report}
-    return finish(
+    metrics = {
+        "documents": done.sum_values("kept"),
+        "dropped": done.sum_values("dropped"),
+        "bound": round(bound, 6),
+        **report,
+    }
+    return finish_dataset(
         ctx,
         "data.classify",
         [data],
-        dropped={"low quality": done.sum("dropped")} if done.sum("dropped") else {},
+        dropped={"low quality": done.sum_values("dropped")} if done.sum_values("dropped") else {},
         metrics=metrics,
     )
 
 
-def learn(config: ClassifyConfig, good: Sequence[Dataset], bad: Sequence[Dataset], ctx: Context) -> Json:
+def train_classifier(config: ClassifyConfig, good: Sequence[Dataset], bad: Sequence[Dataset], ctx: Context) -> Json:
     """Train the classifier, evaluate it on held-out examples and save it to scratch; returns the metrics."""
     import numpy as np
     import pyarrow as pa
     from sklearn.metrics import roc_auc_score
 
-    from llmworks.data.text.features import chances, features, fit, telling
+    from llmworks.data.text.features import fit_classifier, hash_features, predict_probabilities, top_terms
 
-    texts = [examples(kind, config) for kind in (good, bad)]
+    texts = [sample_examples(kind, config) for kind in (good, bad)]
     for name, found in zip(("good", "bad"), texts, strict=True):
-        if len(found) < LEAST:
-            raise DataError(f"{name}: {len(found)} examples are too few to train on; at least {LEAST} are needed")
+        if len(found) < MIN_EXAMPLES:
+            raise DataError(
+                f"{name}: {len(found)} examples are too few to train on; at least {MIN_EXAMPLES} are needed"
+            )
     every = texts[0] + texts[1]
     labels = np.array([1] * len(texts[0]) + [0] * len(texts[1]))
     test = np.zeros(len(every), dtype=bool)
@@ -113,28 +120,28 @@ def learn(config: ClassifyConfig, good: Sequence[Dataset], bad: Sequence[Dataset
     for kind in (0, 1):  # stratified by class
         places = np.flatnonzero(labels == kind)
         test[random.permutation(places)[: max(2, round(len(places) * config.test_size))]] = True
-    matrix = features(pa.array(every))
-    model = fit(matrix[~test], labels[~test], config.C, config.seed)
-    scores = chances(model, matrix[test])
+    matrix = hash_features(pa.array(every))
+    model = fit_classifier(matrix[~test], labels[~test], config.C, config.seed)
+    scores = predict_probabilities(model, matrix[test])
     truth = labels[test]
     model.save(ctx.scratch / MODEL)
-    said = scores >= 0.5
-    hits = int((said & (truth == 1)).sum())
-    precision, recall = hits / max(1, int(said.sum())), hits / int(truth.sum())
+    predicted = scores >= 0.5
+    hits = int((predicted & (truth == 1)).sum())
+    precision, recall = hits / max(1, int(predicted.sum())), hits / int(truth.sum())
     figures = {
         "auc": round(float(roc_auc_score(truth, scores)), 4),
         "precision": round(precision, 4),
         "recall": round(recall, 4),
     }
-    report = _describe_figures(truth, scores, ctx, precision, recall, figures, test)
-    plus, minus = telling(model, every[:: max(1, len(every) // 4000)], 15)
+    report = _report_metrics(truth, scores, ctx, precision, recall, figures, test)
+    plus, minus = top_terms(model, every[:: max(1, len(every) // 4000)], 15)
     rows = [(a, x, b, y) for (a, x), (b, y) in zip(plus, minus, strict=False)]
-    report.table("Most predictive features", ("of good", "weight", "of bad", "weight"), rows)
+    report.add_table("Most predictive features", ("of good", "weight", "of bad", "weight"), rows)
     report.data = figures
     return figures
 
 
-def _describe_figures(
+def _report_metrics(
     truth: NDArray[Any],
     scores: NDArray[Any],
     ctx: Context,
@@ -149,7 +156,7 @@ def _describe_figures(
     false, true, _ = roc_curve(truth, scores)
     p, r, _ = precision_recall_curve(truth, scores)
     report = ctx.report
-    report.table(
+    report.add_table(
         "Metrics on held-out examples",
         ("metric", "value"),
         [
@@ -161,17 +168,17 @@ def _describe_figures(
         ],
         note=f"{int((~test).sum()):,} training examples, {int(test.sum()):,} held-out examples.",
     )
-    report.curves(
+    report.add_curves(
         "ROC",
-        {"classifier": _thin(false, true), "chance": [(0, 0), (1, 1)]},
+        {"classifier": _subsample_curve(false, true), "chance": [(0, 0), (1, 1)]},
         x="false positive rate",
         y="true positive rate",
     )
-    report.curves("Precision and recall", {"classifier": _thin(r, p)}, x="recall", y="precision")
+    report.add_curves("Precision and recall", {"classifier": _subsample_curve(r, p)}, x="recall", y="precision")
     return report
 
 
-def examples(datasets: Sequence[Dataset], config: ClassifyConfig) -> list[str]:
+def sample_examples(datasets: Sequence[Dataset], config: ClassifyConfig) -> list[str]:
     """Sample excerpts by reservoir sampling (Vitter 1985): one per document, equally many from each dataset."""
     import random
 
@@ -183,8 +190,8 @@ def examples(datasets: Sequence[Dataset], config: ClassifyConfig) -> list[str]:
         for seen, document in enumerate(read_documents(dataset)):
             place = seen if seen < room else draw.randrange(seen + 1)
             if place < room:
-                start = draw.randrange(max(1, len(document.text) - PIECE))
-                piece = document.text[start : start + PIECE]
+                start = draw.randrange(max(1, len(document.text) - EXCERPT_CHARACTERS))
+                piece = document.text[start : start + EXCERPT_CHARACTERS]
                 if seen < room:
                     kept.append(piece)
                 else:
@@ -196,10 +203,10 @@ def examples(datasets: Sequence[Dataset], config: ClassifyConfig) -> list[str]:
 def _score_part(model: Path, part: Span, folder: Path) -> Json:
     import numpy as np
 
-    from llmworks.data.text.features import Linear
+    from llmworks.data.text.features import LinearClassifier
 
-    linear = Linear.load(model)
-    np.save(folder / SCORES, np.concatenate([linear.chances(table["text"]) for table in part.tables(("text",))]))
+    linear = LinearClassifier.load(model)
+    np.save(folder / SCORES, np.concatenate([linear.predict_proba(table["text"]) for table in part.tables(("text",))]))
     return {}
 
 
@@ -213,7 +220,7 @@ def _write_part(field: str, bound: float, unit: tuple[Span, Path], folder: Path)
     best: list[Json] = []
     with DocumentWriter(folder) as writer, DocumentWriter(folder / "dropped", reasons=True) as dropped:
         for table in part.tables():
-            for document in table_documents(table):
+            for document in iterate_documents(table):
                 score = round(scores[at], 5)
                 scored_document = replace(document, metadata={**document.metadata, field: score})
                 if scores[at] >= bound:
@@ -222,39 +229,45 @@ def _write_part(field: str, bound: float, unit: tuple[Span, Path], folder: Path)
                     dropped.add(scored_document, "low quality")
                 sample = {"score": score, "id": document.id, "text": document.text[:500]}
                 worst = (
-                    sorted([*worst, sample], key=lambda s: s["score"])[:SHOWN]
-                    if len(worst) < SHOWN or score < worst[-1]["score"]
+                    sorted([*worst, sample], key=lambda s: s["score"])[:MAX_SAMPLES]
+                    if len(worst) < MAX_SAMPLES or score < worst[-1]["score"]
                     else worst
                 )
                 best = (
-                    sorted([*best, sample], key=lambda s: -s["score"])[:SHOWN]
-                    if len(best) < SHOWN or score > best[-1]["score"]
+                    sorted([*best, sample], key=lambda s: -s["score"])[:MAX_SAMPLES]
+                    if len(best) < MAX_SAMPLES or score > best[-1]["score"]
                     else best
                 )
                 at += 1
     return {"kept": writer.documents, "dropped": dropped.documents, "worst": worst, "best": best}
 
 
-def _thin(x: Any, y: Any, points: int = 200) -> list[tuple[float, float]]:
+def _subsample_curve(x: Any, y: Any, points: int = 200) -> list[tuple[float, float]]:
     """Subsample a curve to about `points` points."""
     step = max(1, len(x) // points)
     return [(float(a), float(b)) for a, b in zip(x[::step], y[::step], strict=True)] + [(float(x[-1]), float(y[-1]))]
 
 
-def _report(ctx: Context, data: Dataset, scores: Any, bound: float, done: Done) -> None:
+def _report(ctx: Context, data: Dataset, scores: Any, bound: float, done: PartResults) -> None:
     import numpy as np
 
     report = ctx.report
     report.title = f"Quality scores of {data.name}"
-    report.lead = (
-        f"{done.sum('kept'):,} of {len(scores):,} documents score at least {bound:.3g} and are kept; the median score"
+    report.subtitle = (
+        f"{done.sum_values('kept'):,} of {len(scores):,} documents score at least {bound:.3g} and are kept; the"
+        " median score"
         f" is {np.median(scores):.3f}."
     )
-    report.data = {**report.data, "kept": done.sum("kept"), "dropped": done.sum("dropped"), "bound": bound}
+    report.data = {
+        **report.data,
+        "kept": done.sum_values("kept"),
+        "dropped": done.sum_values("dropped"),
+        "bound": bound,
+    }
     counts = np.histogram(scores, bins=40, range=(0, 1))[0].tolist()
-    report.histograms("Scores", {"documents": {"counts": counts, "top": 1, "low": bound or None, "high": None}})
+    report.add_histograms("Scores", {"documents": {"counts": counts, "top": 1, "low": bound or None, "high": None}})
     for heading, key, order in (("Lowest scores", "worst", 1), ("Highest scores", "best", -1)):
         found = sorted((s for summary in done.summaries for s in summary[key]), key=lambda s: order * s["score"])[
-            :SHOWN
+            :MAX_SAMPLES
         ]
-        report.samples(heading, [{"document": f"{s['score']:.3f} · {s['id']}", "text": s["text"]} for s in found])
+        report.add_samples(heading, [{"document": f"{s['score']:.3f} · {s['id']}", "text": s["text"]} for s in found])

@@ -19,18 +19,18 @@ from llmworks.core.context import Context
 from llmworks.core.documents import DocumentWriter
 from llmworks.core.errors import DataError
 from llmworks.core.types import Document, Json
-from llmworks.data.card import finish
+from llmworks.data.card import finish_dataset
 from llmworks.data.filters.c4 import C4
 from llmworks.data.filters.fineweb import FineWeb
 from llmworks.data.filters.gopher import GopherQuality, GopherRepetition
 from llmworks.data.filters.instruction import Instruction
 from llmworks.data.filters.language import Language, check_codes
 from llmworks.data.filters.repair import Repair
-from llmworks.data.store.parts import Done, Span, spans, work
+from llmworks.data.store.parts import PartResults, Span, plan_spans, process_parts
 
 if TYPE_CHECKING:
-    from llmworks.data.filters.rules import Judgement
-    from llmworks.data.filters.words import Words
+    from llmworks.data.filters.rules import FilterDecisions
+    from llmworks.data.filters.words import WordVocabulary
 
 BATCH_DOCUMENTS = 500
 BATCH_CHARACTERS = 1 << 20
@@ -71,8 +71,8 @@ def clean(config: CleanConfig, data: Dataset, ctx: Context) -> Dataset:
     """
     if config.language:
         check_codes(config.language.languages)
-    done = work(ctx, "clean", partial(_clean_part, config), spans(data))
-    kept, dropped = done.sum("kept"), done.total("dropped")
+    done = process_parts(ctx, "clean", partial(_clean_part, config), plan_spans(data))
+    kept, dropped = done.sum_values("kept"), done.sum_counters("dropped")
     if not kept:
         raise DataError(
             f"{data.name}: all {dropped.total()} documents were dropped; the most frequent reason:"
@@ -83,13 +83,13 @@ def clean(config: CleanConfig, data: Dataset, ctx: Context) -> Dataset:
     metrics = {
         "documents": kept,
         "dropped": dropped.total(),
-        "characters": done.sum("characters"),
-        "changed": done.sum("changed"),
+        "characters": done.sum_values("characters"),
+        "changed": done.sum_values("changed"),
     }
-    return finish(ctx, "data.clean", [data], dropped=dict(dropped.most_common()), metrics=metrics)
+    return finish_dataset(ctx, "data.clean", [data], dropped=dict(dropped.most_common()), metrics=metrics)
 
 
-def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+def batch_documents(documents: Iterator[Document]) -> Iterator[list[Document]]:
     """Yield batches of BATCH_DOCUMENTS documents, or fewer of at least BATCH_CHARACTERS characters."""
     batch: list[Document] = []
     size = 0
@@ -104,23 +104,23 @@ def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _clean_part(config: CleanConfig, part: Span, folder: Path) -> Json:
-    from llmworks.data.filters.words import Words
+    from llmworks.data.filters.words import WordVocabulary
 
-    tally = Tally()
-    words = Words()
+    tally = FilterStatistics()
+    words = WordVocabulary()
     with DocumentWriter(folder) as writer, DocumentWriter(folder / "dropped", reasons=True) as dropped:
-        for batch in batches(part.documents()):
+        for batch in batch_documents(part.documents()):
             tally.before += sum(len(d.text) for d in batch)
-            for document, reason in judge_batch(config, batch, words, tally):
+            for document, reason in filter_batch(config, batch, words, tally):
                 if reason:
                     dropped.add(document, reason)
-                    tally.drop(document, reason)
+                    tally.add_dropped(document, reason)
                 else:
                     writer.add(document)
     return {**vars(tally), "kept": writer.documents, "characters": writer.characters}
 
 
-class Tally:
+class FilterStatistics:
     """Counters and samples collected while documents are filtered."""
 
     def __init__(self) -> None:
@@ -132,24 +132,24 @@ class Tally:
         self.histograms: dict[str, Json] = {}
         self.samples: dict[str, list[Json]] = {}
 
-    def drop(self, document: Document, reason: str) -> None:
+    def add_dropped(self, document: Document, reason: str) -> None:
         """Count a dropped document; keep the beginning of the first few as samples."""
         self.dropped[reason] += 1
         samples = self.samples.setdefault(reason, [])
         if len(samples) < SAMPLES:
             samples.append({"id": document.id, "text": document.text[:600]})
 
-    def count(self, rules: str, judged: Judgement) -> None:
+    def add_histograms(self, rules: str, judgement: FilterDecisions) -> None:
         """Add a batch's histograms to those of the part, under the name of the rule set."""
-        for label, histogram in judged.histograms.items():
+        for label, histogram in judgement.histograms.items():
             known = self.histograms.setdefault(
                 f"{rules}: {label}", {**histogram, "counts": [0] * len(histogram["counts"])}
             )
             known["counts"] = [a + b for a, b in zip(known["counts"], histogram["counts"], strict=True)]
 
 
-def judge_batch(
-    config: CleanConfig, batch: list[Document], words: Words, tally: Tally
+def filter_batch(
+    config: CleanConfig, batch: list[Document], words: WordVocabulary, tally: FilterStatistics
 ) -> Iterator[tuple[Document, str]]:
     """Yield (document, reason) for a batch: repaired documents with an empty reason if kept, else as the violated rule
     received them.
@@ -162,19 +162,19 @@ def judge_batch(
     reasons = [""] * len(batch)
     left = list(range(len(batch)))
     if config.repair:
-        _repair(config.repair, documents, reasons, tally)
+        _repair_documents(config.repair, documents, reasons, tally)
         left = [i for i in left if not reasons[i]]
     if config.language:
-        _language(config.language, documents, left, reasons, tally)
+        _identify_languages(config.language, documents, left, reasons, tally)
         left = [i for i in left if not reasons[i]]
 
     counted: dict[int, tuple[str, int]] = {}  # index -> (text, its number of words)
 
-    def apply(*judged: tuple[str, Judgement]) -> None:
+    def apply(*judged: tuple[str, FilterDecisions]) -> None:
         """Apply the results of rule sets on the same texts; the first violated rule counts."""
         nonlocal left
         for rules, judgement in judged:
-            tally.count(rules, judgement)
+            tally.add_histograms(rules, judgement)
         for i, *found in zip(left, *(judgement.reasons for _, judgement in judged), strict=True):
             reasons[i] = next(filter(None, found), "")
         left = [i for i in left if not reasons[i]]
@@ -184,12 +184,12 @@ def judge_batch(
         counted = {i: (documents[i].text, count) for i, count in zip(left, encoded.counts.tolist(), strict=True)}
         judged = []
         if config.gopher_repetition:
-            judged.append(("gopher", gopher.gopher_repetition(config.gopher_repetition, encoded, words)))
+            judged.append(("gopher", gopher.filter_gopher_repetition(config.gopher_repetition, encoded, words)))
         if config.gopher_quality:
-            judged.append(("gopher", gopher.gopher_quality(config.gopher_quality, encoded, words)))
+            judged.append(("gopher", gopher.filter_gopher_quality(config.gopher_quality, encoded, words)))
         apply(*judged)
     if config.c4 and left:
-        texts, judgement, lines = c4.c4(config.c4, [documents[i].text for i in left], words)
+        texts, judgement, lines = c4.filter_c4(config.c4, [documents[i].text for i in left], words)
         tally.lines.update(lines)
         for i, text, reason in zip(left, texts, judgement.reasons, strict=True):
             if not reason and text != documents[i].text:
@@ -200,9 +200,9 @@ def judge_batch(
         again = words.encode([documents[i].text for i in changed]).counts.tolist()
         counted |= {i: (documents[i].text, count) for i, count in zip(changed, again, strict=True)}
         counts = np.array([counted[i][1] for i in left])
-        apply(("fineweb", fineweb.fineweb(config.fineweb, [documents[i].text for i in left], counts)))
+        apply(("fineweb", fineweb.filter_fineweb(config.fineweb, [documents[i].text for i in left], counts)))
     if config.instruction and left:
-        apply(("instruction", instruction.instruction(config.instruction, [documents[i].text for i in left])))
+        apply(("instruction", instruction.filter_instructions(config.instruction, [documents[i].text for i in left])))
     for before, document, reason in zip(batch, documents, reasons, strict=True):
         if not reason and not document.text.strip():
             reason = "nothing is left"
@@ -210,7 +210,7 @@ def judge_batch(
         yield document, reason
 
 
-def _repair(config: Repair, documents: list[Document], reasons: list[str], tally: Tally) -> None:
+def _repair_documents(config: Repair, documents: list[Document], reasons: list[str], tally: FilterStatistics) -> None:
     from llmworks.data.filters.repair import repair
 
     for i, document in enumerate(documents):
@@ -223,11 +223,13 @@ def _repair(config: Repair, documents: list[Document], reasons: list[str], tally
             documents[i] = replace(document, text=text)
 
 
-def _language(config: Language, documents: list[Document], left: list[int], reasons: list[str], tally: Tally) -> None:
-    from llmworks.data.filters.language import identify
+def _identify_languages(
+    config: Language, documents: list[Document], left: list[int], reasons: list[str], tally: FilterStatistics
+) -> None:
+    from llmworks.data.filters.language import identify_language
 
     for i in left:
-        code, score = identify(documents[i].text)
+        code, score = identify_language(documents[i].text)
         tally.languages[code or "?"] += 1
         documents[i] = replace(
             documents[i], metadata={**documents[i].metadata, "language": code, "language_score": round(score, 3)}
@@ -236,39 +238,39 @@ def _language(config: Language, documents: list[Document], left: list[int], reas
             reasons[i] = f"language: {code or '?'}" if code not in config.languages else "language: not sure"
 
 
-def _report(ctx: Context, data: Dataset, done: Done) -> None:
-    kept, dropped = done.sum("kept"), done.total("dropped")
-    before, after = done.sum("before"), done.sum("characters")
+def _report(ctx: Context, data: Dataset, done: PartResults) -> None:
+    kept, dropped = done.sum_values("kept"), done.sum_counters("dropped")
+    before, after = done.sum_values("before"), done.sum_values("characters")
     report = ctx.report
     report.title = f"{data.name} after cleaning"
-    report.lead = (
+    report.subtitle = (
         f"{kept:,} of {kept + dropped.total():,} documents are kept, {after:,} of {before:,} characters"
-        f" ({after / max(before, 1):.1%}); {done.sum('changed'):,} of the kept documents were changed."
+        f" ({after / max(before, 1):.1%}); {done.sum_values('changed'):,} of the kept documents were changed."
     )
     report.data = {
         "kept": kept,
         "dropped": dict(dropped),
-        "lines": dict(done.total("lines")),
-        "languages": dict(done.total("languages")),
+        "lines": dict(done.sum_counters("lines")),
+        "languages": dict(done.sum_counters("languages")),
     }
     every = kept + dropped.total()
-    report.table(
+    report.add_table(
         "Dropped documents",
         ("first violated rule", "documents", "share"),
         [(r, n, f"{n / every:.2%}") for r, n in dropped.most_common()],
         note="They are in dropped/ with their reason. Rules are applied in order; each document counts once.",
     )
-    if lines := done.total("lines"):
-        report.table("Dropped lines", ("reason", "lines"), lines.most_common())
-    if languages := done.total("languages"):
-        report.table("Languages", ("code", "documents"), languages.most_common(20))
+    if lines := done.sum_counters("lines"):
+        report.add_table("Dropped lines", ("reason", "lines"), lines.most_common())
+    if languages := done.sum_counters("languages"):
+        report.add_table("Languages", ("code", "documents"), languages.most_common(20))
     histograms: dict[str, Json] = {}
     for summary in done.summaries:
         for label, histogram in summary["histograms"].items():
             known = histograms.setdefault(label, {**histogram, "counts": [0] * len(histogram["counts"])})
             known["counts"] = [a + b for a, b in zip(known["counts"], histogram["counts"], strict=True)]
     if histograms:
-        report.histograms(
+        report.add_histograms(
             "Distributions of the filtered quantities",
             histograms,
             note="Documents by value; red lines are the thresholds, the last bar includes all larger values.",
@@ -277,7 +279,7 @@ def _report(ctx: Context, data: Dataset, done: Done) -> None:
         reason: [s for summary in done.summaries for s in summary["samples"].get(reason, [])][:SAMPLES]
         for reason in dropped
     }
-    report.samples(
+    report.add_samples(
         "Samples of dropped documents",
         [{"why": f"{reason} · {s['id']}", "text": s["text"]} for reason in dropped for s in samples[reason]],
         note="The beginning of a few documents per reason.",

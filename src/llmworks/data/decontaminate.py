@@ -19,18 +19,18 @@ from pydantic import Field, model_validator
 
 from llmworks.core.artifact import Config, Dataset
 from llmworks.core.context import Context
-from llmworks.core.documents import DocumentWriter, table_documents
+from llmworks.core.documents import DocumentWriter, iterate_documents
 from llmworks.core.errors import DataError
 from llmworks.core.types import Document, Json
-from llmworks.data.card import finish
+from llmworks.data.card import finish_dataset
 from llmworks.data.duplicates.near import Near
-from llmworks.data.store.parts import Done, Span, spans, work
+from llmworks.data.store.parts import PartResults, Span, plan_spans, process_parts
 
 if TYPE_CHECKING:
-    from llmworks.data.text.hashing import Array, Hashed
+    from llmworks.data.text.hashing import Array, TextHashes
 
 OVERLAPS, INDEX = "overlaps.jsonl", "index.npz"
-SHOWN = 40
+MAX_SAMPLES = 40
 WORD = re.compile(r"[0-9A-Za-z\x80-\U0010ffff]+")
 LETTER = re.compile(r"[A-Za-z\x80-\U0010ffff]")
 
@@ -74,47 +74,49 @@ def decontaminate(config: DecontaminateConfig, data: Dataset, tests: dict[str, D
 
     Errors: DataError for a test set without rows that can be compared, or when no document is left.
     """
-    rows = _index(config, tests, ctx.scratch / INDEX)
-    done = work(ctx, "compare", partial(_compare_part, config, ctx.scratch / INDEX, rows.names), spans(data))
-    if not done.sum("kept"):
+    rows = _build_index(config, tests, ctx.scratch / INDEX)
+    done = process_parts(
+        ctx, "compare", partial(_compare_part, config, ctx.scratch / INDEX, rows.names), plan_spans(data)
+    )
+    if not done.sum_values("kept"):
         raise DataError(f"{data.name}: every document overlaps with the test sets; no document is left")
     done.gather(ctx.out)
     touched = _report(config, ctx, data, rows, done)
     metrics = {
-        "documents": done.sum("kept"),
-        "dropped": done.sum("dropped"),
-        "flagged": done.sum("flagged"),
+        "documents": done.sum_values("kept"),
+        "dropped": done.sum_values("dropped"),
+        "flagged": done.sum_values("flagged"),
         "contaminated_test_rows": touched,
         "test_rows": len(rows.names),
     }
-    dropped = {"overlaps with a test": done.sum("dropped")} if done.sum("dropped") else {}
-    return finish(
+    dropped = {"overlaps with a test": done.sum_values("dropped")} if done.sum_values("dropped") else {}
+    return finish_dataset(
         ctx, "data.decontaminate", [data], dropped=dropped, metrics=metrics, note=f"against {', '.join(rows.sizes)}"
     )
 
 
 @dataclass(frozen=True)
-class TestRows:
+class TestSetRows:
     """The test rows: (test set, id) of each, and per test set the number of rows and of rows without n-grams."""
 
     names: list[tuple[str, str]]
     sizes: Counter[str]
-    short: Counter[str]
+    too_short: Counter[str]
 
 
-def _index(config: DecontaminateConfig, tests: Mapping[str, Dataset], path: Path) -> TestRows:
+def _build_index(config: DecontaminateConfig, tests: Mapping[str, Dataset], path: Path) -> TestSetRows:
     """Write the index of all test rows: sorted n-gram hashes with their rows, MinHash bands and shingle sets."""
     import numpy as np
     import pyarrow as pa
 
     from llmworks.data.duplicates import near
-    from llmworks.data.store.testsets import test_rows
-    from llmworks.data.text.hashing import hash_words, shingles, unique
+    from llmworks.data.store.testsets import read_eval_rows
+    from llmworks.data.text.hashing import hash_shingles, hash_words, unique_hashes
 
     names: list[tuple[str, str]] = []
     texts: list[str] = []
     for name, dataset in tests.items():
-        for id, text in test_rows(dataset):
+        for id, text in read_eval_rows(dataset):
             names.append((name, id))
             texts.append(text)
     sizes = Counter(name for name, _ in names)
@@ -131,7 +133,7 @@ def _index(config: DecontaminateConfig, tests: Mapping[str, Dataset], path: Path
         ]
         telling = np.concatenate(([0], np.cumsum(lettered, dtype=np.int64)))
         for n in {config.ngram, config.short_ngram}:
-            grams = shingles(words, n)
+            grams = hash_shingles(words, n)
             fits = own >= config.ngram if n == config.ngram else (own >= n) & (own < config.ngram)
             mask = fits[grams.owner]
             if not config.include_numeric_ngrams:
@@ -139,10 +141,12 @@ def _index(config: DecontaminateConfig, tests: Mapping[str, Dataset], path: Path
                 mask &= (telling[np.minimum(begin + n, len(lettered))] - telling[begin]) * 2 > n
             runs[n].append((grams.values[mask], grams.owner[mask] + first))
         if config.near:
-            sets = unique(shingles(words, config.near.ngram_size))
+            sets = unique_hashes(hash_shingles(words, config.near.ngram_size))
             values.append(sets.values)
             counts.append(sets.counts)
-            bands.append(near.bands(near.signatures(sets, config.near.num_perm), config.near.band_rows))
+            bands.append(
+                near.hash_bands(near.minhash_signatures(sets, config.near.num_perm), config.near.rows_per_band)
+            )
         first += len(words)
     arrays: dict[str, Any] = {}
     for n, found in runs.items():
@@ -159,7 +163,7 @@ def _index(config: DecontaminateConfig, tests: Mapping[str, Dataset], path: Path
             np.concatenate(([0], np.cumsum(np.concatenate(counts)))),
         )
     np.savez(path, totals=totals, **arrays)
-    return TestRows(names, sizes, Counter(names[i][0] for i in np.flatnonzero(totals == 0)))
+    return TestSetRows(names, sizes, Counter(names[i][0] for i in np.flatnonzero(totals == 0)))
 
 
 @dataclass(frozen=True)
@@ -173,22 +177,24 @@ class Overlap:
     row: int
     kind: str
     share: float
-    place: int = 0
-    n: int = 0
+    word_index: int = 0
+    ngram_size: int = 0
 
 
-def overlaps(config: DecontaminateConfig, index: Mapping[str, Array], words: Hashed) -> dict[int, list[Overlap]]:
+def find_overlaps(
+    config: DecontaminateConfig, index: Mapping[str, Array], words: TextHashes
+) -> dict[int, list[Overlap]]:
     """Find the overlaps of some documents; the keys are the documents' indices."""
     import numpy as np
 
-    from llmworks.data.text.hashing import shingles
+    from llmworks.data.text.hashing import hash_shingles
 
     found: dict[int, list[Overlap]] = {}
     for n in sorted({config.ngram, config.short_ngram}, reverse=True):
         keys, owners = index[f"keys{n}"], index[f"owners{n}"]
         if not len(keys):
             continue
-        grams = shingles(words, n)
+        grams = hash_shingles(words, n)
         fits = (words.counts >= n)[grams.owner]
         at = np.minimum(np.searchsorted(keys, grams.values), len(keys) - 1)
         hits = np.flatnonzero((keys[at] == grams.values) & fits)
@@ -205,20 +211,22 @@ def overlaps(config: DecontaminateConfig, index: Mapping[str, Array], words: Has
             if share >= config.min_share:
                 found.setdefault(document, []).append(Overlap(row, f"{n} words in a row", round(share, 4), begin, n))
     if config.near:
-        for document, row, similarity in _near(config.near, index, words):
+        for document, row, similarity in _find_near_duplicates(config.near, index, words):
             found.setdefault(document, []).append(Overlap(row, "near-duplicate", round(similarity, 4)))
     return found
 
 
-def _near(config: Near, index: Mapping[str, Array], words: Hashed) -> Iterator[tuple[int, int, float]]:
+def _find_near_duplicates(
+    config: Near, index: Mapping[str, Array], words: TextHashes
+) -> Iterator[tuple[int, int, float]]:
     """Yield (document, test row, Jaccard similarity) of near-duplicates."""
     import numpy as np
 
     from llmworks.data.duplicates import near
-    from llmworks.data.text.hashing import shingles, unique
+    from llmworks.data.text.hashing import hash_shingles, unique_hashes
 
-    sets = unique(shingles(words, config.ngram_size))
-    bands = near.bands(near.signatures(sets, config.num_perm), config.band_rows)
+    sets = unique_hashes(hash_shingles(words, config.ngram_size))
+    bands = near.hash_bands(near.minhash_signatures(sets, config.num_perm), config.rows_per_band)
     candidates: set[tuple[int, int]] = set()
     for own, theirs in zip(bands, index["bands"], strict=True):
         order = np.argsort(theirs, kind="stable")
@@ -254,22 +262,22 @@ def _compare_part(
             found: dict[int, list[Overlap]] = {}
             first = 0
             for words in hash_words(table["text"]):
-                found |= {first + place: items for place, items in overlaps(config, index, words).items()}
+                found |= {first + place: items for place, items in find_overlaps(config, index, words).items()}
                 first += len(words)
             if not found:
                 writer.add_table(table)
                 continue
-            for place, document in enumerate(table_documents(table)):
+            for place, document in enumerate(iterate_documents(table)):
                 items = found.get(place)
                 if not items:
                     writer.add(document)
                     continue
                 for item in items:
-                    row = _row_of(names, item, document)
+                    row = _build_row(names, item, document)
                     side.write(json.dumps(row, ensure_ascii=False) + "\n")
                     touched[str(item.row)] = touched.get(str(item.row), 0) + 1
                     kinds[item.kind] += 1
-                    if len(shown) < SHOWN:
+                    if len(shown) < MAX_SAMPLES:
                         shown.append(row)
                 tests = sorted({"/".join(names[item.row]) for item in items})
                 marked = replace(document, metadata={**document.metadata, "contaminated_by": tests[:20]})
@@ -288,7 +296,7 @@ def _compare_part(
     }
 
 
-def _row_of(names: list[tuple[str, str]], item: Overlap, document: Document) -> dict[str, object]:
+def _build_row(names: list[tuple[str, str]], item: Overlap, document: Document) -> dict[str, object]:
     """Return the row of overlaps.jsonl for one overlap."""
     name, id = names[item.row]
     row = {
@@ -297,43 +305,44 @@ def _row_of(names: list[tuple[str, str]], item: Overlap, document: Document) -> 
         "document": document.id,
         "kind": item.kind,
         "share": item.share,
-        "text": excerpt(document, item),
+        "text": extract_excerpt(document, item),
     }
     return row
 
 
-def excerpt(document: Document, item: Overlap) -> str:
+def extract_excerpt(document: Document, item: Overlap) -> str:
     """Return the first shared n-gram, or the beginning of a near-duplicate."""
-    if not item.n:
+    if not item.ngram_size:
         return document.text[:200]
-    words = list(WORD.finditer(document.text))[item.place : item.place + item.n]
+    words = list(WORD.finditer(document.text))[item.word_index : item.word_index + item.ngram_size]
     return document.text[words[0].start() : words[-1].end()] if words else ""
 
 
-def _report(config: DecontaminateConfig, ctx: Context, data: Dataset, rows: TestRows, done: Done) -> int:
+def _report(config: DecontaminateConfig, ctx: Context, data: Dataset, rows: TestSetRows, done: PartResults) -> int:
     """Report the overlaps; returns the number of contaminated test rows."""
-    touched = done.total("touched")
+    touched = done.sum_counters("touched")
     by_test = Counter(rows.names[int(row)][0] for row in touched)
     report = ctx.report
-    changed = done.sum("dropped") or done.sum("flagged")
+    changed = done.sum_values("dropped") or done.sum_values("flagged")
     report.title = f"{data.name} against {', '.join(rows.sizes)}"
-    report.lead = (
-        f"{changed:,} of {done.sum('kept') + done.sum('dropped'):,} documents overlap with a test row and were"
+    report.subtitle = (
+        f"{changed:,} of {done.sum_values('kept') + done.sum_values('dropped'):,} documents overlap with a test row"
+        " and were"
         f" {'dropped' if config.action == 'drop' else 'flagged'}; {len(touched):,} of {len(rows.names):,} test rows are"
         " contaminated."
     )
     report.data = {
-        "dropped": done.sum("dropped"),
-        "flagged": done.sum("flagged"),
+        "dropped": done.sum_values("dropped"),
+        "flagged": done.sum_values("flagged"),
         "touched": dict(by_test),
         "test_rows": dict(rows.sizes),
-        "kinds": dict(done.total("kinds")),
+        "kinds": dict(done.sum_counters("kinds")),
     }
-    report.table(
+    report.add_table(
         "Test sets",
         ("test set", "rows", "contaminated", "share", "too short to compare"),
         [
-            (name, size, by_test[name], f"{by_test[name] / size:.1%}", rows.short[name])
+            (name, size, by_test[name], f"{by_test[name] / size:.1%}", rows.too_short[name])
             for name, size in rows.sizes.items()
         ],
         note=(
@@ -344,14 +353,14 @@ def _report(config: DecontaminateConfig, ctx: Context, data: Dataset, rows: Test
         + (f", or is a near-duplicate of it (Jaccard at least {config.near.threshold})." if config.near else "."),
     )
     if touched:
-        report.table("Overlaps by type", ("type", "pairs"), done.total("kinds").most_common())
-        report.table(
+        report.add_table("Overlaps by type", ("type", "pairs"), done.sum_counters("kinds").most_common())
+        report.add_table(
             "Most contaminated rows",
             ("test row", "documents"),
             [("/".join(rows.names[int(row)]), n) for row, n in touched.most_common(20)],
         )
-    shown = [s for summary in done.summaries for s in summary["shown"]][:SHOWN]
-    report.samples(
+    shown = [s for summary in done.summaries for s in summary["shown"]][:MAX_SAMPLES]
+    report.add_samples(
         "Samples of overlaps",
         [
             {"pair": f"{s['test']}/{s['row']} · {s['document']} · {s['kind']}, {s['share']:.0%}", "text": s["text"]}

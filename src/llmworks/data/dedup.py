@@ -18,17 +18,17 @@ from llmworks.core.artifact import Config, Dataset
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError
 from llmworks.core.types import Json
-from llmworks.data.card import finish
-from llmworks.data.duplicates.dropping import Drop, read_plan, save_plan, side_by_side, write_kept
+from llmworks.data.card import finish_dataset
+from llmworks.data.duplicates.dropping import DuplicateDrop, read_plan, save_plan, show_pairs, write_kept
 from llmworks.data.duplicates.exact import Exact
 from llmworks.data.duplicates.lines import Lines
 from llmworks.data.duplicates.near import Near
-from llmworks.data.store.parts import Done, Span, spans, work
+from llmworks.data.store.parts import PartResults, Span, plan_spans, process_parts
 
 if TYPE_CHECKING:
     from llmworks.data.text.hashing import Array
 
-NUMBERS, SCORES = "numbers.npy", "scores.npy"
+HASHES, SCORES = "numbers.npy", "scores.npy"
 
 
 class DedupConfig(Config):
@@ -58,30 +58,30 @@ def dedup(config: DedupConfig, data: Dataset, ctx: Context) -> Dataset:
     """
     import numpy as np
 
-    parts = spans(data)
+    parts = plan_spans(data)
     rows = sum(part.rows for part in parts)
-    hashed = work(ctx, "hash", partial(hash_part, config), parts)
-    drops, sizes, facts = _decide(config, hashed, rows, ctx)
+    hashed = process_parts(ctx, "hash", partial(hash_part, config), parts)
+    drops, sizes, facts = _cluster_duplicates(config, hashed, rows, ctx)
     plan = save_plan(ctx, parts, drops)
     if config.lines:
-        from llmworks.data.duplicates.lines import repeated_lines
+        from llmworks.data.duplicates.lines import find_repeated_lines
 
-        counted = work(ctx, "lines", partial(_count_lines, config.lines, plan), list(enumerate(parts)))
-        numbers, first = repeated_lines(config.lines, counted.folders)
+        counted = process_parts(ctx, "lines", partial(_count_lines, config.lines, plan), list(enumerate(parts)))
+        numbers, first = find_repeated_lines(config.lines, counted.folders)
         np.savez(plan / "lines.npz", numbers=numbers, first=first)
         facts["repeated_lines"] = len(numbers)
     done = write_kept(ctx, parts, plan, config.lines)
     _report(config, ctx, data, parts, drops, sizes, facts, done)
-    dropped = done.total("dropped")
+    dropped = done.sum_counters("dropped")
     metrics = {
-        "documents": done.sum("kept"),
+        "documents": done.sum_values("kept"),
         "dropped": dropped.total(),
-        "characters": done.sum("characters"),
+        "characters": done.sum_values("characters"),
         "clusters": sizes.total(),
-        "lines": done.sum("lines"),
+        "lines": done.sum_values("lines"),
         **facts,
     }
-    return finish(ctx, "data.dedup", [data], dropped=dict(dropped.most_common()), metrics=metrics)
+    return finish_dataset(ctx, "data.dedup", [data], dropped=dict(dropped.most_common()), metrics=metrics)
 
 
 def hash_part(config: DedupConfig, part: Span, folder: Path) -> Json:
@@ -98,7 +98,7 @@ def hash_part(config: DedupConfig, part: Span, folder: Path) -> Json:
     by_words = config.exact is not None and config.exact.match == "words"
     with (folder / near.SHINGLES).open("wb") as shingles:
         for table in part.tables(("text", "metadata") if config.keep == "highest" else ("text",)):
-            scores.append(_scores(config, table, part))
+            scores.append(_compute_scores(config, table, part))
             if config.exact and not by_words:
                 numbers.append(exact.hash_texts(table["text"]))
             if not (config.near or by_words):
@@ -107,11 +107,13 @@ def hash_part(config: DedupConfig, part: Span, folder: Path) -> Json:
                 if by_words:
                     numbers.append(exact.hash_sequences(words))
                 if config.near:
-                    sets = hashing.unique(hashing.shingles(words, config.near.ngram_size))
+                    sets = hashing.unique_hashes(hashing.hash_shingles(words, config.near.ngram_size))
                     sets.values.tofile(shingles)
                     counts.append(sets.counts)
-                    signatures.append(near.bands(near.signatures(sets, config.near.num_perm), config.near.band_rows))
-    np.save(folder / NUMBERS, np.concatenate(numbers) if numbers else np.zeros(part.rows, np.uint64))
+                    signatures.append(
+                        near.hash_bands(near.minhash_signatures(sets, config.near.num_perm), config.near.rows_per_band)
+                    )
+    np.save(folder / HASHES, np.concatenate(numbers) if numbers else np.zeros(part.rows, np.uint64))
     np.save(folder / SCORES, np.concatenate(scores))
     if config.near:
         np.save(folder / near.STARTS, np.concatenate(([0], np.cumsum(np.concatenate(counts)))))
@@ -119,7 +121,7 @@ def hash_part(config: DedupConfig, part: Span, folder: Path) -> Json:
     return {"rows": part.rows}
 
 
-def _scores(config: DedupConfig, table: Any, part: Span) -> Array:
+def _compute_scores(config: DedupConfig, table: Any, part: Span) -> Array:
     import numpy as np
     import pyarrow.compute as pc
 
@@ -140,37 +142,39 @@ def _scores(config: DedupConfig, table: Any, part: Span) -> Array:
     return np.array(found, dtype=np.float64)
 
 
-def _decide(config: DedupConfig, hashed: Done, rows: int, ctx: Context) -> tuple[dict[int, Drop], Counter[int], Json]:
+def _cluster_duplicates(
+    config: DedupConfig, hashed: PartResults, rows: int, ctx: Context
+) -> tuple[dict[int, DuplicateDrop], Counter[int], Json]:
     """Cluster the duplicates; returns (reason for each dropped row, counts of cluster sizes, metrics)."""
     import numpy as np
 
     from llmworks.data.duplicates import near
-    from llmworks.data.duplicates.clusters import Clusters, best, groups_of_equals
+    from llmworks.data.duplicates.clusters import Clusters, choose_best, group_equal_values
 
     clusters = Clusters(rows)
-    equal = np.concatenate([np.load(folder / NUMBERS) for folder in hashed.folders])
-    for same in groups_of_equals(equal):
+    equal = np.concatenate([np.load(folder / HASHES) for folder in hashed.folders])
+    for same in group_equal_values(equal):
         for row in same[1:].tolist():
             clusters.join(int(same[0]), row)
     facts: Json = {}
     if config.near:
         # only one document of each exact cluster is compared
         chosen = np.array([row for row in range(rows) if clusters.find(row) == row])
-        facts["compared"], facts["joined"] = near.join_near(config.near, hashed.folders, clusters, chosen)
+        facts["compared"], facts["joined"] = near.cluster_near_duplicates(config.near, hashed.folders, clusters, chosen)
     scores = np.concatenate([np.load(folder / SCORES) for folder in hashed.folders])
-    drops: dict[int, Drop] = {}
+    drops: dict[int, DuplicateDrop] = {}
     sizes: Counter[int] = Counter()
     sets = near.ShingleSets(hashed.folders) if config.near else None
     for group in clusters.members():
-        kept = best(group, scores)
+        kept = choose_best(group, scores)
         sizes[len(group)] += 1
         for row in group:
             if row == kept:
                 continue
             if equal[row] and equal[row] == equal[kept]:
-                drops[row] = Drop("exact duplicate", kept, 1.0)
+                drops[row] = DuplicateDrop("exact duplicate", kept, 1.0)
             else:
-                drops[row] = Drop("near-duplicate", kept, round(sets.jaccard(row, kept), 4) if sets else 1.0)
+                drops[row] = DuplicateDrop("near-duplicate", kept, round(sets.jaccard(row, kept), 4) if sets else 1.0)
     if sets:
         sets.close()
     return drops, sizes, facts
@@ -189,7 +193,7 @@ def _count_lines(config: Lines, plan: Path, unit: tuple[int, Span], folder: Path
     for table in part.tables(("text",)):
         for text in table["text"].to_pylist():
             if str(row - part.row) not in drops:
-                own = sorted(set(lines.line_numbers(config, text)) - {0})
+                own = sorted(set(lines.hash_lines(config, text)) - {0})
                 found.append(np.array([(number, row) for number in own], dtype=lines.PAIR))
             row += 1
     np.save(folder / lines.LINES, np.concatenate(found) if found else np.zeros(0, lines.PAIR))
@@ -201,19 +205,21 @@ def _report(
     ctx: Context,
     data: Dataset,
     parts: Sequence[Span],
-    drops: dict[int, Drop],
+    drops: dict[int, DuplicateDrop],
     sizes: Counter[int],
     facts: Json,
-    done: Done,
+    done: PartResults,
 ) -> None:
     report = ctx.report
-    kept, dropped = done.sum("kept"), done.total("dropped")
+    kept, dropped = done.sum_values("kept"), done.sum_counters("dropped")
     every = kept + dropped.total()
     report.title = f"{data.name} after deduplication"
-    report.lead = f"{kept:,} of {every:,} documents are kept ({kept / max(every, 1):.1%}); {sizes.total():,} clusters."
+    report.subtitle = (
+        f"{kept:,} of {every:,} documents are kept ({kept / max(every, 1):.1%}); {sizes.total():,} clusters."
+    )
     if config.near:
         near = config.near
-        report.lead += (
+        report.subtitle += (
             f" {facts['compared']:,} candidate pairs were compared, {facts['joined']:,} merged (Jaccard similarity of"
             f" {near.ngram_size}-gram shingles at least {near.threshold})."
         )
@@ -223,39 +229,39 @@ def _report(
         "cluster_sizes": {str(k): v for k, v in sorted(sizes.items())},
         **facts,
     }
-    report.table(
+    report.add_table(
         "Dropped",
         ("reason", "documents", "share"),
         [(r, n, f"{n / every:.2%}") for r, n in dropped.most_common()],
         note="They are in dropped/ with duplicate_of and similarity.",
     )
     if sizes:
-        report.table("Clusters", ("cluster size", "clusters"), sorted(sizes.items()))
+        report.add_table("Clusters", ("cluster size", "clusters"), sorted(sizes.items()))
     if config.near:
         near = config.near
-        curve = [(i / 50, _chance(near, i / 50)) for i in range(51)]
-        report.curves(
+        curve = [(i / 50, _compute_candidate_probability(near, i / 50)) for i in range(51)]
+        report.add_curves(
             "Probability of becoming a candidate pair",
             {"chance": curve},
             x="Jaccard similarity",
             y="probability",
             note=(
-                f"{near.bands} bands of {near.band_rows} hashes. Candidates with a lower similarity than"
+                f"{near.num_bands} bands of {near.rows_per_band} hashes. Candidates with a lower similarity than"
                 f" {near.threshold} are discarded."
             ),
         )
     if config.lines:
-        common = done.total("shown").most_common(20)
-        report.table(
+        common = done.sum_counters("shown").most_common(20)
+        report.add_table(
             "Repeated lines",
             ("line", "times removed"),
             [(line[:200], n) for line, n in common],
-            note=f"{done.sum('lines'):,} lines were removed; the first occurrence of each is kept.",
+            note=f"{done.sum_values('lines'):,} lines were removed; the first occurrence of each is kept.",
         )
-    side_by_side(report, parts, drops)
+    show_pairs(report, parts, drops)
 
 
-def _chance(near: Near, similarity: float) -> float:
-    from llmworks.data.duplicates.near import found
+def _compute_candidate_probability(near: Near, similarity: float) -> float:
+    from llmworks.data.duplicates.near import candidate_probability
 
-    return found(similarity, near.band_rows, near.bands)
+    return candidate_probability(similarity, near.rows_per_band, near.num_bands)

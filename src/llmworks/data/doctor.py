@@ -17,18 +17,18 @@ from llmworks.core.artifact import Adapter, Config, Dataset, Model, Report, Toke
 from llmworks.core.context import Context
 from llmworks.core.errors import ModelError, RequestError
 from llmworks.core.types import Message
-from llmworks.data.chat import conversations
-from llmworks.data.conversations.turns import problems
-from llmworks.data.faults.case import LEVELS, Case, _add
-from llmworks.data.faults.pairs import OTHER_TURN, among, of_pairs
+from llmworks.data.chat import get_conversations
+from llmworks.data.conversations.turns import find_problems
+from llmworks.data.faults.case import LEVELS, DatasetFinding, add_finding
+from llmworks.data.faults.pairs import OTHER_TURN, check_pairs, check_rows
 from llmworks.data.faults.report import FIRST, SHOWN, write_report
-from llmworks.data.store.rows import Row, read_chat, read_preference, schema_of
-from llmworks.data.text.statistics import question_of
-from llmworks.tokenize.chat.control_tokens import ControlTokens
-from llmworks.tokenize.chat.named import CHOICES, Template, tokenizer_of
-from llmworks.tokenize.chat.template_faults import Finding, Uses, probe
-from llmworks.tokenize.chat.templates import Rendered, encode, for_template, render_masked
-from llmworks.tokenize.load import read_json, stop_ids
+from llmworks.data.store.rows import Row, detect_schema, read_chat, read_preference
+from llmworks.data.text.statistics import get_question
+from llmworks.tokenize.chat.control_tokens import SpecialTokenDetector
+from llmworks.tokenize.chat.named import TEMPLATE_DESCRIPTION, Template, load_model_tokenizer
+from llmworks.tokenize.chat.template_faults import TemplateUses, TrainingFault, find_template_faults
+from llmworks.tokenize.chat.templates import RenderedConversation, adapt_tools, encode, render_masked
+from llmworks.tokenize.load import get_stop_ids, read_json
 
 if TYPE_CHECKING:
     pass
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class DoctorConfig(Config):
     """How the data will be used in training."""
 
-    chat_template: Template = Field("keep", description=CHOICES)
+    chat_template: Template = Field("keep", description=TEMPLATE_DESCRIPTION)
     max_length: int | None = Field(
         None, gt=1, description="maximum sequence length of the training; default: the model's max_position_embeddings"
     )
@@ -56,28 +56,36 @@ def doctor(
     `eval_data` is the data that the model will be evaluated on; its questions must not be in the training data.
     Errors: ModelError for a model without a readable tokenizer; DataError for data that are not conversations.
     """
-    tokenizer, stops, vocabulary, longest = load(config, model)
-    pairs = schema_of(data) == "preference"
+    tokenizer, stops, vocabulary, longest = load_tokenizer_info(config, model)
+    pairs = detect_schema(data) == "preference"
     rows = (read_preference(data) if pairs else read_chat(data))[: config.limit]
-    cases = {f.code: Case(f) for f in probe(tokenizer, stops, uses_of(rows), vocabulary)}
-    drawn: list[tuple[str, Rendered]] = []
+    cases = {
+        f.code: DatasetFinding(f) for f in find_template_faults(tokenizer, stops, get_template_uses(rows), vocabulary)
+    }
+    drawn: list[tuple[str, RenderedConversation]] = []
     tokens = learned = 0
     broken = any(case.finding.code in ("no-template", "template-broken") for case in cases.values())
     with ctx.progress.bar("check", len(rows), "rows") as bar:
         for row in rows:
-            for side, messages in zip((" chosen", " rejected") if pairs else ("",), conversations(row), strict=True):
-                rendered = None if broken else examine(tokenizer, row, messages, config.max_length or longest, cases)
+            for side, messages in zip(
+                (" chosen", " rejected") if pairs else ("",), get_conversations(row), strict=True
+            ):
+                rendered = (
+                    None
+                    if broken
+                    else check_conversation(tokenizer, row, messages, config.max_length or longest, cases)
+                )
                 if rendered is not None:
                     tokens, learned = tokens + len(rendered.ids), learned + sum(rendered.mask)
                     flagged = any(case.rows[-1:] == [row["id"]] for case in cases.values())
                     if len(drawn) < FIRST or (flagged and len(drawn) < FIRST + SHOWN):
                         drawn.append((row["id"] + side, rendered))
             bar.advance()
-    among(rows, pairs, cases)
+    check_rows(rows, pairs, cases)
     if pairs:
-        of_pairs(rows, cases)
+        check_pairs(rows, cases)
     if eval_data is not None:
-        shared(rows, eval_data, cases)
+        find_contaminated_rows(rows, eval_data, cases)
     found = sorted(
         cases.values(), key=lambda case: (LEVELS.index(case.finding.level), -len(case.rows), case.finding.code)
     )
@@ -86,25 +94,27 @@ def doctor(
     )
 
 
-def load(config: DoctorConfig, model: Model | Adapter | Tokenizer) -> tuple[Any, list[int], int | None, int | None]:
+def load_tokenizer_info(
+    config: DoctorConfig, model: Model | Adapter | Tokenizer
+) -> tuple[Any, list[int], int | None, int | None]:
     """Load (tokenizer with the configured template, stop ids, vocab_size, max_position_embeddings) of a model."""
-    tokenizer = tokenizer_of(model, config.chat_template)
+    tokenizer = load_model_tokenizer(model, config.chat_template)
     known = read_json(model.path / "config.json") if (model.path / "config.json").exists() else {}
     known = known.get("text_config") or known
-    return tokenizer, stop_ids(model.path, tokenizer), known.get("vocab_size"), known.get("max_position_embeddings")
+    return tokenizer, get_stop_ids(model.path, tokenizer), known.get("vocab_size"), known.get("max_position_embeddings")
 
 
-def require_template(name: str, tokenizer: Any, stops: Sequence[int], uses: Uses) -> None:
+def require_template(name: str, tokenizer: Any, stop_ids: Sequence[int], uses: TemplateUses) -> None:
     """Raise ModelError for a template with an error, such as a missing end token or a dropped system turn."""
-    fault = next((f for f in probe(tokenizer, stops, uses) if f.level == "error"), None)
+    fault = next((f for f in find_template_faults(tokenizer, stop_ids, uses) if f.level == "error"), None)
     if fault is not None:
-        raise ModelError(f"{name}: {fault.what}; {fault.fix} (run llmworks data doctor for details)")
+        raise ModelError(f"{name}: {fault.message}; {fault.fix} (run llmworks data doctor for details)")
 
 
-def uses_of(rows: Sequence[Row]) -> Uses:
+def get_template_uses(rows: Sequence[Row]) -> TemplateUses:
     """Return the template features that the rows use."""
     turns = [row.get("messages") or [*row["prompt"], *row["chosen"]] for row in rows]
-    return Uses(
+    return TemplateUses(
         system=any(m["role"] == "system" for messages in turns for m in messages),
         tools=any(row.get("tools") for row in rows) or any(m.get("tool_calls") for messages in turns for m in messages),
         results=any(m["role"] == "tool" for messages in turns for m in messages),
@@ -112,49 +122,49 @@ def uses_of(rows: Sequence[Row]) -> Uses:
     )
 
 
-def examine(
-    tokenizer: Any, row: Row, messages: tuple[Message, ...], longest: int | None, cases: dict[str, Case]
-) -> Rendered | None:
+def check_conversation(
+    tokenizer: Any, row: Row, messages: tuple[Message, ...], max_length: int | None, cases: dict[str, DatasetFinding]
+) -> RenderedConversation | None:
     """Check one conversation and add its faults to `cases`; returns it as rendered for training, or None."""
-    for code, level, what, fix in _said(tokenizer, messages, row):
-        _add(cases, row, Finding(code, level, what, fix))
-    shown, tools = for_template(tokenizer, messages, row.get("tools") or ())
+    for code, level, what, fix in _find_turn_faults(tokenizer, messages, row):
+        add_finding(cases, row, TrainingFault(code, level, what, fix))
+    shown, tools = adapt_tools(tokenizer, messages, row.get("tools") or ())
     try:
         rendered = render_masked(tokenizer, shown, tools=tools)
     except (RequestError, ModelError) as error:
-        _add(cases, row, Finding("not-rendered", "error", str(error), "correct or remove these rows"))
+        add_finding(cases, row, TrainingFault("not-rendered", "error", str(error), "correct or remove these rows"))
         return None
     if not any(rendered.mask[1:]):
-        _add(
+        add_finding(
             cases,
             row,
-            Finding(
+            TrainingFault(
                 "nothing-learned",
                 "error",
                 "the row has no label tokens (all are masked)",
                 "it needs an assistant turn of weight 1",
             ),
         )
-    if longest is not None and len(rendered.ids) > longest:
-        kept = sum(rendered.mask[:longest])
+    if max_length is not None and len(rendered.ids) > max_length:
+        kept = sum(rendered.mask[:max_length])
         code, what = (
             ("answer-cut-off", "no label token is left") if not kept else ("answer-cut", "answers lose their end")
         )
-        _add(
+        add_finding(
             cases,
             row,
-            Finding(
+            TrainingFault(
                 code,
                 "error",
-                f"longer than {longest} tokens: when truncated there, {what}",
+                f"longer than {max_length} tokens: when truncated there, {what}",
                 "remove longer rows (llmworks rejects, never truncates them), or raise max_length",
             ),
         )
-    if (lost := _lost(tokenizer, messages)) is not None:
-        _add(
+    if (lost := _find_lossy_text(tokenizer, messages)) is not None:
+        add_finding(
             cases,
             row,
-            Finding(
+            TrainingFault(
                 "text-lost",
                 "warning",
                 f"the tokenizer does not round-trip the text, for example {lost!r}",
@@ -164,11 +174,11 @@ def examine(
     return rendered
 
 
-def _said(
+def _find_turn_faults(
     tokenizer: Any, messages: Sequence[Message], row: Row
 ) -> Iterator[tuple[str, Literal["error", "warning", "note"], str, str]]:
     """Yield (code, level, what, fix) of faults in the turns themselves."""
-    found = problems(messages, row.get("tools") or ())
+    found = find_problems(messages, row.get("tools") or ())
     if found:
         what = re.sub(
             r"^turns? \d+( and \d+)?( \((\w+)\))?",
@@ -176,10 +186,10 @@ def _said(
             found[0],
         )
         yield "turns", "error", what, "data.chat rejects such rows (turns: strict)"
-    control = _control(tokenizer)
+    control = _get_special_tokens(tokenizer)
     for where, tokens in [
-        *((f"the text of a {m.role} turn", control.of_turn(m)) for m in messages),
-        ("the description of a tool", control.of_tools(row.get("tools") or ())),
+        *((f"the text of a {m.role} turn", control.find_in_turn(m)) for m in messages),
+        ("the description of a tool", control.find_in_tools(row.get("tools") or ())),
     ]:
         if tokens:
             what = (
@@ -205,11 +215,11 @@ def _said(
 
 
 @functools.lru_cache(maxsize=1)
-def _control(tokenizer: Any) -> ControlTokens:
-    return ControlTokens(tokenizer)
+def _get_special_tokens(tokenizer: Any) -> SpecialTokenDetector:
+    return SpecialTokenDetector(tokenizer)
 
 
-def _lost(tokenizer: Any, messages: Sequence[Message]) -> str | None:
+def _find_lossy_text(tokenizer: Any, messages: Sequence[Message]) -> str | None:
     """Return an excerpt of text that does not survive encoding and decoding, or None."""
     for message in messages:
         text = message.content
@@ -222,19 +232,19 @@ def _lost(tokenizer: Any, messages: Sequence[Message]) -> str | None:
     return None
 
 
-def shared(rows: Sequence[Row], held_out: Dataset, cases: dict[str, Case]) -> None:
+def find_contaminated_rows(rows: Sequence[Row], eval_data: Dataset, cases: dict[str, DatasetFinding]) -> None:
     """Add the rows whose question is also in the eval data to `cases`."""
-    other = read_preference(held_out) if schema_of(held_out) == "preference" else read_chat(held_out)
-    known = {question_of(row) for row in other}
+    other = read_preference(eval_data) if detect_schema(eval_data) == "preference" else read_chat(eval_data)
+    known = {get_question(row) for row in other}
     for row in rows:
-        if question_of(row) in known:
-            _add(
+        if get_question(row) in known:
+            add_finding(
                 cases,
                 row,
-                Finding(
+                TrainingFault(
                     "in-held-out",
                     "error",
-                    f"the question is also in {held_out.name}",
+                    f"the question is also in {eval_data.name}",
                     "the evaluation would be contaminated: split by question (data.split keeps groups together)",
                 ),
             )

@@ -13,8 +13,8 @@ from llmworks.core.artifact import Config, Dataset
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError
 from llmworks.data import chat_formats as shapes
-from llmworks.data.store.jsonl import Rejected
-from llmworks.data.store.rows import read_chat, read_preference, schema_of
+from llmworks.data.store.jsonl import RejectedRows
+from llmworks.data.store.rows import detect_schema, read_chat, read_preference
 
 FILE = "data.jsonl"
 
@@ -40,8 +40,8 @@ def export(config: ExportConfig, data: Dataset, ctx: Context) -> Dataset:
 
     Errors: DataError when no row is left.
     """
-    rows = read_preference(data) if schema_of(data) == "preference" else read_chat(data)
-    rejected = Rejected()
+    rows = read_preference(data) if detect_schema(data) == "preference" else read_chat(data)
+    rejected = RejectedRows()
     count = 0
     with (ctx.out / FILE).open("w", encoding="utf-8") as stream:
         for number, row in enumerate(rows, 1):
@@ -58,7 +58,7 @@ def export(config: ExportConfig, data: Dataset, ctx: Context) -> Dataset:
         raise DataError(
             f"{data.name}: no row can be written as {config.format!r}; the first reason: {rejected.rows[0]['reason']}"
         )
-    rejected.write(ctx.out, ctx.progress.say)
+    rejected.write(ctx.out, ctx.progress.log)
     return Dataset(
         ctx.out,
         metrics={"rows": count, "rejected": len(rejected.rows)},

@@ -24,18 +24,18 @@ from llmworks.core.types import Document
 if TYPE_CHECKING:
     from llmworks.data.text.hashing import Array
 
-LEAST = 10
+MIN_DOCUMENTS = 10
 DIMENSIONS = 50
-TERMS = 6
-SNIPPET = 220
-GROUPS = 12  # values of a field that get a color of their own
+MAX_TERMS = 6
+SNIPPET_CHARACTERS = 220
+MAX_COLORS = 12  # values of a field that get a color of their own
 
 
 class MapConfig(Config):
     """Sample size, clustering and layout of the map."""
 
     max_documents: int = Field(
-        3000, ge=LEAST, description="documents on the map; larger datasets are sampled at random"
+        3000, ge=MIN_DOCUMENTS, description="documents on the map; larger datasets are sampled at random"
     )
     n_clusters: int = Field(12, ge=2, le=60, description="number of k-means clusters")
     layout: Literal["tsne", "pca"] = Field(
@@ -60,25 +60,27 @@ def map(config: MapConfig, data: Dataset, ctx: Context, embedder: Model | None =
         raise MissingDependency(
             "data.map needs scikit-learn; install it with: pip install 'llmworks[corpus]'"
         ) from None
-    documents, total = sample(data, config)
-    if len(documents) < LEAST:
-        raise DataError(f"{data.name}: {len(documents)} documents are too few for a map; at least {LEAST} are needed")
+    documents, total = sample_documents(data, config)
+    if len(documents) < MIN_DOCUMENTS:
+        raise DataError(
+            f"{data.name}: {len(documents)} documents are too few for a map; at least {MIN_DOCUMENTS} are needed"
+        )
     texts = [document.text[:5000] for document in documents]
     matrix, words = tfidf(texts)
-    vectors = embed(texts, embedder) if embedder else reduced(matrix, config.seed)
+    vectors = embed(texts, embedder) if embedder else reduce_dimensions(matrix, config.seed)
     labels = cluster(vectors, min(config.n_clusters, len(documents) // 2), config.seed)
     terms = cluster_terms(matrix, words, labels)
-    points = lay_out(vectors, config)
+    points = project(vectors, config)
     groups = {
         "cluster": [f"{label + 1}: {', '.join(terms[label][:3])}" for label in labels],
-        **colours(documents, config.color_by),
+        **collect_color_values(documents, config.color_by),
     }
     rows = [
         {
             "id": d.id,
             "x": round(float(x), 3),
             "y": round(float(y), 3),
-            "text": " ".join(d.text[:SNIPPET].split()),
+            "text": " ".join(d.text[:SNIPPET_CHARACTERS].split()),
             **{name: values[i] for name, values in groups.items()},
         }
         for i, (d, (x, y)) in enumerate(zip(documents, points, strict=True))
@@ -86,18 +88,20 @@ def map(config: MapConfig, data: Dataset, ctx: Context, embedder: Model | None =
     how = f"{embedder.name} vectors" if embedder else "TF-IDF"
     (ctx.out / "points.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     (ctx.out / "map.html").write_text(
-        page(f"{data.name}: {len(rows):,} documents, {how}", rows, list(groups)), encoding="utf-8"
+        render_page(f"{data.name}: {len(rows):,} documents, {how}", rows, list(groups)), encoding="utf-8"
     )
-    draw(points, labels, terms, ctx.out / "map.png", f"{data.name}: {len(rows):,} documents, {how}, {config.layout}")
+    draw_map(
+        points, labels, terms, ctx.out / "map.png", f"{data.name}: {len(rows):,} documents, {how}, {config.layout}"
+    )
     report = ctx.report
     report.title = f"Map of {data.name}"
-    report.lead = (
+    report.subtitle = (
         f"{len(rows):,} of {total:,} documents by {how}, projected by {config.layout}; open map.html to explore them."
     )
     sizes = Counter(labels)
     report.data = {"documents": len(rows), "clusters": [{"size": sizes[i], "terms": terms[i]} for i in sorted(terms)]}
-    report.picture("Map", ctx.out / "map.png", "Colors are the clusters of the table below.")
-    report.table(
+    report.add_picture("Map", ctx.out / "map.png", "Colors are the clusters of the table below.")
+    report.add_table(
         "Clusters",
         ("cluster", "documents", "terms"),
         [(i + 1, sizes[i], ", ".join(terms[i])) for i in sorted(terms, key=lambda i: -sizes[i])],
@@ -105,7 +109,7 @@ def map(config: MapConfig, data: Dataset, ctx: Context, embedder: Model | None =
     return Report(ctx.out, metrics={"documents": len(rows), "clusters": len(sizes)})
 
 
-def sample(data: Dataset, config: MapConfig) -> tuple[list[Document], int]:
+def sample_documents(data: Dataset, config: MapConfig) -> tuple[list[Document], int]:
     """Return (sampled documents in their order, total number of documents); reservoir sampling (Vitter 1985)."""
     choose = random.Random(config.seed)
     kept: list[tuple[int, Document]] = []
@@ -140,7 +144,7 @@ def tfidf(texts: Sequence[str]) -> tuple[Any, list[str]]:
     return matrix, list(vectorizer.get_feature_names_out())
 
 
-def reduced(matrix: Any, seed: int) -> Array:
+def reduce_dimensions(matrix: Any, seed: int) -> Array:
     """Reduce a sparse matrix by truncated SVD (latent semantic analysis); rows are normalized to unit length."""
     import numpy as np
     from sklearn.decomposition import TruncatedSVD
@@ -154,9 +158,9 @@ def reduced(matrix: Any, seed: int) -> Array:
 
 def embed(texts: list[str], embedder: Model) -> Array:
     """Embed the texts with the embedding model."""
-    from llmworks.embed import open_embedder
+    from llmworks.embed import load_embedder
 
-    return open_embedder(embedder.path).encode(texts)
+    return load_embedder(embedder.path).encode(texts)
 
 
 def cluster(vectors: Array, count: int, seed: int) -> list[int]:
@@ -177,13 +181,13 @@ def cluster_terms(matrix: Any, words: list[str], labels: Sequence[int]) -> dict[
     found = {}
     for label in sorted(set(labels)):
         lift = np.asarray(matrix[own == label].mean(axis=0)).ravel() - overall
-        found[label] = [words[i] for i in np.argsort(-lift, kind="stable")[:TERMS] if lift[i] > 0] or [
+        found[label] = [words[i] for i in np.argsort(-lift, kind="stable")[:MAX_TERMS] if lift[i] > 0] or [
             "(no distinctive terms)"
         ]
     return found
 
 
-def lay_out(vectors: Array, config: MapConfig) -> Array:
+def project(vectors: Array, config: MapConfig) -> Array:
     """Project the embeddings to points [rows, 2]."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -197,7 +201,7 @@ def lay_out(vectors: Array, config: MapConfig) -> Array:
     return laid
 
 
-def colours(documents: Sequence[Document], fields: Sequence[str]) -> dict[str, list[str]]:
+def collect_color_values(documents: Sequence[Document], fields: Sequence[str]) -> dict[str, list[str]]:
     """Return the documents' values of each field that has more than one value; rare values become 'other'."""
     found = {}
     for field in fields:
@@ -205,13 +209,13 @@ def colours(documents: Sequence[Document], fields: Sequence[str]) -> dict[str, l
             document.source if field == "source" else str(document.metadata.get(field, "none"))
             for document in documents
         ]
-        common = {value for value, _ in Counter(values).most_common(GROUPS)}
+        common = {value for value, _ in Counter(values).most_common(MAX_COLORS)}
         if len(set(values)) > 1:
             found[field] = [value if value in common else "other" for value in values]
     return found
 
 
-def draw(points: Array, labels: Sequence[int], terms: dict[int, list[str]], path: Path, title: str) -> None:
+def draw_map(points: Array, labels: Sequence[int], terms: dict[int, list[str]], path: Path, title: str) -> None:
     """Draw the map as a PNG, with each cluster labeled at its median."""
     import numpy as np
     from matplotlib import colormaps
@@ -238,7 +242,7 @@ def draw(points: Array, labels: Sequence[int], terms: dict[int, list[str]], path
     figure.savefig(path, metadata={"Software": None})
 
 
-def page(title: str, rows: list[dict[str, Any]], fields: list[str]) -> str:
+def render_page(title: str, rows: list[dict[str, Any]], fields: list[str]) -> str:
     """Return the interactive map as one self-contained HTML page."""
     import html
 

@@ -20,12 +20,12 @@ from pydantic import Field
 
 from llmworks.core.artifact import Config, Dataset
 from llmworks.core.context import Context
-from llmworks.core.documents import COPY_OF, DocumentWriter, read_tables, table_documents
+from llmworks.core.documents import COPY_OF, DocumentWriter, iterate_documents, read_tables
 from llmworks.core.errors import UserError
 from llmworks.core.types import Document, Json
-from llmworks.data.card import finish, finish_rows
-from llmworks.data.store.parts import Span, spans, work
-from llmworks.data.store.rows import WHAT, Row, read_chat, read_preference, schema_of
+from llmworks.data.card import finish_dataset, finish_rows
+from llmworks.data.store.parts import Span, plan_spans, process_parts
+from llmworks.data.store.rows import KIND_NAMES, Row, detect_schema, read_chat, read_preference
 
 if TYPE_CHECKING:
     from llmworks.data.text.hashing import Array
@@ -58,7 +58,7 @@ class MixConfig(Config):
 
 
 @dataclass(frozen=True)
-class Share:
+class MixtureShare:
     """Sampling of one input.
 
     Each document is repeated int(`repeats`) times; those whose random number is below `limit` once more, for the
@@ -67,7 +67,7 @@ class Share:
 
     name: str
     available: int
-    wanted: int
+    target: int
     repeats: float
     limit: float = 0.0
 
@@ -80,43 +80,43 @@ def mix(config: MixConfig, data: dict[str, Dataset], ctx: Context) -> Dataset:
 
     Errors: UserError for weights of an unknown input, negative or all-zero weights, and inputs of different schemas.
     """
-    kinds = {name: schema_of(dataset) for name, dataset in data.items()}
+    kinds = {name: detect_schema(dataset) for name, dataset in data.items()}
     if config.weights and (absent := [name for name in data if name not in config.weights]):
-        ctx.progress.say(f"{', '.join(absent)}: no weight given, so nothing is sampled")
+        ctx.progress.log(f"{', '.join(absent)}: no weight given, so nothing is sampled")
     if any(kinds.values()):
         return _mix_rows(config, data, kinds, ctx)
     if config.total_rows:
         raise UserError(
             "total_rows is for conversations and preference pairs; use total_characters for a mixture of documents"
         )
-    drawn = {name: _draws(config.seed, name, dataset) for name, dataset in data.items()}
+    drawn = {name: _draw_documents(config.seed, name, dataset) for name, dataset in data.items()}
     sizes = {name: int(lengths.sum()) for name, (_, lengths) in drawn.items()}
-    shares = [replace(share, limit=_limit(share, *drawn[share.name])) for share in plan(config, sizes)]
+    shares = [replace(share, limit=_find_limit(share, *drawn[share.name])) for share in plan_shares(config, sizes)]
     total = sum(int(share.available * share.repeats) for share in shares)
     buckets = max(1, math.ceil(total / BUCKET_CHARACTERS))
     units = [
         (share, span)
         for share, dataset in zip(shares, data.values(), strict=True)
-        for span in spans(dataset)
+        for span in plan_spans(dataset)
         if share.repeats > 0
     ]
-    dealt = work(ctx, "deal", partial(_deal_part, config, buckets), units)
-    done = work(ctx, "shuffle", partial(_shuffle_bucket, config.seed, dealt.folders), list(range(buckets)))
+    dealt = process_parts(ctx, "deal", partial(_distribute_part, config, buckets), units)
+    done = process_parts(ctx, "shuffle", partial(_shuffle_bucket, config.seed, dealt.folders), list(range(buckets)))
     done.gather(ctx.out)
-    taken = dealt.total("characters")
-    rows = _rows_of(shares, taken, config, ctx)
+    taken = dealt.sum_counters("characters")
+    rows = _build_report_rows(shares, taken, config, ctx)
     report = ctx.report
     report.title = "Mixture of " + ", ".join(data)
-    report.lead = f"{dealt.sum('documents'):,} documents, {sum(taken.values()):,} characters."
+    report.subtitle = f"{dealt.sum_values('documents'):,} documents, {sum(taken.values()):,} characters."
     report.data = {row[0]: {"available": row[1], "taken": row[2], "repeats": row[5]} for row in rows}
-    report.table(
+    report.add_table(
         "Shares",
         ("input", "available characters", "sampled characters", "share", "target share", "epochs"),
         rows,
         note=f"No document is used more than {'once' if config.max_repeats == 1 else f'{config.max_repeats:g} times'}.",
     )
     note = ", ".join(f"{row[0]} {row[3]} (×{row[5]:g})" for row in rows)
-    return finish(
+    return finish_dataset(
         ctx,
         "data.mix",
         list(data.values()),
@@ -125,8 +125,8 @@ def mix(config: MixConfig, data: dict[str, Dataset], ctx: Context) -> Dataset:
     )
 
 
-def _rows_of(
-    shares: list[Share], taken: Counter[str], config: MixConfig, ctx: Context
+def _build_report_rows(
+    shares: list[MixtureShare], taken: Counter[str], config: MixConfig, ctx: Context
 ) -> list[tuple[str, int, int, str, str, float]]:
     """Return a report row for each input; log the inputs that are smaller than their target."""
     rows = []
@@ -138,13 +138,13 @@ def _rows_of(
                 share.available,
                 got,
                 f"{got / max(1, sum(taken.values())):.1%}",
-                f"{share.wanted / max(1, sum(s.wanted for s in shares)):.1%}",
+                f"{share.target / max(1, sum(s.target for s in shares)):.1%}",
                 round(share.repeats, 3),
             )
         )
-        if share.wanted > 1.01 * share.available * config.max_repeats:
-            ctx.progress.say(
-                f"{share.name}: the target is {share.wanted:,} characters, but {config.max_repeats:g} repetitions give"
+        if share.target > 1.01 * share.available * config.max_repeats:
+            ctx.progress.log(
+                f"{share.name}: the target is {share.target:,} characters, but {config.max_repeats:g} repetitions give"
                 f" only {int(share.available * config.max_repeats):,}"
             )
     return rows
@@ -154,19 +154,19 @@ def _mix_rows(config: MixConfig, data: dict[str, Dataset], kinds: Mapping[str, s
     if len(set(kinds.values())) > 1:
         raise UserError(
             "only datasets of one schema can be mixed: "
-            + ", ".join(f"{name} holds {WHAT.get(kind, 'documents')}" for name, kind in kinds.items())
+            + ", ".join(f"{name} holds {KIND_NAMES.get(kind, 'documents')}" for name, kind in kinds.items())
         )
     if config.total_characters:
         raise UserError("total_characters is for documents; use total_rows for a mixture of conversations or pairs")
     read = read_preference if "preference" in kinds.values() else read_chat
     every = {name: read(dataset) for name, dataset in data.items()}
-    shares = plan(config, {name: len(rows) for name, rows in every.items()}, config.total_rows)
+    shares = plan_shares(config, {name: len(rows) for name, rows in every.items()}, config.total_rows)
     found: list[Row] = []
     table = []
     for share in shares:
         rows, before = every[share.name], len(found)
         wanted = round(share.repeats * len(rows))
-        order = sorted(rows, key=lambda row: draw(config.seed, "rest", share.name, row["id"]))
+        order = sorted(rows, key=lambda row: draw_uniform(config.seed, "rest", share.name, row["id"]))
         for number in range(wanted):
             row, turn = order[number % len(rows)], number // len(rows)
             fields = {**row["extra"].get("fields", {}), config.source_field: share.name}
@@ -179,21 +179,21 @@ def _mix_rows(config: MixConfig, data: dict[str, Dataset], kinds: Mapping[str, s
                 }
             )
         table.append((share.name, len(rows), len(found) - before, round(share.repeats, 3)))
-        if share.wanted > 1.01 * share.available * config.max_repeats:
-            ctx.progress.say(
-                f"{share.name}: the target is {share.wanted:,} rows, but {config.max_repeats:g} repetitions give"
+        if share.target > 1.01 * share.available * config.max_repeats:
+            ctx.progress.log(
+                f"{share.name}: the target is {share.target:,} rows, but {config.max_repeats:g} repetitions give"
                 f" only {int(share.available * config.max_repeats):,}"
             )
     if not found:
         raise UserError("the mixture is empty; raise weights or total_rows")
-    found.sort(key=lambda row: (draw(config.seed, "order", row["id"]), row["id"]))
+    found.sort(key=lambda row: (draw_uniform(config.seed, "order", row["id"]), row["id"]))
     report = ctx.report
     report.title = "Mixture of " + ", ".join(data)
-    report.lead = f"{len(found):,} rows."
+    report.subtitle = f"{len(found):,} rows."
     report.data = {
         name: {"available": available, "taken": taken, "repeats": repeats} for name, available, taken, repeats in table
     }
-    report.table("Shares", ("input", "available rows", "sampled rows", "epochs"), table)
+    report.add_table("Shares", ("input", "available rows", "sampled rows", "epochs"), table)
     note = ", ".join(f"{name} {taken:,} (×{repeats:g})" for name, _, taken, repeats in table)
     return finish_rows(
         ctx,
@@ -205,7 +205,7 @@ def _mix_rows(config: MixConfig, data: dict[str, Dataset], kinds: Mapping[str, s
     )
 
 
-def plan(config: MixConfig, sizes: Mapping[str, int], total: int = 0) -> list[Share]:
+def plan_shares(config: MixConfig, sizes: Mapping[str, int], total: int = 0) -> list[MixtureShare]:
     """Compute how often the documents of each input are repeated, in the inputs' order."""
     unknown = sorted(set(config.weights) - set(sizes))
     if unknown:
@@ -221,25 +221,25 @@ def plan(config: MixConfig, sizes: Mapping[str, int], total: int = 0) -> list[Sh
     shares = []
     for name, size in sizes.items():
         wanted = int(total * weights[name] / sum(weights.values()))
-        shares.append(Share(name, size, wanted, min(config.max_repeats, wanted / size) if size else 0.0))
+        shares.append(MixtureShare(name, size, wanted, min(config.max_repeats, wanted / size) if size else 0.0))
     return shares
 
 
-def _draws(seed: int, name: str, dataset: Dataset) -> tuple[Array, Array]:
+def _draw_documents(seed: int, name: str, dataset: Dataset) -> tuple[Array, Array]:
     """Return (a random number for each document, its length in characters)."""
     import numpy as np
     import pyarrow.compute as pc
 
     drawn: list[Array] = []
     lengths: list[Array] = []
-    for span in spans(dataset):
+    for span in plan_spans(dataset):
         for table in span.tables(("id", "text")):
-            drawn.append(np.array([draw(seed, "rest", name, id) for id in table["id"].to_pylist()]))
+            drawn.append(np.array([draw_uniform(seed, "rest", name, id) for id in table["id"].to_pylist()]))
             lengths.append(pc.utf8_length(table["text"]).to_numpy())
     return np.concatenate(drawn), np.concatenate(lengths)
 
 
-def _limit(share: Share, drawn: Array, lengths: Array) -> float:
+def _find_limit(share: MixtureShare, drawn: Array, lengths: Array) -> float:
     """Return the random number below which documents add up to the fractional part of the repetitions."""
     import numpy as np
 
@@ -249,15 +249,15 @@ def _limit(share: Share, drawn: Array, lengths: Array) -> float:
     return float(drawn[order[reached]]) if rest > 0 and reached < len(drawn) else 0.0
 
 
-def draw(seed: int, *words: str) -> float:
+def draw_uniform(seed: int, *words: str) -> float:
     """Return a pseudorandom number in [0, 1) that depends only on the seed and the words."""
     return int.from_bytes(hashlib.blake2b("\0".join((str(seed), *words)).encode(), digest_size=7).digest()) / 2**56
 
 
-def copies(config: MixConfig, share: Share, document: Document) -> Iterator[Document]:
+def repeat_document(config: MixConfig, share: MixtureShare, document: Document) -> Iterator[Document]:
     """Yield the copies of a document that go into the mixture."""
     whole = int(share.repeats)
-    count = whole + (draw(config.seed, "rest", share.name, document.id) < share.limit)
+    count = whole + (draw_uniform(config.seed, "rest", share.name, document.id) < share.limit)
     marked = {**document.metadata, config.source_field: share.name}
     first = f"{share.name}/{document.id}"
     for number in range(1, count + 1):
@@ -268,7 +268,7 @@ def copies(config: MixConfig, share: Share, document: Document) -> Iterator[Docu
         )
 
 
-def _deal_part(config: MixConfig, buckets: int, unit: tuple[Share, Span], folder: Path) -> Json:
+def _distribute_part(config: MixConfig, buckets: int, unit: tuple[MixtureShare, Span], folder: Path) -> Json:
     share, span = unit
     characters = documents = 0
     with ExitStack() as stack:
@@ -277,22 +277,22 @@ def _deal_part(config: MixConfig, buckets: int, unit: tuple[Share, Span], folder
             for i in range(buckets)
         ]
         for document in span.documents():
-            for copy in copies(config, share, document):
-                writers[int(draw(config.seed, "bucket", copy.id) * buckets)].add(copy)
+            for copy in repeat_document(config, share, document):
+                writers[int(draw_uniform(config.seed, "bucket", copy.id) * buckets)].add(copy)
                 characters += len(copy.text)
                 documents += 1
     return {"characters": {share.name: characters}, "documents": documents}
 
 
-def _shuffle_bucket(seed: int, dealt: list[Path], bucket: int, folder: Path) -> Json:
+def _shuffle_bucket(seed: int, distributed: list[Path], bucket: int, folder: Path) -> Json:
     found = [
         document
-        for part in dealt
+        for part in distributed
         for file in sorted((part / f"{bucket:05d}").glob("*.parquet"))
         for table in read_tables(file)
-        for document in table_documents(table)
+        for document in iterate_documents(table)
     ]
-    found.sort(key=lambda document: (draw(seed, "order", document.id), document.id))
+    found.sort(key=lambda document: (draw_uniform(seed, "order", document.id), document.id))
     with DocumentWriter(folder) as writer:
         for document in found:
             writer.add(document)

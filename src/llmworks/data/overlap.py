@@ -19,12 +19,12 @@ def overlap(config: OverlapConfig, left: Dataset, right: Dataset, ctx: Context) 
     shared = {
         "shared_groups": sorted({r["group"] for r in a} & {r["group"] for r in b}),
         "shared_ids": sorted({r["id"] for r in a} & {r["id"] for r in b}),
-        "shared_texts": sorted(texts(a) & texts(b)),
+        "shared_texts": sorted(get_user_messages(a) & get_user_messages(b)),
     }
     counts = {name: len(values) for name, values in shared.items()}
     ctx.report.title = f"Overlap of {left.name} and {right.name}"
     ctx.report.data = {**counts, "left_rows": len(a), "right_rows": len(b)}
-    ctx.report.table(
+    ctx.report.add_table(
         "Shared by both",
         ("kind", "count", "first"),
         [(n.replace("_", " "), len(v), v[0] if v else "") for n, v in shared.items()],
@@ -32,6 +32,6 @@ def overlap(config: OverlapConfig, left: Dataset, right: Dataset, ctx: Context) 
     return Report(ctx.out, metrics=counts)
 
 
-def texts(rows: Sequence[Row]) -> set[str]:
+def get_user_messages(rows: Sequence[Row]) -> set[str]:
     """Return the normalized user messages."""
     return {" ".join(m["content"].lower().split()) for row in rows for m in row["messages"] if m["role"] == "user"}

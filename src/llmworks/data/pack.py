@@ -21,13 +21,13 @@ from llmworks.core.context import Context
 from llmworks.core.errors import DataError, ModelError
 from llmworks.core.types import Json
 from llmworks.data.doctor import require_template
-from llmworks.data.packing.fit import best_fit
-from llmworks.data.packing.pieces import How, encode_chats, encode_documents
-from llmworks.data.store.parts import Done, file_spans, link, spans, work
-from llmworks.data.store.rows import open_rows, row_files, schema_of
-from llmworks.tokenize.chat.named import CHOICES, Template, tokenizer_of
-from llmworks.tokenize.chat.template_faults import Uses
-from llmworks.tokenize.load import stop_ids
+from llmworks.data.packing.fit import pack_best_fit
+from llmworks.data.packing.pieces import TokenizationSettings, encode_chats, encode_documents
+from llmworks.data.store.parts import PartResults, link_or_copy, plan_file_spans, plan_spans, process_parts
+from llmworks.data.store.rows import detect_schema, list_row_files, open_rows
+from llmworks.tokenize.chat.named import TEMPLATE_DESCRIPTION, Template, load_model_tokenizer
+from llmworks.tokenize.chat.template_faults import TemplateUses
+from llmworks.tokenize.load import get_stop_ids
 
 SHARD_TOKENS = 1 << 25
 BINS = 40
@@ -39,7 +39,7 @@ class PackConfig(Config):
     max_length: int = Field(
         2048, gt=1, description="tokens per row; longer conversations are rejected, longer documents are split"
     )
-    chat_template: Template = Field("keep", description=CHOICES)
+    chat_template: Template = Field("keep", description=TEMPLATE_DESCRIPTION)
     eos_token: str = Field("", description="token appended to each document; default: the tokenizer's eos_token")
     control_tokens: Literal["drop", "keep"] = Field(
         "drop",
@@ -59,50 +59,63 @@ def pack(config: PackConfig, model: Model | Adapter | Tokenizer, data: Dataset, 
     Errors: ModelError for an unsuitable tokenizer or a faulty template; DataError for preference pairs, or when no row
     is left.
     """
-    tokenizer = tokenizer_of(model, config.chat_template)
-    chats = schema_of(data)
+    tokenizer = load_model_tokenizer(model, config.chat_template)
+    chats = detect_schema(data)
     if chats == "preference":
         raise DataError(f"{data.name}: holds preference pairs; only conversations or documents can be packed")
     if chats:
-        how = How(model.path, config.chat_template, config.max_length, control=config.control_tokens == "keep")
-        done = work(
+        how = TokenizationSettings(
+            model.path, config.chat_template, config.max_length, allow_control_tokens=config.control_tokens == "keep"
+        )
+        done = process_parts(
             ctx,
             "tokens",
             partial(encode_chats, how),
-            file_spans(row_files(data, "chat"), partial(open_rows, kind="chat")),
+            plan_file_spans(list_row_files(data, "chat"), partial(open_rows, kind="chat")),
         )
-        uses = done.total("uses")
+        uses = done.sum_counters("uses")
         require_template(
             model.name,
             tokenizer,
-            stop_ids(model.path, tokenizer),
-            Uses(**{name: uses[name] > 0 for name in ("system", "tools", "results", "turns")}),
+            get_stop_ids(model.path, tokenizer),
+            TemplateUses(**{name: uses[name] > 0 for name in ("system", "tools", "results", "turns")}),
         )
     else:
-        how = How(model.path, config.chat_template, config.max_length, *_around(config, tokenizer))
-        done = work(ctx, "tokens", partial(encode_documents, how), spans(data))
-    if not done.sum("pieces"):
-        raise DataError(
-            f"{data.name}: nothing is left to pack, all {done.sum('rejected'):,} rows were rejected"
-            f" ({_reasons(done).most_common(1)[0][0]})"
+        how = TokenizationSettings(
+            model.path, config.chat_template, config.max_length, *_get_boundary_tokens(config, tokenizer)
         )
-    lengths, order, ends = _arrange(config, done, ctx.scratch)
+        done = process_parts(ctx, "tokens", partial(encode_documents, how), plan_spans(data))
+    if not done.sum_values("pieces"):
+        raise DataError(
+            f"{data.name}: nothing is left to pack, all {done.sum_values('rejected'):,} rows were rejected"
+            f" ({_count_reasons(done).most_common(1)[0][0]})"
+        )
+    lengths, order, ends = _assign_rows(config, done, ctx.scratch)
     largest = max(len(tokenizer) - 1, *(summary["largest"] for summary in done.summaries))
-    shards = work(
+    shards = process_parts(
         ctx,
         "shards",
         partial(_write_shard, ctx.scratch, done.folders, bool(chats), largest),
-        _plan(lengths, order, ends),
+        _plan_shards(lengths, order, ends),
     )
     for i, folder in enumerate(shards.folders):
-        link(folder / "shard.safetensors", ctx.out / f"shard-{i:05d}.safetensors")
+        link_or_copy(folder / "shard.safetensors", ctx.out / f"shard-{i:05d}.safetensors")
     _gather_rejected(done, ctx.out)
-    return _finish(
-        config, data, model, tokenizer, largest + 1, ctx, lengths, ends, shards.sum("learned"), _reasons(done)
+    return _build_dataset(
+        config,
+        data,
+        model,
+        tokenizer,
+        largest + 1,
+        ctx,
+        lengths,
+        ends,
+        shards.sum_values("learned"),
+        _count_reasons(done),
     )
 
 
-def _around(config: PackConfig, tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _get_boundary_tokens(config: PackConfig, tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return (token ids prepended to a document: those that the tokenizer itself adds, token ids appended to it)."""
     bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     before = whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)]
@@ -118,17 +131,17 @@ def _around(config: PackConfig, tokenizer: Any) -> tuple[tuple[int, ...], tuple[
     return tuple(before), (int(end),)
 
 
-def _arrange(config: PackConfig, done: Done, scratch: Path) -> tuple[Any, Any, Any]:
+def _assign_rows(config: PackConfig, done: PartResults, scratch: Path) -> tuple[Any, Any, Any]:
     """Return (lengths of all pieces, order, row ends) from `best_fit`; the order is saved for the shard writers."""
     import numpy as np
 
     lengths = np.concatenate([np.load(folder / "lengths.npy") for folder in done.folders])
-    order, ends = best_fit(lengths, config.max_length, config.seed)
+    order, ends = pack_best_fit(lengths, config.max_length, config.seed)
     np.save(scratch / "order.npy", order)
     return lengths, order, ends
 
 
-def _plan(lengths: Any, order: Any, ends: Any) -> list[tuple[int, int, tuple[int, ...]]]:
+def _plan_shards(lengths: Any, order: Any, ends: Any) -> list[tuple[int, int, tuple[int, ...]]]:
     """Plan shards of about SHARD_TOKENS tokens: (begin and end in the order, ends of its rows)."""
     import numpy as np
 
@@ -184,14 +197,14 @@ def _write_shard(
     return {"learned": int(tensors["learned"].sum()) if chats else int(pieces[-1]) - len(order)}
 
 
-def _gather_rejected(done: Done, out: Path) -> None:
+def _gather_rejected(done: PartResults, out: Path) -> None:
     files = [folder / "rejected.jsonl" for folder in done.folders if (folder / "rejected.jsonl").exists()]
     if files:
         with (out / "rejected.jsonl").open("wb") as whole:
             whole.writelines(file.read_bytes() for file in files)
 
 
-def _reasons(done: Done) -> Counter[str]:
+def _count_reasons(done: PartResults) -> Counter[str]:
     """Count the rejected rows by reason, without the details in parentheses."""
     import json
 
@@ -203,16 +216,16 @@ def _reasons(done: Done) -> Counter[str]:
     return found
 
 
-def _finish(
+def _build_dataset(
     config: PackConfig,
     data: Dataset,
     model: Model | Adapter | Tokenizer,
     tokenizer: Any,
-    vocabulary: int,
+    vocab_size: int,
     ctx: Context,
     lengths: Any,
     ends: Any,
-    learned: int,
+    num_label_tokens: int,
     reasons: Counter[str],
 ) -> Dataset:
     """Write the report and return the packed dataset."""
@@ -223,23 +236,23 @@ def _finish(
         "rows": rows,
         "pieces": pieces,
         "tokens": tokens,
-        "learned": learned,
+        "learned": num_label_tokens,
         "dropped": sum(reasons.values()),
         "fill": round(tokens / (rows * config.max_length), 5),
         "pieces_per_row": round(pieces / rows, 2),
     }
     report = ctx.report
     report.title = f"{data.name} packed for {model.name}"
-    report.lead = (
+    report.subtitle = (
         f"{pieces:,} pieces in {rows:,} rows of {config.max_length:,} tokens; {figures['fill']:.2%} of the"
         " space is used."
     )
     report.data = {**figures, "length": config.max_length, "rejected": dict(reasons)}
-    report.table("Metrics", ("metric", "value"), list(figures.items()))
+    report.add_table("Metrics", ("metric", "value"), list(figures.items()))
     counts = np.bincount(np.minimum((lengths * BINS) // (config.max_length + 1), BINS - 1), minlength=BINS)
     per_row = np.diff(np.concatenate([[0], ends]))
     most = int(per_row.max())
-    report.histograms(
+    report.add_histograms(
         "Packing",
         {
             "tokens of a piece": {"counts": counts.tolist(), "top": config.max_length},
@@ -250,9 +263,13 @@ def _finish(
         },
     )
     if reasons:
-        report.table("Rejected", ("reason", "rows"), reasons.most_common(40), note="The rows are in rejected.jsonl.")
-    ctx.progress.say(report.lead + (f" {figures['dropped']:,} rows were rejected (rejected.jsonl)." if reasons else ""))
-    about = {"length": config.max_length, "vocabulary": vocabulary, "rows": rows, "tokens": tokens}
+        report.add_table(
+            "Rejected", ("reason", "rows"), reasons.most_common(40), note="The rows are in rejected.jsonl."
+        )
+    ctx.progress.log(
+        report.subtitle + (f" {figures['dropped']:,} rows were rejected (rejected.jsonl)." if reasons else "")
+    )
+    about = {"length": config.max_length, "vocabulary": vocab_size, "rows": rows, "tokens": tokens}
     return Dataset(ctx.out, metrics=figures, about={"schema": "tokens", **about, **_tokenizer_digests(tokenizer)})
 
 

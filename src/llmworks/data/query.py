@@ -14,15 +14,15 @@ from pydantic import Field
 
 from llmworks.core.artifact import Config, Dataset
 from llmworks.core.context import Context
-from llmworks.core.documents import DocumentWriter, SideFile, Unusable
+from llmworks.core.documents import DocumentWriter, RejectedFile, RejectedInput
 from llmworks.core.errors import DataError, MissingDependency, UserError
 from llmworks.core.types import Document
-from llmworks.data.card import finish
+from llmworks.data.card import finish_dataset
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-ROWS = 1000  # rows per fetch
+FETCH_ROWS = 1000  # rows per fetch
 
 
 class QueryConfig(Config):
@@ -45,27 +45,31 @@ def query(config: QueryConfig, ctx: Context, database: Dataset | None = None) ->
     Errors: UserError for an invalid query or URL; DataError when no row gives a document; MissingDependency for a
     missing driver.
     """
-    engine, name = _engine(config, database)
+    engine, name = _create_engine(config, database)
     try:
-        with DocumentWriter(ctx.out) as writer, SideFile(ctx.out) as aside, ctx.progress.bar("query", 0, "rows") as bar:
-            for item in _rows(engine, name, config):
-                if isinstance(item, Unusable):
-                    aside.add(item)
+        with (
+            DocumentWriter(ctx.out) as writer,
+            RejectedFile(ctx.out) as rejected,
+            ctx.progress.bar("query", 0, "rows") as bar,
+        ):
+            for item in _stream_rows(engine, name, config):
+                if isinstance(item, RejectedInput):
+                    rejected.add(item)
                 else:
                     writer.add(item)
                 bar.advance()
     finally:
         engine.dispose()
     if not writer.documents:
-        first = f"; first row: {aside.first.reason}" if aside.first else ""
+        first = f"; first row: {rejected.first.reason}" if rejected.first else ""
         raise DataError(f"{name}: no row of the query gives a document{first}")
     ctx.report.title = f"Documents of {name}"
-    ctx.report.lead = (
-        f"{writer.documents:,} documents, {writer.characters:,} characters; {aside.count:,} rows rejected."
+    ctx.report.subtitle = (
+        f"{writer.documents:,} documents, {writer.characters:,} characters; {rejected.count:,} rows rejected."
     )
-    ctx.report.table("Query", ("setting", "value"), [("database", name), ("query", config.sql)])
-    metrics = {"documents": writer.documents, "characters": writer.characters, "rejected": aside.count}
-    asked = Dataset(
+    ctx.report.add_table("Query", ("setting", "value"), [("database", name), ("query", config.sql)])
+    metrics = {"documents": writer.documents, "characters": writer.characters, "rejected": rejected.count}
+    source = Dataset(
         ctx.out,
         about={
             "sources": [
@@ -77,10 +81,10 @@ def query(config: QueryConfig, ctx: Context, database: Dataset | None = None) ->
             ]
         },
     )
-    return finish(ctx, "data.query", [asked], metrics=metrics, extra={"rejected": aside.count})
+    return finish_dataset(ctx, "data.query", [source], metrics=metrics, extra={"rejected": rejected.count})
 
 
-def _engine(config: QueryConfig, database: Dataset | None) -> tuple[Engine, str]:
+def _create_engine(config: QueryConfig, database: Dataset | None) -> tuple[Engine, str]:
     """Return the engine and its public name: the file's name, or the URL with placeholders for secrets."""
     try:
         import sqlalchemy
@@ -101,7 +105,7 @@ def _engine(config: QueryConfig, database: Dataset | None) -> tuple[Engine, str]
         )
         return sqlalchemy.create_engine(url), database.name
     try:
-        return sqlalchemy.create_engine(re.sub(r"\$\{(\w+)\}", _secret, config.url)), config.url
+        return sqlalchemy.create_engine(re.sub(r"\$\{(\w+)\}", _expand_secret, config.url)), config.url
     except sqlalchemy.exc.NoSuchModuleError:
         raise UserError(f"url: {config.url.partition(':')[0]!r} is not a dialect that SQLAlchemy supports") from None
     except sqlalchemy.exc.ArgumentError:
@@ -112,7 +116,7 @@ def _engine(config: QueryConfig, database: Dataset | None) -> tuple[Engine, str]
         ) from None
 
 
-def _secret(match: re.Match[str]) -> str:
+def _expand_secret(match: re.Match[str]) -> str:
     from urllib.parse import quote_plus
 
     value = os.environ.get(match[1])
@@ -121,17 +125,17 @@ def _secret(match: re.Match[str]) -> str:
     return quote_plus(value)
 
 
-def _rows(engine: Engine, name: str, config: QueryConfig) -> Iterator[Document | Unusable]:
+def _stream_rows(engine: Engine, name: str, config: QueryConfig) -> Iterator[Document | RejectedInput]:
     from sqlalchemy.exc import DBAPIError, ResourceClosedError
 
-    from llmworks.data.readers.tables import Fields, row_document
+    from llmworks.data.readers.tables import TableFields, row_to_document
 
-    fields = Fields(config.text_field, config.id_field, config.max_document_mb << 20)
+    fields = TableFields(config.text_field, config.id_field, config.max_document_mb << 20)
     try:
         with engine.connect().execution_options(stream_results=True) as connection:
-            result: Any = connection.exec_driver_sql(config.sql).yield_per(ROWS)
+            result: Any = connection.exec_driver_sql(config.sql).yield_per(FETCH_ROWS)
             for number, row in enumerate(result.mappings(), 1):
-                yield row_document(row, name, number, fields)
+                yield row_to_document(row, name, number, fields)
     except DBAPIError as error:
         raise UserError(f"{name}: {str(error.orig).splitlines()[0]}") from None
     except ResourceClosedError:

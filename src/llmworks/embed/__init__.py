@@ -20,7 +20,7 @@ class Embedder(Protocol):
         ...
 
 
-def open_embedder(path: Path) -> Embedder:
+def load_embedder(path: Path) -> Embedder:
     """Load the embedder in a directory.
 
     It is a sentence encoder (Hugging Face, with config.json) or static embeddings (an embedding table and a tokenizer).
@@ -28,13 +28,13 @@ def open_embedder(path: Path) -> Embedder:
     Errors: ModelError for anything else.
     """
     if (path / "config.json").exists():
-        from llmworks.embed.encoder import Encoder
+        from llmworks.embed.encoder import SentenceEncoder
 
-        return Encoder(path)
+        return SentenceEncoder(path)
     if (path / "model.safetensors").exists() and (path / "tokenizer.json").exists():
-        from llmworks.embed.static import StaticVectors
+        from llmworks.embed.static import StaticEmbeddings
 
-        return StaticVectors(path)
+        return StaticEmbeddings(path)
     raise ModelError(
         f"{path}: holds no embedder; expected a sentence encoder (config.json) or static embeddings"
         " (model.safetensors, tokenizer.json)"

@@ -14,7 +14,7 @@ from llmworks.embed.vectors import Vectors
 BATCH_TOKENS = 4096
 
 
-class Encoder:
+class SentenceEncoder:
     """A Hugging Face encoder with mean pooling, in the directory format of sentence-transformers."""
 
     def __init__(self, path: Path) -> None:
@@ -30,13 +30,13 @@ class Encoder:
         self.dimensions: int = self.model.config.hidden_size
         settings = path / "sentence_bert_config.json"
         stated = json.loads(settings.read_text())["max_seq_length"] if settings.exists() else 256
-        self.max_tokens = min(stated, self.model.config.max_position_embeddings)
+        self.max_length = min(stated, self.model.config.max_position_embeddings)
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Embed texts as unit-length vectors [texts, dimensions]; texts are truncated to the encoder's length."""
         import torch
 
-        ids = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens, add_special_tokens=True)[
+        ids = self.tokenizer(list(texts), truncation=True, max_length=self.max_length, add_special_tokens=True)[
             "input_ids"
         ]
         order = sorted(range(len(texts)), key=lambda i: len(ids[i]))  # sort by length to reduce padding

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HELD = 1 << 24  # buffered pairs before a merge
+MAX_PENDING = 1 << 24  # buffered pairs before a merge
 
 
-def cooccurrences(texts: Iterable[Any], words: int, window: int) -> tuple[Any, Any, Any]:
+def count_cooccurrences(texts: Iterable[Any], vocab_size: int, window: int) -> tuple[Any, Any, Any]:
     """Count co-occurrences; returns (word, context word, X) of every ordered pair within `window` of each other.
 
     texts: numpy arrays of word ids, -1 for out-of-vocabulary words.
@@ -25,13 +25,13 @@ def cooccurrences(texts: Iterable[Any], words: int, window: int) -> tuple[Any, A
 
     keys: Any = np.zeros(0, dtype=np.int64)
     sums: Any = np.zeros(0)
-    held: list[tuple[Any, Any]] = []
+    pending: list[tuple[Any, Any]] = []
 
     def merge() -> None:
         nonlocal keys, sums
-        every, inverse = np.unique(np.concatenate([keys, *(k for k, _ in held)]), return_inverse=True)
-        keys, sums = every, np.bincount(inverse, np.concatenate([sums, *(w for _, w in held)]), minlength=len(every))
-        held.clear()
+        every, inverse = np.unique(np.concatenate([keys, *(k for k, _ in pending)]), return_inverse=True)
+        keys, sums = every, np.bincount(inverse, np.concatenate([sums, *(w for _, w in pending)]), minlength=len(every))
+        pending.clear()
 
     waiting = 0
     for text in texts:
@@ -39,49 +39,52 @@ def cooccurrences(texts: Iterable[Any], words: int, window: int) -> tuple[Any, A
             one, other = text[:-distance], text[distance:]
             both = (one >= 0) & (other >= 0)
             one, other = one[both].astype(np.int64), other[both].astype(np.int64)
-            held.append(
-                (np.concatenate([one * words + other, other * words + one]), np.full(2 * len(one), 1 / distance))
+            pending.append(
+                (
+                    np.concatenate([one * vocab_size + other, other * vocab_size + one]),
+                    np.full(2 * len(one), 1 / distance),
+                )
             )
             waiting += 2 * len(one)
-        if waiting > HELD:
+        if waiting > MAX_PENDING:
             merge()
             waiting = 0
     merge()
-    return keys // words, keys % words, sums
+    return keys // vocab_size, keys % vocab_size, sums
 
 
-def glove(
+def train_glove(
     pairs: tuple[Any, Any, Any],
-    words: int,
+    vocab_size: int,
     dimensions: int,
     *,
     epochs: int,
-    rate: float = 0.05,
-    most: float = 100.0,
-    power: float = 0.75,
-    batch: int = 4096,
+    learning_rate: float = 0.05,
+    x_max: float = 100.0,
+    alpha: float = 0.75,
+    batch_size: int = 4096,
     seed: int = 0,
-    each: Callable[[int, float], None] | None = None,
+    on_epoch: Callable[[int, float], None] | None = None,
 ) -> Tensor:
     """Train vectors [words, dimensions], each the sum of word and context vector, with AdaGrad on batches of pairs.
 
     `each` is called with epoch and mean loss after every epoch.
     """
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     first, second = (torch.from_numpy(x) for x in pairs[:2])
     log, weight = (torch.from_numpy(x).float() for x in (pairs[2], pairs[2]))
-    log, weight = log.log(), (weight / most).pow(power).clamp(max=1)
+    log, weight = log.log(), (weight / x_max).pow(alpha).clamp(max=1)
     # the bias is an extra dimension of each vector, multiplied by 1 in the other
-    tables = [(torch.rand(words, dimensions + 1, generator=draw) - 0.5) / dimensions for _ in range(2)]
+    tables = [(torch.rand(vocab_size, dimensions + 1, generator=generator) - 0.5) / dimensions for _ in range(2)]
     squares = [torch.ones_like(table) for table in tables]
     for epoch in range(epochs):
         total = 0.0
-        for chosen in torch.split(torch.randperm(len(log), generator=draw), batch):
+        for chosen in torch.split(torch.randperm(len(log), generator=generator), batch_size):
             at = (first[chosen], second[chosen])
             w, c = (table[i] for table, i in zip(tables, at, strict=True))
-            miss = (w[:, :-1] * c[:, :-1]).sum(1) + w[:, -1] + c[:, -1] - log[chosen]
-            slope = weight[chosen] * miss
-            total += float((slope * miss).sum()) / 2
+            error = (w[:, :-1] * c[:, :-1]).sum(1) + w[:, -1] + c[:, -1] - log[chosen]
+            slope = weight[chosen] * error
+            total += float((slope * error).sum()) / 2
             for table, square, i, other in zip(tables, squares, at, (c, w), strict=True):
                 by = torch.cat((slope[:, None] * other[:, :-1], slope[:, None]), 1)
                 touched, place = torch.unique(i, return_inverse=True)
@@ -89,7 +92,7 @@ def glove(
                     torch.zeros(len(touched), by.shape[1]).index_add_(0, place, x) for x in (by, by.square())
                 )
                 square[touched] += squared  # accumulated per pair, as in the reference implementation
-                table[touched] -= rate * summed / square[touched].sqrt()
-        if each is not None:
-            each(epoch, total / len(log))
+                table[touched] -= learning_rate * summed / square[touched].sqrt()
+        if on_epoch is not None:
+            on_epoch(epoch, total / len(log))
     return (tables[0] + tables[1])[:, :-1].contiguous()

@@ -16,7 +16,7 @@ from llmworks.embed.vectors import Vectors
 BATCH = 256
 
 
-class StaticVectors:
+class StaticEmbeddings:
     """An embedding table [tokens, dimensions] with its tokenizer."""
 
     def __init__(self, path: Path, max_tokens: int = 512) -> None:

@@ -16,12 +16,12 @@ import numpy as np
 from llmworks.core.errors import DataError
 
 BATCH = 512
-FEW = 10  # no confidence interval below this number of pairs
-Vector = Callable[[str], Any]  # a word's vector, or None
+MIN_INTERVAL_PAIRS = 10  # no confidence interval below this number of pairs
+VectorLookup = Callable[[str], Any]  # a word's vector, or None
 
 
 @dataclass(frozen=True)
-class Pairs:
+class WordPairs:
     """A word similarity test: word pairs with human similarity ratings."""
 
     rows: list[tuple[str, str, float]]
@@ -34,7 +34,7 @@ class Analogies:
     sections: dict[str, list[tuple[str, str, str, str]]] = field(default_factory=dict)
 
 
-def read(path: Path, *, lowercase: bool = True) -> Pairs | Analogies:
+def read_word_test(path: Path, *, lowercase: bool = True) -> WordPairs | Analogies:
     """Read a test file: lines of two words and a rating, or of four words below `: section`.
 
     Lines that begin with # are skipped. DataError for other lines.
@@ -57,7 +57,7 @@ def read(path: Path, *, lowercase: bool = True) -> Pairs | Analogies:
             section = line[1:].strip()
         elif len(words) == 4 and not pairs:
             analogies.sections.setdefault(section, []).append((words[0], words[1], words[2], words[3]))
-        elif len(words) == 3 and not analogies.sections and _number(words[2]):
+        elif len(words) == 3 and not analogies.sections and _is_number(words[2]):
             pairs.append((words[0], words[1], float(words[2])))
         else:
             raise DataError(
@@ -65,10 +65,10 @@ def read(path: Path, *, lowercase: bool = True) -> Pairs | Analogies:
             )
     if not pairs and not analogies.sections:
         raise DataError(f"{files[0]}: holds no word similarity or analogy test")
-    return Pairs(pairs) if pairs else analogies
+    return WordPairs(pairs) if pairs else analogies
 
 
-def _number(text: str) -> bool:
+def _is_number(text: str) -> bool:
     try:
         return math.isfinite(float(text))
     except ValueError:
@@ -76,7 +76,7 @@ def _number(text: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Found:
+class WordScore:
     """A score with its 95% confidence interval, and how many of the questions were answered."""
 
     score: float
@@ -86,7 +86,7 @@ class Found:
     questions: int
 
 
-def likeness(test: Pairs, vector: Vector) -> Found:
+def score_similarity(test: WordPairs, vector: VectorLookup) -> WordScore:
     """Compute Spearman's rank correlation of human ratings and cosine similarities, over pairs with both vectors.
 
     From 10 pairs on, the confidence interval is by Fisher's z (Bonett & Wright 2000).
@@ -96,23 +96,23 @@ def likeness(test: Pairs, vector: Vector) -> Found:
     known = [(vector(a), vector(b), score) for a, b, score in test.rows]
     known = [(a, b, score) for a, b, score in known if a is not None and b is not None]
     if len(known) < 4 or len({score for *_, score in known}) == 1:  # no rank correlation
-        return Found(math.nan, math.nan, math.nan, len(known), len(test.rows))
+        return WordScore(math.nan, math.nan, math.nan, len(known), len(test.rows))
     cosines = [float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b) or 1)) for a, b, _ in known]
     r = float(spearmanr([score for *_, score in known], cosines).statistic)
     z, wide = math.atanh(max(-0.999999, min(0.999999, r))), 1.96 * math.sqrt((1 + r * r / 2) / (len(known) - 3))
-    low, high = (math.tanh(z - wide), math.tanh(z + wide)) if len(known) >= FEW else (math.nan, math.nan)
-    return Found(r, low, high, len(known), len(test.rows))
+    low, high = (math.tanh(z - wide), math.tanh(z + wide)) if len(known) >= MIN_INTERVAL_PAIRS else (math.nan, math.nan)
+    return WordScore(r, low, high, len(known), len(test.rows))
 
 
-def solve(test: Analogies, words: dict[str, int], table: Any) -> dict[str, Found]:
+def score_analogies(test: Analogies, words: dict[str, int], table: Any) -> dict[str, WordScore]:
     """Compute analogy accuracy (3CosAdd) by section, and overall under "all".
 
     The prediction is the word with the vector nearest to b - a + c, excluding a, b and c. Questions with words that
     have no row in `table` are not answered. table: [words, dimensions], normalized to unit length first.
     """
     unit = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
-    found: dict[str, Found] = {}
-    right_of_all = answered = asked = 0
+    found: dict[str, WordScore] = {}
+    right_of_all = answered = questions = 0
     for section, rows in test.sections.items():
         known = np.array(
             [[words[w] for w in row] for row in rows if all(w in words for w in row)], dtype=np.int64
@@ -125,15 +125,20 @@ def solve(test: Analogies, words: dict[str, int], table: Any) -> dict[str, Found
             for given in (a, b, c):
                 fits[at, given] = -np.inf
             right += int((fits.argmax(1) == d).sum())
-        found[section] = _share(right, len(known), len(rows))
-        right_of_all, answered, asked = right_of_all + right, answered + len(known), asked + len(rows)
-    return {"all": _share(right_of_all, answered, asked), **{name: f for name, f in found.items() if name != "all"}}
+        found[section] = _accuracy(right, len(known), len(rows))
+        right_of_all, answered, questions = right_of_all + right, answered + len(known), questions + len(rows)
+    return {
+        "all": _accuracy(right_of_all, answered, questions),
+        **{name: f for name, f in found.items() if name != "all"},
+    }
 
 
-def _share(right: int, answered: int, asked: int) -> Found:
+def _accuracy(right: int, answered: int, questions: int) -> WordScore:
     """Return an accuracy with its Wilson confidence interval."""
     if not answered:
-        return Found(math.nan, math.nan, math.nan, 0, asked)
+        return WordScore(math.nan, math.nan, math.nan, 0, questions)
     p, z = right / answered, 1.96
     middle, wide = p + z * z / (2 * answered), z * math.sqrt(p * (1 - p) / answered + z * z / (4 * answered**2))
-    return Found(p, (middle - wide) / (1 + z * z / answered), (middle + wide) / (1 + z * z / answered), answered, asked)
+    return WordScore(
+        p, (middle - wide) / (1 + z * z / answered), (middle + wide) / (1 + z * z / answered), answered, questions
+    )

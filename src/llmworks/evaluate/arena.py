@@ -16,14 +16,21 @@ from pydantic import Field
 from llmworks.core.artifact import Config, Dataset, Report
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError
-from llmworks.data.store.jsonl import Rejected
-from llmworks.data.store.raw_rows import raw_rows
-from llmworks.evaluate.statistics.ratings import Vote, bradley_terry, elo, intervals, resampled, style_of
+from llmworks.data.store.jsonl import RejectedRows
+from llmworks.data.store.raw_rows import read_raw_rows
+from llmworks.evaluate.statistics.ratings import (
+    Vote,
+    bootstrap_ratings,
+    bradley_terry,
+    elo,
+    percentile_interval,
+    relative_length,
+)
 
 if TYPE_CHECKING:
     from llmworks.core.report import ReportBuilder
 
-WON = {"A": 1.0, "B": 0.0, "C": 0.5}
+VOTE_SCORES = {"A": 1.0, "B": 0.0, "C": 0.5}
 
 
 class ArenaConfig(Config):
@@ -58,22 +65,29 @@ def arena(
     Errors: DataError for malformed votes, or too few.
     """
     ballots, counted, names = _count_ballots(votes, judge_reports, config)
-    rated = [Vote(names.index(b.a), names.index(b.b), WON[b.vote], style_of(*b.lengths), b.question) for b in counted]
+    rated = [
+        Vote(names.index(b.a), names.index(b.b), VOTE_SCORES[b.vote], relative_length(*b.lengths), b.question)
+        for b in counted
+    ]
     plain, _ = bradley_terry(rated, len(names))
-    drawn, questions = resampled(rated, len(names), seed=config.seed, resamples=config.bootstrap_iters)
-    low, high = intervals(drawn, questions)
+    resampled, questions = bootstrap_ratings(rated, len(names), seed=config.seed, resamples=config.bootstrap_iters)
+    low, high = percentile_interval(resampled, questions)
     styled, weight = bradley_terry(rated, len(names), style=True)
     order = sorted(range(len(names)), key=lambda i: -plain[i])
-    tallies = _tallies(counted)
+    tallies = _count_votes(counted)
     online = elo(rated, len(names))
     page = ctx.report
     best = names[order[0]]
     page.title = "Arena"
-    beside = [names[i] for i in order[1:] if intervals(drawn[:, order[0]] - drawn[:, i], questions)[0] <= 0]
-    told = f"; not significantly different from {', '.join(beside)}" if beside else ""
-    page.lead = (
+    not_distinguishable = [
+        names[i] for i in order[1:] if percentile_interval(resampled[:, order[0]] - resampled[:, i], questions)[0] <= 0
+    ]
+    significance_note = (
+        f"; not significantly different from {', '.join(not_distinguishable)}" if not_distinguishable else ""
+    )
+    page.subtitle = (
         f"{len(counted)} votes on {len(names)} models; {best} leads with {plain[order[0]]:.0f} (95% interval"
-        f" {low[order[0]]:.0f} to {high[order[0]]:.0f}){told}."
+        f" {low[order[0]]:.0f} to {high[order[0]]:.0f}){significance_note}."
     )
     _describe_ratings(names, order, page, weight, styled, plain, low, high, online, tallies)
     _describe_wins(page, order, counted, names, plain, low, high)
@@ -81,13 +95,13 @@ def arena(
         "votes": len(counted),
         "models": len(names),
         "best": best,
-        "not_significant": len(beside),
+        "not_significant": len(not_distinguishable),
         "style": weight,
     }
-    agreement = _agreement(ballots)
+    agreement = _compute_agreement(ballots)
     if agreement:
         metrics["agreement"] = agreement[0]
-        page.text("Human-judge agreement", f"{agreement[0]:.0%} on the {agreement[1]} pairs that both voted on.")
+        page.add_text("Human-judge agreement", f"{agreement[0]:.0%} on the {agreement[1]} pairs that both voted on.")
     page.data = {
         "ratings": {
             names[i]: {
@@ -109,7 +123,7 @@ def _count_ballots(
 ) -> tuple[list[Ballot], list[Ballot], list[str]]:
     """Return all ballots, the counted ones and their model names. DataError where they cannot be rated together."""
     ballots = [b for data in votes or [] for b in read_votes(data)] + [
-        b for report in judged or [] for b in of_judges(report)
+        b for report in judged or [] for b in read_judge_votes(report)
     ]
     counted = [b for b in ballots if config.voters == "all" or b.person == (config.voters == "people")]
     names = sorted({name for b in counted for name in (b.a, b.b)})
@@ -117,10 +131,11 @@ def _count_ballots(
         raise DataError(
             f"{len(counted)} votes on {len(names)} models are too few for ratings; at least 10 on 2 are needed"
         )
-    apart = _apart(counted, names)
-    if apart:
+    disconnected = _find_disconnected(counted, names)
+    if disconnected:
         raise DataError(
-            f"no vote connects {', '.join(apart[0][:3])} with {', '.join(apart[1][:3])}, so their ratings cannot be"
+            f"no vote connects {', '.join(disconnected[0][:3])} with {', '.join(disconnected[1][:3])}, so their"
+            " ratings cannot be"
             " compared; collect votes between the two groups"
         )
     return ballots, counted, names
@@ -153,7 +168,7 @@ def _describe_ratings(
         )
         for place, i in enumerate(order, 1)
     ]
-    page.table(
+    page.add_table(
         "Ratings",
         ("", "model", "Bradley-Terry", "95% interval", "length-controlled", "length-controlled rank", "Elo", "votes"),
         rows,
@@ -166,38 +181,38 @@ def _describe_wins(
     page: ReportBuilder, order: list[int], counted: list[Ballot], names: list[str], plain: Any, low: Any, high: Any
 ) -> None:
     """Add the rating intervals, the pairwise win rates and the voters."""
-    page.intervals(
+    page.add_intervals(
         "Bradley-Terry ratings", [(names[i], float(plain[i]), float(low[i]), float(high[i])) for i in order], x="rating"
     )
-    page.table(
+    page.add_table(
         "Win rates",
         ("model", *(names[i] for i in order)),
-        [(names[i], *(_wins(counted, names[i], names[j]) if i != j else "" for j in order)) for i in order],
+        [(names[i], *(_format_win_rate(counted, names[i], names[j]) if i != j else "" for j in order)) for i in order],
         "Win rate of the row's model against the column's; a tie counts half.",
     )
     voters = Counter(b.voter for b in counted)
-    page.table("Voters", ("voter", "votes"), voters.most_common(40))
+    page.add_table("Voters", ("voter", "votes"), voters.most_common(40))
 
 
 def read_votes(data: Dataset) -> list[Ballot]:
     """Read votes of people. DataError for a malformed row."""
-    rejected = Rejected()
+    rejected = RejectedRows()
     out: list[Ballot] = []
-    for file, number, row in raw_rows(data.path, rejected):
+    for file, number, row in read_raw_rows(data.path, rejected):
         where = f"{data.name}: {file} row {number}"
         missing = next(
             (k for k in ("question", "a", "b", "vote") if not isinstance(row.get(k), str) or not row[k]), None
         )
         if missing:
             raise DataError(f"{where}: has no `{missing}`; a vote is {{question, a, b, vote: A, B or C, voter}}")
-        if row["vote"] not in WON or row["a"] == row["b"]:
+        if row["vote"] not in VOTE_SCORES or row["a"] == row["b"]:
             raise DataError(
                 f"{where}: the vote {row['vote']!r} must be A, B or C (a tie)"
-                if row["vote"] not in WON
+                if row["vote"] not in VOTE_SCORES
                 else f"{where}: {row['a']!r} is compared with itself"
             )
         lengths = row.get("lengths")
-        known = isinstance(lengths, list) and len(lengths) == 2 and all(isinstance(n, int) for n in lengths)
+        has_lengths = isinstance(lengths, list) and len(lengths) == 2 and all(isinstance(n, int) for n in lengths)
         out.append(
             Ballot(
                 row["question"],
@@ -206,7 +221,7 @@ def read_votes(data: Dataset) -> list[Ballot]:
                 row["vote"],
                 str(row.get("voter") or "someone"),
                 True,
-                (lengths[0], lengths[1]) if known and isinstance(lengths, list) else (0, 0),
+                (lengths[0], lengths[1]) if has_lengths and isinstance(lengths, list) else (0, 0),
             )
         )
     if rejected.rows:
@@ -216,7 +231,7 @@ def read_votes(data: Dataset) -> list[Ballot]:
     return out
 
 
-def of_judges(report: Report) -> list[Ballot]:
+def read_judge_votes(report: Report) -> list[Ballot]:
     """Read the votes of a pairwise `evaluate.judge` report. DataError for any other report."""
     data = report.read()
     if not data.get("pairs"):
@@ -234,12 +249,12 @@ def of_judges(report: Report) -> list[Ballot]:
         ]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         found = []
-    if not found or any(ballot.vote not in WON for ballot in found):
+    if not found or any(ballot.vote not in VOTE_SCORES for ballot in found):
         raise DataError(f"{report.name}: report.json was edited or is corrupt; run `evaluate.judge` again")
     return found
 
 
-def _apart(ballots: Sequence[Ballot], names: Sequence[str]) -> tuple[list[str], list[str]] | None:
+def _find_disconnected(ballots: Sequence[Ballot], names: Sequence[str]) -> tuple[list[str], list[str]] | None:
     """Return two groups of models with no vote between them; None where all are connected."""
     reached, todo = {names[0]}, [names[0]]
     while todo:
@@ -252,21 +267,23 @@ def _apart(ballots: Sequence[Ballot], names: Sequence[str]) -> tuple[list[str], 
     return None if len(reached) == len(names) else (sorted(reached), sorted(set(names) - reached))
 
 
-def _tallies(ballots: Sequence[Ballot]) -> Counter[str]:
+def _count_votes(ballots: Sequence[Ballot]) -> Counter[str]:
     return Counter(name for b in ballots for name in (b.a, b.b))
 
 
-def _wins(ballots: Sequence[Ballot], name: str, other: str) -> str:
-    won = [WON[b.vote] if b.a == name else 1 - WON[b.vote] for b in ballots if {b.a, b.b} == {name, other}]
+def _format_win_rate(ballots: Sequence[Ballot], name: str, other: str) -> str:
+    won = [
+        VOTE_SCORES[b.vote] if b.a == name else 1 - VOTE_SCORES[b.vote] for b in ballots if {b.a, b.b} == {name, other}
+    ]
     return f"{sum(won) / len(won):.0%} of {len(won)}" if won else "–"
 
 
-def _agreement(ballots: Sequence[Ballot]) -> tuple[float, int] | None:
+def _compute_agreement(ballots: Sequence[Ballot]) -> tuple[float, int] | None:
     """Return (share of pairs on which people and judges prefer the same side, number of pairs both voted on)."""
     sides: dict[tuple[str, str, str], dict[bool, list[float]]] = {}
     for b in ballots:
         first, second = sorted((b.a, b.b))
-        won = WON[b.vote] if b.a == first else 1 - WON[b.vote]
+        won = VOTE_SCORES[b.vote] if b.a == first else 1 - VOTE_SCORES[b.vote]
         sides.setdefault((b.question, first, second), {}).setdefault(b.person, []).append(won - 0.5)
     both = [v for v in sides.values() if len(v) == 2]
     if not both:

@@ -15,12 +15,12 @@ from pydantic import Field
 from llmworks.core.artifact import Config, Report
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError
-from llmworks.evaluate.leaderboard import small
+from llmworks.evaluate.leaderboard import format_p_value
 from llmworks.evaluate.statistics.bootstrap import RESAMPLES, holm, paired_difference, sign_flip
-from llmworks.evaluate.statistics.causes import CAUSES, cause, changes, settings
-from llmworks.evaluate.statistics.metrics import WRITTEN
+from llmworks.evaluate.statistics.causes import CAUSES, find_cause, list_changes, list_setting_differences
+from llmworks.evaluate.statistics.metrics import GENERATION_METRICS
 from llmworks.evaluate.statistics.stored import read_evaluation
-from llmworks.tokenize.chat.templates import parse_calls
+from llmworks.tokenize.chat.templates import parse_tool_calls
 
 if TYPE_CHECKING:
     from llmworks.core.report import ReportBuilder
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 SHOWN = 400
 
 
-class CompareConfig(Config):
+class CompareEvaluationsConfig(Config):
     """Bootstrap settings."""
 
     bootstrap_iters: int = Field(RESAMPLES, ge=100, description="number of bootstrap resamples")
     seed: int = Field(0, description="bootstrap seed")
 
 
-def compare(config: CompareConfig, before: Report, after: Report, ctx: Context) -> Report:
+def compare(config: CompareEvaluationsConfig, before: Report, after: Report, ctx: Context) -> Report:
     """Compute the mean difference `after - before` with a 95% interval, and list the differing samples by cause.
 
     Metrics: difference, low, high, p_not_better, p_not_worse, gained, lost, samples, differ, same_answer.
@@ -43,16 +43,16 @@ def compare(config: CompareConfig, before: Report, after: Report, ctx: Context) 
     """
     a, b = (read_evaluation(report, "task", of_samples=("question", "score", "text")) for report in (before, after))
     left, right = ({s["id"]: s for s in data["samples"]} for data in (a, b))
-    _check(before.name, after.name, a, b, left, right)
+    _check_comparable(before.name, after.name, a, b, left, right)
     ids = sorted(left)
     groups = [str(left[i].get("group", "")) for i in ids]
     scores = [left[i]["score"] for i in ids], [right[i]["score"] for i in ids]
     paired = paired_difference(*scores, groups=groups, seed=config.seed, resamples=config.bootstrap_iters)
-    chance = sign_flip(*scores, groups=groups, seed=config.seed)
+    p_value = sign_flip(*scores, groups=groups, seed=config.seed)
     d, sign = paired.difference, -1 if a.get("better") == "lower" else 1
     gained = sum(sign * right[i]["score"] > sign * left[i]["score"] for i in ids)
     lost = sum(sign * right[i]["score"] < sign * left[i]["score"] for i in ids)
-    one, other = _answers(a, left), _answers(b, right)
+    one, other = _reduce_answers(a, left), _reduce_answers(b, right)
     changed = [i for i in ids if one[i] != other[i] or left[i]["score"] != right[i]["score"]]
     metrics = {
         "difference": d.value,
@@ -60,7 +60,7 @@ def compare(config: CompareConfig, before: Report, after: Report, ctx: Context) 
         "high": d.high,
         "p_not_better": paired.p_not_better,
         "p_not_worse": paired.p_not_worse,
-        "p": chance,
+        "p": p_value,
         "gained": gained,
         "lost": lost,
         "samples": len(ids),
@@ -69,17 +69,18 @@ def compare(config: CompareConfig, before: Report, after: Report, ctx: Context) 
     }
     low, high = sorted((sign * d.low, sign * d.high))
     verdict = "better" if low > 0 else "worse" if high < 0 else "not significantly different"
-    verdict = verdict if chance < 0.05 else "not significantly different"
+    verdict = verdict if p_value < 0.05 else "not significantly different"
     page = ctx.report
     form = "{:+.1%}" if a.get("percent", True) else "{:+.4g}"
-    told, between = form.format(d.value), f"{form.format(d.low)} to {form.format(d.high)}"
+    formatted, between = form.format(d.value), f"{form.format(d.low)} to {form.format(d.high)}"
     page.title = f"{after.name} vs. {before.name}"
-    page.lead = (
-        f"{after.name} is {verdict}: {told} (95% interval {between}) over {len(ids)} paired samples; {gained} gained,"
+    page.subtitle = (
+        f"{after.name} is {verdict}: {formatted} (95% interval {between}) over {len(ids)} paired samples; {gained}"
+        " gained,"
         f" {lost} lost. Identical answers: {metrics['same_answer']:.1%}."
     )
-    page.table("Paired bootstrap", ("statistic", "value"), list(metrics.items()))
-    _other_metrics(config, left, right, ids, groups, page)
+    page.add_table("Paired bootstrap", ("statistic", "value"), list(metrics.items()))
+    _describe_metrics(config, left, right, ids, groups, page)
     causes = _describe_causes(a, b, changed, page, metrics, before, after, left, right)
     _describe_samples(changed, page, left, right, sign, causes, before, after)
     page.data = {
@@ -107,17 +108,19 @@ def _describe_causes(
     right: dict[Any, Any],
 ) -> dict[Any, str]:
     """Attribute each differing sample to a cause; add tables of causes and of differing settings."""
-    causes = {i: cause(a, b, left[i], right[i]) for i in changed} if "definition" in a and "definition" in b else {}
+    causes = (
+        {i: find_cause(a, b, left[i], right[i]) for i in changed} if "definition" in a and "definition" in b else {}
+    )
     if causes:
         counted = Counter(causes.values()).most_common()
-        several = changes(a, b)
+        several = list_changes(a, b)
         note = (
             f" {len(several)} settings differ ({', '.join(several)}): their individual effects cannot be separated;"
             " change one at a time."
             if len(several) > 1
             else ""
         )
-        page.table(
+        page.add_table(
             "Why samples differ",
             ("cause", "samples", "description"),
             [(c, n, CAUSES[c]) for c, n in counted],
@@ -125,8 +128,8 @@ def _describe_causes(
         )
         metrics["causes"] = dict(counted)
     if causes or ("definition" in a and "definition" in b):
-        differing = settings(a, b)
-        page.table(
+        differing = list_setting_differences(a, b)
+        page.add_table(
             "Settings that differ",
             ("setting", before.name, after.name),
             differing or [("nothing", "", "")],
@@ -147,19 +150,19 @@ def _describe_samples(
     """Add the differing samples side by side."""
     items = [
         (
-            _line(left[i], right[i], sign, causes.get(i, "")),
-            (before.name, _told(left[i])),
-            (after.name, _told(right[i])),
+            _format_headline(left[i], right[i], sign, causes.get(i, "")),
+            (before.name, _format_sample(left[i])),
+            (after.name, _format_sample(right[i])),
         )
         for i in changed[:SHOWN]
     ]
     tags = [_tags(left[i], right[i], sign, causes.get(i, "")) for i in changed[:SHOWN]]
-    page.pairs(
+    page.add_pairs(
         "Samples that differ", items, f"The first {SHOWN} of {len(changed)}." if len(changed) > SHOWN else "", tags
     )
 
 
-def _check(
+def _check_comparable(
     first: str,
     second: str,
     a: Mapping[str, Any],
@@ -182,32 +185,32 @@ def _check(
         raise DataError(f"{first} and {second} have different rows under the id {other!r}, so they cannot be paired")
 
 
-def _answers(run: Mapping[str, Any], samples: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _reduce_answers(run: Mapping[str, Any], samples: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Reduce each sample to what is compared: the chosen option, the extracted answers, else text or score.
 
     Of text scored as a whole by a function (calls, programs, constraints): the calls in it, or the scores; another
     wording is not another answer.
     """
     task = run.get("definition", {})
-    judged = (
+    scored_whole = (
         task.get("kind") == "generate"
         and not any(task.get("extract", {}).values())
-        and all(str(m.get("name")) not in WRITTEN for m in task.get("metrics", ()))
+        and all(str(m.get("name")) not in GENERATION_METRICS for m in task.get("metrics", ()))
     )
     out: dict[str, Any] = {}
     for id, sample in samples.items():
         if "chosen" in sample:
             out[id] = sample["chosen"]
-        elif judged:
-            calls = parse_calls(sample["text"])[1]
+        elif scored_whole:
+            calls = parse_tool_calls(sample["text"])[1]
             out[id] = [(call.name, call.arguments) for call in calls] or sample.get("scores") or sample["score"]
         else:
             out[id] = sample.get("answers") or sample["text"] or sample["score"]
     return out
 
 
-def _other_metrics(
-    config: CompareConfig,
+def _describe_metrics(
+    config: CompareEvaluationsConfig,
     left: Mapping[str, Any],
     right: Mapping[str, Any],
     ids: list[str],
@@ -228,17 +231,23 @@ def _other_metrics(
         )
         for n in names
     ]
-    chances = [
+    p_values = [
         sign_flip(
             [left[i]["scores"][n] for i in ids], [right[i]["scores"][n] for i in ids], groups=groups, seed=config.seed
         )
         for n in names
     ]
     rows = [
-        (n, f"{p.difference.value:+.4g}", f"{p.difference.low:+.4g} to {p.difference.high:+.4g}", small(c), small(h))
-        for n, p, c, h in zip(names, found, chances, holm(chances), strict=True)
+        (
+            n,
+            f"{p.difference.value:+.4g}",
+            f"{p.difference.low:+.4g} to {p.difference.high:+.4g}",
+            format_p_value(c),
+            format_p_value(h),
+        )
+        for n, p, c, h in zip(names, found, p_values, holm(p_values), strict=True)
     ]
-    page.table(
+    page.add_table(
         "All metrics",
         ("metric", "difference", "95% interval", "p", "adjusted p"),
         rows,
@@ -246,7 +255,7 @@ def _other_metrics(
     )
 
 
-def _line(left: Mapping[str, Any], right: Mapping[str, Any], sign: int, why: str) -> str:
+def _format_headline(left: Mapping[str, Any], right: Mapping[str, Any], sign: int, why: str) -> str:
     mark = {1: "+", -1: "−", 0: "·"}[
         (sign * right["score"] > sign * left["score"]) - (sign * right["score"] < sign * left["score"])
     ]
@@ -262,7 +271,7 @@ def _tags(left: Mapping[str, Any], right: Mapping[str, Any], sign: int, why: str
     ]
 
 
-def _told(sample: Mapping[str, Any]) -> str:
+def _format_sample(sample: Mapping[str, Any]) -> str:
     """Format a sample for the side-by-side view."""
     if "choices" in sample:
         return "\n".join(

@@ -15,12 +15,12 @@ from pydantic import Field
 
 from llmworks.core.artifact import Config, Dataset, Report
 from llmworks.core.context import Context
-from llmworks.data.store.testsets import test_rows
+from llmworks.data.store.testsets import read_eval_rows
 from llmworks.evaluate.statistics.bootstrap import mean_interval
 from llmworks.evaluate.statistics.stored import read_evaluation
 
 WORD = re.compile(r"[0-9A-Za-z\x80-\U0010ffff]+")
-COMMON = 0.02  # fraction of all samples; an n-gram in more of them is ignored
+COMMON_FRACTION = 0.02  # fraction of all samples; an n-gram in more of them is ignored
 
 
 class ContaminationConfig(Config):
@@ -46,15 +46,17 @@ def contamination(
     """
     data = read_evaluation(evaluation, "task", "model", of_samples=("question", "score"))
     samples = {s["id"]: s for s in data["samples"]}
-    runs, short = _index(config, {i: f"{s['question']} {s.get('reference', '')}" for i, s in samples.items()})
-    sizes = sorted({len(run) for run in runs})
+    samples_by_ngram, short = _index_ngrams(
+        config, {i: f"{s['question']} {s.get('reference', '')}" for i, s in samples.items()}
+    )
+    sizes = sorted({len(run) for run in samples_by_ngram})
     touched: dict[str, str] = {}
     rows = 0
     for dataset in training_data:
-        for id, text in test_rows(dataset):
+        for id, text in read_eval_rows(dataset):
             rows += 1
-            for run in _runs(WORD.findall(text.lower()), sizes):
-                for sample in runs.get(run, ()):
+            for run in _generate_ngrams(WORD.findall(text.lower()), sizes):
+                for sample in samples_by_ngram.get(run, ()):
                     touched.setdefault(sample, f"{dataset.name}: {id}: {' '.join(run)}")
     clean = [i for i in samples if i not in touched and i not in short]
     sides = {"clean": clean, "contaminated": list(touched), "short": short}
@@ -71,12 +73,12 @@ def contamination(
                 metrics[f"score_{name}"] = found.value
     page = ctx.report
     page.title = f"{data['task']} on {data['model']}: contamination"
-    page.lead = (
+    page.subtitle = (
         f"{len(touched)} of {len(samples)} samples share {config.ngram} consecutive words with {rows:,} rows of"
         f" {', '.join(d.name for d in training_data)}; {len(short)} are too short to compare."
     )
-    page.table("Mean score", ("samples", "count", "mean", "95% interval"), table)
-    page.samples(
+    page.add_table("Mean score", ("samples", "count", "mean", "95% interval"), table)
+    page.add_samples(
         "Contaminated samples",
         [
             {"": samples[i]["question"][:120], "question": samples[i]["question"], "shares": why}
@@ -96,25 +98,27 @@ def contamination(
     )
 
 
-def _index(config: ContaminationConfig, texts: dict[str, str]) -> tuple[dict[tuple[str, ...], list[str]], list[str]]:
+def _index_ngrams(
+    config: ContaminationConfig, sample_texts: dict[str, str]
+) -> tuple[dict[tuple[str, ...], list[str]], list[str]]:
     """Return (n-gram -> samples that contain it, samples that are too short to compare)."""
-    found: dict[tuple[str, ...], list[str]] = {}
+    samples_by_ngram: dict[tuple[str, ...], list[str]] = {}
     short: list[str] = []
     count: Counter[tuple[str, ...]] = Counter()
-    for id, text in texts.items():
+    for id, text in sample_texts.items():
         words = WORD.findall(text.lower())
         if len(words) < config.min_words:
             short.append(id)
             continue
-        here = set(_runs(words, [min(config.ngram, len(words))]))
+        here = set(_generate_ngrams(words, [min(config.ngram, len(words))]))
         count.update(here)
         for run in here:
-            found.setdefault(run, []).append(id)
-    most = max(2, COMMON * len(texts))
-    return {run: ids for run, ids in found.items() if count[run] <= most}, short
+            samples_by_ngram.setdefault(run, []).append(id)
+    most = max(2, COMMON_FRACTION * len(sample_texts))
+    return {run: ids for run, ids in samples_by_ngram.items() if count[run] <= most}, short
 
 
-def _runs(words: list[str], sizes: list[int]) -> Iterator[tuple[str, ...]]:
+def _generate_ngrams(words: list[str], sizes: list[int]) -> Iterator[tuple[str, ...]]:
     for size in sizes:
         for start in range(len(words) - size + 1):
             yield tuple(words[start : start + size])

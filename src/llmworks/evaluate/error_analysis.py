@@ -22,7 +22,7 @@ from llmworks.evaluate.statistics.stored import read_evaluation
 if TYPE_CHECKING:
     from llmworks.core.report import ReportBuilder
 
-EXAMPLES, LEAST = 6, 5
+EXAMPLES, MIN_SLICE_SIZE = 6, 5
 
 
 class ErrorAnalysisConfig(Config):
@@ -34,14 +34,14 @@ class ErrorAnalysisConfig(Config):
 
 
 @dataclass(frozen=True)
-class Part:
+class FailureSlice:
     """A slice of the samples: its ids, the number of failures and the p-value of that many by chance."""
 
     facet: str
     name: str
     ids: tuple[str, ...]
     failed: int
-    chance: float
+    p_value: float
 
     @property
     def rate(self) -> float:
@@ -65,29 +65,29 @@ def error_analysis(config: ErrorAnalysisConfig, evaluation: Report, ctx: Context
     failed = {i for i, s in samples.items() if s["score"] < config.pass_threshold}
     page = ctx.report
     page.title = f"Where {data['model']} fails on {data['task']}"
-    page.lead = f"{len(failed)} of {len(samples)} samples failed ({len(failed) / len(samples):.1%})."
+    page.subtitle = f"{len(failed)} of {len(samples)} samples failed ({len(failed) / len(samples):.1%})."
     kinds: dict[str, list[str]] = {}
     for i in sorted(failed):
-        kinds.setdefault(kind_of(samples[i]), []).append(i)
-    page.table(
+        kinds.setdefault(classify_error(samples[i]), []).append(i)
+    page.add_table(
         "Kinds of errors",
         ("kind", "samples", "share of failures"),
         [(k, len(v), f"{len(v) / len(failed):.0%}") for k, v in sorted(kinds.items(), key=lambda item: -len(item[1]))]
         or [("none", 0, "")],
     )
     facets = {
-        "topic": topics(samples, config),
-        "length": lengths(samples),
+        "topic": assign_topics(samples, config),
+        "length": assign_length_quartiles(samples),
         "group": {i: str(s["group"]) for i, s in samples.items() if s.get("group")},
     }
-    parts = [p for facet, names in facets.items() for p in divided(facet, names, failed, len(samples))]
-    adjusted = holm([p.chance for p in parts])
-    _describe_parts(parts, adjusted, page, kinds, failed, samples)
+    parts = [p for facet, names in facets.items() for p in build_slices(facet, names, failed, len(samples))]
+    adjusted = holm([p.p_value for p in parts])
+    _describe_slices(parts, adjusted, page, kinds, failed, samples)
     page.data = {
         "failed": sorted(failed),
         "kinds": kinds,
         "parts": [
-            {"facet": p.facet, "name": p.name, "samples": len(p.ids), "failed": p.failed, "p": p.chance, "p_of_all": a}
+            {"facet": p.facet, "name": p.name, "samples": len(p.ids), "failed": p.failed, "p": p.p_value, "p_of_all": a}
             for p, a in zip(parts, adjusted, strict=True)
         ],
         "topics": facets["topic"],
@@ -100,12 +100,12 @@ def error_analysis(config: ErrorAnalysisConfig, evaluation: Report, ctx: Context
         "parts_more_than_chance": sum(a < 0.05 for a in adjusted),
     }
     if worst is not None and worst[0] < 0.05:
-        page.lead += f" Worst slice: {worst[1].facet} {worst[1].name!r}, {worst[1].failed} of {len(worst[1].ids)}."
+        page.subtitle += f" Worst slice: {worst[1].facet} {worst[1].name!r}, {worst[1].failed} of {len(worst[1].ids)}."
     return Report(ctx.out, metrics=metrics, about={"model": evaluation.about.get("model", "")})
 
 
-def _describe_parts(
-    parts: list[Part],
+def _describe_slices(
+    parts: list[FailureSlice],
     adjusted: list[float],
     page: ReportBuilder,
     kinds: dict[str, list[str]],
@@ -120,13 +120,13 @@ def _describe_parts(
             len(p.ids),
             p.failed,
             f"{p.rate:.0%}",
-            f"{p.chance:.3g}",
+            f"{p.p_value:.3g}",
             f"{a:.3g}",
             "above chance" if a < 0.05 else "",
         )
         for p, a in sorted(zip(parts, adjusted, strict=True), key=lambda item: (item[1], -item[0].rate))
     ]
-    page.table(
+    page.add_table(
         "Failure rates by slice",
         ("facet", "slice", "samples", "failed", "failure rate", "p", "adjusted p", ""),
         rows,
@@ -134,12 +134,14 @@ def _describe_parts(
         f" one-sided). {len(parts)} slices are tested: the adjusted p corrects for that (Holm).",
     )
     for part in [p for p, a in zip(parts, adjusted, strict=True) if a < 0.05 and p.facet != "length"][:10]:
-        page.samples(f"{part.facet}: {part.name}", [_shown(samples[i]) for i in part.ids if i in failed][:EXAMPLES])
+        page.add_samples(
+            f"{part.facet}: {part.name}", [_format_sample(samples[i]) for i in part.ids if i in failed][:EXAMPLES]
+        )
     for kind, ids in sorted(kinds.items(), key=lambda item: -len(item[1]))[:6]:
-        page.samples(f"Error: {kind}", [_shown(samples[i]) for i in ids[:EXAMPLES]])
+        page.add_samples(f"Error: {kind}", [_format_sample(samples[i]) for i in ids[:EXAMPLES]])
 
 
-def kind_of(sample: Mapping[str, Any]) -> str:
+def classify_error(sample: Mapping[str, Any]) -> str:
     """Name the kind of error of a failed sample."""
     if sample.get("finish") == "refused":
         return "not answered"
@@ -161,7 +163,7 @@ def kind_of(sample: Mapping[str, Any]) -> str:
     return (reason or "another answer")[:60] + cut
 
 
-def topics(samples: Mapping[str, Mapping[str, Any]], config: ErrorAnalysisConfig) -> dict[str, str]:
+def assign_topics(samples: Mapping[str, Mapping[str, Any]], config: ErrorAnalysisConfig) -> dict[str, str]:
     """Assign a topic to every sample: k-means on TF-IDF of the questions, named by distinctive words."""
     try:
         from sklearn.cluster import KMeans
@@ -180,7 +182,7 @@ def topics(samples: Mapping[str, Mapping[str, Any]], config: ErrorAnalysisConfig
         vectors = vectorizer.fit_transform([samples[i]["question"] for i in ids])
     except ValueError:  # no word occurs in two questions
         return dict.fromkeys(ids, "all")
-    count = min(config.n_clusters, max(2, len(ids) // LEAST))
+    count = min(config.n_clusters, max(2, len(ids) // MIN_SLICE_SIZE))
     places = KMeans(count, random_state=config.seed, n_init=4).fit_predict(vectors)
     words = np.array(vectorizer.get_feature_names_out())
     everywhere = np.asarray(vectors.mean(axis=0)).ravel()
@@ -193,7 +195,7 @@ def topics(samples: Mapping[str, Mapping[str, Any]], config: ErrorAnalysisConfig
     return {i: names[int(place)] for i, place in zip(ids, places, strict=True)}
 
 
-def lengths(samples: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def assign_length_quartiles(samples: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Assign a length quartile to every sample."""
     size = {i: len(s["question"]) for i, s in samples.items()}
     order = sorted(size.values())
@@ -207,20 +209,22 @@ def lengths(samples: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return {i: names[sum(n > b for b in bounds)] for i, n in size.items()}
 
 
-def divided(facet: str, names: Mapping[str, str], failed: set[str], total: int) -> list[Part]:
+def build_slices(facet: str, names: Mapping[str, str], failed: set[str], total: int) -> list[FailureSlice]:
     """Return the slices of a facet that have enough samples, each with the p-value of its failures."""
     members: dict[str, list[str]] = {}
     for id, name in names.items():
         members.setdefault(name, []).append(id)
     out = []
     for name, ids in members.items():
-        if len(ids) >= LEAST and len(members) > 1:
+        if len(ids) >= MIN_SLICE_SIZE and len(members) > 1:
             wrong = sum(i in failed for i in ids)
-            out.append(Part(facet, name, tuple(ids), wrong, at_least(wrong, len(ids), len(failed), total)))
+            out.append(
+                FailureSlice(facet, name, tuple(ids), wrong, fisher_exact_p(wrong, len(ids), len(failed), total))
+            )
     return out
 
 
-def at_least(seen: int, drawn: int, marked: int, total: int) -> float:
+def fisher_exact_p(marked_drawn: int, drawn: int, marked: int, total: int) -> float:
     """Compute the hypergeometric tail (Fisher's exact test, one-sided): the probability that, of `drawn` of `total`
     items of which `marked` are marked, at least `marked_drawn` are marked.
     """
@@ -228,19 +232,19 @@ def at_least(seen: int, drawn: int, marked: int, total: int) -> float:
     def logs(n: int, k: int) -> float:
         return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
-    chances = [
+    probabilities = [
         math.exp(logs(marked, k) + logs(total - marked, drawn - k) - logs(total, drawn))
-        for k in range(max(seen, drawn - (total - marked)), min(drawn, marked) + 1)
+        for k in range(max(marked_drawn, drawn - (total - marked)), min(drawn, marked) + 1)
     ]
-    return min(1.0, math.fsum(chances))
+    return min(1.0, math.fsum(probabilities))
 
 
-def _shown(sample: Mapping[str, Any]) -> dict[str, str]:
+def _format_sample(sample: Mapping[str, Any]) -> dict[str, str]:
     answers: Sequence[str] = [str(sample.get("text", ""))]
     return {
         "": str(sample["question"])[:140],
         "question": str(sample["question"]),
         "said": answers[0],
         "right": str(sample.get("reference", "")),
-        "why": str(sample.get("reason", "")) or kind_of(sample),
+        "why": str(sample.get("reason", "")) or classify_error(sample),
     }

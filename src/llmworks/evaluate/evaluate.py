@@ -13,14 +13,14 @@ from pydantic import Field, model_validator
 from llmworks.core.artifact import Adapter, Config, Dataset, Model, Report
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError
-from llmworks.evaluate.protocol.ask import Asker
-from llmworks.evaluate.protocol.load_task import checked, load_task
-from llmworks.evaluate.protocol.questions import kept, one_side, questions, read_rows
-from llmworks.evaluate.protocol.response_cache import Memory
-from llmworks.evaluate.protocol.results import measure, write_report
-from llmworks.evaluate.protocol.task import Shots, Task
-from llmworks.evaluate.statistics.bootstrap import detectable
-from llmworks.evaluate.statistics.metrics import metric_of
+from llmworks.evaluate.protocol.ask import RequestRunner
+from llmworks.evaluate.protocol.load_task import load_task, validate_task
+from llmworks.evaluate.protocol.questions import build_questions, filter_rows, read_rows, select_half
+from llmworks.evaluate.protocol.response_cache import ResponseCache
+from llmworks.evaluate.protocol.results import score_responses, write_report
+from llmworks.evaluate.protocol.task import FewShotConfig, Task
+from llmworks.evaluate.statistics.bootstrap import minimum_detectable_effect
+from llmworks.evaluate.statistics.metrics import get_metric
 
 
 class EvaluateConfig(Config):
@@ -62,66 +62,71 @@ def evaluate(
     Errors: UserError for an unknown task, too few rows for few-shot examples, or an engine that lacks what the task
     needs; DataError for rows without a right answer.
     """
-    task = with_config(checked(config.task, config.definition), config, ctx.seed)
-    every = read_rows(task, data, task.split)
-    rows = one_side(kept(task, every, data.name), config.split_half, task)
-    alone = fewshot is None or (
+    task = apply_overrides(validate_task(config.task, config.definition), config, ctx.seed)
+    all_rows = read_rows(task, data, task.split)
+    rows = select_half(filter_rows(task, all_rows, data.name), config.split_half, task)
+    same_pool = fewshot is None or (
         fewshot.path.resolve() == data.path.resolve() and task.examples_split in ("", task.split)
     )
     pool = rows if fewshot is None else read_rows(task, fewshot, task.examples_split or task.split)
     try:
-        asked = questions(task, rows[: config.limit], pool, same_pool=alone)
+        evaluated = build_questions(task, rows[: config.limit], pool, same_pool=same_pool)
     except DataError as error:
         raise DataError(f"task {config.task}, data {data.name}: {error}") from None
-    ctx.progress.say(expectation(task, len(asked)))
-    measure(task, [], asked)  # reject rows that cannot be scored before any request is sent
+    ctx.progress.log(describe_power(task, len(evaluated)))
+    score_responses(task, [], evaluated)  # reject rows that cannot be scored before any request is sent
     engine = ctx.open_engine(model)
     try:
-        asker = Asker(
-            task, engine, ctx.scratch, ctx.progress, Memory(ctx.scratch.parent, model.digest, type(engine).__name__)
+        runner = RequestRunner(
+            task,
+            engine,
+            ctx.scratch,
+            ctx.progress,
+            ResponseCache(ctx.scratch.parent, model.digest, type(engine).__name__),
         )
-        asker.check()
-        answered = asker.ask(asked)
+        runner.check()
+        responses = runner.run(evaluated)
     finally:
         engine.close()
     return write_report(
         task,
         model,
-        measure(task, answered, asked),
+        score_responses(task, responses, evaluated),
         {
-            **asker.protocol,
-            "rows": len(every),
-            "left_out": len(every) - len(rows),
-            "asked": len(asked),
+            **runner.protocol,
+            "rows": len(all_rows),
+            "left_out": len(all_rows) - len(rows),
+            "asked": len(evaluated),
             "side": config.split_half,
         },
         ctx,
     )
 
 
-def with_config(task: Task, config: EvaluateConfig, seed: int) -> Task:
+def apply_overrides(task: Task, config: EvaluateConfig, seed: int) -> Task:
     """Apply a run's overrides to the task. With num_fewshot, the run's seed is added to the task's."""
     changes: dict[str, Any] = {}
     if config.num_fewshot is not None:
-        changes["shots"] = Shots(
+        changes["shots"] = FewShotConfig(
             **{**task.shots.model_dump(), "count": config.num_fewshot, "seed": task.shots.seed + seed}
         )
     if config.prompt_format:
         changes["prompt"] = config.prompt_format
     if config.max_tokens:
         changes["max_tokens"] = config.max_tokens
-    return checked(task.name, {**task.model_dump(), **changes}) if changes else task
+    return validate_task(task.name, {**task.model_dump(), **changes}) if changes else task
 
 
-def expectation(task: Task, samples: int) -> str:
+def describe_power(task: Task, samples: int) -> str:
     """Describe the smallest difference that this many samples can detect, before running them."""
-    metric = metric_of(task.kind, task.metrics[0])
+    metric = get_metric(task.kind, task.metrics[0])
     if not metric.percent:
         return f"{task.name}: {samples} samples"
-    least = detectable(0.5 * 2**0.5, samples)
-    if least >= 1:
+    detectable_difference = minimum_detectable_effect(0.5 * 2**0.5, samples)
+    if detectable_difference >= 1:
         return f"{task.name}: {samples} samples, too few to distinguish two models"
     return (
-        f"{task.name}: {samples} samples; differences between two models below about {least:.0%} are rarely significant"
+        f"{task.name}: {samples} samples; differences between two models below about {detectable_difference:.0%} are"
+        " rarely significant"
         " (paired comparisons of similar models detect smaller ones)"
     )

@@ -15,9 +15,9 @@ from pydantic import Field
 
 from llmworks.core.artifact import Config, Report
 from llmworks.core.context import Context
-from llmworks.core.report import counted
+from llmworks.core.report import format_count
 from llmworks.evaluate.statistics.bootstrap import holm, paired_difference, sign_flip
-from llmworks.evaluate.statistics.stored import WHOLE, read_evaluation
+from llmworks.evaluate.statistics.stored import ALL_FIELDS, read_evaluation
 
 if TYPE_CHECKING:
     from llmworks.core.report import ReportBuilder
@@ -39,7 +39,7 @@ class LeaderboardConfig(Config):
 
 
 @dataclass(frozen=True)
-class Entry:
+class LeaderboardEntry:
     """One evaluation: its model, leaderboard column and data."""
 
     model: str
@@ -64,36 +64,36 @@ def leaderboard(
 
     Errors: DataError for a report that is not an evaluation.
     """
-    entries = latest([entry_of(report) for report in reports])
+    entries = keep_latest([read_entry(report) for report in reports])
     columns = list(dict.fromkeys(e.column for e in entries))
-    names = names_of(entries)
+    names = name_models(entries)
     cells = {(names[e.model], e.column): e for e in entries}
-    order, shared = ranked(cells, list(names.values()), columns)
+    order, shared = rank_models(cells, list(names.values()), columns)
     page = ctx.report
     page.title = config.title
     best = order[0][0]
     placed = [name for name, rank in order if rank is not None]
-    page.lead = f"{counted(len(order), 'model')} on {counted(len(columns), 'task')}." + (
+    page.subtitle = f"{format_count(len(order), 'model')} on {format_count(len(columns), 'task')}." + (
         f" Best on average: {best}, over {len(shared)} tasks shared by {len(placed)}"
-        f" models.{ahead(cells, placed, shared)}"
+        f" models.{describe_lead(cells, placed, shared)}"
         if len(placed) > 1
         else ""
     )
-    page.table(
+    page.add_table(
         "Leaderboard",
         ("model", "mean rank", "mean score", *columns),
-        [row_of(name, rank, cells, columns, shared) for name, rank in order],
+        [format_model_row(name, rank, cells, columns, shared) for name, rank in order],
         "Scores with their 95% intervals; ↓: lower is better. Mean rank and mean score (of percentage metrics) are over"
         f" {', '.join(shared) or 'no task'}: the tasks shared by all models evaluated on at least half of the tasks.",
     )
     _draw_scores(columns, page, shared, placed, best, entries, order, cells)
     about = names.get(config.model, best)
     _describe_differences(cells, about, order, columns, page)
-    _describe_seen(contaminations, page)
-    page.table(
+    _describe_contamination(contaminations, page)
+    page.add_table(
         "Evaluation setup",
         ("task", "metric", "shots", "prompt", "samples", "models"),
-        [asked_row(c, entries) for c in columns],
+        [format_setup_row(c, entries) for c in columns],
     )
     page.data = {
         "models": {
@@ -103,7 +103,7 @@ def leaderboard(
         "ranks": dict(order),
         "columns": columns,
     }
-    (ctx.out / CARD).write_text(card(about, cells, columns), encoding="utf-8")
+    (ctx.out / CARD).write_text(write_card(about, cells, columns), encoding="utf-8")
     metrics = {"models": len(order), "tasks": len(columns), "best": best}
     return Report(ctx.out, metrics=metrics, about={"model": config.model})
 
@@ -112,42 +112,52 @@ def _draw_scores(
     columns: list[str],
     page: ReportBuilder,
     shared: list[str],
-    placed: list[str],
+    ranked_models: list[str],
     best: str,
-    entries: list[Entry],
+    entries: list[LeaderboardEntry],
     order: list[tuple[str, float | None]],
-    cells: dict[tuple[str, str], Entry],
+    cells: dict[tuple[str, str], LeaderboardEntry],
 ) -> None:
     """Add bar charts of percentage scores, and a radar chart where at least three tasks are shared."""
     percent = [c for c in columns if all(e.data["percent"] for e in entries if e.column == c)]
     if percent:
-        page.bars(
+        page.add_bars(
             "Scores",
             {c: {name: cells[name, c].score for name, _ in order if (name, c) in cells} for c in percent},
             "Lines are 95% intervals.",
         )
     spokes = [c for c in shared if c in percent]
     if len(spokes) >= 3:
-        page.radar(
-            "Profile", spokes, {name: [cells[name, c].score[0] for c in spokes] for name in (placed or [best])[:6]}
+        page.add_radar(
+            "Profile",
+            spokes,
+            {name: [cells[name, c].score[0] for c in spokes] for name in (ranked_models or [best])[:6]},
         )
 
 
 def _describe_differences(
-    cells: dict[tuple[str, str], Entry],
+    cells: dict[tuple[str, str], LeaderboardEntry],
     about: str,
     order: list[tuple[str, float | None]],
     columns: list[str],
     page: ReportBuilder,
 ) -> None:
     """Add the table of paired tests of one model against the others."""
-    tests = differences(cells, about, [name for name, _ in order if name != about], columns)
+    tests = test_differences(cells, about, [name for name, _ in order if name != about], columns)
     if tests:
         rows = [
-            (other, column, f"{d:+.1%}", f"{low:+.1%} to {high:+.1%}", small(p), small(adjusted), verdict(d, adjusted))
+            (
+                other,
+                column,
+                f"{d:+.1%}",
+                f"{low:+.1%} to {high:+.1%}",
+                format_p_value(p),
+                format_p_value(adjusted),
+                get_verdict(d, adjusted),
+            )
             for other, column, d, low, high, p, adjusted in tests
         ]
-        page.table(
+        page.add_table(
             f"{about} against the others",
             ("against", "task", "difference", "95% interval", "p", "adjusted p", "verdict"),
             rows,
@@ -156,49 +166,52 @@ def _describe_differences(
         )
 
 
-def _describe_seen(contaminations: list[Report] | None, page: ReportBuilder) -> None:
+def _describe_contamination(contaminations: list[Report] | None, page: ReportBuilder) -> None:
     """Add the table of contaminated samples."""
-    seen = [seen_row(c) for c in sorted(contaminations or [], key=lambda c: (str(c.about.get("task")), c.digest))]
-    if seen:
-        page.table(
+    rows = [
+        format_contamination_row(c)
+        for c in sorted(contaminations or [], key=lambda c: (str(c.about.get("task")), c.digest))
+    ]
+    if rows:
+        page.add_table(
             "Contamination: samples that models may have seen in training",
             ("model", "task", "samples", "contaminated", "too short", "clean score", "contaminated score"),
-            seen,
+            rows,
             "Contaminated: a 13-gram of the sample occurs in what the model or its ancestors were trained on in this"
             " workspace. The training data of external models is unknown.",
         )
 
 
-def entry_of(report: Report) -> Entry:
+def read_entry(report: Report) -> LeaderboardEntry:
     """Read one evaluation as an entry. DataError where the report is not one."""
-    data = read_evaluation(report, *WHOLE, of_samples=("question", "group", "score"))
-    return Entry(
+    data = read_evaluation(report, *ALL_FIELDS, of_samples=("question", "group", "score"))
+    return LeaderboardEntry(
         str(report.about.get("model", "")),
         str(data["model"]),
-        column_of(data),
+        get_column_key(data),
         report.manifest.finished if report.manifest else "",
         data,
     )
 
 
-def column_of(data: Mapping[str, Any]) -> str:
+def get_column_key(data: Mapping[str, Any]) -> str:
     """Return a column key: the task and a hash of definition and samples; any difference gives another key."""
     definition = {k: v for k, v in data["definition"].items() if k not in ("what", "data", "examples", "format")}
-    asked = [definition, sorted((s["id"], s.get("row", "")) for s in data["samples"])]
-    return f"{data['task']} #{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:4]}"
+    setup = [definition, sorted((s["id"], s.get("row", "")) for s in data["samples"])]
+    return f"{data['task']} #{hashlib.sha256(json.dumps(setup, sort_keys=True).encode()).hexdigest()[:4]}"
 
 
-def latest(entries: Sequence[Entry]) -> list[Entry]:
+def keep_latest(entries: Sequence[LeaderboardEntry]) -> list[LeaderboardEntry]:
     """Keep the latest evaluation of each model and column; shorten the column names."""
     found = {(e.model, e.column): e for e in sorted(entries, key=lambda e: e.finished)}
-    labels = labels_of({e.column: e.data for e in found.values()})
+    labels = shorten_column_names({e.column: e.data for e in found.values()})
     return [
-        Entry(e.model, e.name, labels[e.column], e.finished, e.data)
+        LeaderboardEntry(e.model, e.name, labels[e.column], e.finished, e.data)
         for e in sorted(found.values(), key=lambda e: (e.column, e.model))
     ]
 
 
-def labels_of(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def shorten_column_names(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Name every column: the task, plus what distinguishes it from other columns of the same task."""
     out: dict[str, str] = {}
     for task in {c.split(" #")[0] for c in columns}:
@@ -220,7 +233,7 @@ def labels_of(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return out
 
 
-def names_of(entries: Sequence[Entry]) -> dict[str, str]:
+def name_models(entries: Sequence[LeaderboardEntry]) -> dict[str, str]:
     """Map each model digest to a name; models with the same name get their digest appended."""
     names = {e.model: e.name for e in sorted(entries, key=lambda e: e.finished)}
     return {
@@ -229,22 +242,24 @@ def names_of(entries: Sequence[Entry]) -> dict[str, str]:
     }
 
 
-def ranked(
-    cells: Mapping[tuple[str, str], Entry], names: Sequence[str], columns: Sequence[str]
+def rank_models(
+    cells: Mapping[tuple[str, str], LeaderboardEntry], names: Sequence[str], columns: Sequence[str]
 ) -> tuple[list[tuple[str, float | None]], list[str]]:
     """Rank the models: ((name, mean rank), best first and unranked last; the tasks that ranks are over).
 
     Tasks: those shared by all models evaluated on at least half of the tasks. A model missing one of them has no rank.
     Tied scores share the average rank.
     """
-    many = [name for name in names if 2 * sum((name, c) in cells for c in columns) >= len(columns)] or list(names)
-    shared = one_of_each(cells, [c for c in columns if all((name, c) in cells for name in many)])
-    placed = [name for name in names if shared and all((name, c) in cells for c in shared)]
-    ranks: dict[str, list[float]] = {name: [] for name in placed}
+    well_covered = [name for name in names if 2 * sum((name, c) in cells for c in columns) >= len(columns)] or list(
+        names
+    )
+    shared = deduplicate_columns(cells, [c for c in columns if all((name, c) in cells for name in well_covered)])
+    ranked_models = [name for name in names if shared and all((name, c) in cells for c in shared)]
+    ranks: dict[str, list[float]] = {name: [] for name in ranked_models}
     for column in shared:
-        sign = -1 if cells[placed[0], column].data["better"] == "higher" else 1
-        values = {name: sign * cells[name, column].score[0] for name in placed}
-        for name in placed:
+        sign = -1 if cells[ranked_models[0], column].data["better"] == "higher" else 1
+        values = {name: sign * cells[name, column].score[0] for name in ranked_models}
+        for name in ranked_models:
             below, equal = (
                 sum(v < values[name] for v in values.values()),
                 sum(v == values[name] for v in values.values()),
@@ -257,7 +272,7 @@ def ranked(
     ], shared
 
 
-def one_of_each(cells: Mapping[tuple[str, str], Any], columns: Sequence[str]) -> list[str]:
+def deduplicate_columns(cells: Mapping[tuple[str, str], Any], columns: Sequence[str]) -> list[str]:
     """Keep, of several columns of one task, the one with the most rows, so that a task counts once."""
     best: dict[str, tuple[int, str]] = {}
     for column in columns:
@@ -268,8 +283,12 @@ def one_of_each(cells: Mapping[tuple[str, str], Any], columns: Sequence[str]) ->
     return [c for c in columns if c in {column for _, column in best.values()}]
 
 
-def row_of(
-    name: str, rank: float | None, cells: Mapping[tuple[str, str], Entry], columns: Sequence[str], shared: Sequence[str]
+def format_model_row(
+    name: str,
+    rank: float | None,
+    cells: Mapping[tuple[str, str], LeaderboardEntry],
+    columns: Sequence[str],
+    shared: Sequence[str],
 ) -> tuple[Any, ...]:
     """Return a model's row."""
     percent = [cells[name, c].score[0] for c in shared if cells[name, c].data["percent"]] if rank is not None else []
@@ -277,11 +296,11 @@ def row_of(
         name,
         "–" if rank is None else f"{rank:.2f}",
         f"{sum(percent) / len(percent):.1%}" if percent else "–",
-        *(shown(cells[name, c]) if (name, c) in cells else "–" for c in columns),
+        *(format_score(cells[name, c]) if (name, c) in cells else "–" for c in columns),
     )
 
 
-def shown(entry: Entry) -> str:
+def format_score(entry: LeaderboardEntry) -> str:
     """Format a score with its interval."""
     value, low, high = entry.score
     return (
@@ -294,8 +313,8 @@ def shown(entry: Entry) -> str:
 Difference = tuple[str, str, float, float, float, float, float]
 
 
-def differences(
-    cells: Mapping[tuple[str, str], Entry], name: str, others: Sequence[str], columns: Sequence[str]
+def test_differences(
+    cells: Mapping[tuple[str, str], LeaderboardEntry], name: str, others: Sequence[str], columns: Sequence[str]
 ) -> list[Difference]:
     """Test `name` against each other model on every percentage task.
 
@@ -315,38 +334,41 @@ def differences(
                 groups=[left[i]["group"] for i in ids],
             )
             d = paired.difference
-            chance = sign_flip(
+            p_value = sign_flip(
                 [left[i]["score"] for i in ids],
                 [right[i]["score"] for i in ids],
                 groups=[left[i]["group"] for i in ids],
             )
-            found.append((other, column, d.value, d.low, d.high, chance))
+            found.append((other, column, d.value, d.low, d.high, p_value))
     return [(*f, p) for f, p in zip(found, holm([f[-1] for f in found]), strict=True)]
 
 
-def ahead(cells: Mapping[tuple[str, str], Entry], placed: Sequence[str], shared: Sequence[str]) -> str:
+def describe_lead(
+    cells: Mapping[tuple[str, str], LeaderboardEntry], ranked_models: Sequence[str], shared: Sequence[str]
+) -> str:
     """State whether the first model is significantly better than the second."""
-    tests = differences(cells, placed[0], [placed[1]], shared)
-    apart = sum(adjusted < 0.05 for *_, adjusted in tests)
+    tests = test_differences(cells, ranked_models[0], [ranked_models[1]], shared)
+    significant = sum(adjusted < 0.05 for *_, adjusted in tests)
     return (
-        f" {f'{apart} of {len(tests)} tasks' if apart else 'No task'} {'show' if apart > 1 else 'shows'} a significant"
-        f" difference from {placed[1]}, which comes next."
+        f" {f'{significant} of {len(tests)} tasks' if significant else 'No task'}"
+        f" {'show' if significant > 1 else 'shows'} a significant"
+        f" difference from {ranked_models[1]}, which comes next."
         if tests
         else ""
     )
 
 
-def small(chance: float) -> str:
+def format_p_value(p_value: float) -> str:
     """Format a p-value; resampling cannot resolve less than 1 / resamples."""
-    return f"{chance:.3g}" if chance >= 1e-4 else "< 0.0001"
+    return f"{p_value:.3g}" if p_value >= 1e-4 else "< 0.0001"
 
 
-def verdict(difference: float, chance: float) -> str:
+def get_verdict(difference: float, p_value: float) -> str:
     """Return the verdict of a test."""
-    return "not significantly different" if chance >= 0.05 else "better" if difference > 0 else "worse"
+    return "not significantly different" if p_value >= 0.05 else "better" if difference > 0 else "worse"
 
 
-def seen_row(report: Report) -> tuple[Any, ...]:
+def format_contamination_row(report: Report) -> tuple[Any, ...]:
     """Return a row of the contamination table."""
     data, m = report.read(), report.metrics
     return (
@@ -359,22 +381,24 @@ def seen_row(report: Report) -> tuple[Any, ...]:
     )
 
 
-def asked_row(column: str, entries: Sequence[Entry]) -> tuple[Any, ...]:
+def format_setup_row(column: str, entries: Sequence[LeaderboardEntry]) -> tuple[Any, ...]:
     """Return a column's row of the setup table."""
     found = [e for e in entries if e.column == column]
     data = found[0].data
     return (column, data["metric"], data["shots"], data["protocol"].get("prompt", ""), len(data["samples"]), len(found))
 
 
-def rows_told(data: Mapping[str, Any]) -> str:
+def format_sample_count(data: Mapping[str, Any]) -> str:
     """Format the number of evaluated rows, and of how many."""
-    asked, every = len(data["samples"]), int(data["protocol"].get("rows", 0))
-    return f"{asked} of {every}" if asked < every else str(asked)
+    evaluated, every = len(data["samples"]), int(data["protocol"].get("rows", 0))
+    return f"{evaluated} of {every}" if evaluated < every else str(evaluated)
 
 
-def card(name: str, cells: Mapping[tuple[str, str], Entry], columns: Sequence[str]) -> str:
+def write_card(name: str, cells: Mapping[tuple[str, str], LeaderboardEntry], columns: Sequence[str]) -> str:
     """Write the model-card section of one model."""
-    columns = one_of_each({k: e for k, e in cells.items() if k[0] == name}, [c for c in columns if (name, c) in cells])
+    columns = deduplicate_columns(
+        {k: e for k, e in cells.items() if k[0] == name}, [c for c in columns if (name, c) in cells]
+    )
     lines = [
         f"## Evaluation of {name}",
         "",
@@ -388,7 +412,7 @@ def card(name: str, cells: Mapping[tuple[str, str], Entry], columns: Sequence[st
             form = "{:.1%}" if entry.data["percent"] else "{:.4g}"
             lines.append(
                 f"| {column} | {entry.data['metric']} | {form.format(value)} | {form.format(low)} to"
-                f" {form.format(high)} | {rows_told(entry.data)} | {entry.data['shots']} |"
+                f" {form.format(high)} | {format_sample_count(entry.data)} | {entry.data['shots']} |"
                 f" {entry.data['protocol'].get('prompt', '')} |"
             )
     return "\n".join(lines) + "\n"

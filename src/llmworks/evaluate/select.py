@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from llmworks.core.artifact import Config, Model, Report, files_of
+from llmworks.core.artifact import Config, Model, Report, list_files
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError
 from llmworks.evaluate.statistics.bootstrap import paired_difference
@@ -59,12 +59,12 @@ def select(config: SelectConfig, models: dict[str, Model], evaluations: list[Rep
     rows, kept = [], []
     for task in tasks:
         first = max(models, key=lambda name: score[name][task])
-        verdict = _verdict(found[first][task][1], found[chosen][task][1]) if first != chosen else "the best"
+        verdict = _describe_difference(found[first][task][1], found[chosen][task][1]) if first != chosen else "the best"
         kept.append(verdict)
         rows.append((task, f"{score[chosen][task]:.3f}", first, f"{score[first][task]:.3f}", verdict))
     page.title = f"Selected: {chosen}"
     lost = [task for task, verdict in zip(tasks, kept, strict=True) if verdict.startswith("worse")]
-    page.lead = (
+    page.subtitle = (
         f"Of {len(config.candidates or models)} models {chosen} has the best mean score, {means[chosen]:.3f}; "
         + (
             f"it is significantly worse than the best at {', '.join(lost)}."
@@ -73,7 +73,7 @@ def select(config: SelectConfig, models: dict[str, Model], evaluations: list[Rep
         )
     )
     _describe_models(page, tasks, models, means, chosen, config, score, found)
-    page.table(
+    page.add_table(
         "Compared with the best model of each task",
         ("task", chosen, "best model", "score", "difference"),
         rows,
@@ -82,7 +82,7 @@ def select(config: SelectConfig, models: dict[str, Model], evaluations: list[Rep
     page.data = {"kept": chosen, "scores": score, "means": means, "verdicts": dict(zip(tasks, kept, strict=True))}
     model = models[chosen]
     _link_files(model, ctx)
-    ctx.progress.say(page.lead)
+    ctx.progress.log(page.subtitle)
     return Model(
         ctx.out,
         golden=model.golden,
@@ -99,18 +99,18 @@ def _describe_models(
     chosen: str,
     config: SelectConfig,
     score: dict[str, dict[str, float]],
-    found: dict[str, dict[str, tuple[Report, dict[str, Any]]]],
+    evaluations_by_model: dict[str, dict[str, tuple[Report, dict[str, Any]]]],
 ) -> None:
     """Add the table of all models with their scores."""
-    page.table(
+    page.add_table(
         "All models",
         ("model", *tasks, "mean", ""),
         [
             (
                 name,
                 *(
-                    f"{score[name][task]:.3f} ({found[name][task][0].metrics['low']:.3f} to"
-                    f" {found[name][task][0].metrics['high']:.3f})"
+                    f"{score[name][task]:.3f} ({evaluations_by_model[name][task][0].metrics['low']:.3f} to"
+                    f" {evaluations_by_model[name][task][0].metrics['high']:.3f})"
                     for task in tasks
                 ),
                 f"{means[name]:.3f}",
@@ -128,7 +128,7 @@ def _describe_models(
 
 def _link_files(model: Model, ctx: Context) -> None:
     """Hard-link the model's files into `out`, or copy them where links fail; its report is left out."""
-    for file in files_of(model.path):
+    for file in list_files(model.path):
         if "report" not in file.relative_to(model.path).parts:
             target = ctx.out / file.relative_to(model.path)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def _link_files(model: Model, ctx: Context) -> None:
                 shutil.copyfile(file, target)
 
 
-def _verdict(best: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+def _describe_difference(best: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """Describe the paired difference from the best model at a task, over shared samples."""
     first, second = ({str(sample["id"]): sample for sample in data["samples"]} for data in (best, own))
     both = [one for one in first if one in second]

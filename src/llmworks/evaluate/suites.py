@@ -12,7 +12,7 @@ from llmworks.core.artifact import Config
 from llmworks.core.errors import UserError
 
 
-class Item(Config):
+class SuiteTask(Config):
     """One task of a suite."""
 
     task: str = Field(description="name of a task")
@@ -23,11 +23,11 @@ class Suite(Config):
     """A group of tasks."""
 
     what: str = Field(description="one line: what the tasks are, and their cost")
-    tasks: list[Item] = Field(description="the tasks, in running order")
+    tasks: list[SuiteTask] = Field(description="the tasks, in running order")
 
 
 @cache
-def suites() -> dict[str, Suite]:
+def load_suites() -> dict[str, Suite]:
     """Load all suites by name."""
     import yaml
 
@@ -35,20 +35,20 @@ def suites() -> dict[str, Suite]:
     return {name: Suite.model_validate(values) for name, values in yaml.safe_load(text).items()}
 
 
-def items_of(names: str, limit: int | None = None) -> list[Item]:
+def resolve_items(names: str, limit: int | None = None) -> list[SuiteTask]:
     """Resolve comma-separated names of suites and tasks; `limit` overrides theirs.
 
     UserError for an unknown name.
     """
     from llmworks.evaluate.protocol.load_task import task_names
 
-    out: list[Item] = []
+    out: list[SuiteTask] = []
     for name in filter(None, (part.strip() for part in names.split(","))):
-        known = suites()
+        known = load_suites()
         if name in known:
             out += known[name].tasks
         elif name in task_names() or name.endswith((".yaml", ".yml")):
-            out.append(Item(task=name))
+            out.append(SuiteTask(task=name))
         else:
             near = difflib.get_close_matches(name, [*known, *task_names()], n=1)
             hint = (
@@ -59,4 +59,4 @@ def items_of(names: str, limit: int | None = None) -> list[Item]:
             raise UserError(f"no suite or task is named {name!r}; {hint}")
     if not out:
         raise UserError("no task given; name suites or tasks separated by commas, as in quick,code")
-    return [item if limit is None else Item(task=item.task, limit=limit) for item in dict.fromkeys(out)]
+    return [item if limit is None else SuiteTask(task=item.task, limit=limit) for item in dict.fromkeys(out)]

@@ -17,7 +17,7 @@ from llmworks.core.errors import DataError
 from llmworks.core.types import Message, messages_to_json
 from llmworks.data.card import finish_rows
 from llmworks.data.store.rows import Row
-from llmworks.evaluate.protocol.questions import kept, one_side, questions, read_rows
+from llmworks.evaluate.protocol.questions import build_questions, filter_rows, read_rows, select_half
 from llmworks.evaluate.protocol.task import Task
 from llmworks.evaluate.statistics.stored import read_evaluation
 
@@ -53,7 +53,10 @@ def to_training(config: ToTrainingConfig, evaluation: Report, data: Dataset, ctx
             " from an evaluation with split_half: dev, and the model is then measured with split_half: test"
         )
     task = Task.model_validate(found["definition"])
-    rows = {row["id"]: row for row in one_side(kept(task, read_rows(task, data, task.split), data.name), "dev", task)}
+    rows = {
+        row["id"]: row
+        for row in select_half(filter_rows(task, read_rows(task, data, task.split), data.name), "dev", task)
+    }
     samples = {s["id"]: s for s in found["samples"]}
     unknown = next((i for i in samples if i not in rows), None)
     if unknown is not None:
@@ -64,13 +67,13 @@ def to_training(config: ToTrainingConfig, evaluation: Report, data: Dataset, ctx
     failed = [i for i, s in samples.items() if s["score"] < config.pass_threshold]
     good = [i for i, s in samples.items() if s["score"] >= config.pass_threshold]
     taken = [*failed, *good[: round(config.replay_ratio * len(good))]]
-    asked = questions(
+    asked = build_questions(
         task.model_copy(update={"shots": task.shots.model_copy(update={"count": 0})}),
         [rows[i] for i in taken],
         [],
         same_pool=False,
     )
-    made, dropped = _conversations(asked, samples, found)
+    made, dropped = _build_conversations(asked, samples, found)
     if not made:
         raise DataError(
             f"{evaluation.name}: no training data:"
@@ -87,32 +90,32 @@ def to_training(config: ToTrainingConfig, evaluation: Report, data: Dataset, ctx
     )
 
 
-def _conversations(
-    asked: list[Question], samples: dict[Any, Any], found: dict[str, Any]
+def _build_conversations(
+    questions: list[Question], samples: dict[Any, Any], evaluation_data: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Return a row for each question with a reference answer as text, and the reasons why others were dropped."""
-    made: list[Row] = []
+    rows: list[Row] = []
     dropped: dict[str, int] = {}
-    for question in asked:
-        answer = question.references[0] if question.references else _written(question.row.get("answer"))
+    for question in questions:
+        answer = question.references[0] if question.references else _get_text_answer(question.row.get("answer"))
         if not answer.strip():
             dropped["no right answer as text"] = dropped.get("no right answer as text", 0) + 1
             continue
         turns = question.turns[0] if question.turns else (Message("user", question.plain[0]),)
         score = samples[question.id]["score"]
-        made.append(
+        rows.append(
             {
                 "id": question.id,
                 "group": question.group or question.id,
                 "messages": messages_to_json((*turns, Message("assistant", answer))),
                 "tools": [],
                 "answer": question.row.get("answer"),
-                "extra": {"fields": {"failed_on": found["task"], "score": score}},
+                "extra": {"fields": {"failed_on": evaluation_data["task"], "score": score}},
             }
         )
-    return made, dropped
+    return rows, dropped
 
 
-def _written(answer: Any) -> str:
+def _get_text_answer(answer: Any) -> str:
     """Return the SQL query of a structured answer; other fields only say how an answer is checked."""
     return str(answer.get("sql", "")) if isinstance(answer, Mapping) else ""

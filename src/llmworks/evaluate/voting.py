@@ -21,7 +21,7 @@ HELP = "a or b: the better answer, t: tie, s: skip, q: quit"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
-def answers_of(reports: Sequence[Report]) -> dict[str, dict[str, dict[str, Any]]]:
+def read_answers(reports: Sequence[Report]) -> dict[str, dict[str, dict[str, Any]]]:
     """Map model -> sample id -> sample, of evaluations with generated answers.
 
     Errors: DataError for evaluations without generated answers; UserError for fewer than two evaluations.
@@ -45,7 +45,7 @@ def answers_of(reports: Sequence[Report]) -> dict[str, dict[str, dict[str, Any]]
     return out
 
 
-def matches(
+def list_matches(
     answers: dict[str, dict[str, dict[str, Any]]], done: set[tuple[str, str, str]], seed: int
 ) -> list[tuple[str, str, str]]:
     """List the open matches (sample, model, model) in random order with random sides: every question of every pair of
@@ -70,11 +70,11 @@ def matches(
     ]
 
 
-def vote(reports: Sequence[Report], file: Path, voter: str, seed: int, source: TextIO, target: TextIO) -> int:
+def collect_votes(reports: Sequence[Report], file: Path, voter: str, seed: int, source: TextIO, target: TextIO) -> int:
     """Ask for votes until all pairs are done or the voter quits; return the number of votes written to `file`."""
-    answers = answers_of(reports)
-    done = {(v["sample"], v["a"], v["b"]) for v in _read(file) if v.get("voter") == voter and "sample" in v}
-    todo = matches(answers, done, seed)
+    answers = read_answers(reports)
+    done = {(v["sample"], v["a"], v["b"]) for v in _read_votes(file) if v.get("voter") == voter and "sample" in v}
+    todo = list_matches(answers, done, seed)
     if not todo:
         raise UserError(
             f"{voter} has already voted on all pairs of different answers"
@@ -86,16 +86,17 @@ def vote(reports: Sequence[Report], file: Path, voter: str, seed: int, source: T
     for id, a, b in todo:
         sample = answers[a][id]
         print(
-            f"\n{'=' * 72}\n{_clean(sample['question'])}\n\n--- A ---\n{_clean(sample['text'])}\n\n--- B"
-            f" ---\n{_clean(answers[b][id]['text'])}\n",
+            f"\n{'=' * 72}\n{_strip_control_characters(sample['question'])}\n\n--- A"
+            f" ---\n{_strip_control_characters(sample['text'])}\n\n--- B"
+            f" ---\n{_strip_control_characters(answers[b][id]['text'])}\n",
             file=target,
         )
-        key = _key(source, target)
+        key = _read_key(source, target)
         if key == "q":
             break
         if key == "s":
             continue
-        made = {
+        ballot = {
             "question": sample["question"],
             "sample": id,
             "a": a,
@@ -105,12 +106,12 @@ def vote(reports: Sequence[Report], file: Path, voter: str, seed: int, source: T
             "lengths": [len(sample["text"]), len(answers[b][id]["text"])],
         }
         with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(made, ensure_ascii=False) + "\n")
+            stream.write(json.dumps(ballot, ensure_ascii=False) + "\n")
         count += 1
     return count
 
 
-def _key(source: TextIO, target: TextIO) -> str:
+def _read_key(source: TextIO, target: TextIO) -> str:
     while True:
         print("> ", end="", file=target, flush=True)
         line = source.readline()
@@ -122,12 +123,12 @@ def _key(source: TextIO, target: TextIO) -> str:
         print(HELP, file=target)
 
 
-def _clean(text: str) -> str:
+def _strip_control_characters(text: str) -> str:
     """Strip control characters: answers are untrusted and must not send terminal escapes."""
     return CONTROL.sub("", text)
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
+def _read_votes(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     try:

@@ -15,14 +15,14 @@ HELP = (
 )
 
 
-class Conversation:
+class ChatSession:
     """The turns so far, the system message, tools and sampling parameters."""
 
     def __init__(self, engine: Engine, sampling: Sampling, system: str = "", tools: tuple[Json, ...] = ()) -> None:
         self.engine, self.sampling, self.system, self.tools = engine, sampling, system, tools
         self.turns: list[Message] = []
 
-    def say(self, text: str) -> Iterator[str]:
+    def send(self, text: str) -> Iterator[str]:
         """Add a user turn and stream the answer, which becomes a turn when it is complete."""
         head = (Message("system", self.system),) if self.system else ()
         request = Request((*head, *self.turns, Message("user", text)), tools=self.tools, sampling=self.sampling)
@@ -33,19 +33,19 @@ class Conversation:
         self.turns += [Message("user", text), Message("assistant", answer)]
 
 
-def converse(
-    conversation: Conversation, message: str | None, source: TextIO | None = None, target: TextIO | None = None
+def run_chat(
+    conversation: ChatSession, message: str | None, source: TextIO | None = None, target: TextIO | None = None
 ) -> None:
     """Answer `message`, or run a dialogue over `source` (default: standard input) until it ends."""
     source, target = source or sys.stdin, target or sys.stdout
     if message is not None:
-        _answer(conversation, message, target)
+        _print_answer(conversation, message, target)
         return
     interactive = source.isatty()
     if interactive:
         print(f"{conversation.engine.name}. {HELP}", file=target)
     while True:
-        line = _read(source, target, interactive)
+        line = _read_line(source, target, interactive)
         if line is None or line.strip() in ("/exit", "/quit"):
             return
         text = line.strip()
@@ -59,12 +59,12 @@ def converse(
             print(HELP, file=target)
         else:
             try:
-                _answer(conversation, text, target)
+                _print_answer(conversation, text, target)
             except RequestError as error:
                 print(f"llmworks: {error}", file=target)
 
 
-def _read(source: TextIO, target: TextIO, interactive: bool) -> str | None:
+def _read_line(source: TextIO, target: TextIO, interactive: bool) -> str | None:
     if interactive:
         try:
             return input("> ")
@@ -74,8 +74,8 @@ def _read(source: TextIO, target: TextIO, interactive: bool) -> str | None:
     return source.readline() or None
 
 
-def _answer(conversation: Conversation, text: str, target: TextIO) -> None:
-    stream = conversation.say(text)
+def _print_answer(conversation: ChatSession, text: str, target: TextIO) -> None:
+    stream = conversation.send(text)
     try:
         for piece in stream:
             print(piece, end="", file=target, flush=True)

@@ -15,31 +15,31 @@ from llmworks.core.errors import LlmworksError
 from llmworks.core.types import Engine, Request, Sampling, messages_from_json
 from llmworks.tokenize.chat.golden import replay_logits, replay_tokens
 
-SAID = 8  # tokens of a greedy completion that are compared
+GREEDY_TOKENS = 8  # tokens of a greedy completion that are compared
 
 
 @dataclass(frozen=True)
-class Check:
+class ReplayCheck:
     """One compared property. `ok` is None when it is reported, not judged."""
 
-    what: str
-    ok: bool | None
+    name: str
+    passed: bool | None
     detail: str
 
 
-def replay(golden: Golden, engine: Engine, within: float, reference: Engine | None = None) -> list[Check]:
+def replay(golden: Golden, engine: Engine, tolerance: float, reference: Engine | None = None) -> list[ReplayCheck]:
     """Return every check that can be run on this engine.
 
     `within`: bound of the mean absolute logit difference (nats). `reference`: engine whose greedy completions are
     compared.
     """
-    found: list[Check] = []
-    here: Any = engine
+    checks: list[ReplayCheck] = []
+    local_engine: Any = engine
     if hasattr(engine, "tokenizer") and hasattr(engine, "stops"):
-        problems = replay_tokens(golden, here.tokenizer, here.stops)
+        problems = replay_tokens(golden, local_engine.tokenizer, local_engine.stops)
         count = sum(len(c.ids) for c in golden.conversations)
-        found.append(
-            Check(
+        checks.append(
+            ReplayCheck(
                 "tokens",
                 not problems,
                 "; ".join(problems) or f"{count} ids, their masks and stop ids {golden.stop_ids} are as recorded",
@@ -47,17 +47,17 @@ def replay(golden: Golden, engine: Engine, within: float, reference: Engine | No
         )
     if "logits" in engine.can:
         gap = replay_logits(golden, engine.logits)
-        told = (
-            f"{gap.mean:.2g} mean difference (allowed {within:g}), {gap.largest:.2g} maximum, same greedy token at"
-            f" {gap.same_greedy:.0%} of positions"
+        detail = (
+            f"{gap.mean:.2g} mean difference (allowed {tolerance:g}), {gap.maximum:.2g} maximum, same greedy token at"
+            f" {gap.top1_agreement:.0%} of positions"
         )
-        found.append(Check("logits", gap.mean <= within, told))
-    if not found:
-        found += _from_outside(golden, engine, reference)
-    return found
+        checks.append(ReplayCheck("logits", gap.mean <= tolerance, detail))
+    if not checks:
+        checks += _check_server(golden, engine, reference)
+    return checks
 
 
-def asked(conversation: GoldenConversation) -> tuple[Request, int] | None:
+def build_greedy_request(conversation: GoldenConversation) -> tuple[Request, int] | None:
     """Return (request up to the last answer, its number of prompt tokens as recorded); None for plain text."""
     if not conversation.messages or conversation.messages[-1].get("role") != "assistant":
         return None
@@ -69,16 +69,16 @@ def asked(conversation: GoldenConversation) -> tuple[Request, int] | None:
         Request(
             messages,
             tools=tuple({"type": "function", "function": t} if "function" not in t else t for t in conversation.tools),
-            sampling=Sampling(max_tokens=SAID),
+            sampling=Sampling(max_tokens=GREEDY_TOKENS),
         ),
         begin,
     )
 
 
-def _from_outside(golden: Golden, engine: Engine, reference: Engine | None) -> list[Check]:
-    cases = [case for case in map(asked, golden.conversations) if case is not None]
+def _check_server(golden: Golden, engine: Engine, reference: Engine | None) -> list[ReplayCheck]:
+    cases = [case for case in map(build_greedy_request, golden.conversations) if case is not None]
     if not cases:
-        return [Check("prompts", None, "the record holds plain text only, which cannot be sent to a chat server")]
+        return [ReplayCheck("prompts", None, "the record holds plain text only, which cannot be sent to a chat server")]
     requests = [request for request, _ in cases]
     answers = dict(engine.each(requests))
     for answer in answers.values():
@@ -87,7 +87,7 @@ def _from_outside(golden: Golden, engine: Engine, reference: Engine | None) -> l
     done = [answers[i] for i in range(len(requests))]
     read = [getattr(answer, "prompt_tokens", 0) for answer in done]
     if not any(read):
-        found = [Check("prompts", None, "the server does not report the number of prompt tokens")]
+        checks = [ReplayCheck("prompts", None, "the server does not report the number of prompt tokens")]
     else:
         wrong = [
             f"conversation {i}: the server read {got} tokens, {want} are recorded"
@@ -95,8 +95,8 @@ def _from_outside(golden: Golden, engine: Engine, reference: Engine | None) -> l
             if got != want
         ]
         hint = " (an extra BOS token, another chat template, or another tokenizer)" if wrong else ""
-        found = [
-            Check(
+        checks = [
+            ReplayCheck(
                 "prompts",
                 not wrong,
                 (
@@ -108,10 +108,14 @@ def _from_outside(golden: Golden, engine: Engine, reference: Engine | None) -> l
         ]
     if reference is not None:
         expected: Sequence[Any] = reference.generate(requests)
-        same = sum(_text(a) == _text(b) for a, b in zip(done, expected, strict=True))
-        found.append(Check("greedy completions", None, f"the first {SAID} tokens agree in {same} of {len(requests)}"))
-    return found
+        same = sum(_stripped_text(a) == _stripped_text(b) for a, b in zip(done, expected, strict=True))
+        checks.append(
+            ReplayCheck(
+                "greedy completions", None, f"the first {GREEDY_TOKENS} tokens agree in {same} of {len(requests)}"
+            )
+        )
+    return checks
 
 
-def _text(answer: Any) -> str:
+def _stripped_text(answer: Any) -> str:
     return str(answer.text).strip()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Finding:
+class SensitiveSpan:
     """A match in a text: its kind, start and end (character offsets), and value."""
 
     kind: str
@@ -15,9 +15,9 @@ class Finding:
     value: str
 
 
-def apart(findings: list[Finding]) -> list[Finding]:
+def remove_overlaps(findings: list[SensitiveSpan]) -> list[SensitiveSpan]:
     """Remove overlapping findings, keeping the one given first, and sort by position."""
-    chosen: list[Finding] = []
+    chosen: list[SensitiveSpan] = []
     for finding in findings:
         if all(finding.end <= other.start or finding.start >= other.end for other in chosen):
             chosen.append(finding)

@@ -9,7 +9,7 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterator
 
-from llmworks.guard import Finding
+from llmworks.guard import SensitiveSpan
 
 EMAIL = re.compile(
     r"(?<![\w.+%-])[A-Za-z0-9](?:[\w.+%-]|'(?=\w)){0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62})\.)+([A-Za-z]{2,24})"
@@ -160,7 +160,7 @@ NO_NUMBER = re.compile(r"\+\d\.\d+$|0\d{4}-\d{4}$|\+\d+\.\d+[+-]\d+\.\d+$")  # d
 DATE = re.compile(r"\d{4}[-./ ]\d{2}[-./ ]\d{2}|\d{2}[-./ ]\d{2}[-./ ]\d{4}")
 
 
-def luhn(digits: str) -> bool:
+def is_luhn_valid(digits: str) -> bool:
     """Check the Luhn check digit (ISO/IEC 7812-1, annex B)."""
     total = 0
     for place, digit in enumerate(reversed(digits)):
@@ -169,26 +169,26 @@ def luhn(digits: str) -> bool:
     return total % 10 == 0
 
 
-def iban_checks(number: str) -> bool:
+def is_valid_iban(number: str) -> bool:
     """Check the length and check digits of an IBAN (ISO 7064, MOD 97-10)."""
     if IBAN_LENGTHS.get(number[:2]) != len(number):
         return False
     return int("".join(str(int(c, 36)) for c in number[4:] + number[:4])) % 97 == 1
 
 
-def emails(text: str, examples: bool = False) -> Iterator[Finding]:
+def find_emails(text: str, include_reserved: bool = False) -> Iterator[SensitiveSpan]:
     """Find e-mail addresses; those of reserved example domains only with `examples`."""
     if "@" in text:
         for match in EMAIL.finditer(text):
             if (
                 ".." not in match.group()
                 and match.group(1).lower() not in NO_DOMAIN
-                and (examples or not EXAMPLE_DOMAIN.search(match.group()))
+                and (include_reserved or not EXAMPLE_DOMAIN.search(match.group()))
             ):
-                yield _finding("email", match)
+                yield _make_span("email", match)
 
 
-def addresses(text: str, examples: bool = False) -> Iterator[Finding]:
+def find_ip_addresses(text: str, include_reserved: bool = False) -> Iterator[SensitiveSpan]:
     """Find public IP addresses; private, local and documentation ranges only with `examples`."""
     for pattern, sign in ((IPV4, DOTTED), (IPV6, COLONS)):
         if not sign.search(text):
@@ -204,8 +204,8 @@ def addresses(text: str, examples: bool = False) -> Iterator[Finding]:
                 continue
             if address.version == 6 and not _is_address(match.group()):
                 continue
-            if examples or (address.is_global and not address.is_multicast):
-                yield _finding("ip", match)
+            if include_reserved or (address.is_global and not address.is_multicast):
+                yield _make_span("ip", match)
 
 
 def _is_address(value: str) -> bool:
@@ -220,30 +220,30 @@ def _is_address(value: str) -> bool:
     )
 
 
-def cards(text: str, examples: bool = False) -> Iterator[Finding]:
+def find_cards(text: str, include_reserved: bool = False) -> Iterator[SensitiveSpan]:
     """Find card numbers of known brands with a valid check digit."""
     for match in CARD.finditer(text) if DIGITS.search(text) else ():
         digits = re.sub(r"\D", "", match.group())
         if (
             len(set(digits)) > 2
             and any(first.match(digits) and len(digits) in lengths for first, lengths in BRANDS)
-            and luhn(digits)
+            and is_luhn_valid(digits)
         ):
-            yield _finding("card", match)
+            yield _make_span("card", match)
 
 
-def ibans(text: str, examples: bool = False) -> Iterator[Finding]:
+def find_ibans(text: str, include_reserved: bool = False) -> Iterator[SensitiveSpan]:
     """Find IBANs with valid check digits."""
     for match in IBAN.finditer(text):
         words = match.group().split(" ")
         for end in range(len(words), 0, -1):  # an uppercase word may follow the number
             candidate = " ".join(words[:end])
-            if iban_checks(candidate.replace(" ", "")):
-                yield Finding("iban", match.start(), match.start() + len(candidate), candidate)
+            if is_valid_iban(candidate.replace(" ", "")):
+                yield SensitiveSpan("iban", match.start(), match.start() + len(candidate), candidate)
                 break
 
 
-def phones(text: str, examples: bool = False) -> Iterator[Finding]:
+def find_phones(text: str, include_reserved: bool = False) -> Iterator[SensitiveSpan]:
     """Find phone numbers written with a country code, or grouped as North American or national numbers."""
     for match in PHONE.finditer(text):
         number = re.split(r",? ?(?:ext|x)", match.group())[0]
@@ -251,19 +251,19 @@ def phones(text: str, examples: bool = False) -> Iterator[Finding]:
         least = 9 if digits[0] == "0" and not digits.startswith("00") else 7
         if not least <= len(digits) <= 15 or len(set(digits)) < 3 or DATE.fullmatch(number) or NO_NUMBER.match(number):
             continue
-        if not examples and re.search(r"555[ .-]?01\d\d$", number):
+        if not include_reserved and re.search(r"555[ .-]?01\d\d$", number):
             continue
-        yield _finding("phone", match)
+        yield _make_span("phone", match)
 
 
-def _finding(kind: str, match: re.Match[str]) -> Finding:
-    return Finding(kind, match.start(), match.end(), match.group())
+def _make_span(kind: str, match: re.Match[str]) -> SensitiveSpan:
+    return SensitiveSpan(kind, match.start(), match.end(), match.group())
 
 
-CHECKS: dict[str, Callable[[str, bool], Iterator[Finding]]] = {
-    "email": emails,
-    "ip": addresses,
-    "card": cards,
-    "iban": ibans,
-    "phone": phones,
+DETECTORS: dict[str, Callable[[str, bool], Iterator[SensitiveSpan]]] = {
+    "email": find_emails,
+    "ip": find_ip_addresses,
+    "card": find_cards,
+    "iban": find_ibans,
+    "phone": find_phones,
 }

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 
-from llmworks.guard import Finding
+from llmworks.guard import SensitiveSpan
 
 B = r"(?<![A-Za-z0-9_-])"
 E = r"(?![A-Za-z0-9_-])"
@@ -70,34 +70,34 @@ def entropy(value: str) -> float:
     return -sum(n / total * math.log2(n / total) for n in Counter(value).values()) if total else 0.0
 
 
-def secrets(text: str, examples: bool = False) -> Iterator[Finding]:
+def find_secrets(text: str, include_reserved: bool = False) -> Iterator[SensitiveSpan]:
     """Find keys, tokens, passwords in URLs, and random-looking values of names such as api_key.
 
     Placeholders are found only with `examples`.
     """
     for begins, pattern in KNOWN.values():
         for match in pattern.finditer(text) if any(begin in text for begin in begins) else ():
-            if examples or not PLACEHOLDER.search(match.group()[4:]) or "PRIVATE KEY" in match.group():
-                yield Finding("secret", match.start(), match.end(), match.group())
+            if include_reserved or not PLACEHOLDER.search(match.group()[4:]) or "PRIVATE KEY" in match.group():
+                yield SensitiveSpan("secret", match.start(), match.end(), match.group())
     for match in URL_PASSWORD.finditer(text) if "://" in text and "@" in text else ():
-        if examples or (not PLACEHOLDER.search(match.group(1)) and match.group(1)[0] not in "$%"):
-            yield Finding("secret", match.start(1), match.end(1), match.group(1))
+        if include_reserved or (not PLACEHOLDER.search(match.group(1)) and match.group(1)[0] not in "$%"):
+            yield SensitiveSpan("secret", match.start(1), match.end(1), match.group(1))
     for match in ASSIGNED.finditer(text):
         group = 2 if match.group(2) else 3
         before = text[max(0, match.start() - 60) : match.start()]
         names = [found.group(1) for pattern in (NAME, TYPED) if (found := pattern.search(before))]
-        if any(map(NAMED.search, names)) and _is_secret(match.group(group), examples):
-            yield Finding("secret", match.start(group), match.end(group), match.group(group))
+        if any(map(NAMED.search, names)) and _is_secret(match.group(group), include_reserved):
+            yield SensitiveSpan("secret", match.start(group), match.end(group), match.group(group))
     for match in ATTRIBUTE.finditer(text) if "value=" in text else ():
-        if NAMED.search(match.group(1)) and _is_secret(match.group(2), examples):
-            yield Finding("secret", match.start(2), match.end(2), match.group(2))
+        if NAMED.search(match.group(1)) and _is_secret(match.group(2), include_reserved):
+            yield SensitiveSpan("secret", match.start(2), match.end(2), match.group(2))
     for match in BEARER.finditer(text) if "earer" in text else ():
-        if _is_secret(match.group(1), examples):
-            yield Finding("secret", match.start(1), match.end(1), match.group(1))
+        if _is_secret(match.group(1), include_reserved):
+            yield SensitiveSpan("secret", match.start(1), match.end(1), match.group(1))
 
 
-def _is_secret(value: str, examples: bool) -> bool:
-    return looks_random(value) and "://" not in value and (examples or not PLACEHOLDER.search(value))
+def _is_secret(value: str, include_reserved: bool) -> bool:
+    return looks_random(value) and "://" not in value and (include_reserved or not PLACEHOLDER.search(value))
 
 
 def looks_random(value: str) -> bool:

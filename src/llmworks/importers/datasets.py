@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmworks.core.errors import UserError
-from llmworks.importers.keys import Keys
+from llmworks.importers.keys import SourceKeys
 
 Steps = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Source:
+class DatasetSource:
     """A dataset.
 
     `shape`: a format of data.chat, or `text` for documents with their text in the field `text`; `rows`: maximum number
@@ -21,12 +21,12 @@ class Source:
     """
 
     ref: str
-    shape: str
-    text: str = "text"
-    rows: int = 0
+    format: str
+    text_field: str = "text"
+    max_rows: int = 0
 
 
-def read(sources: Sequence[Source], steps: Steps, prefix: str = "") -> str:
+def add_reading_steps(sources: Sequence[DatasetSource], steps: Steps, prefix: str = "") -> str:
     """Add steps that read all datasets; returns the name of the step that combines them.
 
     UserError when documents and conversations are mixed.
@@ -36,27 +36,27 @@ def read(sources: Sequence[Source], steps: Steps, prefix: str = "") -> str:
         mark = f"{prefix}{'-' if prefix else ''}{number}" if len(sources) > 1 else prefix
         raw, made = (
             "-".join(filter(None, ("raw", mark))),
-            "-".join(filter(None, ("texts" if source.shape == "text" else "chats", mark))),
+            "-".join(filter(None, ("texts" if source.format == "text" else "chats", mark))),
         )
         steps[raw] = {"use": source.ref}
-        if source.shape == "text":
+        if source.format == "text":
             steps[made] = {
                 "stage": "data.read",
                 "inputs": {"data": raw},
-                **({"config": {"text_field": source.text}} if source.text != "text" else {}),
+                **({"config": {"text_field": source.text_field}} if source.text_field != "text" else {}),
             }
         else:
-            steps[made] = {"stage": "data.chat", "inputs": {"data": raw}, "config": {"format": source.shape}}
-        if source.rows and source.shape != "text":
+            steps[made] = {"stage": "data.chat", "inputs": {"data": raw}, "config": {"format": source.format}}
+        if source.max_rows and source.format != "text":
             some = made.replace("chats", "some", 1)
             steps[some] = {
                 "stage": "data.mix",
                 "inputs": {"data": {"all": made}},
-                "config": {"total_rows": source.rows, "max_repeats": 1},
+                "config": {"total_rows": source.max_rows, "max_repeats": 1},
             }
             made = some
         names[f"set-{number}"] = made
-    if len({source.shape == "text" for source in sources}) > 1:
+    if len({source.format == "text" for source in sources}) > 1:
         raise UserError(
             "mixes documents and conversations; fine-tuning reads one kind: translate a separate configuration for each"
         )
@@ -67,17 +67,17 @@ def read(sources: Sequence[Source], steps: Steps, prefix: str = "") -> str:
     return mixed
 
 
-def split(rows: str, share: float, steps: Steps, keys: Keys, key: str) -> tuple[str, str]:
+def add_split_steps(rows: str, test_size: float, steps: Steps, keys: SourceKeys, key: str) -> tuple[str, str]:
     """Add the steps of a train/test split; returns their names.
 
     `share` is the value of `key`: the fraction of held-out rows below 1, else their number.
     """
-    if share >= 1:
-        keys.otherwise(key, f"{share} rows; here a fraction is held out, and 5% is used")
-        share = 0.05
-    folds = max(2, round(1 / share))
-    if abs(1 / folds - share) > 0.01:
-        keys.otherwise(key, f"{share}; one of {folds} folds is held out, {1 / folds:.0%} of the rows")
+    if test_size >= 1:
+        keys.note_approximated(key, f"{test_size} rows; here a fraction is held out, and 5% is used")
+        test_size = 0.05
+    folds = max(2, round(1 / test_size))
+    if abs(1 / folds - test_size) > 0.01:
+        keys.note_approximated(key, f"{test_size}; one of {folds} folds is held out, {1 / folds:.0%} of the rows")
     for part in ("train", "test"):
         steps[part] = {"stage": "data.split", "inputs": {"data": rows}, "config": {"split": part, "n_splits": folds}}
     return "train", "test"

@@ -13,8 +13,8 @@ import yaml
 
 from llmworks.core.errors import UserError
 
-Fate = Literal["otherwise", "lost", "meaningless", "unknown"]
-HEADINGS: dict[Fate, str] = {
+KeyFate = Literal["otherwise", "lost", "meaningless", "unknown"]
+HEADINGS: dict[KeyFate, str] = {
     "lost": "Lost: affects training and has no equivalent here",
     "otherwise": "Translated approximately",
     "meaningless": "Not needed here",
@@ -23,23 +23,23 @@ HEADINGS: dict[Fate, str] = {
 
 
 @functools.cache
-def meaningless() -> dict[str, str]:
+def load_unneeded_keys() -> dict[str, str]:
     """Load why keys are not needed here: space-separated key patterns (with *) -> reason."""
     text = Path(__file__).with_name("meaningless.yaml").read_text(encoding="utf-8")
     return {names: why for why, names in yaml.safe_load(text).items()}
 
 
 @dataclass(frozen=True)
-class Note:
+class KeyNote:
     """Note on how one key was translated."""
 
     key: str
-    fate: Fate
+    fate: KeyFate
     text: str
 
 
 @dataclass
-class Keys:
+class SourceKeys:
     """A mapping whose keys are consumed one by one; keys without a value count as absent.
 
     `path`: prefix of key names in notes and errors.
@@ -48,7 +48,7 @@ class Keys:
     values: dict[str, Any]
     tool: str
     path: str = ""
-    notes: list[Note] = field(default_factory=list)
+    notes: list[KeyNote] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.values = {
@@ -62,7 +62,7 @@ class Keys:
         """Consume a key and return its value."""
         return self.values.pop(key, default)
 
-    def number(self, key: str, default: float | None = None) -> Any:
+    def take_number(self, key: str, default: float | None = None) -> Any:
         """Consume a number, as int if it is written as one. UserError for anything else."""
         value = self.take(key, default)
         if value is None:
@@ -79,14 +79,14 @@ class Keys:
             else found
         )
 
-    def whole(self, key: str, default: int | None = None) -> Any:
+    def take_int(self, key: str, default: int | None = None) -> Any:
         """Consume an integer. UserError for anything else."""
-        value = self.number(key, default)
+        value = self.take_number(key, default)
         if value is not None and value != int(value):
             raise UserError(f"{self.tool}: {self.path}{key}: {value!r} is not a whole number")
         return None if value is None else int(value)
 
-    def flag(self, key: str) -> bool:
+    def take_bool(self, key: str) -> bool:
         """Consume a boolean; absent is false. UserError for anything else."""
         value = self.take(key, False)
         if isinstance(value, str) and value.lower() in ("true", "false"):
@@ -95,7 +95,7 @@ class Keys:
             raise UserError(f"{self.tool}: {self.path}{key}: {value!r} is neither true nor false")
         return value
 
-    def words(self, key: str) -> list[str]:
+    def take_names(self, key: str) -> list[str]:
         """Consume a list of names, given as a list or comma-separated."""
         value = self.take(key, [])
         if isinstance(value, str):
@@ -104,20 +104,20 @@ class Keys:
             raise UserError(f"{self.tool}: {self.path}{key}: {value!r} is not a list of names")
         return [word.strip() for word in value if word.strip()]
 
-    def note(self, key: str, fate: Fate, text: str) -> None:
+    def add_note(self, key: str, fate: KeyFate, text: str) -> None:
         """Record how a key was translated."""
-        self.notes.append(Note(self.path + key, fate, text))
+        self.notes.append(KeyNote(self.path + key, fate, text))
 
-    def otherwise(self, key: str, text: str) -> None:
+    def note_approximated(self, key: str, text: str) -> None:
         """Record a key that is translated approximately."""
-        self.note(key, "otherwise", text)
+        self.add_note(key, "otherwise", text)
 
-    def lost(self, key: str, text: str) -> None:
+    def note_lost(self, key: str, text: str) -> None:
         """Record and consume a key that affects training and cannot be translated."""
         self.values.pop(key, None)
-        self.note(key, "lost", text)
+        self.add_note(key, "lost", text)
 
-    def lose(self, reasons: Mapping[str, str], harmless: tuple[Any, ...] = (False, 0)) -> None:
+    def note_lost_keys(self, reasons: Mapping[str, str], harmless: tuple[Any, ...] = (False, 0)) -> None:
         """Record keys as lost unless they have a harmless value; names may contain *."""
         for key in list(self.values):
             reason = next(
@@ -131,35 +131,37 @@ class Keys:
             if reason is not None:
                 value = self.take(key)
                 if not any(value is one or (type(value) is type(one) and value == one) for one in harmless):
-                    self.note(key, "lost", reason)
+                    self.add_note(key, "lost", reason)
                 else:
-                    self.note(key, "meaningless", f"set to {str(value).lower()}, and not supported here")
+                    self.add_note(key, "meaningless", f"set to {str(value).lower()}, and not supported here")
 
-    def inner(self, key: str) -> Keys:
+    def take_mapping(self, key: str) -> SourceKeys:
         """Consume a nested mapping. UserError for anything else."""
         value = self.take(key, {})
         if not isinstance(value, dict):
             raise UserError(f"{self.tool}: {self.path}{key}: {value!r} is not a mapping")
-        return Keys(value, self.tool, f"{self.path}{key}.", self.notes)
+        return SourceKeys(value, self.tool, f"{self.path}{key}.", self.notes)
 
-    def finish(self) -> None:
+    def note_remaining(self) -> None:
         """Record notes for the remaining keys."""
         for key in list(self.values):
             reason = next(
                 (
                     text
-                    for patterns, text in meaningless().items()
+                    for patterns, text in load_unneeded_keys().items()
                     if any(fnmatchcase(key, pattern) for pattern in patterns.split())
                 ),
                 None,
             )
             value = self.values.pop(key)
             if reason is not None:
-                self.note(key, "meaningless", reason)
+                self.add_note(key, "meaningless", reason)
             else:
-                self.note(key, "unknown", f"set to {_short(value)}; check what it does before relying on this recipe")
+                self.add_note(
+                    key, "unknown", f"set to {_shorten(value)}; check what it does before relying on this recipe"
+                )
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = " ".join(str(value).split())
     return text if len(text) <= 60 else text[:59] + "…"

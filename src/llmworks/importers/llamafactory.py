@@ -8,8 +8,8 @@ from typing import Any
 
 from llmworks.core.errors import UserError
 from llmworks.importers import training
-from llmworks.importers.datasets import Source, Steps, read, split
-from llmworks.importers.keys import Keys
+from llmworks.importers.datasets import DatasetSource, Steps, add_reading_steps, add_split_steps
+from llmworks.importers.keys import SourceKeys
 
 TOOL = "LLaMA-Factory"
 PROMPT = {
@@ -41,7 +41,7 @@ TAGS = (
         "function_tag": "function_call",
     },
 )
-LOST = {
+LOST_KEYS = {
     "adapter_name_or_path": "training starts with a new adapter; merge the old one first with merge.adapter",
     "additional_target modules_to_save": "only the adapter is trained; embeddings and LM head stay frozen",
     "loraplus_lr_embedding": "embeddings have no adapter here",
@@ -65,12 +65,12 @@ LOST = {
 }
 
 
-def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
+def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, SourceKeys]:
     """Translate a configuration; returns (steps, seed, the keys with notes on each).
 
     Relative paths start at `folder`. UserError when it is not supervised fine-tuning, or names no model or data.
     """
-    keys = Keys(values, TOOL)
+    keys = SourceKeys(values, TOOL)
     stage, method = str(keys.take("stage", "sft")), str(keys.take("finetuning_type", "lora"))
     if stage not in ("sft", "pt"):
         raise UserError(f"{TOOL}: stage: {stage!r} is not supervised fine-tuning; sft and pt are translated")
@@ -82,40 +82,40 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
     model = keys.take("model_name_or_path")
     if model is None:
         raise UserError(f"{TOOL}: model_name_or_path is missing")
-    steps: Steps = {"base": {"use": training.source(str(model), folder)}}
-    train, held_out = _data(keys, folder, steps, stage)
-    config: dict[str, Any] = {"method": method, **({"lora": _adapter(keys)} if method == "lora" else {})}
+    steps: Steps = {"base": {"use": training.resolve_reference(str(model), folder)}}
+    train, held_out = _translate_data(keys, folder, steps, stage)
+    config: dict[str, Any] = {"method": method, **({"lora": _translate_adapter(keys)} if method == "lora" else {})}
     if method == "full":
         for key in [key for key in keys.values if key.startswith("lora_")]:
             keys.take(key)
-            keys.note(key, "meaningless", "there is no adapter")
+            keys.add_note(key, "meaningless", "there is no adapter")
     config |= {
-        "num_train_epochs": float(keys.number("num_train_epochs", 3)),
-        "batch_size": keys.whole("per_device_train_batch_size", 8),
-        "max_length": keys.whole("cutoff_len", 2048),
+        "num_train_epochs": float(keys.take_number("num_train_epochs", 3)),
+        "batch_size": keys.take_int("per_device_train_batch_size", 8),
+        "max_length": keys.take_int("cutoff_len", 2048),
         "overlong": "truncate",
     }
-    accumulation = keys.whole("gradient_accumulation_steps", 1)
+    accumulation = keys.take_int("gradient_accumulation_steps", 1)
     if accumulation > 1:
         config["gradient_accumulation_steps"] = int(accumulation)
-    if keys.flag("mask_history"):
+    if keys.take_bool("mask_history"):
         config["train_on"] = "last_assistant"
-    _template(keys, config, stage)
-    noise = keys.number("neftune_noise_alpha")
+    _translate_template(keys, config, stage)
+    noise = keys.take_number("neftune_noise_alpha")
     if noise:
         config["neftune_noise_alpha"] = float(noise)
-    if keys.flag("gradient_checkpointing"):
+    if keys.take_bool("gradient_checkpointing"):
         config["gradient_checkpointing"] = True
-    _packing(keys, stage, config)
-    training.precision(keys)
-    config |= training.loop(keys, held_out is not None, config.get("lora", {}).get("load_in_4bit", False))
-    config["optimizer"] = training.optimizer(
+    _translate_packing(keys, stage, config)
+    training.translate_precision(keys)
+    config |= training.translate_loop(keys, held_out is not None, config.get("lora", {}).get("load_in_4bit", False))
+    config["optimizer"] = training.translate_optimizer(
         keys, "optim", "lr_scheduler_type", rate=5e-5, warmup=0.0, schedule="linear"
     )
     if keys.values.get("do_train", True) is False:
         raise UserError(f"{TOOL}: do_train is false: no training; run evaluations with `llmworks evaluate`")
-    keys.lose(LOST, harmless=(False, 0, -1))
-    seed = keys.whole("seed", 42)
+    keys.note_lost_keys(LOST_KEYS, harmless=(False, 0, -1))
+    seed = keys.take_int("seed", 42)
     steps["tuned"] = {
         "stage": "train.sft",
         "inputs": {"model": "base", "data": train, **({"eval_data": held_out} if held_out else {})},
@@ -124,61 +124,61 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
     return steps, seed, keys
 
 
-def _packing(keys: Keys, stage: str, config: dict[str, Any]) -> None:
+def _translate_packing(keys: SourceKeys, stage: str, config: dict[str, Any]) -> None:
     """Record how packing is translated."""
     packing, neat = keys.take("packing", stage == "pt"), keys.take("neat_packing")
     if packing or neat:
-        keys.otherwise(
+        keys.note_approximated(
             "packing",
             f"packed rows have {config['max_length']} tokens{'' if neat else ' and attend across sequences'}; here a"
             " row is one sequence, so a step has fewer tokens: raise batch_size to match",
         )
 
 
-def _adapter(keys: Keys) -> dict[str, Any]:
-    found = training.adapter(keys, "lora_rank", default_rank=8, default_alpha=None, dropout=0.0)
-    targets = keys.words("lora_target") or ["all"]
+def _translate_adapter(keys: SourceKeys) -> dict[str, Any]:
+    found = training.translate_adapter(keys, "lora_rank", default_rank=8, default_alpha=None, dropout=0.0)
+    targets = keys.take_names("lora_target") or ["all"]
     if "all" not in targets:
         found["target_modules"] = [name.rpartition(".")[2] for name in targets]
-    found |= ({"use_rslora": True} if keys.flag("use_rslora") else {}) | (
-        {"use_dora": True} if keys.flag("use_dora") else {}
+    found |= ({"use_rslora": True} if keys.take_bool("use_rslora") else {}) | (
+        {"use_dora": True} if keys.take_bool("use_dora") else {}
     )
-    bits, method = keys.number("quantization_bit"), keys.take("quantization_method", "bnb")
+    bits, method = keys.take_number("quantization_bit"), keys.take("quantization_method", "bnb")
     if bits == 4:
         found["load_in_4bit"] = True
         if method not in ("bitsandbytes", "bnb"):
-            keys.lost("quantization_method", f"{method}; the base is quantized to NF4")
+            keys.note_lost("quantization_method", f"{method}; the base is quantized to NF4")
         if keys.take("quantization_type", "nf4") != "nf4":
-            keys.lost("quantization_type", "the base is quantized to NF4")
+            keys.note_lost("quantization_type", "the base is quantized to NF4")
         if keys.take("double_quantization", True) is False:
             found["bnb_4bit_use_double_quant"] = False
     elif bits:
-        keys.lost(
+        keys.note_lost(
             "quantization_bit", f"{bits} bits; the frozen base keeps its precision, load_in_4bit quantizes it to NF4"
         )
     return found
 
 
-def _template(keys: Keys, config: dict[str, Any], stage: str) -> None:
+def _translate_template(keys: SourceKeys, config: dict[str, Any], stage: str) -> None:
     name = keys.take("template")
     if name is None or stage == "pt":
         return
     if name in ("empty", "default", "fewshot", "vicuna"):
-        keys.lost("template", f"{name} is not supported; the model's own chat template is used")
+        keys.note_lost("template", f"{name} is not supported; the model's own chat template is used")
         return
-    ours = training.template(str(name))
+    ours = training.map_template(str(name))
     if ours is None:
-        keys.otherwise("template", f"{name}: the model's own chat template is used")
+        keys.note_approximated("template", f"{name}: the model's own chat template is used")
         return
     if str(name).startswith("qwen"):
-        keys.otherwise("template", f"{name}: its default system turn is not added")
+        keys.note_approximated("template", f"{name}: its default system turn is not added")
     config |= {"chat_template": ours, "golden": f"renew: {TOOL}'s configuration asks for {name}"}
 
 
-def _data(keys: Keys, folder: Path, steps: Steps, stage: str) -> tuple[str, str | None]:
+def _translate_data(keys: SourceKeys, folder: Path, steps: Steps, stage: str) -> tuple[str, str | None]:
     """Translate the data; returns (training step, eval step)."""
     place = Path(str(keys.take("dataset_dir", "data")))
-    info = _info(
+    info = _read_dataset_info(
         keys,
         next(
             (
@@ -189,22 +189,24 @@ def _data(keys: Keys, folder: Path, steps: Steps, stage: str) -> tuple[str, str 
             None,
         ),
     )
-    limit = int(keys.number("max_samples", 0))
-    names = keys.words("dataset")
+    limit = int(keys.take_number("max_samples", 0))
+    names = keys.take_names("dataset")
     if not names:
         raise UserError(f"{TOOL}: dataset is missing; it names the training data")
     if limit:
-        keys.otherwise("max_samples", f"{limit} rows of each dataset are sampled, instead of the first ones")
-    rows = read([_source(keys, name, info, place, folder, stage, limit) for name in names], steps)
-    others, share = keys.words("eval_dataset"), keys.number("val_size", 0)
+        keys.note_approximated("max_samples", f"{limit} rows of each dataset are sampled, instead of the first ones")
+    rows = add_reading_steps(
+        [_translate_dataset(keys, name, info, place, folder, stage, limit) for name in names], steps
+    )
+    others, share = keys.take_names("eval_dataset"), keys.take_number("val_size", 0)
     if others:
-        return rows, read(
-            [_source(keys, name, info, place, folder, stage, limit) for name in others], steps, "held-out"
+        return rows, add_reading_steps(
+            [_translate_dataset(keys, name, info, place, folder, stage, limit) for name in others], steps, "held-out"
         )
-    return split(rows, share, steps, keys, "val_size") if share else (rows, None)
+    return add_split_steps(rows, share, steps, keys, "val_size") if share else (rows, None)
 
 
-def _info(keys: Keys, place: Path | None) -> dict[str, Any]:
+def _read_dataset_info(keys: SourceKeys, place: Path | None) -> dict[str, Any]:
     """Read `dataset_info.json`; its folder is stored under ''."""
     if place is None:
         return {}
@@ -217,25 +219,27 @@ def _info(keys: Keys, place: Path | None) -> dict[str, Any]:
     return found | {"": str(place)}
 
 
-def _source(keys: Keys, name: str, info: dict[str, Any], place: Path, folder: Path, stage: str, limit: int) -> Source:
+def _translate_dataset(
+    keys: SourceKeys, name: str, info: dict[str, Any], place: Path, folder: Path, stage: str, limit: int
+) -> DatasetSource:
     """Translate one named dataset by its entry in `dataset_info.json`."""
     usual = "text" if stage == "pt" else "auto"
     if not info:
-        keys.otherwise(
+        keys.note_approximated(
             "dataset",
             f"{name}: {place}/dataset_info.json not found, so its file path is guessed; correct it in the recipe",
         )
-        return Source(f"path:{folder.resolve() / place / f'{name}.json'}", usual, rows=limit)
+        return DatasetSource(f"path:{folder.resolve() / place / f'{name}.json'}", usual, max_rows=limit)
     if name not in info or not name:
         raise UserError(f"{TOOL}: dataset: {name!r} is not in {info['']}/dataset_info.json")
-    one = Keys(dict(info[name]), TOOL, f"dataset {name}: ", keys.notes)
-    if one.flag("ranking"):
+    one = SourceKeys(dict(info[name]), TOOL, f"dataset {name}: ", keys.notes)
+    if one.take_bool("ranking"):
         raise UserError(f"{TOOL}: dataset: {name!r} holds preference pairs, which fine-tuning does not use")
     hub, file = one.take("hf_hub_url"), one.take("file_name")
     if file is not None:
-        ref = training.source(str(Path(info[""]) / str(file)), folder, dataset=True)
+        ref = training.resolve_reference(str(Path(info[""]) / str(file)), folder, dataset=True)
     elif hub is not None:
-        ref = training.source(str(hub), folder, dataset=True)
+        ref = training.resolve_reference(str(hub), folder, dataset=True)
     else:
         raise UserError(f"{TOOL}: dataset: {name!r} has neither hf_hub_url nor file_name")
     shape = (
@@ -264,9 +268,9 @@ def _source(keys: Keys, name: str, info: dict[str, Any], place: Path, folder: Pa
     for key in ("ms_hub_url", "om_hub_url"):
         one.take(key)
     if "num_samples" in one:
-        limit = int(one.number("num_samples", 0))
+        limit = int(one.take_number("num_samples", 0))
     part = one.take("split", "train")
     if part != "train":
-        one.lost("split", f"{part}; all rows are read")
-    one.finish()
-    return Source(ref, shape, text=text, rows=limit)
+        one.note_lost("split", f"{part}; all rows are read")
+    one.note_remaining()
+    return DatasetSource(ref, shape, text_field=text, max_rows=limit)

@@ -11,12 +11,12 @@ import yaml
 
 from llmworks.core.errors import UserError
 from llmworks.importers import axolotl, llamafactory
-from llmworks.importers.keys import HEADINGS, Note
+from llmworks.importers.keys import HEADINGS, KeyNote
 
 TOOLS = {"base_model": axolotl, "model_name_or_path": llamafactory}
 
 
-class _Once(yaml.SafeLoader):
+class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML loader that rejects duplicate keys, of which YAML silently keeps the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -31,21 +31,21 @@ class _Once(yaml.SafeLoader):
 
 
 @dataclass(frozen=True)
-class Translated:
+class TranslatedRecipe:
     """A translated recipe, and notes on the keys without an exact equivalent."""
 
     tool: str
     text: str
-    notes: tuple[Note, ...]
+    notes: tuple[KeyNote, ...]
 
 
-def translate(file: Path) -> Translated:
+def translate(file: Path) -> TranslatedRecipe:
     """Translate a configuration file to a recipe.
 
     UserError in one line for a file that is not such a configuration, or cannot be translated.
     """
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_Once)
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except IsADirectoryError:
         raise UserError(f"{file}: is a directory") from None
     except FileNotFoundError:
@@ -59,11 +59,11 @@ def translate(file: Path) -> Translated:
         steps, seed, keys = module.translate(values, file.parent)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    keys.finish()
-    return Translated(module.TOOL, _text(file, module.TOOL, steps, seed, keys.notes), tuple(keys.notes))
+    keys.note_remaining()
+    return TranslatedRecipe(module.TOOL, _render_recipe(file, module.TOOL, steps, seed, keys.notes), tuple(keys.notes))
 
 
-def _text(file: Path, tool: str, steps: dict[str, Any], seed: int, notes: list[Note]) -> str:
+def _render_recipe(file: Path, tool: str, steps: dict[str, Any], seed: int, notes: list[KeyNote]) -> str:
     """Render the recipe with its header of notes."""
     lines = [
         f"{file.name}, translated from {tool}. Review it, then: llmworks plan, llmworks train selftest, llmworks run."

@@ -15,12 +15,12 @@ from typing import Any
 
 import yaml
 
-RECIPES = ("mergekit_config.yml", "mergekit_config.yaml", "mergekit_moe_config.yml")
+MERGEKIT_FILES = ("mergekit_config.yml", "mergekit_config.yaml", "mergekit_moe_config.yml")
 HUB = re.compile(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)")
 
 
 @dataclass(frozen=True)
-class Claim:
+class ParentClaim:
     """A parent named by a file. `relation`: finetune, adapter, merge, quantized, or as stated in the file."""
 
     name: str
@@ -28,67 +28,69 @@ class Claim:
     file: str
 
 
-def claims(path: Path) -> list[Claim]:
+def list_claims(path: Path) -> list[ParentClaim]:
     """List the parents named in a model's files; each once, from the first file that names it."""
-    found: dict[str, Claim] = {}
-    for claim in _all(path):
+    claims_by_name: dict[str, ParentClaim] = {}
+    for claim in _iterate_claims(path):
         if claim.name and claim.name.lower() not in ("none", "null", "."):
             name = claim.name.encode("utf-8", "replace").decode()[:200]
-            found.setdefault(name, Claim(name, claim.relation.encode("utf-8", "replace").decode()[:100], claim.file))
-    return list(found.values())
+            claims_by_name.setdefault(
+                name, ParentClaim(name, claim.relation.encode("utf-8", "replace").decode()[:100], claim.file)
+            )
+    return list(claims_by_name.values())
 
 
-def licence(path: Path) -> str:
+def read_license(path: Path) -> str:
     """Return the license stated in a model's card or GGUF metadata, in the Hub's spelling; empty where none is."""
-    front = front_of(path)
-    said = front.get("license")
-    if isinstance(said, list):
-        said = said[0] if said else ""
-    if str(said or "").lower() == "other" and front.get("license_name"):
-        said = front["license_name"]
-    if not said:
-        said = _gguf(path).get("general.license", "")
-    return str(said or "").strip().lower()
+    front_matter = read_front_matter(path)
+    stated = front_matter.get("license")
+    if isinstance(stated, list):
+        stated = stated[0] if stated else ""
+    if str(stated or "").lower() == "other" and front_matter.get("license_name"):
+        stated = front_matter["license_name"]
+    if not stated:
+        stated = _read_gguf_metadata(path).get("general.license", "")
+    return str(stated or "").strip().lower()
 
 
-def _all(path: Path) -> Iterator[Claim]:
+def _iterate_claims(path: Path) -> Iterator[ParentClaim]:
     folder = path if path.is_dir() else path.parent
-    for name in RECIPES:
-        yield from _recipe(folder / name)
-    adapter = _json(folder / "adapter_config.json")
+    for name in MERGEKIT_FILES:
+        yield from _read_mergekit_config(folder / name)
+    adapter = _read_json(folder / "adapter_config.json")
     if adapter.get("base_model_name_or_path"):
-        yield Claim(str(adapter["base_model_name_or_path"]), "adapter", "adapter_config.json")
-    front = front_of(path)
+        yield ParentClaim(str(adapter["base_model_name_or_path"]), "adapter", "adapter_config.json")
+    front = read_front_matter(path)
     bases = front.get("base_model") or []
     relation = str(
         front.get("base_model_relation") or ("merge" if isinstance(bases, list) and len(bases) > 1 else "finetune")
     )
     for base in bases if isinstance(bases, list) else [bases]:
-        yield Claim(str(base), relation, "README.md")
-    metadata = _gguf(path)
+        yield ParentClaim(str(base), relation, "README.md")
+    metadata = _read_gguf_metadata(path)
     for number in range(int(metadata.get("general.base_model.count", 0) or 0)):
         url = str(metadata.get(f"general.base_model.{number}.repo_url", ""))
         named = HUB.match(url)
-        yield Claim(
+        yield ParentClaim(
             named[1] if named else str(metadata.get(f"general.base_model.{number}.name", "")), "quantized", path.name
         )
 
 
-def _recipe(file: Path) -> Iterator[Claim]:
+def _read_mergekit_config(file: Path) -> Iterator[ParentClaim]:
     """Yield the models that a mergekit configuration names."""
     try:
-        said = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return
-    method = str(said.get("merge_method") or "experts") if isinstance(said, dict) else ""
-    todo: list[Any] = [said]
+    method = str(config.get("merge_method") or "experts") if isinstance(config, dict) else ""
+    todo: list[Any] = [config]
     while todo:
         value = todo.pop(0)
         if isinstance(value, dict):
             for key, inside in value.items():
                 if key in ("model", "base_model", "source_model"):
                     name = inside.get("path") or (inside.get("model") or {}) if isinstance(inside, dict) else inside
-                    yield Claim(
+                    yield ParentClaim(
                         str(name.get("path", "")) if isinstance(name, dict) else str(name or ""),
                         f"merge, {method}",
                         file.name,
@@ -99,7 +101,7 @@ def _recipe(file: Path) -> Iterator[Claim]:
             todo += value
 
 
-def front_of(path: Path) -> dict[str, Any]:
+def read_front_matter(path: Path) -> dict[str, Any]:
     """Read the YAML front matter of the model card (README.md); {} where there is none that is readable."""
     card = (path if path.is_dir() else path.parent) / "README.md"
     if path.is_file() and path.suffix == ".gguf" and not card.exists():
@@ -114,7 +116,7 @@ def front_of(path: Path) -> dict[str, Any]:
     return dict(front) if isinstance(front, dict) else {}
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -122,7 +124,7 @@ def _json(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _gguf(path: Path) -> dict[str, Any]:
+def _read_gguf_metadata(path: Path) -> dict[str, Any]:
     """Read the general.* metadata of a GGUF file."""
     files = (
         [path]

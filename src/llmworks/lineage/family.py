@@ -21,7 +21,7 @@ HELD_OUT = (
 
 
 @dataclass(frozen=True)
-class Node:
+class LineageNode:
     """An artifact, or an ancestor known only by digest and reference (`artifact` is None)."""
 
     digest: str
@@ -38,9 +38,9 @@ class Node:
 class Family:
     """Lineage graph: nodes by digest, in topological order (parents before children)."""
 
-    nodes: dict[str, Node] = field(default_factory=dict)
+    nodes: dict[str, LineageNode] = field(default_factory=dict)
 
-    def ancestors(self, digest: str) -> list[Node]:
+    def ancestors(self, digest: str) -> list[LineageNode]:
         """Return the node and all its ancestors, parents first."""
         wanted: set[str] = set()
         todo = [digest]
@@ -51,15 +51,15 @@ class Family:
                 todo += [parent for _, parent in self.nodes[current].parents]
         return [node for node in self.nodes.values() if node.digest in wanted]
 
-    def children(self, digest: str) -> list[tuple[str, Node]]:
+    def children(self, digest: str) -> list[tuple[str, LineageNode]]:
         """List (role, child) for every artifact made from this one."""
         return [(role, node) for node in self.nodes.values() for role, parent in node.parents if parent == digest]
 
-    def trained_on(self, digest: str) -> list[Node]:
+    def list_training_data(self, digest: str) -> list[LineageNode]:
         """List the datasets that the node or an ancestor was trained on, as text: packed tokens are traced back to
         their sources; held-out data is excluded.
         """
-        found: dict[str, Node] = {}
+        found: dict[str, LineageNode] = {}
         for node in self.ancestors(digest):
             if not node.stage.startswith(("train.", "align.")):
                 continue
@@ -75,20 +75,20 @@ class Family:
                     found[parent.digest] = parent
         return list(found.values())
 
-    def of_kinds(self, *kinds: str) -> Family:
+    def filter_kinds(self, *kinds: str) -> Family:
         """Keep the nodes of some kinds; edges skip the nodes in between."""
 
-        def nearest(digest: str, seen: frozenset[str] = frozenset()) -> list[str]:
+        def nearest(digest: str, visited: frozenset[str] = frozenset()) -> list[str]:
             node = self.nodes.get(digest)
-            if node is None or digest in seen:
+            if node is None or digest in visited:
                 return []
             return (
                 [digest]
                 if node.kind in kinds
-                else [one for _, parent in node.parents for one in nearest(parent, seen | {digest})]
+                else [one for _, parent in node.parents for one in nearest(parent, visited | {digest})]
             )
 
-        found: dict[str, Node] = {}
+        found: dict[str, LineageNode] = {}
         for digest, node in self.nodes.items():
             if node.kind in kinds:
                 parents = [
@@ -96,20 +96,20 @@ class Family:
                     for role, parent in node.parents
                     for above in nearest(parent)
                 ]
-                kept: dict[str, str] = {}
+                roles: dict[str, str] = {}
                 for role, parent in parents:
-                    kept.setdefault(parent, role)
-                found[digest] = replace(node, parents=tuple((role, parent) for parent, role in kept.items()))
-        return Family(_sorted(found))
+                    roles.setdefault(parent, role)
+                found[digest] = replace(node, parents=tuple((role, parent) for parent, role in roles.items()))
+        return Family(_sort_topologically(found))
 
-    def restricted(self, digests: Iterable[str]) -> Family:
+    def subgraph(self, digests: Iterable[str]) -> Family:
         """Return the subgraph of the given nodes and their ancestors."""
         keep = {node.digest for digest in digests for node in self.ancestors(digest)}
         return Family({d: n for d, n in self.nodes.items() if d in keep})
 
 
 @dataclass(frozen=True)
-class Kin:
+class ExtraParent:
     """A parent that is in no manifest: claimed by a file or inferred from weights.
 
     `digest`: the parent's, or a placeholder where only its name is known.
@@ -122,39 +122,39 @@ class Kin:
     ref: str = ""
 
 
-def family_of(
-    artifacts: Iterable[Artifact], names: Mapping[str, Artifact] | None = None, kin: Iterable[Kin] = ()
+def build_family(
+    artifacts: Iterable[Artifact], names: Mapping[str, Artifact] | None = None, kin: Iterable[ExtraParent] = ()
 ) -> Family:
     """Build the lineage graph of artifacts; `names` (label to artifact) give display names; `kin`: parents in addition
     to those in manifests.
     """
     labels = {a.digest: label.split("/")[-1] for label, a in (names or {}).items()}
     every = {a.digest: a for a in [*artifacts, *(names or {}).values()]}
-    nodes: dict[str, Node] = {}
+    nodes: dict[str, LineageNode] = {}
     for artifact in every.values():
         m = artifact.manifest
         assert m is not None
         parents = tuple((p.role, p.digest) for p in m.parents)
-        nodes[m.digest] = Node(
+        nodes[m.digest] = LineageNode(
             m.digest, m.kind, labels.get(m.digest, ""), m.stage, m.derivation, parents, artifact, artifact.ref
         )
         for p in m.parents:
             labels.setdefault(p.digest, p.name)
             if p.digest not in every and p.digest not in nodes:
-                nodes[p.digest] = Node(p.digest, p.kind, p.name, "", "declared", (), None, p.ref)
+                nodes[p.digest] = LineageNode(p.digest, p.kind, p.name, "", "declared", (), None, p.ref)
     for one in kin:
         node = nodes.get(one.child)
         if node is None or one.digest == one.child or any(digest == one.digest for _, digest in node.parents):
             continue
         if one.digest not in nodes:
-            nodes[one.digest] = Node(one.digest, "model", one.name, "", "declared", (), None, one.ref)
-        if one.child not in _above(nodes, one.digest):
+            nodes[one.digest] = LineageNode(one.digest, "model", one.name, "", "declared", (), None, one.ref)
+        if one.child not in _find_ancestors(nodes, one.digest):
             nodes[one.child] = replace(node, parents=(*node.parents, (one.role, one.digest)))
     named = {d: replace(n, label=n.label or labels.get(d, "") or d[:12]) for d, n in nodes.items()}
-    return Family(_sorted(named))
+    return Family(_sort_topologically(named))
 
 
-def _above(nodes: Mapping[str, Node], digest: str) -> set[str]:
+def _find_ancestors(nodes: Mapping[str, LineageNode], digest: str) -> set[str]:
     """Return a node and all its ancestors."""
     found, todo = set[str](), [digest]
     while todo:
@@ -165,7 +165,7 @@ def _above(nodes: Mapping[str, Node], digest: str) -> set[str]:
     return found
 
 
-def _sorted(nodes: dict[str, Node]) -> dict[str, Node]:
+def _sort_topologically(nodes: dict[str, LineageNode]) -> dict[str, LineageNode]:
     import networkx
 
     graph = networkx.DiGraph()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from llmworks.lineage.family import Family
 
-FREE = (
+PERMISSIVE = (
     "apache-2.0",
     "mit",
     "bsd",
@@ -38,20 +38,20 @@ FREE = (
     "pddl",
     "ecl-2.0",
 )
-SHARED = ("gpl", "agpl", "lgpl", "cc-by-sa", "mpl", "eupl", "odbl")
+SHARE_ALIKE_PREFIXES = ("gpl", "agpl", "lgpl", "cc-by-sa", "mpl", "eupl", "odbl")
 
 
-def kind_of(licence: str) -> str:
+def classify_license(license_id: str) -> str:
     """Classify a license: free (permissive), share-alike, non-commercial, or own (custom terms to read)."""
-    said = licence.lower()
-    if "-nc" in said or "noncommercial" in said or "non-commercial" in said:
+    lowered = license_id.lower()
+    if "-nc" in lowered or "noncommercial" in lowered or "non-commercial" in lowered:
         return "non-commercial"
-    if said in FREE:
+    if lowered in PERMISSIVE:
         return "free"
-    return "share-alike" if said.startswith(SHARED) else "own"
+    return "share-alike" if lowered.startswith(SHARE_ALIKE_PREFIXES) else "own"
 
 
-def conflicts(family: Family, licences: Mapping[str, str]) -> list[str]:
+def find_license_conflicts(family: Family, licenses: Mapping[str, str]) -> list[str]:
     """List one line for models whose license is less strict than an ancestor's, or missing, and for models whose
     ancestors have possibly incompatible terms.
 
@@ -61,40 +61,45 @@ def conflicts(family: Family, licences: Mapping[str, str]) -> list[str]:
     for node in family.nodes.values():
         if node.kind not in ("model", "adapter"):
             continue
-        above = {
-            one.label: licences[one.digest]
+        ancestor_licenses = {
+            one.label: licenses[one.digest]
             for one in family.ancestors(node.digest)
-            if one.digest != node.digest and licences.get(one.digest, "other") != "other"
+            if one.digest != node.digest and licenses.get(one.digest, "other") != "other"
         }
-        own, kinds = licences.get(node.digest, ""), {name: kind_of(said) for name, said in above.items()}
-        strict = {name: above[name] for name, kind in kinds.items() if kind != "free"}
+        own, kinds = (
+            licenses.get(node.digest, ""),
+            {name: classify_license(said) for name, said in ancestor_licenses.items()},
+        )
+        strict = {name: ancestor_licenses[name] for name, kind in kinds.items() if kind != "free"}
         closed = {name: said for name, said in strict.items() if kinds[name] == "non-commercial"}
-        if own not in ("", "other") and kind_of(own) == "free" and strict:
-            found.setdefault(f"under {own}, from {_told(strict)}, which have stricter terms", []).append(node.label)
-        elif closed and (own in ("", "other") or kind_of(own) != "non-commercial"):
+        if own not in ("", "other") and classify_license(own) == "free" and strict:
+            found.setdefault(f"under {own}, from {_format_licenses(strict)}, which have stricter terms", []).append(
+                node.label
+            )
+        elif closed and (own in ("", "other") or classify_license(own) != "non-commercial"):
             found.setdefault(
                 f"{f'under {own}' if own not in ('', 'other') else 'without a license of their own'}, from"
-                f" {_told(closed)}, which allows no commercial use",
+                f" {_format_licenses(closed)}, which allows no commercial use",
                 [],
             ).append(node.label)
         shared = {name: said for name, said in strict.items() if kinds[name] == "share-alike"}
-        if shared and (own in ("", "other") or kind_of(own) == "own"):
+        if shared and (own in ("", "other") or classify_license(own) == "own"):
             found.setdefault(
                 f"{f'under {own}' if own not in ('', 'other') else 'without a license of their own'}, from"
-                f" {_told(shared)}, which require the same license",
+                f" {_format_licenses(shared)}, which require the same license",
                 [],
             ).append(node.label)
         terms = {said for name, said in strict.items() if kinds[name] in ("share-alike", "own")}
         if (
             len(terms) > 1
-            and len({licences[parent] for _, parent in node.parents if licences.get(parent, "other") != "other"}) > 1
+            and len({licenses[parent] for _, parent in node.parents if licenses.get(parent, "other") != "other"}) > 1
         ):
-            found.setdefault(f"from {_told(strict)}: possibly incompatible terms", []).append(node.label)
+            found.setdefault(f"from {_format_licenses(strict)}: possibly incompatible terms", []).append(node.label)
     return [
         f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}: {what}"
         for what, names in found.items()
     ]
 
 
-def _told(licences: Mapping[str, str]) -> str:
+def _format_licenses(licences: Mapping[str, str]) -> str:
     return " and ".join(f"{name} ({said})" for name, said in licences.items())

@@ -15,7 +15,7 @@ from llmworks.core.artifact import Adapter, Artifact, Config, Dataset, Model, Re
 from llmworks.core.context import Context
 from llmworks.core.report import ReportBuilder
 from llmworks.lineage.drawing.formats import draw_svg, draw_text
-from llmworks.lineage.family import family_of
+from llmworks.lineage.family import build_family
 
 
 class StoryConfig(Config):
@@ -29,10 +29,10 @@ class StoryConfig(Config):
 def report(config: StoryConfig, artifacts: list[Model | Adapter | Dataset | Report], ctx: Context) -> Report:
     """Write family tree, training curves, scores with intervals, comparisons, samples, sizes and speeds."""
     page = ctx.report
-    page.title, page.lead = config.title, config.subtitle
+    page.title, page.subtitle = config.title, config.subtitle
     evaluations = [(a, a.read()) for a in artifacts if isinstance(a, Report) and "score" in a.metrics]
     comparisons = [(a, a.read()) for a in artifacts if isinstance(a, Report) and "difference" in a.metrics]
-    scores(page, evaluations)
+    add_scores(page, evaluations)
     if comparisons:
         rows = [
             (
@@ -47,40 +47,40 @@ def report(config: StoryConfig, artifacts: list[Model | Adapter | Dataset | Repo
             for a, d in comparisons
             for m in [a.metrics]
         ]
-        page.table(
+        page.add_table(
             "Paired comparisons",
             ("before", "after", "difference", "95% interval", "gained", "lost", "verdict"),
             rows,
             "Paired bootstrap over the same samples.",
         )
-    curves(page, artifacts)
-    side_by_side(page, evaluations, config.num_samples)
-    sizes(page, artifacts)
-    family = family_of(artifacts, {a.name: a for a in artifacts})
-    page.drawing(
+    add_curves(page, artifacts)
+    add_samples(page, evaluations, config.num_samples)
+    add_sizes(page, artifacts)
+    family = build_family(artifacts, {a.name: a for a in artifacts})
+    page.add_drawing(
         "Family tree",
         draw_svg(family),
         "Solid edges can be reproduced byte for byte (llmworks verify), dashed ones are declared.",
         draw_text(family),
     )
-    machine(page, artifacts)
+    add_machine(page, artifacts)
     page.data = {
         "scores": {a.name: {k: a.metrics[k] for k in ("score", "low", "high", "samples")} for a, _ in evaluations},
         "comparisons": {
             a.name: {k: a.metrics[k] for k in ("difference", "low", "high", "p_not_better", "p_not_worse")}
             for a, _ in comparisons
         },
-        "sizes": {a.name: size(a) for a in artifacts if isinstance(a, (Model, Adapter))},
+        "sizes": {a.name: compute_size(a) for a in artifacts if isinstance(a, (Model, Adapter))},
     }
     return Report(ctx.out, metrics={"artifacts": len(artifacts), "evaluations": len(evaluations)})
 
 
-def scores(page: ReportBuilder, evaluations: Sequence[tuple[Report, dict[str, Any]]]) -> None:
+def add_scores(page: ReportBuilder, evaluations: Sequence[tuple[Report, dict[str, Any]]]) -> None:
     """Add scores as a chart and a table."""
     if not evaluations:
         return
     named = [(a.name, a.metrics["score"], a.metrics["low"], a.metrics["high"]) for a, _ in evaluations]
-    page.intervals("Scores", named, x=f"{evaluations[0][1]['task']}: score, 95% bootstrap interval")
+    page.add_intervals("Scores", named, x=f"{evaluations[0][1]['task']}: score, 95% bootstrap interval")
     rows = [
         (
             a.name,
@@ -94,14 +94,14 @@ def scores(page: ReportBuilder, evaluations: Sequence[tuple[Report, dict[str, An
         )
         for a, d in evaluations
     ]
-    page.table(
+    page.add_table(
         "",
         ("evaluation", "model", "few-shot examples", "score", "95% interval", "samples", "completion tokens/s", "time"),
         rows,
     )
 
 
-def curves(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
+def add_curves(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
     """Add the loss curves of all training runs."""
     series: dict[str, list[tuple[float, float]]] = {}
     for artifact in artifacts:
@@ -115,10 +115,10 @@ def curves(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
                 for i, (x, _) in enumerate(points)
             ]
     if series:
-        page.curves("Training loss", series, x="step", y="loss (nats per label token)")
+        page.add_curves("Training loss", series, x="step", y="loss (nats per label token)")
 
 
-def side_by_side(page: ReportBuilder, evaluations: Sequence[tuple[Report, dict[str, Any]]], count: int) -> None:
+def add_samples(page: ReportBuilder, evaluations: Sequence[tuple[Report, dict[str, Any]]], count: int) -> None:
     """Add the same questions with every evaluation's answer; those with changed scores come first."""
     if not evaluations or not count:
         return
@@ -131,16 +131,16 @@ def side_by_side(page: ReportBuilder, evaluations: Sequence[tuple[Report, dict[s
         item = {"": first["question"][:140], "reference": first["reference"]}
         item |= {f"{'✓' if samples[i]['score'] == 1 else '✗'} {name}": samples[i]["text"] for name, samples in by_id}
         items.append(item)
-    page.samples("Samples before and after", items)
+    page.add_samples("Samples before and after", items)
 
 
-def size(artifact: Artifact) -> int:
+def compute_size(artifact: Artifact) -> int:
     """Sum the bytes of an artifact's files."""
     assert artifact.manifest is not None
     return sum(entry.bytes for entry in artifact.manifest.files.values())
 
 
-def sizes(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
+def add_sizes(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
     """Add size, time and memory of every model and adapter."""
     rows = []
     for a in artifacts:
@@ -151,24 +151,24 @@ def sizes(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
                     a.name,
                     a.kind,
                     str(a.about.get("type") or a.about.get("dtype") or a.about.get("format") or ""),
-                    f"{size(a) / 1e6:.1f} MB",
+                    f"{compute_size(a) / 1e6:.1f} MB",
                     f"{a.metrics.get('wall_seconds', 0):.0f} s",
                     f"{a.metrics.get('peak_memory_bytes', 0) / 1e9:.1f} GB",
                     f"{speed:.0f} tokens/s" if speed else "",
                 )
             )
     if rows:
-        page.table(
+        page.add_table(
             "Sizes and cost", ("name", "kind", "format", "size", "wall time", "peak memory", "training speed"), rows
         )
 
 
-def machine(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
+def add_machine(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
     """Add the hardware and software versions of the last run."""
-    made = [a.manifest for a in artifacts if a.manifest is not None and a.manifest.stage]
-    if made:
-        last = made[-1]
-        page.text(
+    manifests = [a.manifest for a in artifacts if a.manifest is not None and a.manifest.stage]
+    if manifests:
+        last = manifests[-1]
+        page.add_text(
             "Made with",
             f"{last.platform.get('processor', '')}, {last.threads} threads, {last.platform.get('system', '')}; "
             + ", ".join(f"{k} {v}" for k, v in last.versions.items())

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from llmworks.core.artifact import Artifact, FileEntry, changed_files
-from llmworks.lineage.family import Family, Node
+from llmworks.core.artifact import Artifact, FileEntry, find_changed_files
+from llmworks.lineage.family import Family, LineageNode
 
 # its layout changes with versions; its figures and tables are in the JSON and Markdown beside it
-PAGE = "report/report.html"
+REPORT_PAGE = "report/report.html"
 Verdict = Literal[
     "derived again, same bytes",
     "declared",
@@ -29,10 +29,10 @@ Derive = Callable[[Artifact], dict[str, FileEntry] | str]
 
 
 @dataclass(frozen=True)
-class Finding:
+class VerificationResult:
     """Verification result of one node."""
 
-    node: Node
+    node: LineageNode
     verdict: Verdict
     detail: str = ""
 
@@ -42,12 +42,12 @@ class Finding:
         return self.verdict not in ("DAMAGED", "DIFFERS")
 
 
-def verify(family: Family, digest: str, derive: Derive) -> list[Finding]:
+def verify(family: Family, digest: str, derive: Derive) -> list[VerificationResult]:
     """Verify the node and all its ancestors, parents first.
 
     A node with damaged parents is not reproduced from them.
     """
-    findings: list[Finding] = []
+    findings: list[VerificationResult] = []
     damaged: set[str] = set()
     for node in family.ancestors(digest):
         finding = _verify_node(node, damaged, derive)
@@ -57,32 +57,32 @@ def verify(family: Family, digest: str, derive: Derive) -> list[Finding]:
     return findings
 
 
-def _verify_node(node: Node, damaged: set[str], derive: Derive) -> Finding:
+def _verify_node(node: LineageNode, damaged: set[str], derive: Derive) -> VerificationResult:
     artifact = node.artifact
     if artifact is None or artifact.manifest is None:
-        return Finding(node, "not here", "known by digest only")
+        return VerificationResult(node, "not here", "known by digest only")
     if artifact.ref.startswith(("http://", "https://")):
-        return Finding(node, "declared", "served remotely, no files to check")
-    problems = changed_files(artifact)
+        return VerificationResult(node, "declared", "served remotely, no files to check")
+    problems = find_changed_files(artifact)
     if problems:
-        return Finding(node, "DAMAGED", f"{artifact.path}: " + "; ".join(problems))
+        return VerificationResult(node, "DAMAGED", f"{artifact.path}: " + "; ".join(problems))
     if not node.stage:
-        return Finding(node, "from outside", "files unchanged")
+        return VerificationResult(node, "from outside", "files unchanged")
     if node.derivation == "declared":
-        return Finding(node, "declared", "files unchanged; this stage is not reproducible")
+        return VerificationResult(node, "declared", "files unchanged; this stage is not reproducible")
     if any(parent in damaged for _, parent in node.parents):
-        return Finding(node, "files unchanged", "not reproduced, because a parent is damaged")
+        return VerificationResult(node, "files unchanged", "not reproduced, because a parent is damaged")
     derived = derive(artifact)
     if isinstance(derived, str):
-        return Finding(node, "not comparable", derived)
+        return VerificationResult(node, "not comparable", derived)
     recorded = artifact.manifest.files
     different = [name for name in sorted(set(derived) | set(recorded)) if derived.get(name) != recorded.get(name)]
-    if different == [PAGE] and node.kind != "report":
-        return Finding(
+    if different == [REPORT_PAGE] and node.kind != "report":
+        return VerificationResult(
             node,
             "derived again, same bytes",
-            f"{len(recorded) - 1} files; {PAGE} has the same figures (report.json), but another layout",
+            f"{len(recorded) - 1} files; {REPORT_PAGE} has the same figures (report.json), but another layout",
         )
     if different:
-        return Finding(node, "DIFFERS", f"reproduced with different bytes in: {', '.join(different)}")
-    return Finding(node, "derived again, same bytes", f"{len(recorded)} files")
+        return VerificationResult(node, "DIFFERS", f"reproduced with different bytes in: {', '.join(different)}")
+    return VerificationResult(node, "derived again, same bytes", f"{len(recorded)} files")

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from llmworks.core.artifact import Adapter, Config, FileEntry, Model, require_base
+from llmworks.core.artifact import Adapter, Config, FileEntry, Model, check_base
 from llmworks.core.context import Context
 from llmworks.core.errors import ModelError
 
 if TYPE_CHECKING:
-    from llmworks.model.lora.fold import Folded
+    from llmworks.model.lora.fold import AdapterMergeResult
 
 BOUNDS = {"F32": 1e-3, "F16": 0.02, "BF16": 0.15}  # mean differences of golden logits that rounding may cause
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
-class AdapterConfig(Config):
+class MergeAdapterConfig(Config):
     """Config of `merge.adapter`: the tolerance above which a merge is refused."""
 
     logits_atol: float = Field(
@@ -38,16 +38,16 @@ class AdapterConfig(Config):
     )
 
 
-def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context) -> Model:
+def adapter(config: MergeAdapterConfig, adapter: Adapter, model: Model, ctx: Context) -> Model:
     """Merge `adapter` into `model` in fp32, keeping the model's dtype.
 
     Errors: ArtifactError when the adapter belongs to another model; GoldenMismatch when the result computes something
     else.
     """
-    from llmworks.model.golden import require
+    from llmworks.model.golden import require_golden
 
-    if not require_base(adapter, model):
-        ctx.progress.say(
+    if not check_base(adapter, model):
+        ctx.progress.log(
             f"warning: {adapter.name} does not record the digest of its base model; assuming it was trained on"
             f" {model.name}"
         )
@@ -66,42 +66,47 @@ def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context)
     ctx.digests.update(entries)
     metrics: dict[str, float] = {"layers": folded.layers}
     if folded.base_error:
-        ctx.progress.say(
+        ctx.progress.log(
             "the adapter was trained on a 4-bit base model (QLoRA), so it is merged into those weights; they differ"
             f" by {folded.base_error:.1%} from {model.name}"
         )
         metrics["base_error"] = round(folded.base_error, 6)
     golden = adapter.golden
     if golden is None:
-        from llmworks.model.golden import record
+        from llmworks.model.golden import record_golden
 
-        golden = record(ctx.out)
+        golden = record_golden(ctx.out)
         return Model(ctx.out, golden=golden, metrics=metrics, about={"format": "hf"})
-    gap = require(
-        golden, ctx.out, mean_within=config.logits_atol or BOUNDS.get(format_of(ctx.out), 1e-3), step="merge.adapter"
+    gap = require_golden(
+        golden,
+        ctx.out,
+        mean_within=config.logits_atol or BOUNDS.get(get_main_dtype(ctx.out), 1e-3),
+        step="merge.adapter",
     )
     assert gap is not None
     return Model(
         ctx.out,
         golden=golden,
-        metrics={**metrics, "golden_gap_mean": round(gap.mean, 7), "golden_gap_largest": round(gap.largest, 7)},
+        metrics={**metrics, "golden_gap_mean": round(gap.mean, 7), "golden_gap_largest": round(gap.maximum, 7)},
         about={"format": "hf"},
     )
 
 
-def format_of(path: Path) -> str:
+def get_main_dtype(path: Path) -> str:
     """Return the dtype of most weights in a directory, as safetensors names it."""
     from llmworks.model.io.weights import read_header
 
-    counted: Counter[str] = Counter()
+    bytes_by_dtype: Counter[str] = Counter()
     for file in sorted(path.glob("*.safetensors")):
         for name, entry in read_header(file).items():
             if name != "__metadata__":
-                counted[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
-    return counted.most_common(1)[0][0] if counted else ""
+                bytes_by_dtype[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    return bytes_by_dtype.most_common(1)[0][0] if bytes_by_dtype else ""
 
 
-def fold_files(source: Path, adapter_path: Path, out: Path, called: str = "") -> tuple[Folded, dict[str, FileEntry]]:
+def fold_files(
+    source: Path, adapter_path: Path, out: Path, adapter_name: str = ""
+) -> tuple[AdapterMergeResult, dict[str, FileEntry]]:
     """Copy the safetensors of `source` to `out` with the adapter merged in, tensor by tensor. Return digests and sizes
     of the files by name.
 
@@ -109,30 +114,34 @@ def fold_files(source: Path, adapter_path: Path, out: Path, called: str = "") ->
     """
     import torch
 
-    from llmworks.merge.execute.blocks import bytes_of
-    from llmworks.model.io.safetensors_io import TORCH, Shard, Shards, ShardWriter, Slot
-    from llmworks.model.lora.fold import Fold
+    from llmworks.merge.execute.blocks import as_bytes
+    from llmworks.model.io.safetensors_io import TORCH_DTYPES, ShardReader, ShardSpec, ShardWriter, TensorSpec
+    from llmworks.model.lora.fold import AdapterMerger
 
-    shards = Shards(source)
-    places = shards.places
-    fold = Fold(
-        adapter_path, lambda layer: places[f"{layer}.weight"].shape if f"{layer}.weight" in places else None, called
+    shards = ShardReader(source)
+    places = shards.locations
+    fold = AdapterMerger(
+        adapter_path,
+        lambda layer: places[f"{layer}.weight"].shape if f"{layer}.weight" in places else None,
+        adapter_name,
     )
     adapted, entries = set(fold.layers), {}
     try:
         for file in sorted({place.file for place in places.values()}):
             names = sorted(
-                (name for name, place in places.items() if place.file == file), key=lambda name: places[name].start
+                (name for name, place in places.items() if place.file == file), key=lambda name: places[name].offset
             )
-            shard = Shard(file.name, tuple(Slot(name, places[name].dtype, places[name].shape) for name in names))
+            shard = ShardSpec(
+                file.name, tuple(TensorSpec(name, places[name].dtype, places[name].shape) for name in names)
+            )
             with ShardWriter(out, shard) as writer:
                 for name in names:
-                    tensor = torch.empty(places[name].shape, dtype=getattr(torch, TORCH[places[name].dtype]))
-                    shards.read(name, 0, bytes_of(tensor))
+                    tensor = torch.empty(places[name].shape, dtype=getattr(torch, TORCH_DTYPES[places[name].dtype]))
+                    shards.read(name, 0, as_bytes(tensor))
                     layer = name.removesuffix(".weight")
-                    writer.write(bytes_of(fold.folded(layer, tensor) if layer in adapted else tensor))
+                    writer.write(as_bytes(fold.merge_layer(layer, tensor) if layer in adapted else tensor))
             assert writer.entry is not None
             entries[file.name] = writer.entry
     finally:
         shards.close()
-    return fold.result(), entries
+    return fold.get_result(), entries

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from llmworks.core.errors import ModelError
-from llmworks.merge.plan.layout import Layout
-from llmworks.model.io.safetensors_io import BYTES, FLOATS, TORCH
+from llmworks.merge.plan.layout import CheckpointLayout
+from llmworks.model.io.safetensors_io import DTYPE_BYTES, FLOAT_DTYPES, TORCH_DTYPES
 
 RUNS, RUN = 24, 128  # 24 runs of 128 consecutive values are read of each tensor
 PIECE = 1 << 20  # values compared per read
-READABLE = (*FLOATS, "F8_E4M3", "F8_E5M2")
+READABLE = (*FLOAT_DTYPES, "F8_E4M3", "F8_E5M2")
 NEAR = 0.3  # cosine similarity above which layers are related; unrelated layers have a few hundredths
 SAME = 0.99999999  # cosine above which layers are checked for exact equality
 SHARE = 0.04  # smallest coefficient of a candidate in a fit
@@ -35,20 +35,20 @@ DENSE = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerMatch:
     """The match of one layer of the child: coefficients of candidates' layers by (model, layer), cosine similarity
     with the nearest one, the relative residual of the fit, and whether all values read equal the nearest layer's.
     """
 
-    number: int
-    shares: Mapping[tuple[str, int], float]
-    cosine: float
-    left: float
-    equal: bool = False
+    index: int
+    coefficients: Mapping[tuple[str, int], float]
+    cosine_similarity: float
+    residual: float
+    is_equal: bool = False
 
 
 @dataclass(frozen=True)
-class Kinship:
+class Ancestry:
     """The parents that were found.
 
     `relation`: same, tuned, merged, layers, experts, or unknown; `parents`: coefficients averaged over layers;
@@ -57,16 +57,16 @@ class Kinship:
 
     relation: str
     parents: Mapping[str, float]
-    layers: Sequence[Layer]
+    layers: Sequence[LayerMatch]
     experts: Mapping[int, str] = field(default_factory=dict)
-    numbers: int = 0
+    num_values_read: int = 0
 
     @property
-    def said(self) -> str:
+    def summary(self) -> str:
         """Return a sentence that describes the result."""
         names = ", ".join(f"{name} ({share:.2f})" for name, share in self.parents.items())
-        equal = sum(layer.equal for layer in self.layers)
-        left = sum(layer.left for layer in self.layers) / len(self.layers) if self.layers else 1.0
+        equal = sum(layer.is_equal for layer in self.layers)
+        left = sum(layer.residual for layer in self.layers) / len(self.layers) if self.layers else 1.0
         return {
             "same": f"has the weights of {', '.join(self.parents)}",
             "tuned": f"was fine-tuned from {', '.join(self.parents)}, or the other way round: {left:.1%} of its"
@@ -84,15 +84,15 @@ class Kinship:
         }[self.relation]
 
 
-def kinship(child: Layout, candidates: Mapping[str, Layout]) -> Kinship:
+def infer_ancestry(child: CheckpointLayout, candidates: Mapping[str, CheckpointLayout]) -> Ancestry:
     """Determine which of the candidates a model was made of."""
-    layers = deepest(child)
+    layers = get_largest_stack(child)
     if not layers:
-        return Kinship("unknown", {}, [])
+        return Ancestry("unknown", {}, [])
     names = [
         rest
         for rest, tensor in layers[0].items()
-        if len(child.places[tensor].shape) == 2 and child.places[tensor].count
+        if len(child.places[tensor].shape) == 2 and child.places[tensor].num_elements
     ]
     unreadable = next((rest for rest in names if child.places[layers[0][rest]].dtype not in READABLE), None)
     if unreadable is not None:
@@ -102,31 +102,38 @@ def kinship(child: Layout, candidates: Mapping[str, Layout]) -> Kinship:
         raise ModelError(f"{child.name}: its layers have no matrices to compare")
     experts = [rest for rest in names if EXPERT.fullmatch(rest)]
     plain = [rest for rest in names if rest not in experts and not rest.endswith("gate.weight")] or names
-    own = [read(child, layer, plain) for layer in layers]
-    theirs = {name: [read(layout, layer, plain) for layer in deepest(layout)] for name, layout in candidates.items()}
-    found = [explained(number, vector, theirs) for number, vector in enumerate(own) if vector is not None]
-    mixed = _experts(layers, child, experts, candidates)
-    made = _judged(
-        found,
-        mixed,
+    own = [sample_layer(child, layer, plain) for layer in layers]
+    theirs = {
+        name: [sample_layer(layout, layer, plain) for layer in get_largest_stack(layout)]
+        for name, layout in candidates.items()
+    }
+    matches = [match_layer(number, vector, theirs) for number, vector in enumerate(own) if vector is not None]
+    expert_sources = _match_experts(layers, child, experts, candidates)
+    ancestry = _classify(
+        matches,
+        expert_sources,
         {name: len(vectors) for name, vectors in theirs.items()},
         sum(len(one) for one in own if one is not None),
     )
-    if made.relation == "same" and not identical(child, candidates[next(iter(made.parents))]):
-        return replace(made, relation="tuned")
-    return made
+    if ancestry.relation == "same" and not is_identical(child, candidates[next(iter(ancestry.parents))]):
+        return replace(ancestry, relation="tuned")
+    return ancestry
 
 
-def deepest(layout: Layout) -> list[dict[str, str]]:
+def get_largest_stack(layout: CheckpointLayout) -> list[dict[str, str]]:
     """Return the layers of a model's largest stack, whatever its name."""
     return max(layout.stacks.values(), key=len, default=[])
 
 
-def identical(one: Layout, other: Layout) -> bool:
+def is_identical(one: CheckpointLayout, other: CheckpointLayout) -> bool:
     """Return whether two models have bit-identical tensors; name prefixes before layer numbers may differ."""
     both = [
         {
-            **{(at, rest): tensor for at, layer in enumerate(deepest(layout)) for rest, tensor in layer.items()},
+            **{
+                (at, rest): tensor
+                for at, layer in enumerate(get_largest_stack(layout))
+                for rest, tensor in layer.items()
+            },
             **{(-1, tensor.rpartition(".")[0].rpartition(".")[2]): tensor for tensor in layout.loose},
         }
         for layout in (one, other)
@@ -137,11 +144,11 @@ def identical(one: Layout, other: Layout) -> bool:
         mine, theirs = one.places[tensor], other.places[both[1][key]]
         if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
             return False
-        for start in range(0, mine.count, PIECE):
-            count = min(PIECE, mine.count - start)
+        for start in range(0, mine.num_elements, PIECE):
+            count = min(PIECE, mine.num_elements - start)
             pair = []
             for layout, name, place in ((one, tensor, mine), (other, both[1][key], theirs)):
-                octets = bytearray(count * BYTES[place.dtype])
+                octets = bytearray(count * DTYPE_BYTES[place.dtype])
                 layout.shards.read(name, start, memoryview(octets))
                 pair.append(octets)
             if pair[0] != pair[1]:
@@ -149,40 +156,40 @@ def identical(one: Layout, other: Layout) -> bool:
     return True
 
 
-def read(layout: Layout, layer: Mapping[str, str], names: Sequence[str]) -> Tensor | None:
+def sample_layer(layout: CheckpointLayout, layer: Mapping[str, str], names: Sequence[str]) -> Tensor | None:
     """Return sampled values of a layer's matrices in fp64, at positions that depend on their shapes alone; None if a
     matrix is missing or unreadable.
     """
     tensors = [layer.get(rest) for rest in names]
     if not all(
-        tensor is not None and layout.places[tensor].dtype in READABLE and layout.places[tensor].count
+        tensor is not None and layout.places[tensor].dtype in READABLE and layout.places[tensor].num_elements
         for tensor in tensors
     ):
         return None
-    return torch.cat([sample(layout, tensor) for tensor in tensors if tensor is not None])
+    return torch.cat([sample_tensor(layout, tensor) for tensor in tensors if tensor is not None])
 
 
-def sample(layout: Layout, tensor: str) -> Tensor:
+def sample_tensor(layout: CheckpointLayout, tensor: str) -> Tensor:
     """Sample evenly spread runs of a tensor's values, at an offset derived from its shape."""
     place = layout.places[tensor]
-    count = min(RUN, place.count)
-    step = max(1, (place.count - count) // RUNS)
-    drawn = int.from_bytes(hashlib.sha256(repr(place.shape).encode()).digest()[:4], "little")
-    starts = sorted({min(place.count - count, at * step + drawn % step) for at in range(RUNS)})
-    made = torch.empty(len(starts) * count, dtype=getattr(torch, TORCH[place.dtype]))
+    count = min(RUN, place.num_elements)
+    step = max(1, (place.num_elements - count) // RUNS)
+    offset = int.from_bytes(hashlib.sha256(repr(place.shape).encode()).digest()[:4], "little")
+    starts = sorted({min(place.num_elements - count, at * step + offset % step) for at in range(RUNS)})
+    made = torch.empty(len(starts) * count, dtype=getattr(torch, TORCH_DTYPES[place.dtype]))
     octets = memoryview(made.view(torch.uint8).numpy())  # type: ignore[arg-type]
-    width = BYTES[place.dtype] * count
+    width = DTYPE_BYTES[place.dtype] * count
     for at, start in enumerate(starts):
         layout.shards.read(tensor, start, octets[at * width : (at + 1) * width])
     return made.double()
 
 
-def explained(number: int, vector: Tensor, theirs: Mapping[str, Sequence[Tensor | None]]) -> Layer:
+def match_layer(number: int, vector: Tensor, candidate_layers: Mapping[str, Sequence[Tensor | None]]) -> LayerMatch:
     """Fit a layer by candidates' layers: of each candidate its most similar layer, if similar enough."""
     length = float(vector.norm())
     near: dict[tuple[str, int], float] = {}
     vectors: dict[tuple[str, int], Tensor] = {}
-    for name, layers in theirs.items():
+    for name, layers in candidate_layers.items():
         fit = {
             at: one
             for at, one in enumerate(layers)
@@ -193,20 +200,22 @@ def explained(number: int, vector: Tensor, theirs: Mapping[str, Sequence[Tensor 
         if at >= 0 and cosines[at] > NEAR:
             near[name, at], vectors[name, at] = cosines[at], fit[at]
     if not near or not length:
-        return Layer(number, {}, max(near.values(), default=0.0), 1.0)
+        return LayerMatch(number, {}, max(near.values(), default=0.0), 1.0)
     best = max(near, key=lambda one: near[one])
     equal = next((one for one in near if near[one] > SAME and torch.equal(vectors[one], vector)), None)
     if equal is not None:
-        return Layer(number, {equal: 1.0}, 1.0, 0.0, equal=True)
-    shares, left = shares_of(vector, vectors)
-    return Layer(number, shares or {best: 1.0}, near[best], left)
+        return LayerMatch(number, {equal: 1.0}, 1.0, 0.0, is_equal=True)
+    shares, left = fit_coefficients(vector, vectors)
+    return LayerMatch(number, shares or {best: 1.0}, near[best], left)
 
 
-def shares_of(vector: Tensor, others: Mapping[tuple[str, int], Tensor]) -> tuple[dict[tuple[str, int], float], float]:
+def fit_coefficients(
+    vector: Tensor, others: Mapping[tuple[str, int], Tensor]
+) -> tuple[dict[tuple[str, int], float], float]:
     """Return (coefficients that count, relative residual) of a least-squares fit; candidates with small or
     insignificant coefficients are eliminated one by one.
     """
-    chosen = _distinct(others)
+    chosen = _drop_duplicates(others)
     while chosen:
         columns = torch.stack([others[one] for one in chosen], dim=1)
         gram = columns.T @ columns
@@ -229,7 +238,7 @@ def shares_of(vector: Tensor, others: Mapping[tuple[str, int], Tensor]) -> tuple
     return {}, 1.0
 
 
-def _distinct(others: Mapping[tuple[str, int], Tensor]) -> list[tuple[str, int]]:
+def _drop_duplicates(others: Mapping[tuple[str, int], Tensor]) -> list[tuple[str, int]]:
     """Keep one of equal candidates: copies cannot be distinguished."""
     kept: list[tuple[str, int]] = []
     for one, vector in others.items():
@@ -238,8 +247,11 @@ def _distinct(others: Mapping[tuple[str, int], Tensor]) -> list[tuple[str, int]]
     return kept
 
 
-def _experts(
-    layers: Sequence[Mapping[str, str]], child: Layout, names: Sequence[str], candidates: Mapping[str, Layout]
+def _match_experts(
+    layers: Sequence[Mapping[str, str]],
+    child: CheckpointLayout,
+    names: Sequence[str],
+    candidates: Mapping[str, CheckpointLayout],
 ) -> dict[int, str]:
     """Find the model whose feed-forward layers each expert has, over all layers."""
     found: dict[int, list[str]] = {}
@@ -249,61 +261,67 @@ def _experts(
             if match is None or rest not in layer:
                 continue
             dense = f"mlp.{DENSE.get(match[2], match[2])}.weight"
-            vector = sample(child, layer[rest])
+            vector = sample_tensor(child, layer[rest])
             near = []
             for name, layout in candidates.items():
-                tensor = deepest(layout)[number].get(dense) if number < len(deepest(layout)) else None
+                tensor = (
+                    get_largest_stack(layout)[number].get(dense) if number < len(get_largest_stack(layout)) else None
+                )
                 if tensor is not None and layout.places[tensor].shape == child.places[layer[rest]].shape:
-                    other = sample(layout, tensor)
+                    other = sample_tensor(layout, tensor)
                     near.append((float(vector @ other / (vector.norm() * other.norm()).clamp(min=1e-30)), name))
             if near and max(near)[0] > NEAR:
                 found.setdefault(int(match[1]), []).append(max(near)[1])
     return {at: max(set(names_), key=names_.count) for at, names_ in sorted(found.items())}
 
 
-def _judged(layers: Sequence[Layer], experts: Mapping[int, str], depths: Mapping[str, int], numbers: int) -> Kinship:
+def _classify(
+    layers: Sequence[LayerMatch], experts: Mapping[int, str], depths: Mapping[str, int], num_values_read: int
+) -> Ancestry:
     """Classify the relation from all layers together."""
-    kin = [layer for layer in layers if layer.shares]
+    kin = [layer for layer in layers if layer.coefficients]
     totals: dict[str, float] = {}
     for layer in kin:
-        for (name, _), share in layer.shares.items():
+        for (name, _), share in layer.coefficients.items():
             totals[name] = totals.get(name, 0.0) + share / len(kin)
-    often = {name: sum(any(who == name for who, _ in layer.shares) for layer in kin) for name in totals}
+    often = {name: sum(any(who == name for who, _ in layer.coefficients) for layer in kin) for name in totals}
     if experts:
-        return Kinship(
+        return Ancestry(
             "experts",
             dict.fromkeys([*experts.values(), *(name for name in totals if often[name] > len(kin) / 2)], 1.0),
             layers,
             experts,
-            numbers,
+            num_values_read,
         )
     if not kin or len(kin) < max(1, len(layers) // 4):
-        return Kinship("unknown", {}, layers, {}, numbers)
-    moved = any(at != layer.number for layer in kin for _, at in layer.shares) or any(
+        return Ancestry("unknown", {}, layers, {}, num_values_read)
+    moved = any(at != layer.index for layer in kin for _, at in layer.coefficients) or any(
         depths[name] != len(layers) for name in totals
     )
-    single = all(len(layer.shares) == 1 for layer in kin)
-    sources = {name for layer in kin for name, _ in layer.shares}
+    single = all(len(layer.coefficients) == 1 for layer in kin)
+    sources = {name for layer in kin for name, _ in layer.coefficients}
     if single and (moved or len(sources) > 1):
-        return Kinship("layers", {name: often[name] / len(kin) for name in totals if often[name]}, layers, {}, numbers)
+        return Ancestry(
+            "layers", {name: often[name] / len(kin) for name in totals if often[name]}, layers, {}, num_values_read
+        )
     parents = {name: share for name, share in totals.items() if often[name] * 3 >= len(kin)}
-    if all(layer.equal for layer in kin) and len(parents) == 1:
-        return Kinship("same", parents, layers, {}, numbers)
-    return Kinship("tuned" if len(parents) == 1 else "merged", parents, layers, {}, numbers)
+    if all(layer.is_equal for layer in kin) and len(parents) == 1:
+        return Ancestry("same", parents, layers, {}, num_values_read)
+    return Ancestry("tuned" if len(parents) == 1 else "merged", parents, layers, {}, num_values_read)
 
 
-def rank_of(child: Layout, parent: Layout) -> tuple[int, float]:
+def estimate_rank(child: CheckpointLayout, parent: CheckpointLayout) -> tuple[int, float]:
     """Return (rank, share of the squared norm it holds) of the difference in a matrix of the middle layer; (0, 0) if
     it is not of low rank.
     """
-    layers = deepest(child)
-    for name in sorted(layers[len(layers) // 2].values(), key=lambda one: child.places[one].count):
+    layers = get_largest_stack(child)
+    for name in sorted(layers[len(layers) // 2].values(), key=lambda one: child.places[one].num_elements):
         place, other = child.places[name], parent.places.get(name)
         if len(place.shape) != 2 or min(place.shape) < 32 or other is None or other.shape != place.shape:
             continue
         both = []
         for layout in (child, parent):
-            made = torch.empty(place.count, dtype=getattr(torch, TORCH[layout.places[name].dtype]))
+            made = torch.empty(place.num_elements, dtype=getattr(torch, TORCH_DTYPES[layout.places[name].dtype]))
             layout.shards.read(name, 0, memoryview(made.view(torch.uint8).numpy()))  # type: ignore[arg-type]
             both.append(made.double().view(place.shape))
         change = both[0] - both[1]

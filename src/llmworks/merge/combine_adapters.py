@@ -17,6 +17,6 @@ def combine_adapters(
     Errors: ArtifactError for adapters of another model; ModelError for adapters that are not plain LoRA; UserError for
     names or ranks that do not match.
     """
-    from llmworks.merge.lora.merge_lora import merged
+    from llmworks.merge.lora.merge_lora import combine_adapters
 
-    return merged(config, adapters, model, ctx)
+    return combine_adapters(config, adapters, model, ctx)

@@ -14,6 +14,6 @@ def extract(config: ExtractConfig, model: Model, base: Model, ctx: Context) -> A
 
     Errors: ModelError for models of different shapes, or that do not differ in any matrix.
     """
-    from llmworks.merge.lora.extract_lora import extracted
+    from llmworks.merge.lora.extract_lora import extract_adapter
 
-    return extracted(config, model, base, ctx)
+    return extract_adapter(config, model, base, ctx)

@@ -16,7 +16,7 @@ from pydantic import Field
 from llmworks.core.artifact import Config, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import ModelError
-from llmworks.model.gguf.layout import KINDS, LAYOUTS
+from llmworks.model.gguf.layout import LAYOUTS, MODEL_TYPES
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -35,10 +35,10 @@ def from_gguf(config: FromGgufConfig, source: Model, ctx: Context) -> Model:
 
     Errors: ModelError for a truncated file or an unsupported architecture.
     """
-    from llmworks.model.golden import record
+    from llmworks.model.golden import record_golden
 
     write_hf_directory(source.gguf_path, ctx.out, dtype=config.dtype)
-    golden = record(ctx.out)
+    golden = record_golden(ctx.out)
     return Model(ctx.out, golden=golden, about={"format": "hf", "dtype": config.dtype})
 
 
@@ -52,7 +52,7 @@ def open_reader(path: Path) -> GGUFReader:
         raise ModelError(f"{path}: not a readable GGUF file, or truncated ({error}); fetch it again") from None
 
 
-def metadata(reader: GGUFReader) -> dict[str, Any]:
+def read_metadata(reader: GGUFReader) -> dict[str, Any]:
     """Return all key-value metadata of a GGUF file as Python values."""
     try:
         return {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
@@ -63,8 +63,8 @@ def metadata(reader: GGUFReader) -> dict[str, Any]:
 def write_hf_directory(path: Path, out: Path, dtype: str = "float32") -> None:
     """Write config, tokenizer, generation config and weights of the GGUF file `path` into the directory `out`."""
     reader = open_reader(path)
-    meta = metadata(reader)
-    config = _config(path, reader, meta, dtype)
+    meta = read_metadata(reader)
+    config = _build_config(path, reader, meta, dtype)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {
@@ -79,70 +79,71 @@ def write_hf_directory(path: Path, out: Path, dtype: str = "float32") -> None:
     write_weights(reader, meta, out, dtype)
 
 
-def type_of(path: Path) -> str:
+def read_quantization_type(path: Path) -> str:
     """Return llama.cpp's name of a file's quantization type, as q4_k_m; "" if the file has none."""
     from gguf import LlamaFileType
 
-    said = metadata(open_reader(path)).get("general.file_type")
+    file_type = read_metadata(open_reader(path)).get("general.file_type")
     names = {int(one): one.name.removeprefix("MOSTLY_").removeprefix("ALL_").lower() for one in LlamaFileType}
-    return names.get(int(said), "") if isinstance(said, int) else ""
+    return names.get(int(file_type), "") if isinstance(file_type, int) else ""
 
 
-def config_of(path: Path) -> dict[str, Any]:
+def read_hf_config(path: Path) -> dict[str, Any]:
     """Return the `config.json` that a GGUF file converts to. ModelError for an unsupported architecture."""
     reader = open_reader(path)
-    return _config(path, reader, metadata(reader), "float32")
+    return _build_config(path, reader, read_metadata(reader), "float32")
 
 
-def _config(path: Path, reader: GGUFReader, meta: dict[str, Any], dtype: str) -> dict[str, Any]:
+def _build_config(path: Path, reader: GGUFReader, meta: dict[str, Any], dtype: str) -> dict[str, Any]:
     architecture = meta.get("general.architecture")
-    if architecture not in KINDS:
+    if architecture not in MODEL_TYPES:
         raise ModelError(
-            f"{path}: architecture {architecture!r} cannot be converted, only {', '.join(KINDS)}; it can still be run"
+            f"{path}: architecture {architecture!r} cannot be converted, only {', '.join(MODEL_TYPES)}; it can still"
+            " be run"
             f" as it is (gguf:{path})"
         )
     tied = not any(tensor.name == "output.weight" for tensor in reader.tensors)
     try:
-        return hf_config(meta, tied, dtype)
+        return build_hf_config(meta, tied, dtype)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(
             f"{path}: a metadata key of the GGUF file is missing or invalid ({error}); fetch it again"
         ) from None
 
 
-def hf_config(meta: dict[str, Any], tied: bool, dtype: str) -> dict[str, Any]:
+def build_hf_config(meta: dict[str, Any], tied: bool, dtype: str) -> dict[str, Any]:
     """Build `config.json` from GGUF metadata.
 
     ModelError for RoPE scaling, which is not converted.
     """
     architecture = str(meta["general.architecture"])
-    kind = KINDS[architecture]
-    own = {
+    kind = MODEL_TYPES[architecture]
+    fields = {
         key.removeprefix(f"{architecture}."): value for key, value in meta.items() if key.startswith(f"{architecture}.")
     }
-    if own.get("rope.scaling.type", "none") != "none":
-        raise ModelError(f"this GGUF file uses RoPE scaling ({own['rope.scaling.type']}), which cannot be converted")
-    heads = int(own["attention.head_count"])
-    hidden = int(own["embedding_length"])
-    width = int(own.get("attention.key_length", hidden // heads))
-    theta = float(own.get("rope.freq_base", 10000.0))
-    every = _own_fields(own, width, theta)
-    more = every[kind]
+    if fields.get("rope.scaling.type", "none") != "none":
+        raise ModelError(f"this GGUF file uses RoPE scaling ({fields['rope.scaling.type']}), which cannot be converted")
+    heads = int(fields["attention.head_count"])
+    hidden = int(fields["embedding_length"])
+    width = int(fields.get("attention.key_length", hidden // heads))
+    theta = float(fields.get("rope.freq_base", 10000.0))
+    fields_by_model_type = _get_specific_fields(fields, width, theta)
+    specific_fields = fields_by_model_type[kind]
     return {
-        "architectures": [LAYOUTS[kind].model],
+        "architectures": [LAYOUTS[kind].model_class],
         "model_type": kind,
         "vocab_size": len(meta["tokenizer.ggml.tokens"]),
         "hidden_size": hidden,
-        "intermediate_size": int(own["feed_forward_length"]),
-        "num_hidden_layers": int(own["block_count"]),
+        "intermediate_size": int(fields["feed_forward_length"]),
+        "num_hidden_layers": int(fields["block_count"]),
         "num_attention_heads": heads,
-        "num_key_value_heads": int(own.get("attention.head_count_kv", heads)),
+        "num_key_value_heads": int(fields.get("attention.head_count_kv", heads)),
         **({} if kind == "phi3" else {"head_dim": width}),
-        "max_position_embeddings": int(own["context_length"]),
-        "rms_norm_eps": round(float(own["attention.layer_norm_rms_epsilon"]), 12),
-        **({} if "rope_parameters" in more else {"rope_theta": theta}),
-        **({} if "hidden_activation" in more else {"hidden_act": "silu"}),
-        **more,
+        "max_position_embeddings": int(fields["context_length"]),
+        "rms_norm_eps": round(float(fields["attention.layer_norm_rms_epsilon"]), 12),
+        **({} if "rope_parameters" in specific_fields else {"rope_theta": theta}),
+        **({} if "hidden_activation" in specific_fields else {"hidden_act": "silu"}),
+        **specific_fields,
         "tie_word_embeddings": tied,
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
@@ -151,35 +152,35 @@ def hf_config(meta: dict[str, Any], tied: bool, dtype: str) -> dict[str, Any]:
     }
 
 
-def _own_fields(own: dict[str, Any], width: int, theta: float) -> dict[str, dict[str, Any]]:
+def _get_specific_fields(fields: dict[str, Any], width: int, theta: float) -> dict[str, dict[str, Any]]:
     """Return the config fields specific to each architecture."""
-    every: dict[str, dict[str, Any]] = {
+    fields_by_model_type: dict[str, dict[str, Any]] = {
         "llama": {"attention_bias": False, "mlp_bias": False},
         "qwen2": {"use_sliding_window": False},
         "qwen3": {"use_sliding_window": False, "attention_bias": False},
         "phi3": {
-            "sliding_window": int(own.get("attention.sliding_window", 0)) or None,
+            "sliding_window": int(fields.get("attention.sliding_window", 0)) or None,
             "original_max_position_embeddings": int(
-                own.get("rope.scaling.original_context_length", own["context_length"])
+                fields.get("rope.scaling.original_context_length", fields["context_length"])
             ),
         },
         "gemma3_text": {
             "hidden_activation": "gelu_pytorch_tanh",
             "query_pre_attn_scalar": width,
-            "sliding_window": int(own.get("attention.sliding_window", 0)),
+            "sliding_window": int(fields.get("attention.sliding_window", 0)),
             "layer_types": [
-                ("full" if (i + 1) % 6 == 0 else "sliding") + "_attention" for i in range(int(own["block_count"]))
+                ("full" if (i + 1) % 6 == 0 else "sliding") + "_attention" for i in range(int(fields["block_count"]))
             ],
             "rope_parameters": {
                 "full_attention": {"rope_type": "default", "rope_theta": theta},
                 "sliding_attention": {
                     "rope_type": "default",
-                    "rope_theta": float(own.get("rope.freq_base_swa", 10000.0)),
+                    "rope_theta": float(fields.get("rope.freq_base_swa", 10000.0)),
                 },
             },
         },
     }
-    return every
+    return fields_by_model_type
 
 
 def write_weights(reader: GGUFReader, meta: dict[str, Any], out: Path, dtype: str) -> None:
@@ -189,25 +190,25 @@ def write_weights(reader: GGUFReader, meta: dict[str, Any], out: Path, dtype: st
     from gguf.quants import dequantize
     from safetensors.torch import save_file
 
-    from llmworks.model.gguf.layout import deinterleave_rows, heads_of, to_hf_name
+    from llmworks.model.gguf.layout import deinterleave_rows, get_interleaved_heads, to_hf_name
 
     architecture = meta["general.architecture"]
-    layout = LAYOUTS[KINDS[architecture]]
+    layout = LAYOUTS[MODEL_TYPES[architecture]]
     heads = int(meta[f"{architecture}.attention.head_count"])
     kv_heads = int(meta.get(f"{architecture}.attention.head_count_kv", heads))
     tensors: dict[str, torch.Tensor] = {}
     for tensor in reader.tensors:
-        name = to_hf_name(tensor.name, KINDS[architecture])
+        name = to_hf_name(tensor.name, MODEL_TYPES[architecture])
         if name is None:
             if tensor.name == "rope_freqs.weight":
                 raise ModelError("this GGUF file scales its RoPE frequencies (rope_freqs), which cannot be converted")
             raise ModelError(f"the GGUF tensor {tensor.name!r} has no counterpart in this architecture")
         shape = tuple(int(n) for n in reversed(tensor.shape))
         weight = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32).reshape(shape)
-        interleaved = heads_of(tensor.name, heads, kv_heads) if layout.interleaved else None
+        interleaved = get_interleaved_heads(tensor.name, heads, kv_heads) if layout.interleaved else None
         if interleaved is not None:
             weight = deinterleave_rows(weight, interleaved)
-        if layout.from_zero and name.endswith("norm.weight"):
+        if layout.unit_offset and name.endswith("norm.weight"):
             weight = weight - 1
         tensors[name] = torch.from_numpy(np.array(weight, order="C")).to(getattr(torch, dtype))
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})

@@ -13,7 +13,7 @@ from llmworks.core.artifact import Golden
 from llmworks.tokenize.chat import golden
 
 
-def torch_logits(model: Any) -> golden.Logits:
+def make_logits_function(model: Any) -> golden.Logits:
     """Return a function that computes a causal model's logits as numpy [len(ids), vocab_size]."""
 
     def logits(ids: Sequence[int]) -> Any:
@@ -25,26 +25,26 @@ def torch_logits(model: Any) -> golden.Logits:
     return logits
 
 
-def record(path: Path) -> Golden:
+def record_golden(path: Path) -> Golden:
     """Record the golden tokens of a Hugging Face model directory."""
     from llmworks.model.io.load import load_model
-    from llmworks.tokenize.load import load_tokenizer, stop_ids
+    from llmworks.tokenize.load import get_stop_ids, load_tokenizer
 
     tokenizer = load_tokenizer(path)
-    return golden.record(tokenizer, stop_ids(path, tokenizer), torch_logits(load_model(path)))
+    return golden.record_golden(tokenizer, get_stop_ids(path, tokenizer), make_logits_function(load_model(path)))
 
 
-def require(recorded: Golden, path: Path, *, mean_within: float, step: str) -> golden.LogitGap | None:
+def require_golden(recorded: Golden, path: Path, *, mean_within: float, step: str) -> golden.LogitDifference | None:
     """Replay golden tokens on a Hugging Face directory. Errors: GoldenMismatch when they differ."""
     from llmworks.model.io.load import load_model
-    from llmworks.tokenize.load import load_tokenizer, stop_ids
+    from llmworks.tokenize.load import get_stop_ids, load_tokenizer
 
     tokenizer = load_tokenizer(path)
-    return golden.require(
+    return golden.require_replay(
         recorded,
         tokenizer,
-        stop_ids(path, tokenizer),
-        torch_logits(load_model(path)),
-        mean_within=mean_within,
+        get_stop_ids(path, tokenizer),
+        make_logits_function(load_model(path)),
+        mean_tolerance=mean_within,
         step=step,
     )

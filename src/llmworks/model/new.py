@@ -11,7 +11,7 @@ from pydantic import Field
 
 from llmworks.core.artifact import Adapter, Model, Tokenizer
 from llmworks.core.context import Context
-from llmworks.model.io.untrained import Ids, save_untrained
+from llmworks.model.io.untrained import TokenIds, save_untrained
 from llmworks.model.shape import Shape
 
 
@@ -31,11 +31,11 @@ def new(config: NewConfig, tokenizer: Tokenizer | Model | Adapter, ctx: Context)
     Errors: UserError for a vocab_size smaller than the tokenizer's; ModelError for a tokenizer that cannot be read.
     """
 
-    def draw(vocabulary: int, ids: Ids) -> tuple[Any, str]:
+    def create_model(vocabulary: int, ids: TokenIds) -> tuple[Any, str]:
         from llmworks.model.io.decoder_files import save_decoder
         from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 
         model = DecoderForCausalLM(DecoderConfig(shape=config.model_dump() | {"vocab_size": vocabulary}))
         return model, save_decoder(model, ctx.out, token_ids=ids) or "decoder"
 
-    return save_untrained(config, tokenizer, ctx, draw)
+    return save_untrained(config, tokenizer, ctx, create_model)

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from llmworks.core.artifact import Adapter, Model, Tokenizer
 from llmworks.core.context import Context
-from llmworks.model.io.untrained import Ids, save_untrained
+from llmworks.model.io.untrained import TokenIds, save_untrained
 from llmworks.model.shape import RecurrentShape
 
 
@@ -26,15 +26,15 @@ def recurrent(config: RecurrentConfig, tokenizer: Tokenizer | Model | Adapter, c
     Errors: UserError for a vocab_size smaller than the tokenizer's; ModelError for a tokenizer that cannot be read.
     """
 
-    def draw(vocabulary: int, ids: Ids) -> tuple[Any, str]:
+    def create_model(vocabulary: int, ids: TokenIds) -> tuple[Any, str]:
         from llmworks.model.nn import recurrent
-        from llmworks.tokenize.load import quiet_transformers
+        from llmworks.tokenize.load import silence_transformers
 
-        quiet_transformers()
+        silence_transformers()
         model = recurrent.RecurrentForCausalLM(
-            recurrent.RecurrentConfig(shape=config.model_dump() | {"vocab_size": vocabulary}, **ids)
+            recurrent.RecurrentModelConfig(shape=config.model_dump() | {"vocab_size": vocabulary}, **ids)
         )
         model.save_pretrained(ctx.out)
         return model, config.rnn_type
 
-    return save_untrained(config, tokenizer, ctx, draw)
+    return save_untrained(config, tokenizer, ctx, create_model)

@@ -134,8 +134,8 @@ class Shape(Config):
                 f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads"
                 f" {self.num_key_value_heads}"
             )
-        if self.position_embedding_type == "rope" and self.per_head % 2:
-            raise ValueError(f"RoPE rotates pairs of dimensions, but head_dim {self.per_head} is odd")
+        if self.position_embedding_type == "rope" and self.head_size % 2:
+            raise ValueError(f"RoPE rotates pairs of dimensions, but head_dim {self.head_size} is odd")
         if self.experts and self.experts.num_experts_per_tok > self.experts.num_experts:
             raise ValueError(
                 f"num_experts_per_tok {self.experts.num_experts_per_tok} is larger than num_experts"
@@ -148,28 +148,28 @@ class Shape(Config):
             )
         if self.norm_unit_offset and self.norm != "rms":
             raise ValueError(f"norm_unit_offset needs norm 'rms', norm is {self.norm!r}")
-        if self.position_embedding_type == "rope" and self.rope_parameters.rope_type == "ntk" and self.per_head < 4:
-            raise ValueError(f"rope_type ntk needs a head_dim of 4 or more, it is {self.per_head}")
+        if self.position_embedding_type == "rope" and self.rope_parameters.rope_type == "ntk" and self.head_size < 4:
+            raise ValueError(f"rope_type ntk needs a head_dim of 4 or more, it is {self.head_size}")
         return self
 
     @property
-    def per_head(self) -> int:
+    def head_size(self) -> int:
         """Dimensions per head, with 0 resolved."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
-    def groups(self) -> int:
+    def num_kv_heads(self) -> int:
         """Number of key and value heads, with 0 resolved."""
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
-    def inner(self) -> int:
+    def inner_size(self) -> int:
         """Feed-forward inner size, with 0 resolved."""
         if self.intermediate_size:
             return self.intermediate_size
         return -(-(self.hidden_size * 8 // 3 if self.gated_mlp else self.hidden_size * 4) // 64) * 64
 
-    def window_of(self, layer: int) -> int:
+    def get_sliding_window(self, layer: int) -> int:
         """Return a layer's sliding window in tokens; 0 = full attention."""
         return (
             0
@@ -177,15 +177,15 @@ class Shape(Config):
             else self.sliding_window
         )
 
-    def rope_of(self, layer: int) -> Rope:
+    def get_rope_parameters(self, layer: int) -> Rope:
         """Return a layer's RoPE parameters; sliding-window layers with their own theta are not scaled (Gemma 3)."""
         return (
             Rope(rope_theta=self.local_rope_theta)
-            if self.local_rope_theta and self.window_of(layer)
+            if self.local_rope_theta and self.get_sliding_window(layer)
             else self.rope_parameters
         )
 
-    def settled(self) -> dict[str, object]:
+    def resolve(self) -> dict[str, object]:
         """Return all fields with derived values resolved; equal results mean the same model."""
         rope = self.rope_parameters if self.position_embedding_type == "rope" else Rope()
         used: dict[str, object] = {"rope_theta": rope.rope_theta, "rope_type": rope.rope_type}
@@ -199,10 +199,10 @@ class Shape(Config):
                 "beta_slow": rope.beta_slow,
             }
         resolved = {
-            "num_key_value_heads": self.groups,
-            "head_dim": self.per_head,
-            "intermediate_size": self.inner,
-            "attention_multiplier": self.attention_multiplier or self.per_head**-0.5,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_size,
+            "intermediate_size": self.inner_size,
+            "attention_multiplier": self.attention_multiplier or self.head_size**-0.5,
             "rope_parameters": used,
         }
         return (
@@ -246,12 +246,12 @@ class RecurrentShape(Config):
         return self
 
     @property
-    def inner(self) -> int:
+    def inner_size(self) -> int:
         """Size of the state, with 0 resolved."""
         return self.hidden_size or self.embedding_dim
 
     @property
-    def reach(self) -> int:
+    def window_tokens(self) -> int:
         """Window in tokens, with 0 resolved."""
         return self.window_size or 8
 

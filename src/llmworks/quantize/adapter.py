@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from llmworks.core.artifact import Adapter, Model
 from llmworks.core.context import Context
-from llmworks.quantize.llamacpp.config import AdapterConfig
+from llmworks.quantize.llamacpp.config import GgufAdapterConfig
 
 
-def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context) -> Adapter:
+def adapter(config: GgufAdapterConfig, adapter: Adapter, model: Model, ctx: Context) -> Adapter:
     """Write `adapter.gguf` beside the adapter's own files; llama.cpp with it must match the merged model's
     log-probabilities.
 

@@ -11,10 +11,10 @@ from pydantic import Field
 
 from llmworks.core.artifact import Dataset, Model
 from llmworks.core.context import Context
-from llmworks.quantize.config import CalibratedConfig, WholeConfig
+from llmworks.quantize.config import CalibratedConfig, WeightFormatConfig
 
 
-class AwqConfig(CalibratedConfig, WholeConfig):
+class AwqConfig(CalibratedConfig, WeightFormatConfig):
     """Config of `quantize.awq`."""
 
     symmetric: bool = Field(
@@ -33,7 +33,7 @@ def awq(config: AwqConfig, model: Model, ctx: Context, data: Dataset) -> Model:
     result computes something else.
     """
     from llmworks.model.lowbit.integer import Grid
-    from llmworks.quantize.algorithms.calibrated import Awq
+    from llmworks.quantize.algorithms.calibrated import AwqMethod
     from llmworks.quantize.run import run
 
     return run(
@@ -41,7 +41,7 @@ def awq(config: AwqConfig, model: Model, ctx: Context, data: Dataset) -> Model:
         model,
         ctx,
         data,
-        Awq(config.num_calibration_samples, clip=config.apply_clip),
+        AwqMethod(config.num_calibration_samples, apply_clip=config.apply_clip),
         Grid(config.bits, config.group_size, symmetric=config.symmetric),
         {"method": "awq"},
         config.save_format,

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from llmworks.core.artifact import Config
 
 
-class KeptConfig(Config):
+class BaseQuantizeConfig(Config):
     """Layers to ignore, the dtype of the rest, and the held-out samples for evaluation."""
 
     ignore: list[str] = Field(
@@ -28,14 +28,14 @@ class KeptConfig(Config):
     max_seq_length: int = Field(512, gt=1, description="tokens of a sequence of `data`")
 
 
-class QuantizeConfig(KeptConfig):
+class QuantizeConfig(BaseQuantizeConfig):
     """Bit width and group size."""
 
     bits: int = Field(4, ge=2, le=8, description="bits per weight; inference engines support 4 and 8")
     group_size: int = Field(64, ge=0, description="weights of a row that share a scale; 0: per-row scales")
 
 
-class WholeConfig(QuantizeConfig):
+class WeightFormatConfig(QuantizeConfig):
     """File format for weight-only integer quantization."""
 
     save_format: Literal["compressed-tensors", "gptq", "awq"] = Field(
@@ -60,9 +60,9 @@ class CalibratedConfig(QuantizeConfig):
 
 
 BOUNDS = {8: 0.3, 7: 0.5, 6: 0.8, 5: 1.5, 4: 3.0}
-INPUTS = 1.0  # if activations are quantized, too; SmolLM2-135M: 0.3 at W8A8
+ACTIVATIONS_BOUND = 1.0  # if activations are quantized, too; SmolLM2-135M: 0.3 at W8A8
 
 
-def allowed(bits: int, *, inputs: bool) -> float:
+def max_gap_for_bits(bits: int, *, quantized_activations: bool) -> float:
     """Return the maximum mean change of golden logits for a bit width; infinite for three and fewer bits."""
-    return max(BOUNDS.get(bits, float("inf")), INPUTS if inputs else 0.0)
+    return max(BOUNDS.get(bits, float("inf")), ACTIVATIONS_BOUND if quantized_activations else 0.0)

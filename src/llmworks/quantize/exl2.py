@@ -19,7 +19,7 @@ from llmworks.core.artifact import Config, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import MissingDependency, ModelError
 
-THIRD = (
+EXLLAMAV3_SCRIPT = (
     "import sys; from exllamav3.conversion.convert_model import main, parser, prepare; args = parser.parse_args();"
     " given, state, well, why = prepare(args); main(given, state) if well else sys.exit(str(why))"
 )
@@ -55,7 +55,7 @@ def exl2(config: Exl2Config, model: Model, ctx: Context) -> Model:
     work, made = ctx.scratch / "work", ctx.scratch / "made"
     work.mkdir(exist_ok=True)
     done = subprocess.run(
-        command(config, str(model.path), str(work), str(made), resume=any(work.iterdir())),
+        build_command(config, str(model.path), str(work), str(made), resume=any(work.iterdir())),
         capture_output=True,
         text=True,
     )
@@ -72,7 +72,7 @@ def exl2(config: Exl2Config, model: Model, ctx: Context) -> Model:
     )
 
 
-def command(config: Exl2Config, source: str, work: str, out: str, *, resume: bool) -> list[str]:
+def build_command(config: Exl2Config, source: str, work: str, out: str, *, resume: bool) -> list[str]:
     """Return the command of the package's converter; it resumes an interrupted run."""
     if config.save_format == "exl2":
         return [
@@ -91,4 +91,4 @@ def command(config: Exl2Config, source: str, work: str, out: str, *, resume: boo
             str(config.head_bits),
         ]
     more = ["-r"] if resume else ["-i", source, "-o", out, "-b", str(config.bits), "-hb", str(config.head_bits)]
-    return [sys.executable, "-c", THIRD, "-w", work, *more]
+    return [sys.executable, "-c", EXLLAMAV3_SCRIPT, "-w", work, *more]

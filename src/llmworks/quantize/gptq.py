@@ -11,10 +11,10 @@ from pydantic import Field
 
 from llmworks.core.artifact import Dataset, Model
 from llmworks.core.context import Context
-from llmworks.quantize.config import CalibratedConfig, WholeConfig
+from llmworks.quantize.config import CalibratedConfig, WeightFormatConfig
 
 
-class GptqConfig(CalibratedConfig, WholeConfig):
+class GptqConfig(CalibratedConfig, WeightFormatConfig):
     """Config of `quantize.gptq`."""
 
     symmetric: bool = Field(
@@ -47,15 +47,15 @@ def gptq(config: GptqConfig, model: Model, ctx: Context, data: Dataset) -> Model
     little data, GoldenMismatch when the result computes something else.
     """
     from llmworks.model.lowbit.integer import Grid
-    from llmworks.quantize.algorithms.calibrated import Gptq
+    from llmworks.quantize.algorithms.calibrated import GptqMethod
     from llmworks.quantize.run import run
 
-    method = Gptq(
+    method = GptqMethod(
         config.num_calibration_samples,
-        damping=config.dampening_frac,
-        by_activation=config.act_order,
-        search=config.mse_scales,
-        scale=config.awq_scaling,
+        dampening_frac=config.dampening_frac,
+        act_order=config.act_order,
+        mse_scales=config.mse_scales,
+        awq_scaling=config.awq_scaling,
     )
     return run(
         config,

@@ -32,8 +32,8 @@ def hqq(config: HqqConfig, model: Model, ctx: Context, data: Dataset | None = No
     result computes something else.
     """
     from llmworks.model.lowbit.integer import Grid
-    from llmworks.quantize.algorithms.hqq import solve
-    from llmworks.quantize.algorithms.round_to_nearest import Nearest
+    from llmworks.quantize.algorithms.hqq import quantize_hqq
+    from llmworks.quantize.algorithms.round_to_nearest import RoundToNearest
     from llmworks.quantize.run import run
 
     return run(
@@ -41,8 +41,8 @@ def hqq(config: HqqConfig, model: Model, ctx: Context, data: Dataset | None = No
         model,
         ctx,
         data,
-        Nearest(solve),
-        Grid(config.bits, config.group_size, symmetric=False, real=True),
+        RoundToNearest(quantize_hqq),
+        Grid(config.bits, config.group_size, symmetric=False, real_zero_points=True),
         {"method": "hqq"},
         "hqq",
     )

@@ -17,6 +17,6 @@ def imatrix(config: ImatrixConfig, model: Model, ctx: Context, data: Dataset) ->
 
     Errors: ModelError for an unsupported architecture; DataError for too little data.
     """
-    from llmworks.quantize.llamacpp.run import sense as run
+    from llmworks.quantize.llamacpp.run import compute_imatrix as run
 
     return run(config, model, ctx, data)

@@ -31,9 +31,9 @@ def int8(config: Int8Config, model: Model, ctx: Context, data: Dataset | None = 
     Errors: ModelError for a model that cannot be quantized, DataError for too little data, GoldenMismatch when the
     result computes something else.
     """
-    from llmworks.model.lowbit.activations import Reading
+    from llmworks.model.lowbit.activations import InputQuantization
     from llmworks.model.lowbit.integer import Grid
-    from llmworks.quantize.algorithms.round_to_nearest import Nearest
+    from llmworks.quantize.algorithms.round_to_nearest import RoundToNearest
     from llmworks.quantize.run import run
 
     return run(
@@ -41,8 +41,8 @@ def int8(config: Int8Config, model: Model, ctx: Context, data: Dataset | None = 
         model,
         ctx,
         data,
-        Nearest(),
-        Grid(8, 0, inputs=Reading(8, "last", config.llm_int8_threshold)),
+        RoundToNearest(),
+        Grid(8, 0, inputs=InputQuantization(8, "last", config.llm_int8_threshold)),
         {"method": "int8"},
         "bitsandbytes-int8",
     )

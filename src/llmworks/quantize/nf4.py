@@ -36,8 +36,8 @@ def nf4(config: Nf4Config, model: Model, ctx: Context, data: Dataset | None = No
     Errors: ModelError for a model that cannot be quantized, DataError for too little data, GoldenMismatch when the
     result computes something else.
     """
-    from llmworks.model.lowbit.bnb_4bit import Levels, matrix_of
-    from llmworks.quantize.algorithms.round_to_nearest import Nearest
+    from llmworks.model.lowbit.bnb_4bit import Bnb4bitGrid, quantize_4bit
+    from llmworks.quantize.algorithms.round_to_nearest import RoundToNearest
     from llmworks.quantize.run import run
 
     return run(
@@ -45,8 +45,8 @@ def nf4(config: Nf4Config, model: Model, ctx: Context, data: Dataset | None = No
         model,
         ctx,
         data,
-        Nearest(matrix_of),
-        Levels(config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant),
+        RoundToNearest(quantize_4bit),
+        Bnb4bitGrid(config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant),
         {"method": config.bnb_4bit_quant_type},
         "bitsandbytes-4bit",
     )

@@ -19,6 +19,6 @@ def rotate(config: RotateConfig, model: Model, ctx: Context) -> Model:
     Errors: ModelError for a model that is quantized already, has norms other than RMSNorm, or a hidden size without a
     known Hadamard matrix; GoldenMismatch when it computes something else.
     """
-    from llmworks.quantize.algorithms.rotation import turned
+    from llmworks.quantize.algorithms.rotation import rotate_model
 
-    return turned(config, model, ctx)
+    return rotate_model(config, model, ctx)

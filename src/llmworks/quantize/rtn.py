@@ -10,10 +10,10 @@ from pydantic import Field
 
 from llmworks.core.artifact import Dataset, Model
 from llmworks.core.context import Context
-from llmworks.quantize.config import WholeConfig
+from llmworks.quantize.config import WeightFormatConfig
 
 
-class RtnConfig(WholeConfig):
+class RtnConfig(WeightFormatConfig):
     """Config of `quantize.rtn`."""
 
     symmetric: bool = Field(
@@ -31,8 +31,8 @@ def rtn(config: RtnConfig, model: Model, ctx: Context, data: Dataset | None = No
     Errors: ModelError for a model that cannot be quantized, DataError for too little data, GoldenMismatch when the
     result computes something else.
     """
-    from llmworks.model.lowbit.integer import Grid, whole
-    from llmworks.quantize.algorithms.round_to_nearest import Nearest, best_ranges
+    from llmworks.model.lowbit.integer import Grid, quantize_matrix
+    from llmworks.quantize.algorithms.round_to_nearest import RoundToNearest, quantize_with_mse_scales
     from llmworks.quantize.run import run
 
     return run(
@@ -40,7 +40,7 @@ def rtn(config: RtnConfig, model: Model, ctx: Context, data: Dataset | None = No
         model,
         ctx,
         data,
-        Nearest(best_ranges if config.mse_scales else whole),
+        RoundToNearest(quantize_with_mse_scales if config.mse_scales else quantize_matrix),
         Grid(config.bits, config.group_size, symmetric=config.symmetric),
         {"method": "absmax" if config.symmetric else "zeropoint"},
         config.save_format,

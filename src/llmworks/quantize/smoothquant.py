@@ -36,9 +36,9 @@ def smoothquant(config: SmoothquantConfig, model: Model, ctx: Context, data: Dat
     Errors: ModelError for a model that cannot be quantized, DataError for too little data, GoldenMismatch when the
     result computes something else.
     """
-    from llmworks.model.lowbit.activations import Reading
+    from llmworks.model.lowbit.activations import InputQuantization
     from llmworks.model.lowbit.integer import Grid
-    from llmworks.quantize.algorithms.calibrated import Smooth
+    from llmworks.quantize.algorithms.calibrated import SmoothQuantMethod
     from llmworks.quantize.run import run
 
     return run(
@@ -46,7 +46,7 @@ def smoothquant(config: SmoothquantConfig, model: Model, ctx: Context, data: Dat
         model,
         ctx,
         data,
-        Smooth(config.num_calibration_samples, powers=config.smoothing_strengths),
-        Grid(8, 0, inputs=Reading()),
+        SmoothQuantMethod(config.num_calibration_samples, smoothing_strengths=config.smoothing_strengths),
+        Grid(8, 0, inputs=InputQuantization()),
         {"method": "smoothquant"},
     )

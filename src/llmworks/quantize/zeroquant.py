@@ -30,16 +30,16 @@ def zeroquant(config: ZeroquantConfig, model: Model, ctx: Context, data: Dataset
     Errors: ModelError for a model that cannot be quantized, DataError for too little data, GoldenMismatch when the
     result computes something else.
     """
-    from llmworks.model.lowbit.activations import Reading
+    from llmworks.model.lowbit.activations import InputQuantization
     from llmworks.model.lowbit.integer import Grid
-    from llmworks.quantize.algorithms.block_distillation import Distilled
+    from llmworks.quantize.algorithms.block_distillation import BlockDistillation
     from llmworks.quantize.run import run
 
-    method = Distilled(
+    method = BlockDistillation(
         config.num_calibration_samples,
-        epochs=config.num_train_epochs,
-        batch=config.batch_size,
-        rate=config.learning_rate,
+        num_train_epochs=config.num_train_epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
         seed=ctx.seed,
     )
     return run(
@@ -48,6 +48,6 @@ def zeroquant(config: ZeroquantConfig, model: Model, ctx: Context, data: Dataset
         ctx,
         data,
         method,
-        Grid(config.bits, config.group_size, inputs=Reading(config.activation_bits)),
+        Grid(config.bits, config.group_size, inputs=InputQuantization(config.activation_bits)),
         {"method": "zeroquant"},
     )

@@ -10,37 +10,37 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmworks.runtime.stages import table
+from llmworks.runtime.stages import get_stages
 
 if TYPE_CHECKING:  # listing stages for help must not import pydantic
     pass
 
 
 @functools.cache
-def code_digest(name: str) -> str:
+def compute_code_digest(name: str) -> str:
     """Return the digest of a stage's module and of every llmworks module it imports, directly or indirectly."""
-    todo = [table()[name].target.partition(":")[0]]
-    seen: dict[str, str] = {}
+    todo = [get_stages()[name].target.partition(":")[0]]
+    digests: dict[str, str] = {}
     while todo:
         module = todo.pop()
-        if module in seen:
+        if module in digests:
             continue
-        file = _source(module)
+        file = _find_source(module)
         if file is None:
             continue
         text = file.read_text(encoding="utf-8")
         for data in sorted(file.parent.glob("tasks/*.yaml")):  # task files determine what a stage does
-            seen[data.name] = hashlib.sha256(data.read_bytes()).hexdigest()
-        seen[module] = hashlib.sha256(text.encode()).hexdigest()
+            digests[data.name] = hashlib.sha256(data.read_bytes()).hexdigest()
+        digests[module] = hashlib.sha256(text.encode()).hexdigest()
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("llmworks"):
                 todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             elif isinstance(node, ast.Import):
                 todo += [alias.name for alias in node.names if alias.name.startswith("llmworks")]
-    return hashlib.sha256("".join(f"{m}{d}" for m, d in sorted(seen.items())).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{m}{d}" for m, d in sorted(digests.items())).encode()).hexdigest()
 
 
-def _source(module: str) -> Path | None:
+def _find_source(module: str) -> Path | None:
     """Return the file of a module, found without importing its package."""
     if module.split(".")[0] != "llmworks":  # a stage of another package
         spec = importlib.util.find_spec(module)

@@ -19,7 +19,7 @@ def config_help(
     Fields of nested configs are written as `optimizer.learning_rate`. `rates`: default learning rates by method, where
     they differ from the field's.
     """
-    rates = rates or getattr(config, "rates", None)
+    rates = rates or getattr(config, "default_learning_rates", None)
     rows: list[tuple[str, str, str]] = []
     for name, field in config.model_fields.items():
         extra = field.json_schema_extra
@@ -36,7 +36,7 @@ def config_help(
 def field_help(config: type[Config], name: str, rates: Mapping[str, float] | None = None) -> tuple[str, str]:
     """Return (type and default, description) of one field. rates: as of `config_help`."""
     field = config.model_fields[name]
-    hint = told_type(field.annotation)
+    hint = format_type(field.annotation)
     default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
     if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
         return "fields", field.description or ""
@@ -48,15 +48,15 @@ def field_help(config: type[Config], name: str, rates: Mapping[str, float] | Non
     return f"{hint}, {default}", field.description or ""
 
 
-def told_type(hint: Any) -> str:
+def format_type(hint: Any) -> str:
     """Return a field's type as a readable string, without annotations."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        return told_type(parts[0])
+        return format_type(parts[0])
     if origin in (types.UnionType, typing.Union):
-        return " | ".join(told_type(part) for part in parts)
+        return " | ".join(format_type(part) for part in parts)
     if origin in (list, dict, tuple):
-        return f"{origin.__name__}[{', '.join(told_type(part) if part is not ... else '...' for part in parts)}]"
+        return f"{origin.__name__}[{', '.join(format_type(part) if part is not ... else '...' for part in parts)}]"
     return (
         "None" if hint is type(None) else hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
     )

@@ -28,22 +28,22 @@ from llmworks.core.artifact import (
     FileEntry,
     Manifest,
     Parent,
-    artifact_digest,
     canonical_json,
-    digest_files,
+    compute_artifact_digest,
+    hash_files,
     sha256_file,
 )
 from llmworks.core.context import Context
 from llmworks.core.errors import ArtifactError, UserError
-from llmworks.core.memory import give_back, peak_memory
-from llmworks.core.progress import Progress, write_whole
+from llmworks.core.memory import release_memory, track_peak_memory
+from llmworks.core.progress import Progress, write_atomic
 from llmworks.core.report import ReportBuilder
-from llmworks.core.trackers import Tracking
+from llmworks.core.trackers import MetricTracking
 from llmworks.core.types import Engine
-from llmworks.core.workers import Pool
+from llmworks.core.workers import WorkerPool
 from llmworks.core.workspace import Workspace
-from llmworks.model.card import complete
-from llmworks.runtime.code_digest import code_digest
+from llmworks.model.card import complete_card
+from llmworks.runtime.code_digest import compute_code_digest
 from llmworks.runtime.resolve import ResolvedStage
 
 Inputs = Mapping[str, "Artifact | Sequence[Artifact] | Mapping[str, Artifact]"]
@@ -74,15 +74,15 @@ LIBRARIES = (
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StageResult:
     """A stage's artifact, and whether it was made now (else it was reused)."""
 
     artifact: Artifact
-    made: bool
+    is_new: bool
     seconds: float = 0.0
 
 
-def threads() -> int:
+def get_thread_count() -> int:
     """Return the number of threads for tensor operations: `$LLMWORKS_THREADS`, else all cores."""
     value = os.environ.get("LLMWORKS_THREADS", "")
     if value and not value.isdigit():
@@ -90,7 +90,7 @@ def threads() -> int:
     return int(value) if value else os.cpu_count() or 1
 
 
-def flat_inputs(inputs: Inputs) -> list[tuple[str, Artifact]]:
+def flatten_inputs(inputs: Inputs) -> list[tuple[str, Artifact]]:
     """Return (role, artifact) with list and mapping inputs flattened: `reports[0]`, `data[train]`."""
     flat: list[tuple[str, Artifact]] = []
     for role, value in inputs.items():
@@ -103,14 +103,14 @@ def flat_inputs(inputs: Inputs) -> list[tuple[str, Artifact]]:
     return flat
 
 
-def step_key(stage: ResolvedStage, config: Config, inputs: Inputs, seed: int) -> str:
+def compute_step_key(stage: ResolvedStage, config: Config, inputs: Inputs, seed: int) -> str:
     """Return the key under which a result is reused.
 
     It covers stage, revision, config and the files it names, seed, and the parents' digests by role.
     """
-    parents = {role: artifact.digest for role, artifact in flat_inputs(inputs)}
+    parents = {role: artifact.digest for role, artifact in flatten_inputs(inputs)}
     files = {name: sha256_file(Path(name)) if Path(name).is_file() else "" for name in config.reads()}
-    said = [
+    content = [
         stage.name,
         stage.stage.revision,
         config.model_dump(mode="json"),
@@ -118,7 +118,7 @@ def step_key(stage: ResolvedStage, config: Config, inputs: Inputs, seed: int) ->
         parents,
         *([files] if files else []),
     ]
-    return hashlib.sha256(canonical_json(said).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
 def execute(
@@ -130,29 +130,29 @@ def execute(
     seed: int,
     open_engine: OpenEngine,
     quiet: bool = False,
-    pool: Pool | None = None,
+    pool: WorkerPool | None = None,
     track: Sequence[str] = (),
     announce: Callable[[str], None] = lambda line: None,
-) -> Outcome:
+) -> StageResult:
     """Make the stage's artifact in the workspace, or reuse an existing one.
 
     Safe with parallel processes and against being killed.
 
     `track`: experiment trackers that also receive its metrics (`core/trackers.py`).
     """
-    key = step_key(stage, config, inputs, seed)
+    key = compute_step_key(stage, config, inputs, seed)
     found = workspace.find(key)
     if found is not None:
-        return Outcome(found, made=False)
-    if rank():
-        return _follow(stage, config, inputs, workspace, key, seed, open_engine)
-    with workspace.in_use(), workspace.lock(key):
+        return StageResult(found, is_new=False)
+    if get_rank():
+        return _run_as_follower(stage, config, inputs, workspace, key, seed, open_engine)
+    with workspace.mark_in_use(), workspace.lock(key):
         found = workspace.find(key)
         if found is not None:
             announce("another run created it meanwhile")
-            return Outcome(found, made=False)
+            return StageResult(found, is_new=False)
         began = time.monotonic()
-        tracking = Tracking(
+        tracking = MetricTracking(
             track, workspace.root / "tracking", f"{stage.name}-{key[:12]}", config.model_dump(mode="json"), announce
         )
         draft = workspace.draft(key)
@@ -160,27 +160,29 @@ def execute(
             scratch = workspace.scratch(key)
             progress = Progress(scratch / "metrics.jsonl", quiet=quiet, listener=tracking.log)
             if os.environ.get("WORLD_SIZE", "1") != "1":
-                write_whole(_begun(scratch), "")
-            manifest = _call(stage, config, inputs, draft, scratch, key, seed, open_engine, progress, pool or Pool())
+                write_atomic(_started_marker(scratch), "")
+            manifest = _run_stage(
+                stage, config, inputs, draft, scratch, key, seed, open_engine, progress, pool or WorkerPool()
+            )
             artifact = workspace.publish(draft, manifest)
         except Exception as error:
-            if disk_full(error, workspace.root):
+            if is_disk_full(error, workspace.root):
                 raise OSError(errno.ENOSPC, "no space left", str(workspace.root)) from error
             raise
         finally:
             tracking.close()
             shutil.rmtree(draft, ignore_errors=True)  # already moved when published
-        workspace.drop_scratch(key)
-        give_back()
-        return Outcome(artifact, made=True, seconds=time.monotonic() - began)
+        workspace.remove_scratch(key)
+        release_memory()
+        return StageResult(artifact, is_new=True, seconds=time.monotonic() - began)
 
 
-def rank() -> int:
+def get_rank() -> int:
     """Return the rank of this process (torchrun, `--nproc`); rank 0 publishes."""
     return int(os.environ.get("RANK", "0"))
 
 
-def _begun(scratch: Path) -> Path:
+def _started_marker(scratch: Path) -> Path:
     """Return the marker file by which rank 0 tells the other ranks that it runs the step.
 
     Otherwise another run may have created the result meanwhile.
@@ -189,7 +191,7 @@ def _begun(scratch: Path) -> Path:
     return scratch / f"begun-{launch}-{os.environ.get('MASTER_PORT', '')}"
 
 
-def _follow(
+def _run_as_follower(
     stage: ResolvedStage,
     config: Config,
     inputs: Inputs,
@@ -197,17 +199,17 @@ def _follow(
     key: str,
     seed: int,
     open_engine: OpenEngine,
-) -> Outcome:
+) -> StageResult:
     """Run as a rank above 0: take part in a distributed stage, wait for rank 0 in others.
 
     Leaves no files behind.
     """
     began = time.monotonic()
-    begun = _begun(workspace.scratch_place(key))
+    begun = _started_marker(workspace.scratch_path(key))
     while not begun.exists() and workspace.find(key) is None:
         time.sleep(0.2)
     if "parallel" in stage.config.model_fields and begun.exists():
-        use_threads(threads())
+        set_threads(get_thread_count())
         with tempfile.TemporaryDirectory() as nowhere:
             stage.function(
                 config,
@@ -218,10 +220,10 @@ def _follow(
             )
     while (found := workspace.find(key)) is None:
         time.sleep(0.2)
-    return Outcome(found, made=False, seconds=time.monotonic() - began)
+    return StageResult(found, is_new=False, seconds=time.monotonic() - began)
 
 
-def disk_full(error: Exception, path: Path) -> bool:
+def is_disk_full(error: Exception, path: Path) -> bool:
     """Return whether a step failed for lack of disk space.
 
     safetensors and pyarrow raise their own errors for it, numpy one without an errno.
@@ -234,7 +236,7 @@ def disk_full(error: Exception, path: Path) -> bool:
     )
 
 
-def _call(
+def _run_stage(
     stage: ResolvedStage,
     config: Config,
     inputs: Inputs,
@@ -244,22 +246,22 @@ def _call(
     seed: int,
     open_engine: OpenEngine,
     progress: Progress,
-    pool: Pool,
+    pool: WorkerPool,
 ) -> Manifest:
     """Call the stage function and return the manifest of its result."""
-    use_threads(threads())
+    set_threads(get_thread_count())
     started = datetime.now(UTC)
     report = ReportBuilder()
     context = Context(draft, scratch, seed, progress, report, open_engine, pool)
-    with peak_memory() as memory:
+    with track_peak_memory() as memory:
         made = stage.function(config, **inputs, ctx=context)
-    complete(draft, made, inputs, stage.name)
-    declared = stage.output_of(config).kind
+    complete_card(draft, made, inputs, stage.name)
+    declared = stage.get_output(config).kind
     if type(made).kind != declared:
         raise ArtifactError(f"stage {stage.name} is declared to return a {declared}, it returned a {type(made).kind}")
     if report.blocks or report.data:
         report.write(draft if made.kind == "report" else draft / "report")
-    files = digest_files(draft, context.digests)
+    files = hash_files(draft, context.digests)
     finished = datetime.now(UTC)
     wall = max(
         (finished - started).total_seconds(), float(made.metrics.get("seconds", 0))
@@ -267,18 +269,20 @@ def _call(
     resources = {"wall_seconds": round(wall, 2), "peak_memory_bytes": memory.peak}
     return Manifest(
         kind=made.kind,
-        digest=artifact_digest(made.kind, key, files),
+        digest=compute_artifact_digest(made.kind, key, files),
         key=key,
         stage=stage.name,
         revision=stage.stage.revision,
         derivation=stage.stage.derivation,
         config=config.model_dump(mode="json"),
-        parents=[Parent(role=r, name=a.name, kind=a.kind, digest=a.digest, ref=a.ref) for r, a in flat_inputs(inputs)],
+        parents=[
+            Parent(role=r, name=a.name, kind=a.kind, digest=a.digest, ref=a.ref) for r, a in flatten_inputs(inputs)
+        ],
         files=files,
-        code=code_digest(stage.name),
-        versions=versions(),
-        platform=machine(),
-        threads=threads(),
+        code=compute_code_digest(stage.name),
+        versions=get_versions(),
+        platform=describe_machine(),
+        threads=get_thread_count(),
         seed=seed,
         started=started.isoformat(timespec="seconds"),
         finished=finished.isoformat(timespec="milliseconds"),
@@ -288,25 +292,25 @@ def _call(
     )
 
 
-def derive_again(
+def rederive(
     stage: ResolvedStage, artifact: Artifact, inputs: Inputs, draft: Path, scratch: Path, open_engine: OpenEngine
 ) -> dict[str, FileEntry]:
     """Recreate an artifact's files in `draft` with the recorded config, seed and threads; return their digests."""
     recorded = artifact.manifest
     assert recorded is not None
-    use_threads(recorded.threads)
+    set_threads(recorded.threads)
     report = ReportBuilder()
     context = Context(
         draft, scratch, recorded.seed, Progress(scratch / "metrics.jsonl", quiet=True), report, open_engine
     )
     made = stage.function(stage.config.model_validate(recorded.config), **inputs, ctx=context)
-    complete(draft, made, inputs, stage.name)
+    complete_card(draft, made, inputs, stage.name)
     if report.blocks or report.data:
         report.write(draft if made.kind == "report" else draft / "report")
-    return digest_files(draft)
+    return hash_files(draft)
 
 
-def use_threads(count: int) -> None:
+def set_threads(count: int) -> None:
     """Set torch's number of threads, whether or not torch is imported already."""
     os.environ["OMP_NUM_THREADS"] = str(count)
     if "torch" in sys.modules:
@@ -314,7 +318,7 @@ def use_threads(count: int) -> None:
 
 
 @functools.cache
-def versions() -> Mapping[str, str]:
+def get_versions() -> Mapping[str, str]:
     """Return the versions of the installed libraries that affect results."""
     found: dict[str, str] = {"python": platform.python_version()}
     for name in LIBRARIES:
@@ -323,7 +327,7 @@ def versions() -> Mapping[str, str]:
     return found
 
 
-def machine() -> dict[str, str]:
+def describe_machine() -> dict[str, str]:
     """Return system, architecture and processor."""
     processor = platform.processor()
     with contextlib.suppress(OSError):
@@ -334,6 +338,6 @@ def machine() -> dict[str, str]:
     return {"system": platform.system(), "machine": platform.machine(), "processor": processor}
 
 
-def missing_inputs(stage: ResolvedStage, given: Mapping[str, Any]) -> list[str]:
+def find_missing_inputs(stage: ResolvedStage, given: Mapping[str, Any]) -> list[str]:
     """Return the names of required inputs that are missing."""
     return [name for name, wanted in stage.inputs.items() if wanted.required and name not in given]

@@ -52,7 +52,7 @@ class GateStep:
     """A check on a metric of a step. `bounds` maps above, below, at_least, at_most to a number."""
 
     name: str
-    of: str
+    step: str
     metric: str
     bounds: dict[str, float]
     because: str
@@ -76,7 +76,7 @@ class Recipe:
 BOUNDS = ("above", "below", "at_least", "at_most")
 
 
-def referenced(inputs: Mapping[str, InputNames]) -> list[str]:
+def referenced_steps(inputs: Mapping[str, InputNames]) -> list[str]:
     """Return all step names in a mapping of inputs."""
     return [
         name
@@ -90,7 +90,7 @@ def check_gate(gate: GateStep, artifact: Artifact) -> tuple[bool, str]:
     value = artifact.metrics.get(gate.metric)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         numbers = [k for k, v in artifact.metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
-        raise UserError(f"gate {gate.name}: {gate.of} has no metric {gate.metric!r}; it has {', '.join(numbers)}")
+        raise UserError(f"gate {gate.name}: {gate.step} has no metric {gate.metric!r}; it has {', '.join(numbers)}")
     tests = {
         "above": lambda b: value > b,
         "below": lambda b: value < b,
@@ -99,4 +99,4 @@ def check_gate(gate: GateStep, artifact: Artifact) -> tuple[bool, str]:
     }
     words = " and ".join(f"{key.replace('_', ' ')} {bound:g}" for key, bound in gate.bounds.items())
     holds = all(tests[key](bound) for key, bound in gate.bounds.items())
-    return holds, f"{gate.of}.{gate.metric} is {value:.4g}, required {words}"
+    return holds, f"{gate.step}.{gate.metric} is {value:.4g}, required {words}"

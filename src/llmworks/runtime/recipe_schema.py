@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from llmworks.runtime.recipe import BOUNDS, Expect
-from llmworks.runtime.resolve import resolve
-from llmworks.runtime.stages import table
+from llmworks.runtime.resolve import resolve_stage
+from llmworks.runtime.stages import get_stages
 
 
-def recipe_schema() -> dict[str, Any]:
+def build_recipe_schema() -> dict[str, Any]:
     """Return the JSON schema of recipes."""
     names = {"type": "string", "description": "name of another step"}
-    variants = _other_steps(names)
+    variants = _build_other_steps(names)
     definitions: dict[str, Any] = {}
-    for name in (name for name, stage in table().items() if not stage.internal):
-        stage = resolve(name)
+    for name in (name for name, stage in get_stages().items() if not stage.internal):
+        stage = resolve_stage(name)
         shapes: dict[str, dict[str, Any]] = {
             "one": names,
             "list": {"type": "array", "items": names},
@@ -61,7 +61,7 @@ def recipe_schema() -> dict[str, Any]:
     }
 
 
-def _other_steps(names: dict[str, str]) -> list[dict[str, Any]]:
+def _build_other_steps(names: dict[str, str]) -> list[dict[str, Any]]:
     """Return the schemas of steps that are not stages: `use` steps and gates."""
     variants: list[dict[str, Any]] = [
         {

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmworks import assets
-from llmworks.assets.catalogue import CATALOGUE
+from llmworks.assets.catalogue import CATALOG
 from llmworks.core.artifact import (
     KINDS,
     MANIFEST,
@@ -26,22 +26,22 @@ from llmworks.core.artifact import (
     FileEntry,
     Manifest,
     Model,
-    artifact_digest,
-    files_of,
+    compute_artifact_digest,
+    list_files,
     load,
     sha256_file,
 )
 from llmworks.core.errors import UserError
 from llmworks.core.types import Engine
 from llmworks.core.workspace import Workspace, cache_directory
-from llmworks.generate.remote.endpoint import identity, parse_remote
+from llmworks.generate.remote.endpoint import get_remote_identity, parse_remote
 
 Convert = Callable[[Artifact, str], Artifact]
 
-REMEMBERED = 10_000  # cached digests of external files: 1 MB of JSON, read for every reference
+MAX_CACHED_DIGESTS = 10_000  # cached digests of external files: 1 MB of JSON, read for every reference
 
 
-def resolve(
+def resolve_reference(
     ref: str, *, name: str = "", workspace: Workspace | None = None, convert: Convert | None = None
 ) -> Artifact:
     """Return the artifact behind a reference.
@@ -54,59 +54,59 @@ def resolve(
         raise UserError("empty reference; use a path, a name in the workspace, asset:NAME or hf:ORG/NAME")
     scheme, _, rest = ref.partition(":")
     if scheme == "asset":
-        artifact = asset_files(rest, name or rest)
-        return convert(artifact, "model") if convert is not None and assets.get(rest).convert else artifact
+        artifact = get_asset_files(rest, name or rest)
+        return convert(artifact, "model") if convert is not None and assets.get_asset(rest).convert else artifact
     if scheme == "hf":
-        return _foreign(_hub(rest), name or rest, ref)
+        return _external_artifact(_download_from_hub(rest), name or rest, ref)
     if scheme in ("http", "https"):
-        return _remote(ref, name)
+        return _resolve_remote(ref, name)
     if scheme == "url":
         url, _, digest = rest.partition("#sha256=")
-        return _foreign(assets.fetch_url(url, digest), name or Path(url).name, ref)
+        return _external_artifact(assets.fetch_url(url, digest), name or Path(url).name, ref)
     path = Path(rest if scheme in ("path", "gguf") else ref).expanduser()
     if not path.exists() and workspace is not None and (workspace.root / path).exists():
         path = workspace.root / path
     if not path.exists():
-        raise UserError(f"{path}: no such file or directory{_near(ref, workspace)}")
+        raise UserError(f"{path}: no such file or directory{_suggest(ref, workspace)}")
     if (path / MANIFEST).exists():
         return load(path.resolve(), name=name or path.name)
-    return _foreign(path.resolve(), name or path.name, f"path:{path.resolve()}")
+    return _external_artifact(path.resolve(), name or path.name, f"path:{path.resolve()}")
 
 
-def _near(ref: str, workspace: Workspace | None) -> str:
+def _suggest(ref: str, workspace: Workspace | None) -> str:
     """Suggest what an unresolvable reference may have meant: an asset, or a name in the workspace."""
     name = ref.rpartition("/")[2].lower()
-    if name in CATALOGUE:
+    if name in CATALOG:
         return f"; did you mean asset:{name}" + (f", or hf:{ref} on the Hugging Face Hub?" if "/" in ref else "?")
     hub = f"; for a model on the Hugging Face Hub use hf:{ref}" if re.fullmatch(r"[\w-]+/[\w.-]+", ref) else ""
     if workspace is None:
         return hub
-    near = difflib.get_close_matches(ref, list(workspace.names()), n=1)
+    near = difflib.get_close_matches(ref, list(workspace.named_artifacts()), n=1)
     return f", neither here nor in {workspace.root}" + (f"; did you mean {near[0]!r}?" if near else hub)
 
 
-def is_here(ref: str) -> bool:
+def is_local(ref: str) -> bool:
     """Return whether a reference can be resolved without a download."""
     scheme, _, rest = ref.partition(":")
     if scheme == "asset":
-        return assets.is_cached(assets.get(rest))
+        return assets.is_cached(assets.get_asset(rest))
     if scheme == "url":
-        return assets.cached_url(rest.partition("#")[0], rest.partition("#sha256=")[2]).exists()
+        return assets.url_cache_path(rest.partition("#")[0], rest.partition("#sha256=")[2]).exists()
     return scheme != "hf"
 
 
-def unconverted(ref: str) -> Artifact | None:
+def get_unconverted(ref: str) -> Artifact | None:
     """Return the files of an asset that is converted before use; None for every other reference."""
     scheme, _, rest = ref.partition(":")
-    return asset_files(rest, rest) if scheme == "asset" and assets.get(rest).convert else None
+    return get_asset_files(rest, rest) if scheme == "asset" and assets.get_asset(rest).convert else None
 
 
-def conversions() -> Workspace:
+def get_conversion_workspace() -> Workspace:
     """Return the workspace in the cache that holds converted assets and external rows."""
     return Workspace(cache_directory() / "converted")
 
 
-def _hub(repository: str) -> Path:
+def _download_from_hub(repository: str) -> Path:
     """Return the snapshot of a Hub repository NAME or NAME@REVISION in huggingface_hub's cache.
 
     For `datasets/ORG/NAME/FOLDER`, return that folder.
@@ -136,16 +136,19 @@ def _hub(repository: str) -> Path:
         raise UserError(f"hf:{repository}: download failed ({str(error).strip().splitlines()[0][:160]})") from None
 
 
-def _remote(ref: str, name: str) -> Model:
+def _resolve_remote(ref: str, name: str) -> Model:
     """Return a model behind a server: derivation declared, since it cannot be hashed."""
     url, model, options = parse_remote(ref)
-    manifest = _foreign_manifest(
-        "model", {}, {"format": "http"}, digest=hashlib.sha256(identity(url, model, options).encode()).hexdigest()
+    manifest = _external_manifest(
+        "model",
+        {},
+        {"format": "http"},
+        digest=hashlib.sha256(get_remote_identity(url, model, options).encode()).hexdigest(),
     )
     return Model(Path(), manifest=manifest, name=name or model, ref=ref)
 
 
-def kind_of(path: Path) -> str:
+def detect_kind(path: Path) -> str:
     """Return the kind of an external file or directory by its contents; the default is raw data.
 
     UserError for an empty directory.
@@ -162,14 +165,16 @@ def kind_of(path: Path) -> str:
     return "tokenizer" if "tokenizer.json" in names else "dataset"
 
 
-def _foreign(path: Path, name: str, ref: str, *, kind: str = "", about: dict[str, Any] | None = None) -> Artifact:
-    kind = kind or kind_of(path)
-    files = digest_cached(path)
-    return KINDS[kind](path, manifest=_foreign_manifest(kind, files, about or {}), name=name, ref=ref)
+def _external_artifact(
+    path: Path, name: str, ref: str, *, kind: str = "", about: dict[str, Any] | None = None
+) -> Artifact:
+    kind = kind or detect_kind(path)
+    files = hash_files_cached(path)
+    return KINDS[kind](path, manifest=_external_manifest(kind, files, about or {}), name=name, ref=ref)
 
 
-def _foreign_manifest(kind: str, files: dict[str, FileEntry], about: dict[str, Any], digest: str = "") -> Manifest:
-    digest = digest or artifact_digest(kind, "", files)
+def _external_manifest(kind: str, files: dict[str, FileEntry], about: dict[str, Any], digest: str = "") -> Manifest:
+    digest = digest or compute_artifact_digest(kind, "", files)
     return Manifest(
         kind=kind,
         digest=digest,
@@ -184,7 +189,7 @@ def _foreign_manifest(kind: str, files: dict[str, FileEntry], about: dict[str, A
     )
 
 
-def digest_cached(path: Path) -> dict[str, FileEntry]:
+def hash_files_cached(path: Path) -> dict[str, FileEntry]:
     """Return digests of external files, cached by (device, inode, size, modification time)."""
     store = cache_directory() / "digests.json"
     try:
@@ -194,24 +199,24 @@ def digest_cached(path: Path) -> dict[str, FileEntry]:
     root = path.parent if path.is_file() else path
     out: dict[str, FileEntry] = {}
     fresh: dict[str, str] = {}
-    for file in files_of(path):
+    for file in list_files(path):
         stat = file.stat()
         identity = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
         digest = known.get(identity) or fresh.setdefault(identity, sha256_file(file))
         out[file.relative_to(root).as_posix()] = FileEntry(sha256=digest, bytes=stat.st_size)
     if fresh:
-        _remember(store, {**known, **fresh})
+        _save_digests(store, {**known, **fresh})
     return out
 
 
-def _remember(store: Path, known: dict[str, str]) -> None:
+def _save_digests(store: Path, known: dict[str, str]) -> None:
     """Store the newest digests; without space or write permission they are computed again next time."""
     with contextlib.suppress(OSError):
         store.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=store.parent, prefix=".digests-", delete=False) as stream:
             draft = Path(stream.name)
             try:
-                stream.write(json.dumps(dict(list(known.items())[-REMEMBERED:])))
+                stream.write(json.dumps(dict(list(known.items())[-MAX_CACHED_DIGESTS:])))
                 stream.flush()
                 draft.replace(store)
             finally:
@@ -220,14 +225,14 @@ def _remember(store: Path, known: dict[str, str]) -> None:
 
 def find_digest(digest: str, workspace: Workspace | None) -> Artifact | None:
     """Return an artifact by digest: in the workspace, behind its names, or among converted assets."""
-    for place in (workspace, conversions()):
+    for place in (workspace, get_conversion_workspace()):
         found = place.find_digest(digest) if place is not None else None
         if found is not None:
             return found
     return None
 
 
-def base_reference(adapter: Adapter) -> str:
+def get_base_reference(adapter: Adapter) -> str:
     """Return the reference of an adapter's base model, from its manifest or peft's config; empty if none."""
     base = str(adapter.about.get("base", ""))
     if adapter.manifest is not None:
@@ -255,13 +260,13 @@ def open_model(model: Model) -> Engine:
     return TorchEngine.open(model.path, name=model.name)
 
 
-def asset_files(asset_name: str, name: str) -> Artifact:
+def get_asset_files(asset_name: str, name: str) -> Artifact:
     """Return the files of a cached asset as downloaded, before any conversion."""
-    asset = assets.get(asset_name)
-    return _foreign(
+    asset = assets.get_asset(asset_name)
+    return _external_artifact(
         assets.fetch(asset_name),
         name,
         f"asset:{asset_name}",
         kind=asset.kind,
-        about={"schema": asset.schema, "asset": asset_name, "what": asset.what, "licence": asset.licence},
+        about={"schema": asset.schema, "asset": asset_name, "what": asset.description, "licence": asset.license},
     )

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmworks.core.errors import UserError
-from llmworks.runtime.stages import Stage, table
+from llmworks.runtime.stages import Stage, get_stages
 
 if TYPE_CHECKING:  # listing stages for help must not import pydantic
     from llmworks.core.artifact import Artifact, Config
 
 
 @dataclass(frozen=True)
-class Input:
+class StageInput:
     """One input of a stage: accepted kinds, shape (one, list or mapping), and whether it is required."""
 
     name: str
@@ -43,16 +43,16 @@ class ResolvedStage:
     stage: Stage
     function: Callable[..., Artifact]
     config: type[Config]
-    inputs: dict[str, Input]
+    inputs: dict[str, StageInput]
     output: type[Artifact]
 
-    def output_of(self, config: Config | None) -> type[Artifact]:
+    def get_output(self, config: Config | None) -> type[Artifact]:
         """Return the output kind for a config, where the config determines it (`makes`)."""
-        made: type[Artifact] = getattr(config, "makes", self.output)
+        made: type[Artifact] = getattr(config, "artifact_type", self.output)
         return made
 
     @staticmethod
-    def attribute(path: str) -> Any:
+    def load_attribute(path: str) -> Any:
         """Return the object named `module:attribute`; None for an empty path."""
         module, _, attribute = path.partition(":")
         return getattr(importlib.import_module(module), attribute) if path else None
@@ -64,33 +64,33 @@ class ResolvedStage:
 
 
 @functools.cache
-def resolve(name: str) -> ResolvedStage:
+def resolve_stage(name: str) -> ResolvedStage:
     """Import a stage and read its signature. UserError for an unknown name, with the nearest one."""
     import difflib
 
     from llmworks.core.context import Context
 
-    if name not in table():
-        near = difflib.get_close_matches(name, table(), n=1)
+    if name not in get_stages():
+        near = difflib.get_close_matches(name, get_stages(), n=1)
         raise UserError(
             f"unknown stage {name!r}{f', did you mean {near[0]!r}?' if near else ''}; `llmworks stages` lists them"
         )
-    stage = table()[name]
+    stage = get_stages()[name]
     module, _, attribute = stage.target.partition(":")
     function = getattr(importlib.import_module(module), attribute)
     hints = typing.get_type_hints(function)
-    inputs: dict[str, Input] = {}
+    inputs: dict[str, StageInput] = {}
     for parameter in inspect.signature(function).parameters.values():
         if hints[parameter.name] is Context or parameter.name == "config":
             continue
-        inputs[parameter.name] = _input(
+        inputs[parameter.name] = _read_input(
             parameter.name, hints[parameter.name], parameter.default is inspect.Parameter.empty
         )
     made = typing.get_args(hints["return"])  # of several kinds, the first is that of the default config
     return ResolvedStage(name, stage, function, hints["config"], inputs, made[0] if made else hints["return"])
 
 
-def _input(name: str, hint: Any, required: bool) -> Input:
+def _read_input(name: str, hint: Any, required: bool) -> StageInput:
     shape = "one"
     some = [part for part in typing.get_args(hint) if part is not type(None)]
     if typing.get_origin(hint) in (types.UnionType, typing.Union) and len(some) == 1:  # optional
@@ -100,9 +100,9 @@ def _input(name: str, hint: Any, required: bool) -> Input:
         hint = typing.get_args(hint)[-1]
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     kinds = tuple(k for k in typing.get_args(hint) if k is not type(None)) if union else (hint,)
-    return Input(name, kinds, shape, required)
+    return StageInput(name, kinds, shape, required)
 
 
-def conversion(to: str) -> ResolvedStage:
+def find_conversion(to: str) -> ResolvedStage:
     """Return the stage that converts external artifacts to this kind (`converts` in its row)."""
-    return resolve(next(name for name, stage in table().items() if stage.converts == to))
+    return resolve_stage(next(name for name, stage in get_stages().items() if stage.converts == to))

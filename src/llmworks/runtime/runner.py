@@ -11,43 +11,43 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmworks import assets
-from llmworks.assets.catalogue import CATALOGUE
+from llmworks.assets.catalogue import CATALOG
 from llmworks.core.artifact import Artifact, load
 from llmworks.core.errors import ArtifactError, GateFailed, UserError
-from llmworks.core.workers import Pool
-from llmworks.core.workspace import Workspace, size_of
-from llmworks.runtime.code_digest import code_digest
-from llmworks.runtime.execute import Inputs, flat_inputs, step_key
+from llmworks.core.workers import WorkerPool
+from llmworks.core.workspace import Workspace, get_size
+from llmworks.runtime.code_digest import compute_code_digest
+from llmworks.runtime.execute import Inputs, compute_step_key, flatten_inputs
 from llmworks.runtime.read_recipe import load_recipe
-from llmworks.runtime.recipe import Expect, GateStep, Recipe, StageStep, UseStep, check_gate, referenced
+from llmworks.runtime.recipe import Expect, GateStep, Recipe, StageStep, UseStep, check_gate, referenced_steps
 from llmworks.runtime.session import Session
 
-State = Literal["up to date", "to run", "waits", "from outside", "gate holds", "gate fails", "made"]
+StepState = Literal["up to date", "to run", "waits", "from outside", "gate holds", "gate fails", "made"]
 
 
 @dataclass(frozen=True)
-class Judgement:
+class StepStatus:
     """The state of a step, and why."""
 
     name: str
-    state: State
-    why: str
+    state: StepState
+    reason: str
     artifact: Artifact | None = None
     expect: Expect | None = None
-    expect_from: str = ""
+    expect_source: str = ""
 
 
 @dataclass
-class Run:
+class RecipeRun:
     """One recipe in one workspace. `say` receives status lines."""
 
     recipe: Recipe
     workspace: Workspace
     say: Callable[[str], None] = lambda line: None
     quiet: bool = False
-    pool: Pool = field(default_factory=Pool)
+    pool: WorkerPool = field(default_factory=WorkerPool)
     track: Sequence[str] = ()
-    found: dict[str, Artifact] = field(default_factory=dict)
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
 
     @property
     def session(self) -> Session:
@@ -61,7 +61,7 @@ class Run:
             say=lambda line: self.say(f"  {line}"),
         )
 
-    def bound(self, name: str) -> Artifact | None:
+    def get_current(self, name: str) -> Artifact | None:
         """Return the artifact that the step's name currently points to."""
         link = self.workspace.root / self.recipe.name / name
         try:
@@ -69,19 +69,19 @@ class Run:
         except ArtifactError:
             return None
 
-    def inputs(self, step: StageStep) -> Inputs | None:
+    def resolve_inputs(self, step: StageStep) -> Inputs | None:
         """Return the step's artifacts by role, or None while one of them is missing."""
-        if any(name not in self.found for name in referenced(step.inputs)):
+        if any(name not in self.artifacts for name in referenced_steps(step.inputs)):
             return None
         out: dict[str, Any] = {}
         for role, value in step.inputs.items():
             if isinstance(value, str):
-                out[role] = self.found[value]
+                out[role] = self.artifacts[value]
             elif isinstance(value, list):
-                out[role] = [self.found[name] for name in value]
+                out[role] = [self.artifacts[name] for name in value]
             else:
-                out[role] = {key: self.found[name] for key, name in value.items()}
-        for role, artifact in flat_inputs(out):
+                out[role] = {key: self.artifacts[name] for key, name in value.items()}
+        for role, artifact in flatten_inputs(out):
             accepted = step.stage.inputs[role.partition("[")[0]].kinds
             if not isinstance(artifact, accepted):
                 raise UserError(
@@ -90,55 +90,55 @@ class Run:
                 )
         return out
 
-    def judge(self, name: str) -> Judgement:
+    def check_step(self, name: str) -> StepStatus:
         """Return what `run` would do with a step, given the artifacts found so far. Downloads nothing."""
         step = self.recipe.steps[name]
         if isinstance(step, UseStep):
-            return self._judge_use(step)
+            return self._check_use(step)
         if isinstance(step, GateStep):
-            if step.of not in self.found:
-                return Judgement(name, "waits", f"for {step.of}")
-            holds, line = check_gate(step, self.found[step.of])
-            return Judgement(name, "gate holds" if holds else "gate fails", line)
-        expect, source = self._expect(step)
-        inputs = self.inputs(step)
+            if step.step not in self.artifacts:
+                return StepStatus(name, "waits", f"for {step.step}")
+            holds, line = check_gate(step, self.artifacts[step.step])
+            return StepStatus(name, "gate holds" if holds else "gate fails", line)
+        expect, source = self._get_expected(step)
+        inputs = self.resolve_inputs(step)
         if inputs is None:
-            missing = sorted({n for n in referenced(step.inputs) if n not in self.found})
-            return Judgement(name, "waits", f"for {', '.join(missing)}", expect=expect, expect_from=source)
-        key = step_key(step.stage, step.config, inputs, self.recipe.seed)
+            missing = sorted({n for n in referenced_steps(step.inputs) if n not in self.artifacts})
+            return StepStatus(name, "waits", f"for {', '.join(missing)}", expect=expect, expect_source=source)
+        key = compute_step_key(step.stage, step.config, inputs, self.recipe.seed)
         artifact = self.workspace.find(key)
         if artifact is not None:
             assert artifact.manifest is not None
-            changed = artifact.manifest.code != code_digest(step.stage.name)
-            return Judgement(
+            changed = artifact.manifest.code != compute_code_digest(step.stage.name)
+            return StepStatus(
                 name,
                 "up to date",
                 "same stage, config and parents"
                 + ("; its code has changed since then, without a new revision" if changed else ""),
                 artifact,
             )
-        return Judgement(name, "to run", self._why(step, inputs, key), expect=expect, expect_from=source)
+        return StepStatus(name, "to run", self._explain(step, inputs, key), expect=expect, expect_source=source)
 
-    def _judge_use(self, step: UseStep) -> Judgement:
-        asset = CATALOGUE.get(step.ref.removeprefix("asset:")) if step.ref.startswith("asset:") else None
+    def _check_use(self, step: UseStep) -> StepStatus:
+        asset = CATALOG.get(step.ref.removeprefix("asset:")) if step.ref.startswith("asset:") else None
         if asset is not None and not assets.is_cached(asset):
-            return Judgement(
+            return StepStatus(
                 step.name,
                 "to run",
                 f"{step.ref} is not in the cache, {asset.bytes / 1e6:.0f} MB to download",
                 expect=Expect(disk_mb=asset.bytes / 1e6),
-                expect_from="catalogue",
+                expect_source="catalogue",
             )
-        if not self.session.is_here(step.ref):
-            return Judgement(step.name, "to run", f"{step.ref} must be downloaded or converted")
-        return Judgement(step.name, "from outside", step.ref)
+        if not self.session.is_local(step.ref):
+            return StepStatus(step.name, "to run", f"{step.ref} must be downloaded or converted")
+        return StepStatus(step.name, "from outside", step.ref)
 
-    def _why(self, step: StageStep, inputs: Inputs, key: str) -> str:
+    def _explain(self, step: StageStep, inputs: Inputs, key: str) -> str:
         """Return why a step must run: what differs from its current artifact."""
         scratch = self.workspace.root / "scratch" / key[:12]
         if scratch.is_dir():
             return "was interrupted" + ("; resumes from its checkpoint" if any(scratch.iterdir()) else "")
-        last = self.bound(step.name)
+        last = self.get_current(step.name)
         if last is None or last.manifest is None:
             return "was never run here"
         m = last.manifest
@@ -153,7 +153,10 @@ class Run:
             for k in {**m.config, **new}
             if m.config.get(k) != new.get(k)
         ]
-        old_parents, new_parents = {p.role: p.digest for p in m.parents}, {r: a.digest for r, a in flat_inputs(inputs)}
+        old_parents, new_parents = (
+            {p.role: p.digest for p in m.parents},
+            {r: a.digest for r, a in flatten_inputs(inputs)},
+        )
         reasons += [
             f"input {r} changed" for r in {**old_parents, **new_parents} if old_parents.get(r) != new_parents.get(r)
         ]
@@ -161,100 +164,100 @@ class Run:
             reasons.append(f"seed was {m.seed}, is {self.recipe.seed}")
         return "; ".join(reasons) or "its artifact is no longer in the store"
 
-    def _expect(self, step: StageStep) -> tuple[Expect, str]:
+    def _get_expected(self, step: StageStep) -> tuple[Expect, str]:
         """Return a step's cost: last measured here, else the recipe's estimate."""
-        last = self.bound(step.name)
+        last = self.get_current(step.name)
         if last is not None and last.manifest is not None and last.manifest.stage == step.stage.name:
             m = last.metrics
             return (
                 Expect(
                     seconds=m.get("wall_seconds", 0),
                     memory_mb=m.get("peak_memory_bytes", 0) / 1e6,
-                    disk_mb=size_of(last.path) / 1e6,
+                    disk_mb=get_size(last.path) / 1e6,
                 ),
                 "measured here",
             )
         return step.expect, "recipe estimate" if step.expect != Expect() else ""
 
-    def plan(self) -> list[Judgement]:
+    def plan(self) -> list[StepStatus]:
         """Check every step without running any; existing results allow later steps to be checked."""
-        out: list[Judgement] = []
+        out: list[StepStatus] = []
         for name, step in self.recipe.steps.items():
-            judgement = self.judge(name)
+            judgement = self.check_step(name)
             if isinstance(step, UseStep) and judgement.state == "from outside":
-                self.found[name] = self._use(step)
+                self.artifacts[name] = self._load_use(step)
             elif judgement.artifact is not None:
-                self.found[name] = self._named(judgement.artifact, name)
+                self.artifacts[name] = self._set_name(judgement.artifact, name)
             out.append(judgement)
         return out
 
-    def _use(self, step: UseStep) -> Artifact:
+    def _load_use(self, step: UseStep) -> Artifact:
         return self.session.load(step.ref, name=step.name)
 
     @staticmethod
-    def _named(artifact: Artifact, name: str) -> Artifact:
+    def _set_name(artifact: Artifact, name: str) -> Artifact:
         artifact.name = name
         return artifact
 
-    def run(self, explain: bool = False) -> list[Judgement]:
+    def run(self, explain: bool = False) -> list[StepStatus]:
         """Run every step in order. GateFailed when a gate fails; results made before are kept."""
-        with self.workspace.in_use():
+        with self.workspace.mark_in_use():
             return self._run(explain)
 
-    def _run(self, explain: bool) -> list[Judgement]:
-        done: list[Judgement] = []
+    def _run(self, explain: bool) -> list[StepStatus]:
+        done: list[StepStatus] = []
         width = max(map(len, self.recipe.steps))
         for name, step in self.recipe.steps.items():
-            judgement = self.judge(name)
+            judgement = self.check_step(name)
             label = name.ljust(width)
             if isinstance(step, UseStep):
                 if judgement.state == "to run":
-                    self.say(f"· {label}  {judgement.why}")
-                artifact = self._use(step)
+                    self.say(f"· {label}  {judgement.reason}")
+                artifact = self._load_use(step)
                 self._bind(name, artifact)
                 self.say(f"✓ {label}  {step.ref}  {artifact.kind} {artifact.digest[:12]}")
-                done.append(Judgement(name, "from outside", step.ref, artifact))
+                done.append(StepStatus(name, "from outside", step.ref, artifact))
             elif isinstance(step, GateStep):
                 self.say(
-                    f"{'✓' if judgement.state == 'gate holds' else '✗'} {label}  {judgement.state}: {judgement.why}"
+                    f"{'✓' if judgement.state == 'gate holds' else '✗'} {label}  {judgement.state}: {judgement.reason}"
                 )
                 done.append(judgement)
                 if judgement.state != "gate holds":
                     raise GateFailed(
-                        f"gate {name}: {judgement.why}{f' ({step.because})' if step.because else ''}; the run"
+                        f"gate {name}: {judgement.reason}{f' ({step.because})' if step.because else ''}; the run"
                         " stops here, finished results are kept"
                     )
             else:
                 done.append(self._run_stage(step, judgement, label, explain))
         return done
 
-    def _run_stage(self, step: StageStep, judgement: Judgement, label: str, explain: bool) -> Judgement:
+    def _run_stage(self, step: StageStep, judgement: StepStatus, label: str, explain: bool) -> StepStatus:
         if judgement.artifact is not None:
             self._bind(step.name, judgement.artifact)
             self.say(
                 f"✓ {label}  up to date  {judgement.artifact.kind} {judgement.artifact.digest[:12]}"
-                + (f"  ({judgement.why})" if explain else "")
+                + (f"  ({judgement.reason})" if explain else "")
             )
             return judgement
-        self.say(f"▸ {label}  {step.stage.name}  ({judgement.why})")
-        inputs = self.inputs(step)
+        self.say(f"▸ {label}  {step.stage.name}  ({judgement.reason})")
+        inputs = self.resolve_inputs(step)
         assert inputs is not None
         outcome = self.session.run_stage(step.stage, step.config, inputs)
         self._bind(step.name, outcome.artifact)
         self.say(
             f"✓ {label}  {outcome.artifact.kind} {outcome.artifact.digest[:12]}  {outcome.seconds:.1f} s "
-            f" {facts(outcome.artifact.metrics)}"
+            f" {format_metrics(outcome.artifact.metrics)}"
         )
-        return Judgement(step.name, "made", judgement.why, outcome.artifact)
+        return StepStatus(step.name, "made", judgement.reason, outcome.artifact)
 
     def _bind(self, name: str, artifact: Artifact) -> None:
-        self.found[name] = self._named(artifact, name)
+        self.artifacts[name] = self._set_name(artifact, name)
         if artifact.manifest is not None and artifact.manifest.stage:
             self.workspace.bind(self.recipe.name, name, artifact)
 
     def report_path(self) -> Path | None:
         """Return the HTML page of the recipe's last report."""
-        reports = [a for a in self.found.values() if a.kind == "report"]
+        reports = [a for a in self.artifacts.values() if a.kind == "report"]
         return self.workspace.root / self.recipe.name / reports[-1].name / "report.html" if reports else None
 
 
@@ -279,12 +282,12 @@ def run(
 
     Errors: RecipeError before anything runs; GateFailed when a gate fails; errors of the stages.
     """
-    job = Run(load_recipe(Path(recipe), overrides), Session(workspace).workspace, say=say, quiet=quiet)
+    job = RecipeRun(load_recipe(Path(recipe), overrides), Session(workspace).workspace, say=say, quiet=quiet)
     job.run()
-    return job.found
+    return job.artifacts
 
 
-def facts(metrics: Mapping[str, Any]) -> str:
+def format_metrics(metrics: Mapping[str, Any]) -> str:
     """Format a step's main metrics on one line."""
     shown = (
         "rows",

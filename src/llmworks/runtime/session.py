@@ -15,18 +15,18 @@ from pydantic import ValidationError
 from llmworks.core import artifact as artifacts
 from llmworks.core.artifact import Adapter, Artifact, Config, Model
 from llmworks.core.errors import ArtifactError, UserError
-from llmworks.core.workers import Pool
+from llmworks.core.workers import WorkerPool
 from llmworks.core.workspace import Workspace, check_out, default_workspace
 from llmworks.runtime import references
-from llmworks.runtime.execute import Inputs, Outcome, execute, missing_inputs, step_key
+from llmworks.runtime.execute import Inputs, StageResult, compute_step_key, execute, find_missing_inputs
 from llmworks.runtime.overrides import config_problem
-from llmworks.runtime.resolve import ResolvedStage, conversion, resolve
+from llmworks.runtime.resolve import ResolvedStage, find_conversion, resolve_stage
 
 if TYPE_CHECKING:
     from llmworks.core.types import Engine
 
 A = TypeVar("A", bound=Artifact)
-Input = Artifact | str | Path | Sequence[Artifact | str | Path] | Mapping[str, Artifact | str | Path]
+InputValue = Artifact | str | Path | Sequence[Artifact | str | Path] | Mapping[str, Artifact | str | Path]
 
 
 class Session:
@@ -47,17 +47,17 @@ class Session:
         *,
         seed: int = 0,
         quiet: bool = False,
-        pool: Pool | None = None,
+        pool: WorkerPool | None = None,
         track: Sequence[str] = (),
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.workspace = (
             workspace if isinstance(workspace, Workspace) else Workspace(Path(workspace or default_workspace()))
         )
-        self._names = self.workspace  # where references are resolved; not changed by `at`
+        self._reference_workspace = self.workspace  # where references are resolved; not changed by `at`
         self.seed = seed
         self.quiet = quiet
-        self.pool = pool or Pool()
+        self.pool = pool or WorkerPool()
         self.track = tuple(track)
         self.say = say
 
@@ -68,7 +68,7 @@ class Session:
         kind: type[A] = Artifact,  # type: ignore[assignment]
         config: Mapping[str, Any] | Config | None = None,
         out: Path | str | None = None,
-        **inputs: Input,
+        **inputs: InputValue,
     ) -> A:
         """Make the artifact of a stage, or reuse one in the workspace.
 
@@ -81,22 +81,22 @@ class Session:
 
         Errors: UserError for an unknown stage, field or input, or an input of the wrong kind; errors of the stage.
         """
-        resolved = resolve(stage)
+        resolved = resolve_stage(stage)
         if out is not None:
             check_out(Path(out))
         fields = validate(resolved, config)
-        if not issubclass(resolved.output_of(fields), kind):
-            raise UserError(f"{stage} makes a {resolved.output_of(fields).kind}, kind is {kind.kind}")
-        made = self.run_stage(resolved, fields, self.inputs(resolved, inputs)).artifact
+        if not issubclass(resolved.get_output(fields), kind):
+            raise UserError(f"{stage} makes a {resolved.get_output(fields).kind}, kind is {kind.kind}")
+        made = self.run_stage(resolved, fields, self.resolve_inputs(resolved, inputs)).artifact
         assert isinstance(made, kind)
         if out is not None:
             self.workspace.link_out(Path(out), made)
         return made
 
-    def run_stage(self, stage: ResolvedStage, config: Config, inputs: Inputs) -> Outcome:
+    def run_stage(self, stage: ResolvedStage, config: Config, inputs: Inputs) -> StageResult:
         """Run one stage, or reuse its result. Missing inputs are filled with the stage's defaults."""
-        given = self.with_defaults(stage, config, inputs)
-        require_inputs(stage, given)
+        given = self.add_default_inputs(stage, config, inputs)
+        check_inputs(stage, given)
         return execute(
             stage,
             config,
@@ -110,13 +110,13 @@ class Session:
             announce=self.say,
         )
 
-    def with_defaults(self, stage: ResolvedStage, config: Config, inputs: Inputs) -> Inputs:
+    def add_default_inputs(self, stage: ResolvedStage, config: Config, inputs: Inputs) -> Inputs:
         """Add a stage's default inputs where none are given, for example the rows that a task names."""
-        fill = stage.attribute(stage.stage.inputs)
+        fill = stage.load_attribute(stage.stage.inputs)
         found: Inputs = inputs if fill is None else fill(config, dict(inputs), self.load)
         return found
 
-    def inputs(self, stage: ResolvedStage, given: Mapping[str, Input]) -> dict[str, Any]:
+    def resolve_inputs(self, stage: ResolvedStage, given: Mapping[str, InputValue]) -> dict[str, Any]:
         """Resolve inputs to artifacts. UserError for an unknown input, and for a wrong kind or shape."""
         found: dict[str, Any] = {}
         for name, value in given.items():
@@ -140,7 +140,7 @@ class Session:
                 found[name] = [self.load(item) for item in value]
             every = found[name].values() if shape == "dict" else found[name] if shape == "list" else [found[name]]
             for item in every:
-                require_kind(stage, name, item)
+                check_kind(stage, name, item)
         return found
 
     def load(self, ref: Artifact | str | Path, *, name: str = "", schema: str = "", format: str = "") -> Artifact:
@@ -158,33 +158,35 @@ class Session:
         if isinstance(ref, Artifact):
             found = ref
         else:
-            found = references.resolve(str(ref), name=name, workspace=self._names, convert=self.converted)
-        return self.converted(found, schema, {"format": format} if format else {}) if schema else found
+            found = references.resolve_reference(
+                str(ref), name=name, workspace=self._reference_workspace, convert=self.convert
+            )
+        return self.convert(found, schema, {"format": format} if format else {}) if schema else found
 
-    def converted(self, artifact: Artifact, to: str, config: Mapping[str, Any] | None = None) -> Artifact:
+    def convert(self, artifact: Artifact, to: str, config: Mapping[str, Any] | None = None) -> Artifact:
         """Convert an external artifact to a form that stages accept, once, in the cache's workspace."""
-        stage = conversion(to)
+        stage = find_conversion(to)
         outcome = execute(
             stage,
             validate(stage, config),
             {next(iter(stage.inputs)): artifact},
-            references.conversions(),
+            references.get_conversion_workspace(),
             seed=0,
             open_engine=self.open_engine,
             quiet=self.quiet or to != "model",
         )
         return artifacts.load(outcome.artifact.path, name=artifact.name, ref=artifact.ref)
 
-    def is_here(self, ref: str) -> bool:
+    def is_local(self, ref: str) -> bool:
         """Return whether a reference can be resolved without a download or conversion."""
-        if not references.is_here(ref):
+        if not references.is_local(ref):
             return False
-        source = references.unconverted(ref)
+        source = references.get_unconverted(ref)
         if source is None:
             return True
-        stage = conversion("model")
-        key = step_key(stage, stage.config(), {next(iter(stage.inputs)): source}, 0)
-        return references.conversions().find(key) is not None
+        stage = find_conversion("model")
+        key = compute_step_key(stage, stage.config(), {next(iter(stage.inputs)): source}, 0)
+        return references.get_conversion_workspace().find(key) is not None
 
     def open_engine(self, model: Artifact | str | Path) -> Engine:
         """Open an engine over a Hugging Face directory, a GGUF file, a server, or an adapter with its base.
@@ -195,17 +197,17 @@ class Session:
         if isinstance(found, Adapter):
             from llmworks.generate.engines.torch import TorchEngine
 
-            return TorchEngine.open(self.base_of(found).path, adapter=found.path, name=found.name)
+            return TorchEngine.open(self.find_base(found).path, adapter=found.path, name=found.name)
         if not isinstance(found, Model):
             raise UserError(f"{found.path}: is a {found.kind}, not a model")
         return references.open_model(found)
 
-    def base_of(self, adapter: Adapter) -> Model:
+    def find_base(self, adapter: Adapter) -> Model:
         """Return an adapter's base model, found by digest, else by the recorded reference."""
         base = str(adapter.about.get("base", ""))
         found = references.find_digest(base, self.workspace) if base else None
         if found is None:
-            ref = references.base_reference(adapter)
+            ref = references.get_base_reference(adapter)
             found = self.load(ref) if ref else None
         if not isinstance(found, Model) or (base and found.digest != base):
             raise ArtifactError(
@@ -214,7 +216,7 @@ class Session:
             )
         return found
 
-    def at(self, root: Path) -> Session:
+    def with_workspace(self, root: Path) -> Session:
         """Return a copy of the session that writes to another workspace; references are resolved as before."""
         other = copy.copy(self)
         other.workspace = Workspace(root)
@@ -235,14 +237,14 @@ def validate(stage: ResolvedStage, config: Mapping[str, Any] | Config | None) ->
         raise UserError("; ".join(problems)) from None
 
 
-def require_inputs(stage: ResolvedStage, given: Inputs) -> None:
+def check_inputs(stage: ResolvedStage, given: Inputs) -> None:
     """Raise UserError for a missing required input."""
-    missing = missing_inputs(stage, given)
+    missing = find_missing_inputs(stage, given)
     if missing:
         raise UserError(f"--{missing[0]} ({stage.inputs[missing[0]].describe()}) is missing")
 
 
-def require_kind(stage: ResolvedStage, name: str, item: Artifact) -> None:
+def check_kind(stage: ResolvedStage, name: str, item: Artifact) -> None:
     """Raise UserError for an input of the wrong kind."""
     wanted = stage.inputs[name]
     if isinstance(item, wanted.kinds):

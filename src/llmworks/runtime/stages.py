@@ -367,7 +367,7 @@ STAGES: dict[str, Stage] = {
 
 
 @functools.cache
-def table() -> dict[str, Stage]:
+def get_stages() -> dict[str, Stage]:
     """Return the built-in stages and those of installed packages.
 
     An entry point names a `Stage` object; built-in names take precedence.

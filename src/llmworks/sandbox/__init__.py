@@ -7,7 +7,7 @@ bubblewrap nothing is run: MissingDependency says what to install.
 
 from __future__ import annotations
 
-from llmworks.sandbox.bubblewrap import Limits, Outcome, require, run
+from llmworks.sandbox.bubblewrap import Limits, SandboxResult, require_bubblewrap, run
 from llmworks.sandbox.python import run_python
 
-__all__ = ["Limits", "Outcome", "require", "run", "run_python"]
+__all__ = ["Limits", "SandboxResult", "require_bubblewrap", "run", "run_python"]

@@ -41,11 +41,11 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SandboxResult:
     """Result of a run: it exited (`exit`, with its exit code, 128 + signal for a signal), or reached a limit."""
 
-    ended: Literal["exit", "time", "memory", "processes", "output"]
-    code: int
+    stop_reason: Literal["exit", "time", "memory", "processes", "output"]
+    exit_code: int
     stdout: str
     stderr: str
     seconds: float
@@ -53,11 +53,11 @@ class Outcome:
     @property
     def ok(self) -> bool:
         """Whether it exited with code 0."""
-        return self.ended == "exit" and self.code == 0
+        return self.stop_reason == "exit" and self.exit_code == 0
 
 
 @functools.cache
-def require() -> str:
+def require_bubblewrap() -> str:
     """Return the path of bubblewrap.
 
     MissingDependency, in one line, when it is not installed or the kernel does not allow it.
@@ -65,7 +65,7 @@ def require() -> str:
     found = shutil.which("bwrap")
     if not found:
         raise MissingDependency(f"running untrusted code needs bubblewrap; {INSTALL}")
-    probe = [found, *_namespaces(), "--ro-bind", "/", "/", "--proc", "/proc", "true"]
+    probe = [found, *_namespace_arguments(), "--ro-bind", "/", "/", "--proc", "/proc", "true"]
     done = subprocess.run(probe, capture_output=True, text=True, env={}, check=False)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["no reason given"])[0]
@@ -82,8 +82,8 @@ def run(
     files: Mapping[str, str | bytes] | None = None,
     stdin: str = "",
     limits: Limits | None = None,
-    show: Sequence[Path] = (),
-) -> Outcome:
+    readable_paths: Sequence[Path] = (),
+) -> SandboxResult:
     """Run a command in `/box`, which contains `files` (relative path: content).
 
     `show` lists further host paths that it may read.
@@ -91,21 +91,25 @@ def run(
     Errors: MissingDependency without bubblewrap, UserError for a file path outside `/box`.
     """
     limits = limits or Limits()
-    bwrap = require()
+    bwrap = require_bubblewrap()
     with contextlib.ExitStack() as stack:
-        words = [bwrap, *_namespaces(), *_host(show), *_room(limits)]
+        words = [bwrap, *_namespace_arguments(), *_host_mounts(readable_paths), *_writable_mounts(limits)]
         descriptors: list[int] = []
 
-        def passed(content: bytes) -> str:
+        def pass_content(content: bytes) -> str:
             descriptor = stack.enter_context(_memory_file(content))
             descriptors.append(descriptor)
             return str(descriptor)
 
         for name, content in (files or {}).items():
-            words += ["--file", passed(content.encode() if isinstance(content, str) else content), _inside(name)]
+            words += [
+                "--file",
+                pass_content(content.encode() if isinstance(content, str) else content),
+                _sandbox_path(name),
+            ]
         if program := filter_program(platform.machine()):
-            words += ["--seccomp", passed(program)]
-        words += ["--chdir", WORK, "--", *_rlimits(limits), *command]
+            words += ["--seccomp", pass_content(program)]
+        words += ["--chdir", WORK, "--", *_prlimit_command(limits), *command]
         began = time.monotonic()
         process = subprocess.Popen(
             words,
@@ -116,17 +120,17 @@ def run(
             env={},
             cwd="/",
         )
-        return _watched(process, stdin.encode(), limits, began)
+        return _supervise(process, stdin.encode(), limits, began)
 
 
-def _inside(name: str) -> str:
+def _sandbox_path(name: str) -> str:
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
         raise UserError(f"{name!r}: a sandbox file must have a relative path without '..'")
     return f"{WORK}/{path}"
 
 
-def _namespaces() -> list[str]:
+def _namespace_arguments() -> list[str]:
     own = [
         "--unshare-all",
         "--unshare-user",
@@ -141,7 +145,7 @@ def _namespaces() -> list[str]:
     return [*own, "--cap-drop", "ALL", "--new-session", "--die-with-parent", "--clearenv"]
 
 
-def _host(show: Sequence[Path]) -> list[str]:
+def _host_mounts(readable_paths: Sequence[Path]) -> list[str]:
     """Return arguments that mount the system's programs and libraries read-only, with the symlinks to them."""
     words = ["--ro-bind", "/usr", "/usr"]
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
@@ -158,13 +162,13 @@ def _host(show: Sequence[Path]) -> list[str]:
         "/etc/alternatives",
         "/etc/alternatives",
     ]
-    for path in show:
+    for path in readable_paths:
         if not path.is_relative_to("/usr"):
             words += ["--ro-bind", str(path), str(path)]
     return words
 
 
-def _room(limits: Limits) -> list[str]:
+def _writable_mounts(limits: Limits) -> list[str]:
     """Return arguments for the writable file systems: three tmpfs of fixed size; everything else is read-only."""
     size = str(limits.disk_mb * MB)
     words = ["--proc", "/proc", "--dev", "/dev"]
@@ -183,7 +187,7 @@ def _room(limits: Limits) -> list[str]:
     return words
 
 
-def _rlimits(limits: Limits) -> list[str]:
+def _prlimit_command(limits: Limits) -> list[str]:
     """Return the prlimit command; it runs inside, so processes are counted in the sandbox's namespace."""
     seconds = max(1, int(limits.seconds + 1))
     return [
@@ -211,30 +215,30 @@ def _memory_file(content: bytes) -> Iterator[int]:
         os.close(descriptor)
 
 
-class _Reader(threading.Thread):
+class _OutputReader(threading.Thread):
     """A thread that reads a stream up to a limit; `full` is set when the limit is reached."""
 
     def __init__(self, stream: IO[bytes], limit: int) -> None:
         super().__init__(daemon=True)
         self.stream, self.limit = stream, limit
-        self.kept = bytearray()
-        self.full = False
+        self.output = bytearray()
+        self.limit_reached = False
         self.start()
 
     def run(self) -> None:
         """Read until the end or the limit."""
         while piece := os.read(self.stream.fileno(), 1 << 16):
-            self.kept += piece[: self.limit - len(self.kept)]
-            if len(self.kept) >= self.limit:
-                self.full = True
+            self.output += piece[: self.limit - len(self.output)]
+            if len(self.output) >= self.limit:
+                self.limit_reached = True
                 return
 
     def text(self) -> str:
         """Decode the output that was read."""
-        return self.kept.decode("utf-8", "replace")
+        return self.output.decode("utf-8", "replace")
 
 
-def _feed(stream: IO[bytes] | None, content: bytes) -> None:
+def _write_stdin(stream: IO[bytes] | None, content: bytes) -> None:
     assert stream is not None
     with contextlib.suppress(OSError):
         stream.write(content)
@@ -242,27 +246,27 @@ def _feed(stream: IO[bytes] | None, content: bytes) -> None:
         stream.close()
 
 
-def _watched(process: subprocess.Popen[bytes], stdin: bytes, limits: Limits, began: float) -> Outcome:
+def _supervise(process: subprocess.Popen[bytes], stdin: bytes, limits: Limits, began: float) -> SandboxResult:
     """Wait for the process to exit, and kill it when a limit is reached."""
-    readers = [_Reader(stream, limits.output_bytes) for stream in (process.stdout, process.stderr) if stream]
-    threading.Thread(target=_feed, args=(process.stdin, stdin), daemon=True).start()
-    ended: Literal["exit", "time", "memory", "processes", "output"] = "exit"
+    readers = [_OutputReader(stream, limits.output_bytes) for stream in (process.stdout, process.stderr) if stream]
+    threading.Thread(target=_write_stdin, args=(process.stdin, stdin), daemon=True).start()
+    stop_reason: Literal["exit", "time", "memory", "processes", "output"] = "exit"
     try:
         while True:
             try:
                 process.wait(POLL)
                 break
             except subprocess.TimeoutExpired:
-                count, resident = _used(process.pid)
+                count, resident = _measure_usage(process.pid)
             if time.monotonic() - began > limits.seconds:
-                ended = "time"
+                stop_reason = "time"
             elif count > limits.processes:
-                ended = "processes"
+                stop_reason = "processes"
             elif resident > limits.memory_mb * MB:
-                ended = "memory"
-            elif any(reader.full for reader in readers):
-                ended = "output"
-            if ended != "exit":
+                stop_reason = "memory"
+            elif any(reader.limit_reached for reader in readers):
+                stop_reason = "output"
+            if stop_reason != "exit":
                 break
     finally:
         process.kill()  # bubblewrap's child dies with it (--die-with-parent), and the whole PID namespace with that
@@ -270,12 +274,14 @@ def _watched(process: subprocess.Popen[bytes], stdin: bytes, limits: Limits, beg
     for reader in readers:
         reader.join(5)
         reader.stream.close()
-    if ended == "exit" and any(reader.full for reader in readers):
-        ended = "output"
-    return Outcome(ended, process.returncode, readers[0].text(), readers[1].text(), time.monotonic() - began)
+    if stop_reason == "exit" and any(reader.limit_reached for reader in readers):
+        stop_reason = "output"
+    return SandboxResult(
+        stop_reason, process.returncode, readers[0].text(), readers[1].text(), time.monotonic() - began
+    )
 
 
-def _used(parent: int) -> tuple[int, int]:
+def _measure_usage(parent: int) -> tuple[int, int]:
     """Return (processes, resident bytes) of all descendants of a process, without the sandbox's own three processes."""
     parents: dict[int, int] = {}
     resident: dict[int, int] = {}

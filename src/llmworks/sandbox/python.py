@@ -6,14 +6,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from llmworks.sandbox.bubblewrap import Limits, Outcome, run
+from llmworks.sandbox.bubblewrap import Limits, SandboxResult, run
 
 MAIN = "main.py"
 
 
 def run_python(
     code: str, *, files: Mapping[str, str | bytes] | None = None, stdin: str = "", limits: Limits | None = None
-) -> Outcome:
+) -> SandboxResult:
     """Run `code` as a program in a directory with `files`.
 
     It can import the standard library and packages of the base interpreter.
@@ -24,5 +24,5 @@ def run_python(
         files={**(files or {}), MAIN: code},
         stdin=stdin,
         limits=limits,
-        show=[Path(sys.base_prefix)],
+        readable_paths=[Path(sys.base_prefix)],
     )

@@ -12,14 +12,14 @@ from typing import Any
 from llmworks.core.errors import DataError, UserError
 from llmworks.core.types import Message, Score, ScoreFunction
 from llmworks.score.code import code
-from llmworks.score.constraints import constraints, constraints_loose, constraints_share
+from llmworks.score.constraints import constraints_loose, constraints_share, constraints_strict
 from llmworks.score.function_call import function_call, valid_call
 from llmworks.score.key import key
 from llmworks.score.shape import regex, schema
 from llmworks.score.sql import sql
 
-FIELDS = {
-    "constraints": constraints,
+VERIFIERS = {
+    "constraints": constraints_strict,
     "tests": code,
     "sql": sql,
     "schema": schema,
@@ -28,7 +28,7 @@ FIELDS = {
 }  # field of `answer` -> its score function
 
 
-def verified(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
+def score_verified(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
     """Score with the function that matches the row's `answer`.
 
     Errors: DataError for a row without one.
@@ -36,18 +36,20 @@ def verified(prompt: Sequence[Message], completion: str, row: Mapping[str, Any])
     answer = row.get("answer")
     if isinstance(answer, Mapping):
         verifier = next(
-            (function for field, function in FIELDS.items() if field in answer),
+            (function for field, function in VERIFIERS.items() if field in answer),
             function_call if row.get("tools") else None,
         )
     else:
         verifier = key if answer is not None else None
     if verifier is None:
-        raise DataError(f"row {row.get('id')!r}: has no verifiable `answer` ({', '.join(FIELDS)}, or a function call)")
+        raise DataError(
+            f"row {row.get('id')!r}: has no verifiable `answer` ({', '.join(VERIFIERS)}, or a function call)"
+        )
     return verifier(prompt, completion, row)
 
 
 SCORES: dict[str, ScoreFunction] = {
-    "verified": verified,
+    "verified": score_verified,
     "function_call": function_call,
     "valid_call": valid_call,
     "key": key,
@@ -55,13 +57,13 @@ SCORES: dict[str, ScoreFunction] = {
     "schema": schema,
     "code": code,
     "sql": sql,
-    "constraints": constraints,
+    "constraints": constraints_strict,
     "constraints_loose": constraints_loose,
     "constraints_share": constraints_share,
 }
 
 
-def score_function(name: str) -> ScoreFunction:
+def get_score_function(name: str) -> ScoreFunction:
     """Return the score function of a name.
 
     Errors: UserError for an unknown name.

@@ -9,8 +9,8 @@ from typing import Any
 
 from llmworks.core.errors import DataError
 from llmworks.core.types import Message, Score
-from llmworks.sandbox import Limits, Outcome, run_python
-from llmworks.score.extract import code_block
+from llmworks.sandbox import Limits, SandboxResult, run_python
+from llmworks.score.extract import extract_code_block
 
 LIMITS = Limits(seconds=10, memory_mb=512)
 
@@ -31,16 +31,20 @@ def code(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> 
             ast.parse(str(answer.get(name) or ""))
         except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
             raise DataError(f"row {row.get('id')!r}: answer.{name} is not valid Python ({error})") from None
-    program = "\n".join((str(answer.get("setup") or ""), code_block(completion, "python", "py", "python3"), tests))
+    program = "\n".join(
+        (str(answer.get("setup") or ""), extract_code_block(completion, "python", "py", "python3"), tests)
+    )
     through = hashlib.sha256(program.encode("utf-8", "replace")).hexdigest()
     outcome = run_python(f"{program}\nprint('\\n{through}')\n", limits=LIMITS)
     if outcome.ok and outcome.stdout.endswith(f"\n{through}\n"):
         return Score(1.0)
-    return Score(0.0, _why(outcome))
+    return Score(0.0, _failure_reason(outcome))
 
 
-def _why(outcome: Outcome) -> str:
-    if outcome.ended != "exit":
-        return f"reached the limit of {outcome.ended}"
+def _failure_reason(outcome: SandboxResult) -> str:
+    if outcome.stop_reason != "exit":
+        return f"reached the limit of {outcome.stop_reason}"
     last = next((line for line in reversed(outcome.stderr.splitlines()) if line.strip()), "")
-    return last[:160] or ("exited before the tests finished" if outcome.code == 0 else f"exit code {outcome.code}")
+    return last[:160] or (
+        "exited before the tests finished" if outcome.exit_code == 0 else f"exit code {outcome.exit_code}"
+    )

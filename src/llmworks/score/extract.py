@@ -15,19 +15,19 @@ FINAL = re.compile(
 FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
-def final_answer(text: str) -> str:
+def extract_final_answer(text: str) -> str:
     r"""Return what follows the last `Answer:`, `the answer is` or `####`, or is in the last `\boxed{}`.
 
     Without any of these, the last non-empty line.
     """
-    found = list(FINAL.finditer(text))
-    if found:
-        return next(part for part in found[-1].groups() if part is not None).strip()
+    matches = list(FINAL.finditer(text))
+    if matches:
+        return next(part for part in matches[-1].groups() if part is not None).strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else ""
 
 
-def code_block(text: str, *languages: str) -> str:
+def extract_code_block(text: str, *languages: str) -> str:
     """Return the last fenced block in one of these languages or without a language; else the last block.
 
     The whole text where there is no fence.
@@ -37,14 +37,14 @@ def code_block(text: str, *languages: str) -> str:
     return str(fitting[-1] if fitting else blocks[-1][1] if blocks else text)
 
 
-def json_value(text: str) -> Any:
+def extract_json(text: str) -> Any:
     """Return the JSON value of a completion: all of it, its last fenced block, or the first object or array in it.
 
     Errors: ValueError when there is none.
     """
     candidates = [text.strip()]
     if FENCE.search(text):
-        candidates.insert(0, code_block(text, "json").strip())
+        candidates.insert(0, extract_code_block(text, "json").strip())
     candidates += [text[at:] for at in (text.find("{"), text.find("[")) if at >= 0]
     for candidate in candidates:
         try:

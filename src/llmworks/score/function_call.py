@@ -14,7 +14,7 @@ from typing import Any
 
 from llmworks.core.errors import DataError
 from llmworks.core.types import Message, Score
-from llmworks.tokenize.chat.templates import parse_calls
+from llmworks.tokenize.chat.templates import parse_tool_calls
 
 _PYTHON_TYPE: dict[str, type] = {
     "integer": int,
@@ -32,8 +32,8 @@ def function_call(prompt: Sequence[Message], completion: str, row: Mapping[str, 
 
     `row` has `tools` (JSON schema) and `answer` ({name: {argument: accepted values}}).
     """
-    ((name, accepted),) = accepted_call(row).items()
-    _, calls = parse_calls(completion)
+    ((name, accepted),) = get_accepted_call(row).items()
+    _, calls = parse_tool_calls(completion)
     if len(calls) != 1:
         return Score(0.0, f"{len(calls)} calls, expected one")
     call = calls[0]
@@ -51,7 +51,7 @@ def valid_call(prompt: Sequence[Message], completion: str, row: Mapping[str, Any
     """
     import jsonschema_rs
 
-    _, calls = parse_calls(completion)
+    _, calls = parse_tool_calls(completion)
     if len(calls) != 1:
         return Score(0.0, f"{len(calls)} parseable calls, expected one")
     call = calls[0]
@@ -77,7 +77,7 @@ def valid_call(prompt: Sequence[Message], completion: str, row: Mapping[str, Any
     )
 
 
-def accepted_call(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def get_accepted_call(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the row's accepted call.
 
     Errors: DataError when its `answer` is not one call of one of its `tools`.
@@ -96,21 +96,21 @@ def accepted_call(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def check_arguments(
-    given: Mapping[str, Any], accepted: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any]
+    arguments: Mapping[str, Any], accepted: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any]
 ) -> str:
     """Return what is wrong with the arguments, or an empty string."""
     properties = parameters.get("properties", {})
     for name in parameters.get("required", []):
-        if name not in given:
+        if name not in arguments:
             return f"argument {name!r} is missing"
-    for name, value in given.items():
+    for name, value in arguments.items():
         if name not in properties or name not in accepted:
             return f"argument {name!r} is unknown"
         problem = check_value(value, accepted[name], properties[name])
         if problem:
             return f"argument {name!r}: {problem}"
     for name, values in accepted.items():
-        if name not in given and OMITTED not in values:
+        if name not in arguments and OMITTED not in values:
             return f"argument {name!r} is missing"
     return ""
 
@@ -128,7 +128,7 @@ def check_value(value: Any, accepted: Sequence[Any], spec: Mapping[str, Any]) ->
         if (
             kind is list
             and "items" in spec
-            and not _items_typed(value, accepted, _PYTHON_TYPE.get(spec["items"].get("type", "string"), str))
+            and not _has_typed_items(value, accepted, _PYTHON_TYPE.get(spec["items"].get("type", "string"), str))
         ):
             return f"an item has the wrong type in {value!r}"
     elif example is None or type(value) is not type(example):
@@ -140,22 +140,22 @@ def check_value(value: Any, accepted: Sequence[Any], spec: Mapping[str, Any]) ->
     if not as_variable and isinstance(value, dict):
         return (
             ""
-            if any(_object_fits(value, a) for a in accepted if isinstance(a, dict))
+            if any(_is_accepted_object(value, a) for a in accepted if isinstance(a, dict))
             else f"{value!r} is not among {list(accepted)}"
         )
     if not as_variable and isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
         fits = any(
-            len(value) == len(a) and all(_object_fits(v, w) for v, w in zip(value, a, strict=True))
+            len(value) == len(a) and all(_is_accepted_object(v, w) for v, w in zip(value, a, strict=True))
             for a in accepted
             if isinstance(a, list)
         )
         return "" if fits else f"{value!r} is not among {list(accepted)}"
-    if any(same(value, a) for a in accepted):
+    if any(is_same(value, a) for a in accepted):
         return ""
     return f"{value!r} is not among {list(accepted)}"
 
 
-def _items_typed(value: Any, accepted: Sequence[Any], kind: type) -> bool:
+def _has_typed_items(value: Any, accepted: Sequence[Any], kind: type) -> bool:
     """Return whether every item has the declared type, or the item type of some accepted list."""
     for candidate in accepted:
         if not isinstance(candidate, list):
@@ -166,21 +166,21 @@ def _items_typed(value: Any, accepted: Sequence[Any], kind: type) -> bool:
     return False
 
 
-def _object_fits(value: Mapping[str, Any], accepted: Mapping[str, Sequence[Any]]) -> bool:
+def _is_accepted_object(value: Mapping[str, Any], accepted: Mapping[str, Sequence[Any]]) -> bool:
     """Return whether an object has no unknown key, only accepted values, and all required keys."""
-    if any(key not in accepted or not any(same(item, a) for a in accepted[key]) for key, item in value.items()):
+    if any(key not in accepted or not any(is_same(item, a) for a in accepted[key]) for key, item in value.items()):
         return False
     return all(key in value or OMITTED in values for key, values in accepted.items())
 
 
-def same(a: Any, b: Any) -> bool:
+def is_same(a: Any, b: Any) -> bool:
     """Return whether two values are equal after normalization, one level into lists."""
     if isinstance(a, list) and isinstance(b, list):
-        return [normal(v) for v in a] == [normal(v) for v in b]
-    return bool(normal(a) == normal(b))
+        return [normalize(v) for v in a] == [normalize(v) for v in b]
+    return bool(normalize(a) == normalize(b))
 
 
-def normal(value: Any) -> Any:
+def normalize(value: Any) -> Any:
     """Return a string without case, spaces and light punctuation, with single quotes as double ones.
 
     Any other value is unchanged.

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmworks.core.errors import DataError
 from llmworks.core.types import Message, Score
-from llmworks.score.extract import final_answer
+from llmworks.score.extract import extract_final_answer
 
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
 OPTION = re.compile(r"^\W*([A-Za-z])(?:[).:,]|\W*$)")
@@ -24,14 +24,14 @@ def key(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> S
 
     Errors: DataError for a row without one.
     """
-    accepted = accepted_keys(row)
-    said = final_answer(completion)
-    if any(same(said, wanted) for wanted in accepted):
+    accepted = get_accepted_keys(row)
+    answer = extract_final_answer(completion)
+    if any(is_same(answer, wanted) for wanted in accepted):
         return Score(1.0)
-    return Score(0.0, f"answered {said[:80]!r}, expected {' or '.join(map(repr, accepted))[:120]}")
+    return Score(0.0, f"answered {answer[:80]!r}, expected {' or '.join(map(repr, accepted))[:120]}")
 
 
-def accepted_keys(row: Mapping[str, Any]) -> list[str]:
+def get_accepted_keys(row: Mapping[str, Any]) -> list[str]:
     """Return the keys of a row.
 
     Errors: DataError for a row without one.
@@ -48,28 +48,28 @@ def accepted_keys(row: Mapping[str, Any]) -> list[str]:
     return [str(a) for a in found]
 
 
-def same(said: str, wanted: str) -> bool:
+def is_same(answer: str, expected: str) -> bool:
     """Return whether an answer equals the key."""
-    if len(wanted.strip("()")) == 1 and wanted.strip("()").isalpha():
-        option = OPTION.match(said)
-        return option is not None and option[1].lower() == wanted.strip("()").lower()
-    number = _number(wanted)
+    if len(expected.strip("()")) == 1 and expected.strip("()").isalpha():
+        option = OPTION.match(answer)
+        return option is not None and option[1].lower() == expected.strip("()").lower()
+    number = _parse_number(expected)
     if number is not None:
-        found = [n for n in (_number(part) for part in _numbers(said)) if n is not None]
+        found = [n for n in (_parse_number(part) for part in _find_numbers(answer)) if n is not None]
         return bool(found) and found[-1] == number
-    return _plain(said) == _plain(wanted)
+    return _normalize(answer) == _normalize(expected)
 
 
-def _numbers(text: str) -> list[str]:
+def _find_numbers(text: str) -> list[str]:
     return [m[0] for m in NUMBER.finditer(text) if any(c.isdigit() for c in m[0])]
 
 
-def _number(text: str) -> Decimal | None:
+def _parse_number(text: str) -> Decimal | None:
     try:
         return Decimal(text.strip(UNITS + ".").replace(",", "")) if any(c.isdigit() for c in text) else None
     except InvalidOperation:
         return None
 
 
-def _plain(text: str) -> str:
+def _normalize(text: str) -> str:
     return " ".join(re.sub(r"[^\w\s]", " ", text.casefold()).split())

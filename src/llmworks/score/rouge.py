@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 
 
-def words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """Return the lowercase words of a text, without punctuation."""
     return re.findall(r"\w+", text.lower())
 
 
-def longest_common(a: Sequence[str], b: Sequence[str]) -> int:
+def lcs_length(a: Sequence[str], b: Sequence[str]) -> int:
     """Return the length of the longest common subsequence, bit-parallel (Hyyro 2004)."""
     where: dict[str, int] = {}
     for i, word in enumerate(a):
@@ -27,7 +27,7 @@ def longest_common(a: Sequence[str], b: Sequence[str]) -> int:
 
 def rouge_l(a: Sequence[str], b: Sequence[str]) -> float:
     """Return the ROUGE-L F-measure of two word sequences, from 0 to 1."""
-    return 2 * longest_common(a, b) / (len(a) + len(b)) if a and b else 0.0
+    return 2 * lcs_length(a, b) / (len(a) + len(b)) if a and b else 0.0
 
 
 def rouge_n(a: Sequence[str], b: Sequence[str], n: int) -> float:

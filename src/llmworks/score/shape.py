@@ -9,9 +9,9 @@ import regex as expressions
 
 from llmworks.core.errors import DataError
 from llmworks.core.types import Message, Score
-from llmworks.score.extract import json_value
+from llmworks.score.extract import extract_json
 
-SECONDS = 2.0  # timeout of one match: some patterns backtrack exponentially
+TIMEOUT = 2.0  # timeout of one match: some patterns backtrack exponentially
 
 
 def regex(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
@@ -24,11 +24,11 @@ def regex(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) ->
     if not isinstance(pattern, str):
         raise DataError(f'row {row.get("id")!r}: `answer` must be {{"regex": PATTERN}}')
     try:
-        found = expressions.search(pattern, completion.strip(), timeout=SECONDS)
+        found = expressions.search(pattern, completion.strip(), timeout=TIMEOUT)
     except expressions.error as error:
         raise DataError(f"row {row.get('id')!r}: answer.regex is not a valid regular expression ({error})") from None
     except TimeoutError:
-        return Score(0.0, f"takes longer than {SECONDS:g} s to match {pattern[:80]!r}")
+        return Score(0.0, f"takes longer than {TIMEOUT:g} s to match {pattern[:80]!r}")
     return Score(1.0) if found else Score(0.0, f"does not match {pattern[:80]!r}")
 
 
@@ -48,7 +48,7 @@ def schema(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -
     except jsonschema_rs.ValidationError as error:
         raise DataError(f"row {row.get('id')!r}: answer.schema is not a valid JSON schema ({error.message})") from None
     try:
-        value = json_value(completion)
+        value = extract_json(completion)
     except ValueError as error:
         return Score(0.0, str(error))
     problem = min(validator.iter_errors(value), key=lambda e: list(map(str, e.instance_path)), default=None)

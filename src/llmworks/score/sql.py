@@ -16,15 +16,15 @@ from typing import Any
 
 from llmworks.core.errors import DataError
 from llmworks.core.types import Message, Score
-from llmworks.score.extract import code_block
+from llmworks.score.extract import extract_code_block
 
-SECONDS, ROWS, STEPS, BYTES = (
+TIMEOUT, MAX_ROWS, STEPS_PER_CHECK, MAX_VALUE_BYTES = (
     5.0,
     20_000,
     10_000,
     1 << 20,
 )  # timeout and row limit of a query, steps between timeout checks, bytes of a value
-READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, 33}  # 33: SQLITE_RECURSIVE
+READ_ACTIONS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, 33}  # 33: SQLITE_RECURSIVE
 
 
 def sql(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
@@ -42,44 +42,44 @@ def sql(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> S
             f'row {row.get("id")!r}: `answer` must be {{"sql": QUERY, "setup": SQL THAT CREATES THE DATABASE}}'
         )
     database = sqlite3.connect(":memory:")
-    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, BYTES)
+    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
     try:
         database.executescript(answer["setup"])
-        wanted = run(database, answer["sql"])
+        expected = run_query(database, answer["sql"])
     except (sqlite3.Error, sqlite3.Warning) as error:
         database.close()
         raise DataError(f"row {row.get('id')!r}: its own setup or query fails ({error})") from None
     try:
-        given = run(database, query_of(completion))
+        returned = run_query(database, extract_query(completion))
     except (sqlite3.Error, sqlite3.Warning, UnicodeEncodeError) as error:
         return Score(0.0, f"the query fails: {error}"[:160])
     finally:
         database.close()
     ordered = re.search(r"\border\s+by\b", answer["sql"], re.IGNORECASE) is not None
-    equal = given == wanted if ordered else Counter(given) == Counter(wanted)
-    return Score(1.0) if equal else Score(0.0, f"different rows: {len(given)} returned, {len(wanted)} expected")
+    equal = returned == expected if ordered else Counter(returned) == Counter(expected)
+    return Score(1.0) if equal else Score(0.0, f"different rows: {len(returned)} returned, {len(expected)} expected")
 
 
-def query_of(completion: str) -> str:
+def extract_query(completion: str) -> str:
     """Extract the query from a completion."""
-    text = code_block(completion, "sql", "sqlite")
+    text = extract_code_block(completion, "sql", "sqlite")
     found = re.search(r"\b(?:select|with)\b.*", text, re.IGNORECASE | re.DOTALL)
     return (found[0] if found else text).split(";")[0].strip()
 
 
-def run(database: sqlite3.Connection, query: str) -> list[tuple[Any, ...]]:
+def run_query(database: sqlite3.Connection, query: str) -> list[tuple[Any, ...]]:
     """Return the rows of a read-only query.
 
     Errors: sqlite3.Error for any other statement, or on a timeout or too many rows.
     """
-    deadline = time.monotonic() + SECONDS
-    database.set_progress_handler(lambda: int(time.monotonic() > deadline), STEPS)
-    database.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in READING else sqlite3.SQLITE_DENY)
+    deadline = time.monotonic() + TIMEOUT
+    database.set_progress_handler(lambda: int(time.monotonic() > deadline), STEPS_PER_CHECK)
+    database.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in READ_ACTIONS else sqlite3.SQLITE_DENY)
     try:
-        rows = database.execute(query).fetchmany(ROWS + 1)
+        rows = database.execute(query).fetchmany(MAX_ROWS + 1)
     finally:
         database.set_authorizer(None)
         database.set_progress_handler(None, 0)
-    if len(rows) > ROWS:
-        raise sqlite3.OperationalError(f"more than {ROWS:,} rows")
+    if len(rows) > MAX_ROWS:
+        raise sqlite3.OperationalError(f"more than {MAX_ROWS:,} rows")
     return [tuple(round(v, 6) if isinstance(v, float) else v for v in row) for row in rows]

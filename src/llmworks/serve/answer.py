@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from llmworks.core.types import Completion, Delta
-from llmworks.generate.decode.stopping import safe_length
-from llmworks.tokenize.chat.templates import CALL_OPEN, parse_calls
+from llmworks.generate.decode.stopping import displayable_length
+from llmworks.tokenize.chat.templates import CALL_OPEN, parse_tool_calls
 
 DONE = "data: [DONE]\n\n"
 
 
-def usage(completion: Completion) -> dict[str, int]:
+def build_usage(completion: Completion) -> dict[str, int]:
     """Return the token counts."""
     return {
         "prompt_tokens": completion.prompt_tokens,
@@ -22,14 +22,14 @@ def usage(completion: Completion) -> dict[str, int]:
     }
 
 
-def finish_reason(completion: Completion) -> str:
+def get_finish_reason(completion: Completion) -> str:
     """Return the API's finish reason."""
     return "content_filter" if completion.finish == "filtered" else completion.finish
 
 
-def tool_calls(identity: str, text: str) -> tuple[str, list[dict[str, Any]]]:
+def split_tool_calls(identity: str, text: str) -> tuple[str, list[dict[str, Any]]]:
     """Return (text without tool calls, tool calls in the API's format)."""
-    plain, calls = parse_calls(text)
+    plain, calls = parse_tool_calls(text)
     return plain, [
         {
             "id": f"call_{identity[-12:]}_{i}",
@@ -40,13 +40,15 @@ def tool_calls(identity: str, text: str) -> tuple[str, list[dict[str, Any]]]:
     ]
 
 
-def whole(identity: str, created: int, model: str, completion: Completion, with_tools: bool) -> dict[str, Any]:
+def build_completion(
+    identity: str, created: int, model: str, completion: Completion, with_tools: bool
+) -> dict[str, Any]:
     """Return a `chat.completion` object."""
-    text, calls = tool_calls(identity, completion.text) if with_tools else (completion.text, [])
+    text, calls = split_tool_calls(identity, completion.text) if with_tools else (completion.text, [])
     message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
     if calls:
         message["tool_calls"] = calls
-    reason = "tool_calls" if calls else finish_reason(completion)
+    reason = "tool_calls" if calls else get_finish_reason(completion)
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
     return {
         "id": identity,
@@ -54,11 +56,11 @@ def whole(identity: str, created: int, model: str, completion: Completion, with_
         "created": created,
         "model": model,
         "choices": [choice],
-        "usage": usage(completion),
+        "usage": build_usage(completion),
     }
 
 
-async def chunks(
+async def stream_chunks(
     identity: str,
     created: int,
     model: str,
@@ -86,24 +88,24 @@ async def chunks(
         return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
     yield event({"role": "assistant", "content": ""})
-    text, shown = "", 0
+    text, sent = "", 0
     completion = Completion("", "stop")
-    async for delta in _with_first(first, rest):
+    async for delta in _chain_first(first, rest):
         text += delta.text
         completion = delta.done or completion
         end = len(text)
         if with_tools:
-            end = text.find(CALL_OPEN) if CALL_OPEN in text else safe_length(text, [CALL_OPEN])
-        if end > shown:
-            yield event({"content": text[shown:end]})
-            shown = end
-    _, calls = tool_calls(identity, text) if with_tools else ("", [])
-    tail = without_calls(text[shown:]) if calls else text[shown:]
+            end = text.find(CALL_OPEN) if CALL_OPEN in text else displayable_length(text, [CALL_OPEN])
+        if end > sent:
+            yield event({"content": text[sent:end]})
+            sent = end
+    _, calls = split_tool_calls(identity, text) if with_tools else ("", [])
+    tail = strip_tool_calls(text[sent:]) if calls else text[sent:]
     if tail:
         yield event({"content": tail})
     if calls:
         yield event({"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]})
-    yield event({}, "tool_calls" if calls else finish_reason(completion))
+    yield event({}, "tool_calls" if calls else get_finish_reason(completion))
     if include_usage:
         body = {
             "id": identity,
@@ -111,18 +113,18 @@ async def chunks(
             "created": created,
             "model": model,
             "choices": [],
-            "usage": usage(completion),
+            "usage": build_usage(completion),
         }
         yield f"data: {json.dumps(body)}\n\n"
     yield DONE
 
 
-async def _with_first(first: Delta, rest: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
+async def _chain_first(first: Delta, rest: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
     yield first
     async for delta in rest:
         yield delta
 
 
-def without_calls(text: str) -> str:
+def strip_tool_calls(text: str) -> str:
     """Return the text outside tool calls, with its white space."""
-    return parse_calls(text, strip=False)[0]
+    return parse_tool_calls(text, strip=False)[0]

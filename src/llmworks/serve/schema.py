@@ -14,7 +14,7 @@ from llmworks.core.types import Request, Sampling, messages_from_json
 
 # API fields that would change the completion, with their neutral values. Any other value is refused, not
 # ignored.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
     "frequency_penalty": (None, 0, 0.0),
     "presence_penalty": (None, 0, 0.0),
@@ -56,9 +56,9 @@ class ChatRequest(BaseModel):
     seed: int | None = None
     stop: str | list[str] | None = None
 
-    def request(self, default_max_tokens: int) -> Request:
+    def to_request(self, default_max_tokens: int) -> Request:
         """Return the engine's request. RequestError for unsupported fields."""
-        for name, harmless in NEUTRAL.items():
+        for name, harmless in NEUTRAL_VALUES.items():
             value = (self.model_extra or {}).get(name)
             if value not in harmless:
                 raise RequestError(f"{name}: {value!r} is not supported by this server")

@@ -25,26 +25,26 @@ from starlette.exceptions import HTTPException
 from llmworks.core.errors import EngineError, LlmworksError, RequestError, UserError
 from llmworks.core.types import Completion, Delta, Engine
 from llmworks.core.types import Request as EngineRequest
-from llmworks.serve.answer import chunks, whole
+from llmworks.serve.answer import build_completion, stream_chunks
 from llmworks.serve.schema import ChatRequest
 
 DEFAULT_MAX_TOKENS = 512
-PARALLEL = 4
+MAX_PARALLEL = 4
 
 
-def error_body(
+def build_error(
     message: str, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None
 ) -> dict[str, Any]:
     """Return the API's error object."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-class Turns:
+class RequestExecutor:
     """Runs requests in its own threads: one thread, or several for an engine that computes requests in parallel."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.threads = ThreadPoolExecutor(PARALLEL if "parallel" in engine.can else 1, thread_name_prefix="engine")
+        self.threads = ThreadPoolExecutor(MAX_PARALLEL if "parallel" in engine.can else 1, thread_name_prefix="engine")
         self.stopping = threading.Event()  # once set, every running request ends at its next token with an error
 
     def close(self) -> None:
@@ -52,14 +52,16 @@ class Turns:
         self.stopping.set()
         self.threads.shutdown(wait=True)
 
-    async def answer(self, request: EngineRequest, gone: Callable[[], Awaitable[bool]]) -> Completion | None:
+    async def complete(
+        self, request: EngineRequest, is_disconnected: Callable[[], Awaitable[bool]]
+    ) -> Completion | None:
         """Return a whole completion; None, after stopping, once `gone` reports that the client has disconnected."""
         deltas = self.stream(request)
         try:
             async for delta in deltas:
                 if delta.done is not None:
                     return delta.done
-                if await gone():
+                if await is_disconnected():
                     return None
         finally:
             await deltas.aclose()
@@ -69,7 +71,7 @@ class Turns:
         """Stream a completion. Work starts immediately and stops when the iterator is closed."""
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
-        gone = threading.Event()
+        cancelled = threading.Event()
 
         def work() -> None:
             end: Exception | None = None
@@ -77,7 +79,7 @@ class Turns:
                 stream = self.engine.stream(request)
                 for delta in stream:
                     loop.call_soon_threadsafe(pieces.put_nowait, delta)
-                    if gone.is_set() or self.stopping.is_set():
+                    if cancelled.is_set() or self.stopping.is_set():
                         stream.close()  # type: ignore[attr-defined]
                         if delta.done is None:
                             raise EngineError("the server is stopping")
@@ -94,31 +96,31 @@ class Turns:
                         raise piece
                     yield piece
             finally:
-                gone.set()
+                cancelled.set()
 
         self.threads.submit(work)
         return read()
 
 
-async def until_error(lines: AsyncIterator[str]) -> AsyncIterator[str]:
+async def stream_until_error(lines: AsyncIterator[str]) -> AsyncIterator[str]:
     """Yield the stream's lines; an engine error after the first line becomes the API's error object."""
     try:
         async for line in lines:
             yield line
     except LlmworksError as error:
-        yield f"data: {json.dumps(error_body(str(error), 'server_error'))}\n\n"
+        yield f"data: {json.dumps(build_error(str(error), 'server_error'))}\n\n"
 
 
-def unknown_model(asked: str, name: str) -> JSONResponse:
+def build_unknown_model_response(requested: str, name: str) -> JSONResponse:
     """Return the API's response to a request for a model that is not served."""
-    message = f"The model {asked!r} does not exist; this server serves {name!r}"
-    return JSONResponse(error_body(message, code="model_not_found", param="model"), 404)
+    message = f"The model {requested!r} does not exist; this server serves {name!r}"
+    return JSONResponse(build_error(message, code="model_not_found", param="model"), 404)
 
 
 def build_app(engine: Engine, name: str) -> FastAPI:
     """Build the application. `name` is the model's name in the API."""
     app = FastAPI(title="llmworks", docs_url=None, redoc_url=None, openapi_url=None)
-    turns = app.state.turns = Turns(engine)
+    turns = app.state.turns = RequestExecutor(engine)
     started = int(time.time())
     model = {"id": name, "object": "model", "created": started, "owned_by": "llmworks"}
 
@@ -132,7 +134,7 @@ def build_app(engine: Engine, name: str) -> FastAPI:
 
     @app.get("/v1/models/{model_id:path}")
     def one_model(model_id: str) -> Any:
-        return model if model_id == name else unknown_model(model_id, name)
+        return model if model_id == name else build_unknown_model_response(model_id, name)
 
     @app.post("/v1/chat/completions")
     async def completions(http: Request) -> Any:
@@ -141,35 +143,39 @@ def build_app(engine: Engine, name: str) -> FastAPI:
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
-            return JSONResponse(error_body(f"{field or 'request body'}: {first['msg']}", param=field or None), 400)
+            return JSONResponse(build_error(f"{field or 'request body'}: {first['msg']}", param=field or None), 400)
         except ValueError as error:
-            return JSONResponse(error_body(f"the request body is not JSON: {error}"), 400)
+            return JSONResponse(build_error(f"the request body is not JSON: {error}"), 400)
         if body.model != name:
-            return unknown_model(body.model, name)
-        request = body.request(DEFAULT_MAX_TOKENS)
+            return build_unknown_model_response(body.model, name)
+        request = body.to_request(DEFAULT_MAX_TOKENS)
         identity, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         if not body.stream:
-            answer = await turns.answer(request, http.is_disconnected)
-            return whole(identity, created, name, answer, bool(request.tools)) if answer else Response(status_code=499)
+            answer = await turns.complete(request, http.is_disconnected)
+            return (
+                build_completion(identity, created, name, answer, bool(request.tools))
+                if answer
+                else Response(status_code=499)
+            )
         deltas = turns.stream(request)
         opening = await deltas.__anext__()  # invalid requests are refused before the stream begins
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        lines = chunks(identity, created, name, opening, deltas, bool(request.tools), with_usage)
+        lines = stream_chunks(identity, created, name, opening, deltas, bool(request.tools), with_usage)
         return StreamingResponse(
-            until_error(lines), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+            stream_until_error(lines), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
 
     @app.exception_handler(RequestError)
     async def refused(http: Request, error: RequestError) -> JSONResponse:
-        return JSONResponse(error_body(str(error)), 400)
+        return JSONResponse(build_error(str(error)), 400)
 
     @app.exception_handler(LlmworksError)
     async def failed(http: Request, error: LlmworksError) -> JSONResponse:
-        return JSONResponse(error_body(str(error), "server_error"), 500)
+        return JSONResponse(build_error(str(error), "server_error"), 500)
 
     @app.exception_handler(HTTPException)
     async def http_error(http: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(error_body(f"{http.method} {http.url.path}: {error.detail}"), error.status_code)
+        return JSONResponse(build_error(f"{http.method} {http.url.path}: {error.detail}"), error.status_code)
 
     return app
 

@@ -20,12 +20,12 @@ from llmworks.core.documents import REJECTED
 from llmworks.core.errors import DataError, RequestError
 from llmworks.core.types import Engine, Json, Message, Request, Sampling, messages_from_json, messages_to_json
 from llmworks.data.card import finish_rows
-from llmworks.data.store.rows import Row, flat_messages, read_chat
+from llmworks.data.store.rows import Row, flatten_messages, read_chat
 from llmworks.generate.remote.endpoint import parse_remote
-from llmworks.generate.remote.journal import Journal, request_id
-from llmworks.generate.remote.usage import Account
+from llmworks.generate.remote.journal import Journal, compute_request_id
+from llmworks.generate.remote.usage import UsageMeter
 
-SHOWN = 12
+NUM_SAMPLES = 12
 
 
 class Decoding(Config):
@@ -38,7 +38,7 @@ class Decoding(Config):
     )
 
 
-class Answer(NamedTuple):
+class GeneratedText(NamedTuple):
     """A model's completion, or the reason why it is not usable."""
 
     text: str
@@ -46,15 +46,15 @@ class Answer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Prompt:
+class GenerationPrompt:
     """A prompt; `turn` distinguishes repetitions of it."""
 
     messages: tuple[Message, ...]
-    turn: int = 0
+    repetition: int = 0
 
 
 @dataclass
-class Maker:
+class SyntheticDatasetBuilder:
     """One run of a method over one model; without a model no request can be made."""
 
     ctx: Context
@@ -68,10 +68,10 @@ class Maker:
 
     def __post_init__(self) -> None:
         self._journal = Journal(self.ctx.scratch / self.file, self._open)
-        self.by = self.model.name if self.model else "people"
-        self._server = self.model is not None and self.model.ref.startswith(("http://", "https://"))
-        self._asked: set[str] = set()
-        self._others: list[Json] = []
+        self.generator_name = self.model.name if self.model else "people"
+        self._is_server = self.model is not None and self.model.ref.startswith(("http://", "https://"))
+        self._request_ids: set[str] = set()
+        self._other_usage: list[Json] = []
 
     def _open(self) -> Engine:
         assert self.model is not None
@@ -85,9 +85,14 @@ class Maker:
     ) -> None:
         self._journal.__exit__(kind, error, trace)
 
-    def ask(
-        self, what: str, prompts: Sequence[Prompt | str], *, max_tokens: int = 0, temperature: float | None = None
-    ) -> list[Answer]:
+    def generate(
+        self,
+        label: str,
+        prompts: Sequence[GenerationPrompt | str],
+        *,
+        max_tokens: int = 0,
+        temperature: float | None = None,
+    ) -> list[GeneratedText]:
         """Return the completions in the order of the prompts; a plain string is a user turn.
 
         A request that the model refuses gives a problem and does not stop the run.
@@ -95,45 +100,52 @@ class Maker:
         ids: list[str] = []
         requests: dict[str, Request] = {}
         for prompt in prompts:
-            asked = prompt if isinstance(prompt, Prompt) else Prompt((Message("user", prompt),))
-            request = self._request(asked, max_tokens, temperature)
-            ids.append(request_id(request, asked.turn))
+            generation_prompt = (
+                prompt if isinstance(prompt, GenerationPrompt) else GenerationPrompt((Message("user", prompt),))
+            )
+            request = self._build_request(generation_prompt, max_tokens, temperature)
+            ids.append(compute_request_id(request, generation_prompt.repetition))
             requests[ids[-1]] = request
-        with self.ctx.progress.bar(what, len(requests), "answers") as bar:
-            answers = self._journal.ask(requests, bar)
-        self._asked.update(requests)
-        return [self._usable(answers[id]) for id in ids]
+        with self.ctx.progress.bar(label, len(requests), "answers") as bar:
+            answers = self._journal.generate(requests, bar)
+        self._request_ids.update(requests)
+        return [self._check_completion(answers[id]) for id in ids]
 
-    def _request(self, prompt: Prompt, max_tokens: int, temperature: float | None) -> Request:
-        heat = self.decoding.temperature if temperature is None else temperature
+    def _build_request(self, prompt: GenerationPrompt, max_tokens: int, temperature: float | None) -> Request:
+        sampling_temperature = self.decoding.temperature if temperature is None else temperature
         plain = Request(
             prompt.messages,
-            sampling=Sampling(max_tokens or self.decoding.max_tokens, heat, self.decoding.top_p if heat else 1.0),
+            sampling=Sampling(
+                max_tokens or self.decoding.max_tokens,
+                sampling_temperature,
+                self.decoding.top_p if sampling_temperature else 1.0,
+            ),
         )
-        if not heat:
+        if not sampling_temperature:
             return plain
             # depends on the prompt and the run's seed only, so that a rerun sends the same requests
-        seed = (int(request_id(plain, prompt.turn), 16) + self.ctx.seed) % (1 << 31)
+        seed = (int(compute_request_id(plain, prompt.repetition), 16) + self.ctx.seed) % (1 << 31)
         return Request(
-            prompt.messages, sampling=Sampling(plain.sampling.max_tokens, heat, plain.sampling.top_p, seed=seed)
+            prompt.messages,
+            sampling=Sampling(plain.sampling.max_tokens, sampling_temperature, plain.sampling.top_p, seed=seed),
         )
 
-    def _usable(self, answer: Any) -> Answer:
+    def _check_completion(self, answer: Any) -> GeneratedText:
         if isinstance(answer, RequestError):
-            return Answer("", f"refused by the {'server' if self._server else 'engine'} ({answer})")
+            return GeneratedText("", f"refused by the {'server' if self._is_server else 'engine'} ({answer})")
         text = answer.text.strip()
         problem = {
             "length": "cut off at max_tokens",
             "filtered": "filtered by the provider",
             "cancelled": "cancelled",
         }.get(answer.finish, "")
-        return Answer(text, problem or ("" if text else "empty completion"))
+        return GeneratedText(text, problem or ("" if text else "empty completion"))
 
-    def keep(
+    def keep_conversation(
         self,
         id: str,
         messages: Sequence[Message],
-        asked: Sequence[Prompt | str],
+        prompts: Sequence[GenerationPrompt | str],
         *,
         group: str = "",
         tools: Sequence[Json] = (),
@@ -142,13 +154,15 @@ class Maker:
     ) -> None:
         """Keep a conversation generated from these prompts. `origin`: further provenance."""
         self.rows.append(
-            self.row(id, asked, group=group, tools=tools, answer=answer, messages=messages_to_json(messages), **origin)
+            self.build_row(
+                id, prompts, group=group, tools=tools, answer=answer, messages=messages_to_json(messages), **origin
+            )
         )
 
-    def row(
+    def build_row(
         self,
         id: str,
-        asked: Sequence[Prompt | str],
+        asked: Sequence[GenerationPrompt | str],
         *,
         group: str = "",
         tools: Sequence[Json] = (),
@@ -176,27 +190,27 @@ class Maker:
             **turns,
             "tools": list(tools),
             "answer": answer,
-            "extra": {"fields": {**fields_of(source), "made_by": made}},
+            "extra": {"fields": {**get_extra_fields(source), "made_by": made}},
         }
 
-    def drop(self, origin: str, reason: str, text: str = "") -> None:
+    def reject(self, origin: str, reason: str, text: str = "") -> None:
         """Reject a sample. The part of the reason in brackets is a detail that is not counted separately."""
         self.rejected.append({"from": origin, "reason": reason, "text": text[:2000]})
         self.reasons[reason.partition(" (")[0]] += 1
 
     def finish(
-        self, parents: Sequence[Dataset], *, lead: str = "", metrics: Mapping[str, Any] | None = None, note: str = ""
+        self, parents: Sequence[Dataset], *, summary: str = "", metrics: Mapping[str, Any] | None = None, note: str = ""
     ) -> Dataset:
         """Write the dataset, the rejected samples and the report.
 
         Errors: DataError when no row was kept.
         """
         if not self.rows:
-            why = ", ".join(f"{reason} {n:,}" for reason, n in self.reasons.most_common(4))
+            reasons = ", ".join(f"{reason} {n:,}" for reason, n in self.reasons.most_common(4))
             first = next((r["reason"] for r in self.rejected if "(" in r["reason"]), "")
             raise DataError(
-                f"no completion by {self.by} could be kept"
-                f" ({why or 'no prompts'}{f'; the first: {first}' if first else ''}); the completions are in"
+                f"no completion by {self.generator_name} could be kept"
+                f" ({reasons or 'no prompts'}{f'; the first: {first}' if first else ''}); the completions are in"
                 f" {self.ctx.scratch}, try another model, another --seed, or weaker filters"
             )
         if self.rejected:
@@ -205,59 +219,62 @@ class Maker:
                 encoding="utf-8",
                 errors="backslashreplace",
             )
-            self.ctx.progress.say(
+            self.ctx.progress.log(
                 f"{len(self.rejected):,} rejected, see {REJECTED}: "
                 + ", ".join(f"{reason} {n:,}" for reason, n in self.reasons.most_common(4))
             )
-        figures = {**self.account(), "rejected": len(self.rejected), **(metrics or {})}
+        all_metrics = {**self.get_usage(), "rejected": len(self.rejected), **(metrics or {})}
         report = self.ctx.report
-        report.title = f"{self.stage} by {self.by}"
-        report.lead = lead or f"{len(self.rows):,} rows kept, {len(self.rejected):,} rejected."
-        report.data = {"rows": len(self.rows), **figures, "reasons": dict(self.reasons)}
-        report.table("Metrics", ("metric", "value"), [("rows", len(self.rows)), *figures.items()])
+        report.title = f"{self.stage} by {self.generator_name}"
+        report.subtitle = summary or f"{len(self.rows):,} rows kept, {len(self.rejected):,} rejected."
+        report.data = {"rows": len(self.rows), **all_metrics, "reasons": dict(self.reasons)}
+        report.add_table("Metrics", ("metric", "value"), [("rows", len(self.rows)), *all_metrics.items()])
         if self.reasons:
-            report.table(
+            report.add_table(
                 "Rejected", ("reason", "count"), self.reasons.most_common(40), note=f"The samples are in {REJECTED}."
             )
-        report.samples("Rows", [_shown(row) for row in self.rows[:SHOWN]])
+        report.add_samples("Rows", [_format_sample(row) for row in self.rows[:NUM_SAMPLES]])
         return finish_rows(
             self.ctx,
             self.stage,
             parents,
             self.rows,
             dropped=self.reasons,
-            metrics=figures,
-            note=f"by {self.by}" + (f"; {note}" if note else ""),
-            extra={"made_by": self.by},
+            metrics=all_metrics,
+            note=f"by {self.generator_name}" + (f"; {note}" if note else ""),
+            extra={"made_by": self.generator_name},
         )
 
-    def also(self, other: Maker) -> None:
+    def add_usage(self, other: SyntheticDatasetBuilder) -> None:
         """Add the usage of another model of the same run."""
-        self._others.append(other.account())
+        self._other_usage.append(other.get_usage())
 
-    def account(self) -> Json:
+    def get_usage(self) -> Json:
         """Return the token usage of all completions, including those of an interrupted run.
 
         With the cost where the model reference has prices.
         """
-        records = [self._journal.known[id] for id in self._asked if id in self._journal.known]
+        records = [self._journal.records[id] for id in self._request_ids if id in self._journal.records]
         prompt_tokens, completion_tokens = (
             sum(r.prompt_tokens for r in records),
             sum(r.completion_tokens for r in records),
         )
-        found: Json = {"requests": len(records), "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
-        if self.model and self._server:
+        usage: Json = {"requests": len(records), "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+        if self.model and self._is_server:
             options = parse_remote(self.model.ref)[2]
             if options.input_price or options.output_price:
-                found["cost"] = round(
-                    Account(options.input_price, options.output_price).price(prompt_tokens, completion_tokens), 6
+                usage["cost"] = round(
+                    UsageMeter(options.input_price, options.output_price).compute_cost(
+                        prompt_tokens, completion_tokens
+                    ),
+                    6,
                 )
-        for other in self._others:
-            found = {name: found.get(name, 0) + other.get(name, 0) for name in {**found, **other}}
-        return found
+        for other in self._other_usage:
+            usage = {name: usage.get(name, 0) + other.get(name, 0) for name in {**usage, **other}}
+        return usage
 
 
-def answered(row: Row, *turns: Message) -> list[Json]:
+def replace_answer(row: Row, *turns: Message) -> list[Json]:
     """Return a row's messages with these turns in place of its final assistant turn."""
     before = list(row["messages"])
     while before and before[-1]["role"] == "assistant":
@@ -265,7 +282,7 @@ def answered(row: Row, *turns: Message) -> list[Json]:
     return [*before, *messages_to_json(turns)]
 
 
-def fields_of(row: Row | None) -> Json:
+def get_extra_fields(row: Row | None) -> Json:
     """Return the extra fields of a row; its earlier provenance is kept as `made_from`."""
     fields = dict(((row or {}).get("extra") or {}).get("fields", {}))
     if "made_by" in fields:
@@ -273,29 +290,29 @@ def fields_of(row: Row | None) -> Json:
     return fields
 
 
-def questions(data: Dataset, limit: int | None = None) -> list[tuple[Row, tuple[Message, ...]]]:
+def read_prompts(data: Dataset, limit: int | None = None) -> list[tuple[Row, tuple[Message, ...]]]:
     """Return (row, its messages before the final assistant turn) of conversations, with tools rendered as text.
 
     Errors: DataError when no row has a prompt.
     """
-    found = []
+    prompts = []
     for row in read_chat(data):
-        turns = flat_messages(row) if row["messages"] else ()
+        turns = flatten_messages(row) if row["messages"] else ()
         while turns and turns[-1].role == "assistant":
             turns = turns[:-1]
         if turns and turns[-1].role in ("user", "tool"):
-            found.append((row, turns))
-    if not found:
+            prompts.append((row, turns))
+    if not prompts:
         raise DataError(f"{data.name}: no row has a prompt")
-    return found[:limit]
+    return prompts[:limit]
 
 
-def instruction_of(row: Row) -> str:
+def get_instruction(row: Row) -> str:
     """Return the text of a row's first user turn."""
     return next((m.content for m in messages_from_json(row["messages"]) if m.role == "user"), "")
 
 
-def _shown(row: Row) -> dict[str, str]:
+def _format_sample(row: Row) -> dict[str, str]:
     turns = row.get("messages") or [*row["prompt"], *row["chosen"]]
     head = next((m["content"] for m in turns if m["role"] == "user"), row["id"])
     shown = {

@@ -16,12 +16,12 @@ from pydantic import Field
 from llmworks.core.artifact import Adapter, Config, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.types import Message, messages_from_json
-from llmworks.synthesize.asking import Answer, Decoding, Maker, Prompt, questions
-from llmworks.synthesize.text.diversity import Pool
-from llmworks.synthesize.text.parse import bare, labelled, refuses
+from llmworks.synthesize.asking import Decoding, GeneratedText, GenerationPrompt, SyntheticDatasetBuilder, read_prompts
+from llmworks.synthesize.text.diversity import DiversityPool
+from llmworks.synthesize.text.parse import is_refusal, parse_labeled, strip_markup
 
 Operator = Literal["constrain", "deepen", "concretize", "reason", "enrich", "breadth"]
-ASKS: dict[Operator, str] = {
+OPERATOR_PROMPTS: dict[Operator, str] = {
     "constrain": "Add one condition or requirement that an answer must meet.",
     "deepen": "Where it asks about something in general, ask for more depth and breadth about it.",
     "concretize": "Put more specific notions in the place of general ones.",
@@ -31,8 +31,10 @@ ASKS: dict[Operator, str] = {
     ),
     "enrich": "Give it richer input to work on: a table, a piece of code, a formula or some JSON, written out in full.",
 }
-TELLS = re.compile(r"\b(?:given|original|rewritten|new|created|evolved)[ _](?:prompt|instruction)s?\b", re.IGNORECASE)
-SAME = (
+PROMPT_MENTION = re.compile(
+    r"\b(?:given|original|rewritten|new|created|evolved)[ _](?:prompt|instruction)s?\b", re.IGNORECASE
+)
+SAME_PROMPT = (
     "Are these two instructions the same, that is, with the same conditions, the same depth and the same"
     " breadth?\n\nFirst:\n{0}\n\nSecond:\n{1}\n\nAnswer with one word, yes or no."
 )
@@ -73,49 +75,54 @@ def evolve(config: EvolveConfig, model: Model | Adapter, data: Dataset, ctx: Con
     Errors: DataError when no row has a prompt, or no row is kept.
     """
     draw = random.Random(ctx.seed)
-    pool = Pool(config.max_similarity)
-    rows = [row for row, turns in questions(data, config.limit) if len(turns) <= 2 and not row["tools"]]
+    pool = DiversityPool(config.max_similarity)
+    rows = [row for row, turns in read_prompts(data, config.limit) if len(turns) <= 2 and not row["tools"]]
     systems = {row["id"]: tuple(m for m in messages_from_json(row["messages"]) if m.role == "system") for row in rows}
     by_id = {row["id"]: row for row in rows}
     current = {row["id"]: next(m["content"] for m in row["messages"] if m["role"] == "user") for row in rows}
     for text in current.values():
         pool.add(text)
-    with Maker(ctx, model, config.decoding, "synthesize.evolve") as maker:
+    with SyntheticDatasetBuilder(ctx, model, config.decoding, "synthesize.evolve") as builder:
         if config.include_original:
-            maker.rows += [row for row in rows if row["messages"][-1]["role"] == "assistant"]
+            builder.rows += [row for row in rows if row["messages"][-1]["role"] == "assistant"]
         for step in range(1, config.num_evolutions + 1):
             steps = [(id, draw.choice(config.operators)) for id in current]
             prompts = [_prompt(config, operator, current[id]) for id, operator in steps]
-            found = {}  # id -> (operator, prompt, instruction)
-            for (id, operator), prompt, answer in zip(steps, prompts, maker.ask(f"step {step}", prompts), strict=True):
-                instruction = labelled(answer.text, "new instruction") or bare(answer.text)
-                reason = problem_of(config, operator, current[id], instruction, answer) or (
+            evolved = {}  # id -> (operator, prompt, instruction)
+            for (id, operator), prompt, answer in zip(
+                steps, prompts, builder.generate(f"step {step}", prompts), strict=True
+            ):
+                instruction = parse_labeled(answer.text, "new instruction") or strip_markup(answer.text)
+                reason = find_problem(config, operator, current[id], instruction, answer) or (
                     "" if pool.add(instruction) else "too similar to another instruction"
                 )
                 if reason:
-                    maker.drop(f"{id}~{step}", reason, answer.text)
+                    builder.reject(f"{id}~{step}", reason, answer.text)
                 else:
-                    found[id] = (operator, prompt, instruction)
-            for id in _same(config, maker, current, {id: instruction for id, (_, _, instruction) in found.items()}):
-                maker.drop(f"{id}~{step}", "unchanged", found.pop(id)[2])
-            asked = {
-                id: Prompt((*systems[id], Message("user", instruction))) for id, (_, _, instruction) in found.items()
+                    evolved[id] = (operator, prompt, instruction)
+            for id in _find_unchanged(
+                config, builder, current, {id: instruction for id, (_, _, instruction) in evolved.items()}
+            ):
+                builder.reject(f"{id}~{step}", "unchanged", evolved.pop(id)[2])
+            answer_prompts = {
+                id: GenerationPrompt((*systems[id], Message("user", instruction)))
+                for id, (_, _, instruction) in evolved.items()
             }
-            answers = maker.ask(
+            answers = builder.generate(
                 f"answers {step}",
-                list(asked.values()),
+                list(answer_prompts.values()),
                 max_tokens=config.answer_decoding.max_tokens,
                 temperature=config.answer_decoding.temperature,
             )
-            for (id, (operator, prompt, instruction)), answer in zip(found.items(), answers, strict=True):
-                if reason := answer.problem or eliminated(answer.text):
-                    maker.drop(f"{id}~{step}", reason, f"{instruction}\n\n{answer.text}")
+            for (id, (operator, prompt, instruction)), answer in zip(evolved.items(), answers, strict=True):
+                if reason := answer.problem or find_answer_problem(answer.text):
+                    builder.reject(f"{id}~{step}", reason, f"{instruction}\n\n{answer.text}")
                     continue
-                turns = (*asked[id].messages, Message("assistant", answer.text))
-                maker.keep(
+                turns = (*answer_prompts[id].messages, Message("assistant", answer.text))
+                builder.keep_conversation(
                     f"{id}~{step}",
                     turns,
-                    [prompt, asked[id]],
+                    [prompt, answer_prompts[id]],
                     group=by_id[id]["group"],
                     source=by_id[id],
                     operator=operator,
@@ -123,7 +130,7 @@ def evolve(config: EvolveConfig, model: Model | Adapter, data: Dataset, ctx: Con
                     evolved_from=current[id],
                 )
                 current[id] = instruction
-        return maker.finish([data], note=f"{len(rows):,} instructions, {config.num_evolutions} steps")
+        return builder.finish([data], note=f"{len(rows):,} instructions, {config.num_evolutions} steps")
 
 
 def _prompt(config: EvolveConfig, operator: Operator, instruction: str) -> str:
@@ -139,36 +146,39 @@ def _prompt(config: EvolveConfig, operator: Operator, instruction: str) -> str:
         "Read this instruction:\n\n"
         + instruction
         + "\n\nRewrite it so that it is harder to answer well, but still makes sense and can be answered by an"
-        f" assistant that reads and writes text. {ASKS[operator]} Add about {config.max_added_words} words at most, and"
+        f" assistant that reads and writes text. {OPERATOR_PROMPTS[operator]} Add about {config.max_added_words}"
+        " words at most, and"
         " leave out nothing that it gives. Do not answer it. Write the result behind the words `New instruction:`"
         " and nothing else."
     )
 
 
-def problem_of(config: EvolveConfig, operator: Operator, before: str, after: str, answer: Answer) -> str:
+def find_problem(config: EvolveConfig, operator: Operator, before: str, after: str, answer: GeneratedText) -> str:
     """Return why an evolution failed, or an empty string."""
     if answer.problem:
         return answer.problem
     if len(after.split()) < 3:
         return "no instruction"
-    if TELLS.search(after):
+    if PROMPT_MENTION.search(after):
         return "mentions the prompt"
     if operator not in ("breadth", "enrich") and len(after.split()) > len(before.split()) + 2 * config.max_added_words:
         return "too long"
-    return "refuses to answer" if refuses(after) else ""
+    return "refuses to answer" if is_refusal(after) else ""
 
 
-def eliminated(answer: str) -> str:
+def find_answer_problem(answer: str) -> str:
     """Return why an answer shows that the evolution failed (Xu et al. 2023, section 2.2), or an empty string."""
-    if refuses(answer):
+    if is_refusal(answer):
         return "refuses to answer"
     return "" if re.search(r"\w\w", answer) else "answer without words"
 
 
-def _same(config: EvolveConfig, maker: Maker, before: dict[str, str], after: dict[str, str]) -> list[str]:
+def _find_unchanged(
+    config: EvolveConfig, builder: SyntheticDatasetBuilder, before: dict[str, str], after: dict[str, str]
+) -> list[str]:
     if not config.check_unchanged or not after:
         return []
-    said = maker.ask(
-        "compare", [SAME.format(before[id], text) for id, text in after.items()], max_tokens=8, temperature=0.0
+    verdicts = builder.generate(
+        "compare", [SAME_PROMPT.format(before[id], text) for id, text in after.items()], max_tokens=8, temperature=0.0
     )
-    return [id for id, answer in zip(after, said, strict=True) if re.match(r"\W*yes\b", answer.text, re.IGNORECASE)]
+    return [id for id, answer in zip(after, verdicts, strict=True) if re.match(r"\W*yes\b", answer.text, re.IGNORECASE)]

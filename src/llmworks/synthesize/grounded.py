@@ -18,25 +18,25 @@ from llmworks.core.context import Context
 from llmworks.core.documents import read_documents
 from llmworks.core.errors import DataError
 from llmworks.core.types import Document, Message
-from llmworks.score.rouge import words
-from llmworks.synthesize.asking import Answer, Decoding, Maker
-from llmworks.synthesize.text.diversity import Pool
-from llmworks.synthesize.text.parse import bare, numbered, refuses
+from llmworks.score.rouge import split_words
+from llmworks.synthesize.asking import Decoding, GeneratedText, SyntheticDatasetBuilder
+from llmworks.synthesize.text.diversity import DiversityPool
+from llmworks.synthesize.text.parse import is_refusal, parse_list, strip_markup
 
 PARAGRAPH = re.compile(r"[^\n]*\S[^\n]*(?:\n[^\n]*\S[^\n]*)*")  # consecutive non-blank lines
-POINTS = re.compile(
+PASSAGE_MENTION = re.compile(
     r"\b(?:this|the|these|above|following|given|provided|according"
     r" to)\s+(?:\w+\s+)?(?:passage|text|document|excerpt|section|paragraph|article|context|documentation|chapter"
     r"|example|code)s?\b",
     re.IGNORECASE,
 )
-UNKNOWN = re.compile(
+NOT_STATED = re.compile(
     r"\b(?:not (?:mentioned|stated|specified|given|provided|answered)|does(?: not|n't)"
     r" (?:say|mention|state|specify|provide|answer)|no information)\b",
     re.IGNORECASE,
 )
 # stop words, which an answer may add
-COMMON = frozenset(
+STOP_WORDS = frozenset(
     [
         "a",
         "about",
@@ -123,7 +123,7 @@ COMMON = frozenset(
 )
 
 
-ON_TOPIC = 0.5  # share of a question's content words that must be in the passage
+MIN_TOPIC_SHARE = 0.5  # share of a question's content words that must be in the passage
 
 
 class Passage(NamedTuple):
@@ -167,64 +167,68 @@ def grounded(config: GroundedConfig, model: Model | Adapter, data: Dataset, ctx:
 
     Errors: DataError without a passage that is long enough, or when no row is kept.
     """
-    every = [p for document in read_documents(data) for p in passages_of(document, config)]
-    if not every:
+    all_passages = [p for document in read_documents(data) for p in split_passages(document, config)]
+    if not all_passages:
         raise DataError(f"{data.name}: has no passage of {config.min_characters} to {config.max_characters} characters")
-    chosen = random.Random(ctx.seed).sample(every, min(config.num_passages, len(every)))
-    pool = Pool(config.max_similarity)
-    found: list[tuple[Passage, str, str, str]] = []  # (passage, id, prompt, question)
-    with Maker(ctx, model, config.decoding, "synthesize.grounded") as maker:
+    chosen = random.Random(ctx.seed).sample(all_passages, min(config.num_passages, len(all_passages)))
+    pool = DiversityPool(config.max_similarity)
+    accepted_questions: list[tuple[Passage, str, str, str]] = []  # (passage, id, prompt, question)
+    with SyntheticDatasetBuilder(ctx, model, config.decoding, "synthesize.grounded") as builder:
         prompts = [_question_prompt(config, p) for p in chosen]
-        for passage, prompt, answer in zip(chosen, prompts, maker.ask("questions", prompts), strict=True):
+        for passage, prompt, answer in zip(chosen, prompts, builder.generate("questions", prompts), strict=True):
             id = f"{passage.document}@{passage.start}"
-            asked = numbered(answer.text) or [line.strip() for line in answer.text.splitlines() if "?" in line]
-            asked = (
-                asked[: config.questions_per_passage]
+            question_items = parse_list(answer.text) or [
+                line.strip() for line in answer.text.splitlines() if "?" in line
+            ]
+            question_items = (
+                question_items[: config.questions_per_passage]
                 if not answer.problem.startswith("cut off")
-                else asked[:-1][: config.questions_per_passage]
+                else question_items[:-1][: config.questions_per_passage]
             )
-            if not asked:
-                maker.drop(id, answer.problem or "no question", answer.text)
-            for number, question in enumerate(map(question_of, asked), 1):
+            if not question_items:
+                builder.reject(id, answer.problem or "no question", answer.text)
+            for number, question in enumerate(map(extract_question, question_items), 1):
                 if (
-                    reason := problem_of(question)
-                    or off_topic(question, passage.text)
+                    reason := find_question_problem(question)
+                    or find_topic_problem(question, passage.text)
                     or ("" if pool.add(question) else "too similar to another question")
                 ):
-                    maker.drop(f"{id}?{number}", reason, question)
+                    builder.reject(f"{id}?{number}", reason, question)
                 else:
-                    found.append((passage, f"{id}?{number}", prompt, question))
-        asks = [_answer_prompt(passage, question) for passage, _, _, question in found]
-        answers = maker.ask(
+                    accepted_questions.append((passage, f"{id}?{number}", prompt, question))
+        answer_prompts = [_answer_prompt(passage, question) for passage, _, _, question in accepted_questions]
+        answers = builder.generate(
             "answers",
-            asks,
+            answer_prompts,
             max_tokens=config.answer_decoding.max_tokens,
             temperature=config.answer_decoding.temperature,
         )
-        for (passage, id, prompt, question), ask, answer in zip(found, asks, answers, strict=True):
-            share, missing = support_of(answer.text, passage.text, question)
-            reason = _reason_against(answer, missing, share, config)
+        for (passage, id, prompt, question), answer_prompt, answer in zip(
+            accepted_questions, answer_prompts, answers, strict=True
+        ):
+            share, missing = compute_support(answer.text, passage.text, question)
+            reason = _find_answer_problem(answer, missing, share, config)
             if reason:
-                maker.drop(id, reason, f"{question}\n\n{answer.text}")
+                builder.reject(id, reason, f"{question}\n\n{answer.text}")
                 continue
             shown = f"{passage.text}\n\n{question}" if config.include_passage else question
             where = {"document": passage.document, "start": passage.start, "end": passage.start + len(passage.text)}
-            maker.keep(
+            builder.keep_conversation(
                 id,
                 (Message("user", shown), Message("assistant", answer.text)),
-                [prompt, ask],
+                [prompt, answer_prompt],
                 group=passage.document,
                 passage=where,
                 support=round(share, 3),
             )
-        return maker.finish([data], note=f"{len(chosen):,} of {len(every):,} passages")
+        return builder.finish([data], note=f"{len(chosen):,} of {len(all_passages):,} passages")
 
 
-def _reason_against(answer: Answer, missing: str, share: float, config: GroundedConfig) -> str:
+def _find_answer_problem(answer: GeneratedText, missing: str, share: float, config: GroundedConfig) -> str:
     """Return why an answer is rejected; empty for one that is kept."""
     reason = (
         answer.problem
-        or unsupported(answer.text)
+        or find_refusal(answer.text)
         or (
             f"not in the passage ({missing})"
             if missing
@@ -236,7 +240,7 @@ def _reason_against(answer: Answer, missing: str, share: float, config: Grounded
     return reason
 
 
-def passages_of(document: Document, config: GroundedConfig) -> list[Passage]:
+def split_passages(document: Document, config: GroundedConfig) -> list[Passage]:
     """Split a document into passages of whole paragraphs, up to the longest length."""
     found: list[Passage] = []
     start, text = 0, ""
@@ -266,11 +270,11 @@ def _answer_prompt(passage: Passage, question: str) -> str:
     )
 
 
-def question_of(item: str) -> str:
+def extract_question(item: str) -> str:
     """Extract the question from a list item: its first line up to the question mark, without a label."""
     line = next((line for line in map(str.strip, item.splitlines()) if line), "")
     end = line.find("?")
-    return bare(
+    return strip_markup(
         re.sub(
             r"^\W*(?:question|q)\b[\W\d]*:\W*|^\W*question\W*",
             "",
@@ -280,49 +284,58 @@ def question_of(item: str) -> str:
     )
 
 
-def problem_of(question: str) -> str:
+def find_question_problem(question: str) -> str:
     """Return why a question is rejected, or an empty string."""
     if not question.endswith("?"):
         return "no question"
     if len(question.split()) < 4:
         return "too short"
-    return "refers to the passage" if POINTS.search(question) else ""
+    return "refers to the passage" if PASSAGE_MENTION.search(question) else ""
 
 
-def unsupported(answer: str) -> str:
+def find_refusal(answer: str) -> str:
     """Return why an answer is rejected, or an empty string."""
     return (
         "not stated"
-        if UNKNOWN.search(answer)
+        if NOT_STATED.search(answer)
         else "refuses to answer"
-        if refuses(answer)
+        if is_refusal(answer)
         else "refers to the passage"
-        if POINTS.search(answer)
+        if PASSAGE_MENTION.search(answer)
         else ""
     )
 
 
-def support_of(answer: str, passage: str, question: str) -> tuple[float, str]:
+def compute_support(answer: str, passage: str, question: str) -> tuple[float, str]:
     """Return (share of added content words that are in the passage, a number or identifier that is not, if any).
 
     Added words are those not in the question; an answer that adds none has share 0.
     """
-    there, known = {_stem(word) for word in words(passage)}, {_stem(word) for word in words(question)}
-    added = [word for word in words(answer) if word not in COMMON and _stem(word) not in known]
-    exact = next((word for word in added if _is_exact(word) and _stem(word) not in there), "")
-    return (sum(_stem(word) in there for word in added) / len(added) if added else 0.0), exact
+    passage_words, question_words = (
+        {_stem(word) for word in split_words(passage)},
+        {_stem(word) for word in split_words(question)},
+    )
+    added = [word for word in split_words(answer) if word not in STOP_WORDS and _stem(word) not in question_words]
+    exact = next((word for word in added if _is_exact(word) and _stem(word) not in passage_words), "")
+    return (sum(_stem(word) in passage_words for word in added) / len(added) if added else 0.0), exact
 
 
-def off_topic(question: str, passage: str) -> str:
+def find_topic_problem(question: str, passage: str) -> str:
     """Return why a question is not about a passage, or an empty string.
 
     A number or identifier that is not in the passage, or too few of its content words.
     """
-    there = {_stem(word) for word in words(passage)}
-    telling = [word for word in words(question) if word not in COMMON]
-    exact = next((word for word in telling if _is_exact(word) and _stem(word) not in there), "")
-    share = sum(_stem(word) in there for word in telling) / len(telling) if telling else 0.0
-    return f"off-topic ({exact})" if exact else f"off-topic (content words: {share:.0%})" if share < ON_TOPIC else ""
+    passage_words = {_stem(word) for word in split_words(passage)}
+    content_words = [word for word in split_words(question) if word not in STOP_WORDS]
+    exact = next((word for word in content_words if _is_exact(word) and _stem(word) not in passage_words), "")
+    share = sum(_stem(word) in passage_words for word in content_words) / len(content_words) if content_words else 0.0
+    return (
+        f"off-topic ({exact})"
+        if exact
+        else f"off-topic (content words: {share:.0%})"
+        if share < MIN_TOPIC_SHARE
+        else ""
+    )
 
 
 def _is_exact(word: str) -> bool:

@@ -16,12 +16,12 @@ from llmworks.core.context import Context
 from llmworks.core.errors import DataError
 from llmworks.core.types import Message
 from llmworks.data.store.rows import read_chat
-from llmworks.synthesize.asking import Decoding, Maker, Prompt, instruction_of
-from llmworks.synthesize.text.diversity import Pool
-from llmworks.synthesize.text.parse import numbered, refuses
+from llmworks.synthesize.asking import Decoding, GenerationPrompt, SyntheticDatasetBuilder, get_instruction
+from llmworks.synthesize.text.diversity import DiversityPool
+from llmworks.synthesize.text.parse import is_refusal, parse_list
 
 # Tasks beyond text input and output (Self-Instruct's filter)
-OUT_OF_REACH = re.compile(
+BEYOND_TEXT = re.compile(
     r"\b(?:image|images|picture|photo|graph|graphs|plot|map|draw|video|audio|music"
     r" file|attached|attachment|file|files|go to|website|url|link)\b",
     re.IGNORECASE,
@@ -53,58 +53,61 @@ def instruct(config: InstructConfig, model: Model | Adapter, data: Dataset, ctx:
 
     Errors: DataError without seed tasks, or when no row is kept.
     """
-    pool = Pool(config.max_similarity)
+    pool = DiversityPool(config.max_similarity)
     seeds = [
-        text for text in (" ".join(instruction_of(row).split()) for row in read_chat(data)) if text and pool.add(text)
+        text for text in (" ".join(get_instruction(row).split()) for row in read_chat(data)) if text and pool.add(text)
     ]
     if not seeds:
         raise DataError(f"{data.name}: has no user turn to use as a seed task")
     draw = random.Random(ctx.seed)
-    made: list[tuple[str, str]] = []  # (task, prompt)
-    with Maker(ctx, model, config.decoding, "synthesize.instruct") as maker:
+    generated: list[tuple[str, str]] = []  # (task, prompt)
+    with SyntheticDatasetBuilder(ctx, model, config.decoding, "synthesize.instruct") as builder:
         for turn in range(config.max_rounds):
-            if len(made) >= config.num_rows:
+            if len(generated) >= config.num_rows:
                 break
             prompts = [
-                _prompt(config, seeds, [task for task, _ in made], draw) for _ in range(config.requests_per_round)
+                _prompt(config, seeds, [task for task, _ in generated], draw) for _ in range(config.requests_per_round)
             ]
             numbers = range(
                 turn * config.requests_per_round, (turn + 1) * config.requests_per_round
             )  # two requests may have the same prompt
-            asked = [
-                Prompt((Message("user", prompt),), number) for number, prompt in zip(numbers, prompts, strict=True)
+            generation_prompts = [
+                GenerationPrompt((Message("user", prompt),), number)
+                for number, prompt in zip(numbers, prompts, strict=True)
             ]
-            for prompt, answer in zip(prompts, maker.ask(f"round {turn + 1}", asked), strict=True):
-                tasks = [] if answer.problem and not answer.text else numbered(answer.text)
+            for prompt, answer in zip(prompts, builder.generate(f"round {turn + 1}", generation_prompts), strict=True):
+                tasks = [] if answer.problem and not answer.text else parse_list(answer.text)
                 tasks = tasks[:-1] if answer.problem.startswith("cut off") else tasks  # the last one is truncated
                 if not tasks:
-                    maker.drop(f"round {turn + 1}", answer.problem or "no list of tasks", answer.text)
+                    builder.reject(f"round {turn + 1}", answer.problem or "no list of tasks", answer.text)
                 for task in tasks:
-                    reason = problem_of(config, task) or ("" if pool.add(task) else "too similar to another task")
+                    reason = find_problem(config, task) or ("" if pool.add(task) else "too similar to another task")
                     if reason:
-                        maker.drop(f"round {turn + 1}", reason, task)
-                    elif len(made) < config.num_rows:
-                        made.append((task, prompt))
-        answers = maker.ask(
+                        builder.reject(f"round {turn + 1}", reason, task)
+                    elif len(generated) < config.num_rows:
+                        generated.append((task, prompt))
+        answers = builder.generate(
             "answers",
-            [task for task, _ in made],
+            [task for task, _ in generated],
             max_tokens=config.answer_decoding.max_tokens,
             temperature=config.answer_decoding.temperature,
         )
-        for number, ((task, prompt), answer) in enumerate(zip(made, answers, strict=True), 1):
-            reason = answer.problem or ("refuses to answer" if refuses(answer.text) else "")
+        for number, ((task, prompt), answer) in enumerate(zip(generated, answers, strict=True), 1):
+            reason = answer.problem or ("refuses to answer" if is_refusal(answer.text) else "")
             if reason:
-                maker.drop(f"task {number}", reason, f"{task}\n\n{answer.text}")
+                builder.reject(f"task {number}", reason, f"{task}\n\n{answer.text}")
             else:
-                maker.keep(
+                builder.keep_conversation(
                     f"task-{number:06d}", (Message("user", task), Message("assistant", answer.text)), [prompt, task]
                 )
-        return maker.finish([data], note=f"{len(seeds):,} seed tasks")
+        return builder.finish([data], note=f"{len(seeds):,} seed tasks")
 
 
-def _prompt(config: InstructConfig, seeds: list[str], made: list[str], draw: random.Random) -> str:
-    from_made = draw.sample(made, min(config.num_generated_examples, len(made), config.num_examples - 1))
-    shown = [*draw.sample(seeds, min(config.num_examples - len(from_made), len(seeds))), *from_made]
+def _prompt(config: InstructConfig, seeds: list[str], generated: list[str], draw: random.Random) -> str:
+    generated_examples = draw.sample(
+        generated, min(config.num_generated_examples, len(generated), config.num_examples - 1)
+    )
+    shown = [*draw.sample(seeds, min(config.num_examples - len(generated_examples), len(seeds))), *generated_examples]
     draw.shuffle(shown)
     examples = "\n".join(f"{i}. {task}" for i, task in enumerate(shown, 1))
     return (
@@ -116,12 +119,12 @@ def _prompt(config: InstructConfig, seeds: list[str], made: list[str], draw: ran
     )
 
 
-def problem_of(config: InstructConfig, task: str) -> str:
+def find_problem(config: InstructConfig, task: str) -> str:
     """Return why a task is rejected, or an empty string."""
     count = len(task.split())
     if not config.min_words <= count <= config.max_words:
         return "too short" if count < config.min_words else "too long"
-    if OUT_OF_REACH.search(task):
+    if BEYOND_TEXT.search(task):
         return "needs more than text"
     if not task[0].isalnum() and task[0] not in "\"'“(¿¡":
         return "starts with a symbol"

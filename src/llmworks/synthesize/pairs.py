@@ -16,8 +16,8 @@ from llmworks.core.context import Context
 from llmworks.core.errors import DataError, UserError
 from llmworks.core.types import Json, Message, messages_to_json
 from llmworks.data.store.rows import Row
-from llmworks.score import judge, score_function
-from llmworks.synthesize.asking import Answer, Decoding, Maker, Prompt, questions
+from llmworks.score import get_score_function, judge
+from llmworks.synthesize.asking import Decoding, GeneratedText, GenerationPrompt, SyntheticDatasetBuilder, read_prompts
 
 
 class PairsConfig(Config):
@@ -55,13 +55,13 @@ class PairsConfig(Config):
     )
 
 
-class Scored(NamedTuple):
+class ScoredCompletion(NamedTuple):
     """A completion with its score from 0 to 1, the reason, and its prompt."""
 
     text: str
     score: float
-    why: str
-    prompt: Prompt | None
+    reason: str
+    prompt: GenerationPrompt | None
 
 
 def pairs(
@@ -79,35 +79,39 @@ def pairs(
     have no ratings, or when no pair has the margin.
     """
     _check_inputs(config, judge, model)
-    asked = questions(data, config.limit)
-    with Maker(ctx, model, config.decoding, "synthesize.pairs") as maker:
+    prompts = read_prompts(data, config.limit)
+    with SyntheticDatasetBuilder(ctx, model, config.decoding, "synthesize.pairs") as builder:
         if config.scorer == "ratings":
-            scored = {row["id"]: rated(row, config.ratings_field) for row, _ in asked}
+            scored = {row["id"]: read_ratings(row, config.ratings_field) for row, _ in prompts}
         else:
             if config.scorer == "verifier":
-                for row, turns in asked:
-                    score_function(config.score_function)(
+                for row, turns in prompts:
+                    get_score_function(config.score_function)(
                         turns, "", row
                     )  # fail on a row that cannot be scored before any request
-            drawn = _drawn(config, maker, asked)
-            scored = _verified(config, asked, drawn) if judge is None else _judged(config, maker, judge, asked, drawn)
-        for row, turns in asked:
-            found = choose(config, scored[row["id"]])
-            if not found:
+            completions = _sample_completions(config, builder, prompts)
+            scored = (
+                _score_by_verifier(config, prompts, completions)
+                if judge is None
+                else _score_by_judge(config, builder, judge, prompts, completions)
+            )
+        for row, turns in prompts:
+            selected = select_pairs(config, scored[row["id"]])
+            if not selected:
                 best = max((s.score for s in scored[row["id"]]), default=None)
-                told = (
+                problem = (
                     "fewer than two different completions"
                     if len(scored[row["id"]]) < 2
                     else f"no margin (best score {best:.2g})"
                 )
-                maker.drop(row["id"], told, "\n\n".join(s.text for s in scored[row["id"]]))
-            _keep_pairs(found, config, scored, row, maker, turns)
-        longer = sum(len(r["chosen"][0]["content"]) > len(r["rejected"][0]["content"]) for r in maker.rows)
-        share = longer / len(maker.rows) if maker.rows else 0.0
-        return maker.finish(
+                builder.reject(row["id"], problem, "\n\n".join(s.text for s in scored[row["id"]]))
+            _keep_pairs(selected, config, scored, row, builder, turns)
+        longer = sum(len(r["chosen"][0]["content"]) > len(r["rejected"][0]["content"]) for r in builder.rows)
+        share = longer / len(builder.rows) if builder.rows else 0.0
+        return builder.finish(
             [data],
-            lead=(
-                f"{len(maker.rows):,} pairs from {len(asked):,} prompts; the chosen completion is longer in"
+            summary=(
+                f"{len(builder.rows):,} pairs from {len(prompts):,} prompts; the chosen completion is longer in"
                 f" {share:.0%}."
             ),
             metrics={"chosen_longer": round(share, 4)},
@@ -135,27 +139,27 @@ def _check_inputs(config: PairsConfig, judge: Model | Adapter | None, model: Mod
 
 
 def _keep_pairs(
-    found: list[tuple[Scored, Scored]],
+    selected: list[tuple[ScoredCompletion, ScoredCompletion]],
     config: PairsConfig,
-    scored: dict[Any, list[Scored]],
+    scored: dict[Any, list[ScoredCompletion]],
     row: dict[str, Any],
-    maker: Maker,
+    builder: SyntheticDatasetBuilder,
     turns: tuple[Message, ...],
 ) -> None:
     """Keep the selected pairs of a prompt."""
-    for number, (good, bad) in enumerate(found, 1):
+    for number, (good, bad) in enumerate(selected, 1):
         origin: Json = {
             "by": config.scorer,
             "scores": [round(good.score, 4), round(bad.score, 4)],
-            "why": bad.why,
+            "why": bad.reason,
             "answers": len(scored[row["id"]]),
         }
         id = row["id"] if config.pairing == "widest" else f"{row['id']}~{number}"
         sides: Json = {
             name: messages_to_json([Message("assistant", s.text)]) for name, s in (("chosen", good), ("rejected", bad))
         }
-        maker.rows.append(
-            maker.row(
+        builder.rows.append(
+            builder.build_row(
                 id,
                 [s.prompt for s in (good, bad) if s.prompt],
                 group=row["group"],
@@ -168,93 +172,101 @@ def _keep_pairs(
         )
 
 
-def _drawn(
-    config: PairsConfig, maker: Maker, asked: Sequence[tuple[Row, tuple[Message, ...]]]
-) -> dict[str, list[tuple[Prompt, Answer]]]:
+def _sample_completions(
+    config: PairsConfig, builder: SyntheticDatasetBuilder, dataset_prompts: Sequence[tuple[Row, tuple[Message, ...]]]
+) -> dict[str, list[tuple[GenerationPrompt, GeneratedText]]]:
     """Return the usable, distinct completions of each prompt."""
-    prompts = [Prompt(turns, turn) for _, turns in asked for turn in range(config.num_generations)]
-    answers = iter(zip(prompts, maker.ask("answers", prompts), strict=True))
-    found: dict[str, list[tuple[Prompt, Answer]]] = {}
-    for row, _ in asked:
-        different: dict[str, tuple[Prompt, Answer]] = {}
+    prompts = [GenerationPrompt(turns, turn) for _, turns in dataset_prompts for turn in range(config.num_generations)]
+    answers = iter(zip(prompts, builder.generate("answers", prompts), strict=True))
+    found: dict[str, list[tuple[GenerationPrompt, GeneratedText]]] = {}
+    for row, _ in dataset_prompts:
+        different: dict[str, tuple[GenerationPrompt, GeneratedText]] = {}
         for prompt, answer in (next(answers) for _ in range(config.num_generations)):
             if answer.problem:
-                maker.drop(row["id"], answer.problem, answer.text)
+                builder.reject(row["id"], answer.problem, answer.text)
             else:
                 different.setdefault(answer.text, (prompt, answer))
         found[row["id"]] = list(different.values())
     return found
 
 
-def _verified(
-    config: PairsConfig, asked: Sequence[tuple[Row, tuple[Message, ...]]], drawn: dict[str, list[tuple[Prompt, Answer]]]
-) -> dict[str, list[Scored]]:
-    verify = score_function(config.score_function)
-    found = {}
-    for row, turns in asked:
-        scores = [(prompt, answer.text, verify(turns, answer.text, row)) for prompt, answer in drawn[row["id"]]]
-        found[row["id"]] = [Scored(text, score.value, score.reason, prompt) for prompt, text, score in scores]
-    return found
-
-
-def _judged(
+def _score_by_verifier(
     config: PairsConfig,
-    maker: Maker,
-    by: Model | Adapter,
-    asked: Sequence[tuple[Row, tuple[Message, ...]]],
-    drawn: dict[str, list[tuple[Prompt, Answer]]],
-) -> dict[str, list[Scored]]:
-    todo = [
-        (row["id"], prompt, answer.text, judge.grading(turns, answer.text, config.criteria))
-        for row, turns in asked
-        for prompt, answer in drawn[row["id"]]
-    ]
-    found: dict[str, list[Scored]] = {row["id"]: [] for row, _ in asked}
-    with Maker(maker.ctx, by, config.judge_decoding, "synthesize.pairs", file="judged.jsonl") as judging:
-        for (id, prompt, text, _), verdict in zip(todo, judging.ask("judge", [ask for *_, ask in todo]), strict=True):
-            grade = None if verdict.problem else judge.read_grade(verdict.text)
-            if grade is None:
-                maker.drop(id, verdict.problem or "the judge gave no grade", verdict.text)
-            else:
-                found[id].append(Scored(text, grade, verdict.text, prompt))
-        maker.also(judging)
+    prompts: Sequence[tuple[Row, tuple[Message, ...]]],
+    completions: dict[str, list[tuple[GenerationPrompt, GeneratedText]]],
+) -> dict[str, list[ScoredCompletion]]:
+    verify = get_score_function(config.score_function)
+    found = {}
+    for row, turns in prompts:
+        scores = [(prompt, answer.text, verify(turns, answer.text, row)) for prompt, answer in completions[row["id"]]]
+        found[row["id"]] = [ScoredCompletion(text, score.value, score.reason, prompt) for prompt, text, score in scores]
     return found
 
 
-def rated(row: Row, field: str) -> list[Scored]:
+def _score_by_judge(
+    config: PairsConfig,
+    builder: SyntheticDatasetBuilder,
+    judge_model: Model | Adapter,
+    prompts: Sequence[tuple[Row, tuple[Message, ...]]],
+    completions: dict[str, list[tuple[GenerationPrompt, GeneratedText]]],
+) -> dict[str, list[ScoredCompletion]]:
+    todo = [
+        (row["id"], prompt, answer.text, judge.grading_prompt(turns, answer.text, config.criteria))
+        for row, turns in prompts
+        for prompt, answer in completions[row["id"]]
+    ]
+    found: dict[str, list[ScoredCompletion]] = {row["id"]: [] for row, _ in prompts}
+    with SyntheticDatasetBuilder(
+        builder.ctx, judge_model, config.judge_decoding, "synthesize.pairs", file="judged.jsonl"
+    ) as judge_builder:
+        for (id, prompt, text, _), verdict in zip(
+            todo, judge_builder.generate("judge", [ask for *_, ask in todo]), strict=True
+        ):
+            grade = None if verdict.problem else judge.parse_grade(verdict.text)
+            if grade is None:
+                builder.reject(id, verdict.problem or "the judge gave no grade", verdict.text)
+            else:
+                found[id].append(ScoredCompletion(text, grade, verdict.text, prompt))
+        builder.add_usage(judge_builder)
+    return found
+
+
+def read_ratings(row: Row, field: str) -> list[ScoredCompletion]:
     """Return a row's own answers with their ratings, min-max scaled to 0 to 1.
 
     Errors: DataError when it has none.
     """
     fields = row["extra"].get("fields", {})
-    given = fields.get(field)
+    ratings = fields.get(field)
     answers = fields.get("answers")
-    if isinstance(given, list) and isinstance(answers, list) and len(given) == len(answers):
-        given = [{"text": text, "rating": rating} for text, rating in zip(answers, given, strict=True)]
-    good = isinstance(given, list) and all(
+    if isinstance(ratings, list) and isinstance(answers, list) and len(ratings) == len(answers):
+        ratings = [{"text": text, "rating": rating} for text, rating in zip(answers, ratings, strict=True)]
+    good = isinstance(ratings, list) and all(
         isinstance(g, dict) and isinstance(g.get("text"), str) and isinstance(g.get("rating"), (int, float))
-        for g in given
+        for g in ratings
     )
-    if not good or not isinstance(given, list) or not given:
+    if not good or not isinstance(ratings, list) or not ratings:
         raise DataError(
             f'row {row["id"]!r}: `{field}` must be a list of {{"text": ..., "rating": number}}, or one number for'
             " each of `answers`"
         )
-    least, most = min(g["rating"] for g in given), max(g["rating"] for g in given)
+    least, most = min(g["rating"] for g in ratings), max(g["rating"] for g in ratings)
     return [
-        Scored(
+        ScoredCompletion(
             g["text"],
             (g["rating"] - least) / (most - least) if most > least else 1.0,
             f"rated {g['rating']:g} of {least:g} to {most:g}",
             None,
         )
-        for g in given
+        for g in ratings
     ]
 
 
-def choose(config: PairsConfig, scored: Sequence[Scored]) -> list[tuple[Scored, Scored]]:
+def select_pairs(
+    config: PairsConfig, scored: Sequence[ScoredCompletion]
+) -> list[tuple[ScoredCompletion, ScoredCompletion]]:
     """Select (chosen, rejected) pairs of one prompt; empty when none has the margin, or all are too long."""
-    found = [
+    candidates = [
         (good, bad)
         for good in scored
         for bad in scored
@@ -263,5 +275,5 @@ def choose(config: PairsConfig, scored: Sequence[Scored]) -> list[tuple[Scored, 
         and (not config.max_length_ratio or len(good.text) <= config.max_length_ratio * max(1, len(bad.text)))
     ]
     # ties: prefer pairs of similar length
-    found.sort(key=lambda p: (p[1].score - p[0].score, abs(len(p[0].text) - len(p[1].text)), p[0].text, p[1].text))
-    return found if config.pairing == "all" else found[:1]
+    candidates.sort(key=lambda p: (p[1].score - p[0].score, abs(len(p[0].text) - len(p[1].text)), p[0].text, p[1].text))
+    return candidates if config.pairing == "all" else candidates[:1]

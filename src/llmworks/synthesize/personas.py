@@ -11,11 +11,11 @@ from llmworks.core.context import Context
 from llmworks.core.documents import read_documents
 from llmworks.core.errors import DataError
 from llmworks.core.types import Message
-from llmworks.synthesize.asking import Decoding, Maker
-from llmworks.synthesize.text.diversity import Pool
-from llmworks.synthesize.text.parse import bare, labelled, numbered, refuses
+from llmworks.synthesize.asking import Decoding, SyntheticDatasetBuilder
+from llmworks.synthesize.text.diversity import DiversityPool
+from llmworks.synthesize.text.parse import is_refusal, parse_labeled, parse_list, strip_markup
 
-WHO = {
+PROMPT_TYPES = {
     "instruction": "write something that this person would ask an assistant to do in their work or life",
     "reasoning": (
         "write a hard problem of logic or mathematics whose story fits this person and that has one right answer"
@@ -59,94 +59,108 @@ def personas(config: PersonasConfig, model: Model | Adapter, data: Dataset, ctx:
 
     Errors: DataError without documents, or when no row is kept.
     """
-    texts = [d for _, d in zip(range(config.max_documents), read_documents(data), strict=False) if d.text.strip()]
-    if not texts:
+    documents = [d for _, d in zip(range(config.max_documents), read_documents(data), strict=False) if d.text.strip()]
+    if not documents:
         raise DataError(f"{data.name}: has no text")
-    people: list[tuple[str, str]] = []  # (id, who)
-    known, asked = Pool(config.max_similarity), Pool(config.max_similarity)
-    with Maker(ctx, model, config.decoding, "synthesize.personas") as maker:
+    persona_list: list[tuple[str, str]] = []  # (id, who)
+    persona_pool, question_pool = DiversityPool(config.max_similarity), DiversityPool(config.max_similarity)
+    with SyntheticDatasetBuilder(ctx, model, config.decoding, "synthesize.personas") as builder:
         prompts = [
             "Who is likely to read or write the text below? Describe one such person in one or two sentences: what"
             ' they do, know and want. Begin with "A" or "An" and write nothing'
             f" else.\n\nText:\n{d.text[: config.max_characters]}"
-            for d in texts
+            for d in documents
         ]
-        for document, answer in zip(texts, maker.ask("personas", prompts, max_tokens=120), strict=True):
-            _take(maker, known, people, document.id, answer.problem, bare(answer.text.split("\n\n")[0]))
+        for document, answer in zip(documents, builder.generate("personas", prompts, max_tokens=120), strict=True):
+            _keep_persona(
+                builder,
+                persona_pool,
+                persona_list,
+                document.id,
+                answer.problem,
+                strip_markup(answer.text.split("\n\n")[0]),
+            )
         if config.num_related:
-            first = list(people)
+            first = list(persona_list)
             prompts = [
                 f"{who}\n\nWho are {config.num_related} people that this person often deals with, of other walks of"
                 " life?"
                 " Describe each in one sentence, as a numbered list and nothing else."
                 for _, who in first
             ]
-            for (id, _), answer in zip(first, maker.ask("related personas", prompts), strict=True):
+            for (id, _), answer in zip(first, builder.generate("related personas", prompts), strict=True):
                 for number, who in enumerate(
-                    numbered(answer.text)[: config.num_related] if not answer.problem else [], 1
+                    parse_list(answer.text)[: config.num_related] if not answer.problem else [], 1
                 ):
-                    _take(maker, known, people, f"{id}+{number}", "", who)
+                    _keep_persona(builder, persona_pool, persona_list, f"{id}+{number}", "", who)
         prompts = [
-            f"Imagine this person:\n\n{who}\n\nNow {WHO[config.task_type]}. Write it as they would say it, complete in"
+            f"Imagine this person:\n\n{who}\n\nNow {PROMPT_TYPES[config.task_type]}. Write it as they would say it,"
+            " complete in"
             " itself, behind the word `Question:` and nothing else."
             + (
                 f"\nThis is number {n} of {config.questions_per_persona}; it must differ from what one thinks of first."
                 if n > 1
                 else ""
             )
-            for _, who in people
+            for _, who in persona_list
             for n in range(1, config.questions_per_persona + 1)
         ]
-        found = _ask(people, prompts, maker, asked, config)
-        _answer(found, maker, config)
-        return maker.finish([data], note=f"{len(people):,} personas")
+        accepted_questions = _generate_questions(persona_list, prompts, builder, question_pool, config)
+        _answer_questions(accepted_questions, builder, config)
+        return builder.finish([data], note=f"{len(persona_list):,} personas")
 
 
-def _ask(
-    people: list[tuple[str, str]], prompts: list[str], maker: Maker, asked: Pool, config: PersonasConfig
+def _generate_questions(
+    persona_list: list[tuple[str, str]],
+    prompts: list[str],
+    builder: SyntheticDatasetBuilder,
+    question_pool: DiversityPool,
+    config: PersonasConfig,
 ) -> list[tuple[str, str, str, str]]:
     """Generate questions of each persona; invalid or too similar ones are rejected."""
-    owners = [person for person in people for _ in range(config.questions_per_persona)]
+    owners = [person for person in persona_list for _ in range(config.questions_per_persona)]
     found: list[tuple[str, str, str, str]] = []  # (id, who, prompt, question)
     for number, ((id, who), prompt, answer) in enumerate(
-        zip(owners, prompts, maker.ask("questions", prompts), strict=True)
+        zip(owners, prompts, builder.generate("questions", prompts), strict=True)
     ):
-        question = labelled(answer.text, "question") or bare(answer.text)
+        question = parse_labeled(answer.text, "question") or strip_markup(answer.text)
         reason = answer.problem or (
             "refuses"
-            if refuses(question)
+            if is_refusal(question)
             else (
                 "too short"
                 if len(question.split()) < 4
                 else ""
-                if asked.add(question)
+                if question_pool.add(question)
                 else "too similar to another question"
             )
         )
         if reason:
-            maker.drop(id, reason, question)
+            builder.reject(id, reason, question)
         else:
             found.append((f"{id}?{number % config.questions_per_persona + 1}", who, prompt, question))
     return found
 
 
-def _answer(found: list[tuple[str, str, str, str]], maker: Maker, config: PersonasConfig) -> None:
+def _answer_questions(
+    accepted_questions: list[tuple[str, str, str, str]], builder: SyntheticDatasetBuilder, config: PersonasConfig
+) -> None:
     """Answer each question and keep usable answers."""
     for (id, who, prompt, question), answer in zip(
-        found,
-        maker.ask(
+        accepted_questions,
+        builder.generate(
             "answers",
-            [q for *_, q in found],
+            [q for *_, q in accepted_questions],
             max_tokens=config.answer_decoding.max_tokens,
             temperature=config.answer_decoding.temperature,
         ),
         strict=True,
     ):
-        if reason := answer.problem or ("refuses to answer" if refuses(answer.text) else ""):
-            maker.drop(id, reason, f"{question}\n\n{answer.text}")
+        if reason := answer.problem or ("refuses to answer" if is_refusal(answer.text) else ""):
+            builder.reject(id, reason, f"{question}\n\n{answer.text}")
             continue
         system = (Message("system", f"You are talking with this person: {who}"),) if config.persona_in_system else ()
-        maker.keep(
+        builder.keep_conversation(
             id,
             (*system, Message("user", question), Message("assistant", answer.text)),
             [prompt, question],
@@ -155,15 +169,22 @@ def _answer(found: list[tuple[str, str, str, str]], maker: Maker, config: Person
         )
 
 
-def _take(maker: Maker, known: Pool, people: list[tuple[str, str]], id: str, problem: str, who: str) -> None:
+def _keep_persona(
+    builder: SyntheticDatasetBuilder,
+    persona_pool: DiversityPool,
+    persona_list: list[tuple[str, str]],
+    id: str,
+    problem: str,
+    who: str,
+) -> None:
     reason = problem or (
         "not a persona"
-        if len(who.split()) < 5 or refuses(who)
+        if len(who.split()) < 5 or is_refusal(who)
         else ""
-        if known.add(who)
+        if persona_pool.add(who)
         else "too similar to another persona"
     )
     if reason:
-        maker.drop(id, reason, who)
+        builder.reject(id, reason, who)
     else:
-        people.append((id, who))
+        persona_list.append((id, who))

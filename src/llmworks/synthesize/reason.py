@@ -16,15 +16,15 @@ from llmworks.core.context import Context
 from llmworks.core.errors import DataError
 from llmworks.core.types import Message
 from llmworks.data.store.rows import Row
-from llmworks.score.key import accepted_keys, key
-from llmworks.synthesize.asking import Decoding, Maker, Prompt, answered, questions
+from llmworks.score.key import get_accepted_keys, key
+from llmworks.synthesize.asking import Decoding, GenerationPrompt, SyntheticDatasetBuilder, read_prompts, replace_answer
 
-HOW = "\n\nThink step by step. End with a line that says `Answer:` and the answer alone."
-HINT = (
+REASONING_PROMPT = "\n\nThink step by step. End with a line that says `Answer:` and the answer alone."
+HINT_PROMPT = (
     "\n\nThe right answer is: {0}. Explain step by step how one gets there, as if you had not been told. End with a"
     " line that says `Answer:` and the answer alone."
 )
-TOLD = re.compile(
+HINT_MENTION = re.compile(
     r"\b(?:hint|was told|were told|as given|given that the (?:right |correct )?answer|we (?:already )?know (?:that"
     r" )?the answer|the right answer is (?:given|said))\b",
     re.IGNORECASE,
@@ -48,59 +48,67 @@ def reason(config: ReasonConfig, model: Model | Adapter, data: Dataset, ctx: Con
 
     Errors: DataError for rows without a key, or when no row is kept.
     """
-    todo = questions(data, config.limit)
+    todo = read_prompts(data, config.limit)
     for row, _ in todo:
-        accepted_keys(row)
+        get_accepted_keys(row)
     last: dict[str, str] = {}
-    with Maker(ctx, model, config.decoding, "synthesize.reason") as maker:
+    with SyntheticDatasetBuilder(ctx, model, config.decoding, "synthesize.reason") as builder:
         for turn in range(config.max_attempts + config.use_hint):
             if not todo:
                 break
             hinted = turn == config.max_attempts
             prompts = [
-                Prompt(_with(turns, HINT.format(accepted_keys(row)[0]) if hinted else HOW), turn) for row, turns in todo
+                GenerationPrompt(
+                    _append_to_last_turn(
+                        turns, HINT_PROMPT.format(get_accepted_keys(row)[0]) if hinted else REASONING_PROMPT
+                    ),
+                    turn,
+                )
+                for row, turns in todo
             ]
             left: list[tuple[Row, tuple[Message, ...]]] = []
             for (row, turns), prompt, answer in zip(
                 todo,
                 prompts,
-                maker.ask("with hint" if hinted else f"attempt {turn + 1}", prompts),
+                builder.generate("with hint" if hinted else f"attempt {turn + 1}", prompts),
                 strict=True,
             ):
-                why = answer.problem or problem_of(config, answer.text, hinted) or key(turns, answer.text, row).reason
-                if why:
-                    last[row["id"]] = f"{why}\n{answer.text}"
+                problem = (
+                    answer.problem or find_problem(config, answer.text, hinted) or key(turns, answer.text, row).reason
+                )
+                if problem:
+                    last[row["id"]] = f"{problem}\n{answer.text}"
                     left.append((row, turns))
                     continue
-                maker.rows.append(
-                    maker.row(
+                builder.rows.append(
+                    builder.build_row(
                         row["id"],
                         [prompt],
                         group=row["group"],
                         answer=row["answer"],
                         source=row,
-                        messages=answered(row, Message("assistant", answer.text)),
+                        messages=replace_answer(row, Message("assistant", answer.text)),
                         tries=turn + 1,
                         hinted=hinted,
                     )
                 )
             todo = left
         for row, _ in todo:
-            why, _, text = last[row["id"]].partition("\n")
-            maker.drop(row["id"], "wrong in every attempt" if why.startswith("answered") else why, text)
-        if not maker.rows:
+            problem, _, text = last[row["id"]].partition("\n")
+            builder.reject(row["id"], "wrong in every attempt" if problem.startswith("answered") else problem, text)
+        if not builder.rows:
             raise DataError(f"{data.name}: {model.name} never reached a known answer")
-        hinted_rows = sum(row["extra"]["fields"]["made_by"]["hinted"] for row in maker.rows)
-        return maker.finish([data], metrics={"hinted": hinted_rows}, note=f"{hinted_rows:,} with a hint")
+        hinted_rows = sum(row["extra"]["fields"]["made_by"]["hinted"] for row in builder.rows)
+        return builder.finish([data], metrics={"hinted": hinted_rows}, note=f"{hinted_rows:,} with a hint")
 
 
-def _with(turns: tuple[Message, ...], words: str) -> tuple[Message, ...]:
+def _append_to_last_turn(turns: tuple[Message, ...], words: str) -> tuple[Message, ...]:
     """Append words to the last turn of a conversation."""
     return (*turns[:-1], Message("user", turns[-1].content + words))
 
 
-def problem_of(config: ReasonConfig, text: str, hinted: bool) -> str:
+def find_problem(config: ReasonConfig, text: str, hinted: bool) -> str:
     """Return why a reasoning is rejected, or an empty string."""
     if len(text.split()) < config.min_words:
         return "no reasoning"
-    return "mentions the hint" if hinted and TOLD.search(text) else ""
+    return "mentions the hint" if hinted and HINT_MENTION.search(text) else ""

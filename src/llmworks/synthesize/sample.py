@@ -14,9 +14,9 @@ from pydantic import Field
 from llmworks.core.artifact import Adapter, Config, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.types import Message, Score, ToolCall
-from llmworks.score import score_function
-from llmworks.synthesize.asking import Decoding, Maker, Prompt, answered, questions
-from llmworks.tokenize.chat.templates import parse_calls
+from llmworks.score import get_score_function
+from llmworks.synthesize.asking import Decoding, GenerationPrompt, SyntheticDatasetBuilder, read_prompts, replace_answer
+from llmworks.tokenize.chat.templates import parse_tool_calls
 
 
 class SampleConfig(Config):
@@ -41,67 +41,69 @@ def sample(config: SampleConfig, model: Model | Adapter, data: Dataset, ctx: Con
     Errors: DataError for rows that cannot be verified, or when none is accepted; UserError for an unknown score
     function.
     """
-    judge = score_function(config.score_function)
-    asked = questions(data, config.limit)
-    for row, turns in asked:
-        judge(turns, "", row)  # fail on a row that cannot be scored before any request
-    accepted: dict[str, list[tuple[Prompt, str, int]]] = {row["id"]: [] for row, _ in asked}
-    why: dict[str, tuple[str, str]] = {}
-    with Maker(ctx, model, config.decoding, "synthesize.sample") as maker:
+    score = get_score_function(config.score_function)
+    prompt_rows = read_prompts(data, config.limit)
+    for row, turns in prompt_rows:
+        score(turns, "", row)  # fail on a row that cannot be scored before any request
+    accepted: dict[str, list[tuple[GenerationPrompt, str, int]]] = {row["id"]: [] for row, _ in prompt_rows}
+    problems: dict[str, tuple[str, str]] = {}
+    with SyntheticDatasetBuilder(ctx, model, config.decoding, "synthesize.sample") as builder:
         for turn in range(config.num_generations):
             todo = [
                 (row, turns)
-                for row, turns in asked
+                for row, turns in prompt_rows
                 if not (accepted[row["id"]] and config.stop_on_accept and config.keep == "first")
             ]
-            prompts = [Prompt(turns, turn) for _, turns in todo]
+            prompts = [GenerationPrompt(turns, turn) for _, turns in todo]
             for (row, turns), prompt, answer in zip(
-                todo, prompts, maker.ask(f"answer {turn + 1}", prompts), strict=True
+                todo, prompts, builder.generate(f"answer {turn + 1}", prompts), strict=True
             ):
-                problem = answer.problem or _judged(judge(turns, answer.text, row), config.min_score)
+                problem = answer.problem or _find_problem(score(turns, answer.text, row), config.min_score)
                 if problem:
-                    why[row["id"]] = (answer.problem or f"no completion accepted ({problem})", answer.text)
+                    problems[row["id"]] = (answer.problem or f"no completion accepted ({problem})", answer.text)
                 else:
                     accepted[row["id"]].append((prompt, answer.text, turn + 1))
-        for row, _ in asked:
+        for row, _ in prompt_rows:
             if not accepted[row["id"]]:
-                maker.drop(row["id"], *why[row["id"]])
-            for number, (prompt, text, turn) in enumerate(_chosen(config, accepted[row["id"]]), 1):
+                builder.reject(row["id"], *problems[row["id"]])
+            for number, (prompt, text, turn) in enumerate(_select_accepted(config, accepted[row["id"]]), 1):
                 id = row["id"] if config.keep != "all" else f"{row['id']}~{number}"
-                maker.rows.append(
-                    maker.row(
+                builder.rows.append(
+                    builder.build_row(
                         id,
                         [prompt],
                         group=row["group"],
                         tools=row["tools"],
                         answer=row["answer"],
                         source=row,
-                        messages=answered(row, as_turn(text)),
+                        messages=replace_answer(row, to_assistant_turn(text)),
                         drawn=turn,
                         accepted=len(accepted[row["id"]]),
                     )
                 )
         solved = sum(map(bool, accepted.values()))
-        return maker.finish(
+        return builder.finish(
             [data],
-            metrics={"questions": len(asked), "solved": solved},
-            note=f"{solved:,} of {len(asked):,} prompts solved, by {config.score_function}",
+            metrics={"questions": len(prompt_rows), "solved": solved},
+            note=f"{solved:,} of {len(prompt_rows):,} prompts solved, by {config.score_function}",
         )
 
 
-def _judged(score: Score, least: float) -> str:
+def _find_problem(score: Score, min_score: float) -> str:
     """Return why a score is too low, or an empty string."""
-    return "" if score.value >= least else score.reason or f"score {score.value:.2g}"
+    return "" if score.value >= min_score else score.reason or f"score {score.value:.2g}"
 
 
-def _chosen(config: SampleConfig, found: list[tuple[Prompt, str, int]]) -> list[tuple[Prompt, str, int]]:
-    distinct = list({text: (prompt, text, turn) for prompt, text, turn in reversed(found)}.values())[::-1]
+def _select_accepted(
+    config: SampleConfig, accepted: list[tuple[GenerationPrompt, str, int]]
+) -> list[tuple[GenerationPrompt, str, int]]:
+    distinct = list({text: (prompt, text, turn) for prompt, text, turn in reversed(accepted)}.values())[::-1]
     if config.keep == "all" or not distinct:
         return distinct
     return [min(distinct, key=lambda item: len(item[1]))] if config.keep == "shortest" else distinct[:1]
 
 
-def as_turn(text: str) -> Message:
+def to_assistant_turn(text: str) -> Message:
     """Return a completion as an assistant turn; function calls written in it are parsed."""
-    said, calls = parse_calls(text)
-    return Message("assistant", said, tuple(ToolCall(c.name, c.arguments) for c in calls))
+    content, calls = parse_tool_calls(text)
+    return Message("assistant", content, tuple(ToolCall(c.name, c.arguments) for c in calls))

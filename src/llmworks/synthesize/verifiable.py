@@ -18,12 +18,12 @@ from llmworks.core.context import Context
 from llmworks.core.documents import read_documents
 from llmworks.core.errors import DataError
 from llmworks.data.card import finish_rows
-from llmworks.data.store.jsonl import Rejected
-from llmworks.data.store.rows import Row, flat_messages, read_chat, schema_of
+from llmworks.data.store.jsonl import RejectedRows
+from llmworks.data.store.rows import Row, detect_schema, flatten_messages, read_chat
 from llmworks.synthesize import rules
 
 ATTEMPTS = 8  # attempts for a text whose sampled instructions conflict
-OPENINGS = (
+TASK_PROMPTS = (
     "Write this text again.",
     "Here is a text. Give it again, with a change.",
     "Repeat the text below as you are told.",
@@ -61,10 +61,12 @@ def verifiable(config: VerifiableConfig, data: Dataset, ctx: Context) -> Dataset
 
     Errors: DataError where no text has a length within word_range.
     """
-    chosen = tuple(rule for rule in rules.RULES if not config.instruction_ids or rule.name in config.instruction_ids)
-    rejected, seen = Rejected(), set[str]()
+    selected_rules = tuple(
+        rule for rule in rules.RULES if not config.instruction_ids or rule.name in config.instruction_ids
+    )
+    rejected, seen = RejectedRows(), set[str]()
     rows: list[Row] = []
-    texts = _texts(data)
+    texts = _read_texts(data)
     random = Random(config.seed)
     random.shuffle(texts)
     for id, text in texts:
@@ -83,7 +85,8 @@ def verifiable(config: VerifiableConfig, data: Dataset, ctx: Context) -> Dataset
             (
                 row
                 for attempt in range(ATTEMPTS)
-                if (row := _row(id, text, config, chosen, Random(f"{config.seed} {id} {attempt}"))) is not None
+                if (row := _build_row(id, text, config, selected_rules, Random(f"{config.seed} {id} {attempt}")))
+                is not None
             ),
             None,
         )
@@ -97,10 +100,10 @@ def verifiable(config: VerifiableConfig, data: Dataset, ctx: Context) -> Dataset
             " and"
             f" fits {config.min_instructions} instructions{' of instruction_ids' if config.instruction_ids else ''}"
         )
-    rejected.write(ctx.out, ctx.progress.say)
+    rejected.write(ctx.out, ctx.progress.log)
     kinds = Counter(name for row in rows for name in row["answer"]["constraints"])
-    asked = Counter(len(row["answer"]["constraints"]) for row in rows)
-    _describe(ctx, data, rows, kinds, asked)
+    instruction_counts = Counter(len(row["answer"]["constraints"]) for row in rows)
+    _describe(ctx, data, rows, kinds, instruction_counts)
     return finish_rows(
         ctx,
         "synthesize.verifiable",
@@ -113,43 +116,45 @@ def verifiable(config: VerifiableConfig, data: Dataset, ctx: Context) -> Dataset
 
 
 def _describe(
-    ctx: Context, data: Dataset, rows: list[dict[str, Any]], kinds: Counter[Any], asked: Counter[int]
+    ctx: Context, data: Dataset, rows: list[dict[str, Any]], kinds: Counter[Any], instruction_counts: Counter[int]
 ) -> None:
     """Write the report: instruction counts and examples."""
     ctx.report.title = f"Verifiable instructions about {data.name}"
-    ctx.report.lead = (
+    ctx.report.subtitle = (
         f"{len(rows):,} rows, {sum(kinds.values()):,} instructions; every answer was built by rule and passes its"
         " checks."
     )
-    ctx.report.data = {"rows": len(rows), "kinds": dict(kinds), "instructions": dict(asked)}
-    ctx.report.table("Instructions", ("instruction", "rows"), kinds.most_common())
-    ctx.report.table("Instructions per row", ("instructions", "rows"), sorted(asked.items()))
-    ctx.report.table(
+    ctx.report.data = {"rows": len(rows), "kinds": dict(kinds), "instructions": dict(instruction_counts)}
+    ctx.report.add_table("Instructions", ("instruction", "rows"), kinds.most_common())
+    ctx.report.add_table("Instructions per row", ("instructions", "rows"), sorted(instruction_counts.items()))
+    ctx.report.add_table(
         "Examples",
         ("question", "answer"),
         [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in rows[:8]],
     )
 
 
-def _row(id: str, text: str, config: VerifiableConfig, kinds: tuple[rules.Rule, ...], random: Random) -> Row | None:
+def _build_row(
+    id: str, text: str, config: VerifiableConfig, kinds: tuple[rules.InstructionRule, ...], random: Random
+) -> Row | None:
     """Return a row about a text; None where too few instructions fit it, or the sampled ones conflict.
 
     Example of a conflict: a quotation around a repeated text.
     """
-    from llmworks.score.constraints import followed
+    from llmworks.score.constraints import check_instructions
 
-    found = rules.chosen(kinds, text, random.randint(config.min_instructions, config.max_instructions), random)
-    made = rules.answer(text, found)
+    selected = rules.sample_rules(kinds, text, random.randint(config.min_instructions, config.max_instructions), random)
+    answer = rules.build_answer(text, selected)
     names, arguments = (
-        [rule.name for rule, _ in found],
-        [{key: value for key, value in given.items() if key not in rules.OURS} for _, given in found],
+        [rule.name for rule, _ in selected],
+        [{key: value for key, value in given.items() if key not in rules.INTERNAL_ARGUMENTS} for _, given in selected],
     )
-    if len(found) < config.min_instructions or not all(followed(made, names, arguments)):
+    if len(selected) < config.min_instructions or not all(check_instructions(answer, names, arguments)):
         return None
-    asked = [rules.said(rule, given, random) for rule, given in found]
+    instructions = [rules.format_instruction(rule, given, random) for rule, given in selected]
     messages = [
-        {"role": "user", "content": f"{random.choice(OPENINGS)} {' '.join(asked)}\n\n{text}"},
-        {"role": "assistant", "content": made},
+        {"role": "user", "content": f"{random.choice(TASK_PROMPTS)} {' '.join(instructions)}\n\n{text}"},
+        {"role": "assistant", "content": answer},
     ]
     return {
         "id": id,
@@ -161,14 +166,14 @@ def _row(id: str, text: str, config: VerifiableConfig, kinds: tuple[rules.Rule, 
     }
 
 
-def _texts(data: Dataset) -> list[tuple[str, str]]:
+def _read_texts(data: Dataset) -> list[tuple[str, str]]:
     """Return (id, text on one line)."""
-    if schema_of(data) == "chat":
+    if detect_schema(data) == "chat":
         found = []
         for row in read_chat(data):
-            asked = [message.content for message in flat_messages(row) if message.role == "user"]
-            if asked:
-                found.append((str(row["id"]), " ".join(asked[-1].split())))
+            user_turns = [message.content for message in flatten_messages(row) if message.role == "user"]
+            if user_turns:
+                found.append((str(row["id"]), " ".join(user_turns[-1].split())))
         return found
     return [
         (document.id, " ".join(next((line for line in document.text.splitlines() if line.strip()), "").split()))

@@ -13,13 +13,17 @@ from llmworks.core.context import Context
 from llmworks.core.documents import read_documents
 from llmworks.core.errors import UserError
 from llmworks.tokenize import view
-from llmworks.tokenize.chat.named import tokenizer_of
-from llmworks.tokenize.statistics import Usage, group_of, measure
+from llmworks.tokenize.chat.named import load_model_tokenizer
+from llmworks.tokenize.statistics import TokenizerUsage, get_group, measure_usage
 
 if TYPE_CHECKING:
     from llmworks.core.report import ReportBuilder
 
-SAMPLE, SHORT, SAMPLED = 400, 160, 6  # characters shown of a text on the page and in the terminal, texts shown
+SAMPLE_CHARACTERS, TERMINAL_CHARACTERS, MAX_SAMPLES = (
+    400,
+    160,
+    6,
+)  # characters shown of a text on the page and in the terminal, texts shown
 SAMPLES = {
     "English": "The quick brown fox can't jump over 12,345 lazy dogs; it's 3.14159 metres away.",
     "German": "Die Donaudampfschifffahrtsgesellschaft fährt übermorgen um 7:45 Uhr.",
@@ -49,45 +53,45 @@ def compare(
     """
     if not tokenizers:
         raise UserError("compare needs at least one tokenizer; name each: --tokenizers NAME=REF")
-    loaded = {name: tokenizer_of(artifact) for name, artifact in tokenizers.items()}
-    texts = _texts(config, data)
-    usages: dict[str, Usage] = {}
+    loaded = {name: load_model_tokenizer(artifact) for name, artifact in tokenizers.items()}
+    texts = _collect_texts(config, data)
+    usages: dict[str, TokenizerUsage] = {}
     with ctx.progress.bar("measure", len(loaded), "tokenizers") as bar:
         for name, tokenizer in loaded.items():
-            usages[name] = measure(tokenizer, texts)
+            usages[name] = measure_usage(tokenizer, texts)
             bar.advance()
     best = max(
-        usages, key=lambda name: (-usages[name].whole.lost, usages[name].whole.bytes_per_token)
+        usages, key=lambda name: (-usages[name].total.lossy, usages[name].total.bytes_per_token)
     )  # a lossy tokenizer is never the best
-    rows, metrics = _rows_of(loaded, usages, best)
+    rows, metrics = _build_rows(loaded, usages, best)
     report = ctx.report
     report.title = (
         f"{len(loaded)} tokenizers on {data.name if data else 'a text' if config.text else 'six sample texts'}"
     )
-    losing = [name for name, usage in usages.items() if usage.whole.lost]
-    report.lead = f"{best} compresses best: {usages[best].whole.bytes_per_token:.2f} bytes per token." + (
+    losing = [name for name, usage in usages.items() if usage.total.lossy]
+    report.subtitle = f"{best} compresses best: {usages[best].total.bytes_per_token:.2f} bytes per token." + (
         f" {' and '.join(losing)} {'does' if len(losing) == 1 else 'do'} not round-trip every text." if losing else ""
     )
-    _describe_figures(report, texts, usages, best, rows)
+    _report_metrics(report, texts, usages, best, rows)
     groups = sorted(usages[best].groups, key=lambda g: -usages[best].groups[g].bytes)[:20]
-    report.table(
+    report.add_table(
         "Bytes per token",
         ("group", *loaded),
         [(group, *(usages[name].groups[group].bytes_per_token for name in loaded)) for group in groups],
     )
-    _draw_divisions(report, texts, groups, loaded)
+    _show_boundaries(report, texts, groups, loaded)
     return Report(ctx.out, metrics=metrics)
 
 
-def _rows_of(
-    loaded: dict[str, Any], usages: dict[str, Usage], best: str
+def _build_rows(
+    loaded: dict[str, Any], usages: dict[str, TokenizerUsage], best: str
 ) -> tuple[list[tuple[str, int, int, float, float, float, int]], dict[str, float]]:
     """Return a table row for each tokenizer, and the metrics."""
     metrics: dict[str, float] = {}
     rows = []
     for name, tokenizer in loaded.items():
-        whole = usages[name].whole
-        metrics |= {f"{name}_bytes_per_token": round(whole.bytes_per_token, 4), f"{name}_lost": whole.lost}
+        whole = usages[name].total
+        metrics |= {f"{name}_bytes_per_token": round(whole.bytes_per_token, 4), f"{name}_lost": whole.lossy}
         rows.append(
             (
                 name,
@@ -95,24 +99,24 @@ def _rows_of(
                 whole.tokens,
                 whole.bytes_per_token,
                 whole.fertility,
-                whole.tokens / usages[best].whole.tokens,
-                whole.lost,
+                whole.tokens / usages[best].total.tokens,
+                whole.lossy,
             )
         )
     return rows, metrics
 
 
-def _describe_figures(
+def _report_metrics(
     report: ReportBuilder,
     texts: list[tuple[str, str]],
-    usages: dict[str, Usage],
+    usages: dict[str, TokenizerUsage],
     best: str,
     rows: list[tuple[str, int, int, float, float, float, int]],
 ) -> None:
     """Report the metrics of all tokenizers."""
     report.data = {
         "texts": len(texts),
-        "bytes": usages[best].whole.bytes,
+        "bytes": usages[best].total.bytes,
         "tokenizers": {
             row[0]: {
                 "vocabulary": row[1],
@@ -133,49 +137,56 @@ def _describe_figures(
         f"tokens relative to {best}",
         "lossy texts",
     )
-    report.table("Metrics", columns, rows)
+    report.add_table("Metrics", columns, rows)
 
 
-def _draw_divisions(
+def _show_boundaries(
     report: ReportBuilder, texts: list[tuple[str, str]], groups: list[str], loaded: dict[str, Any]
 ) -> None:
     """Show the token boundaries of each tokenizer in some of the texts, for the page and the terminal."""
-    lines = [report.lead]
+    lines = [report.subtitle]
     firsts = (
         texts
-        if len(texts) <= SAMPLED
-        else [(group, next(text for g, text in texts if g == group)) for group in groups[:SAMPLED]]
+        if len(texts) <= MAX_SAMPLES
+        else [(group, next(text for g, text in texts if g == group)) for group in groups[:MAX_SAMPLES]]
     )
-    for group, text in ((group, text[:SAMPLE]) for group, text in firsts):
+    for group, text in ((group, text[:SAMPLE_CHARACTERS]) for group, text in firsts):
         drawn = {
             name: tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             for name, tokenizer in loaded.items()
         }
         page = "".join(
-            f"<p class=note>{view.escaped(name)}: {len(ids)} tokens</p>{view.striped_html(loaded[name], ids)}"
+            f"<p class=note>{view.escape_html(name)}: {len(ids)}"
+            f" tokens</p>{view.format_boundaries_html(loaded[name], ids)}"
             for name, ids in drawn.items()
         )
         plain = "\n\n".join(
-            f"{name}: {len(ids)} tokens\n{view.striped_plain(loaded[name], ids)}" for name, ids in drawn.items()
+            f"{name}: {len(ids)} tokens\n{view.format_boundaries_plain(loaded[name], ids)}"
+            for name, ids in drawn.items()
         )
-        report.drawing(f"Token boundaries: {group}", view.STRIPES + page, plain=plain)
+        report.add_drawing(f"Token boundaries: {group}", view.BOUNDARY_STYLE + page, plain=plain)
         short = {
-            name: tokenizer(text[:SHORT], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            name: tokenizer(text[:TERMINAL_CHARACTERS], add_special_tokens=False, split_special_tokens=True)[
+                "input_ids"
+            ]
             for name, tokenizer in loaded.items()
         }
         lines += [
             f"\n{group}",
-            *(f"{name:<16} {len(ids):>5}  {view.striped_ansi(loaded[name], ids)}" for name, ids in short.items()),
+            *(
+                f"{name:<16} {len(ids):>5}  {view.format_boundaries_ansi(loaded[name], ids)}"
+                for name, ids in short.items()
+            ),
         ]
     report.terminal = "\n".join(lines)
 
 
-def _texts(config: CompareConfig, data: Dataset | None) -> list[tuple[str, str]]:
+def _collect_texts(config: CompareConfig, data: Dataset | None) -> list[tuple[str, str]]:
     """Return the (group, text) pairs to compare on."""
     found = [("the text", config.text)] if config.text else []
     left = config.max_characters
     for document in read_documents(data) if data is not None else ():
-        found.append((group_of(document), document.text[:left]))
+        found.append((get_group(document), document.text[:left]))
         left -= len(document.text)
         if left <= 0:
             break

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def quiet_transformers() -> None:
+def silence_transformers() -> None:
     """Silence the progress bars and warnings of transformers; errors are still raised."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers.utils import logging
@@ -27,24 +27,24 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a directory; ModelError when it is missing or broken."""
     from transformers import AutoTokenizer
 
-    quiet_transformers()
+    silence_transformers()
     if not (path / "tokenizer.json").exists() and not (path / "tokenizer_config.json").exists():
         raise ModelError(f"{path}: has no tokenizer (tokenizer.json)")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a broken file
-        raise ModelError(f"{path}: the tokenizer cannot be read ({first_line(error)})") from None
+        raise ModelError(f"{path}: the tokenizer cannot be read ({summarize_error(error)})") from None
     if isinstance(tokenizer.chat_template, dict):
-        tokenizer.chat_template = one_template(path, tokenizer.chat_template)
+        tokenizer.chat_template = combine_templates(path, tokenizer.chat_template)
     return tokenizer
 
 
-def ids_of(tokenizer: Any) -> int:
+def count_embedding_rows(tokenizer: Any) -> int:
     """Return the number of embedding rows a tokenizer needs: its largest id + 1, since ids may have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def one_template(path: Path, named: Mapping[str, str]) -> str:
+def combine_templates(path: Path, named: Mapping[str, str]) -> str:
     """Combine a model's named chat templates into one: `tool_use` with tools, else `default`, as transformers chooses.
 
     Errors: ModelError without a `default` template.
@@ -55,7 +55,7 @@ def one_template(path: Path, named: Mapping[str, str]) -> str:
     return default if with_tools == default else f"{{% if tools %}}{with_tools}{{% else %}}{default}{{% endif %}}"
 
 
-def stop_ids(path: Path, tokenizer: Any) -> list[int]:
+def get_stop_ids(path: Path, tokenizer: Any) -> list[int]:
     """Return the stop ids: eos_token_id of generation_config.json and the tokenizer's own end token."""
     ids: set[int] = set()
     file = path / "generation_config.json"
@@ -83,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def first_line(error: Exception) -> str:
+def summarize_error(error: Exception) -> str:
     """Return an exception's type and the first line of its message."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -13,10 +13,10 @@ from llmworks.core.context import Context
 from llmworks.core.documents import count_characters, read_documents
 from llmworks.core.errors import DataError, UserError
 from llmworks.tokenize.bpe.config import TrainConfig
-from llmworks.tokenize.chat.named import NAMED, named_template
-from llmworks.tokenize.statistics import group_of, measure, report_usage
+from llmworks.tokenize.chat.named import NAMED_TEMPLATES, get_named_template
+from llmworks.tokenize.statistics import get_group, measure_usage, report_usage
 
-MEASURED = 5_000_000  # maximum number of characters measured for the report
+MAX_MEASURED_CHARACTERS = 5_000_000  # maximum number of characters measured for the report
 ROLES = {
     "bpe": {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"},
     "unigram": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
@@ -36,9 +36,9 @@ def train(config: TrainConfig, data: Dataset, ctx: Context, eval_data: Dataset |
 
     Errors: UserError when special tokens and bytes alone fill the vocabulary; DataError for too little text.
     """
-    from llmworks.tokenize.bpe.trainers import as_transformers, learn
+    from llmworks.tokenize.bpe.trainers import to_transformers, train_tokenizer
 
-    roles, control = control_tokens(config)
+    roles, control = collect_special_tokens(config)
     floor = len(control) + (0 if config.algorithm == "wordpiece" else 256)
     if config.vocab_size <= floor:
         raise UserError(
@@ -47,43 +47,43 @@ def train(config: TrainConfig, data: Dataset, ctx: Context, eval_data: Dataset |
     documents, characters = count_characters(data)
     share = min(1.0, config.max_characters / max(1, characters))
     with ctx.progress.bar("read", documents, "documents") as bar:
-        made = learn(config, control, lambda: _texts(data, share, bar))
+        made = train_tokenizer(config, control, lambda: _iterate_training_texts(data, share, bar))
     if made.get_vocab_size() < config.vocab_size:
         raise DataError(
             f"{data.name}: {int(characters * share):,} characters give only {made.get_vocab_size():,} tokens,"
             f" config.vocab_size is {config.vocab_size:,}; give more text or lower vocab_size"
         )
-    tokenizer = as_transformers(
-        made, roles, "" if config.chat_template == "none" else named_template(config.chat_template)
+    tokenizer = to_transformers(
+        made, roles, "" if config.chat_template == "none" else get_named_template(config.chat_template)
     )
     tokenizer.save_pretrained(ctx.out)
-    usage = measure(tokenizer, _measured(eval_data or data))
+    usage = measure_usage(tokenizer, _iterate_measured_texts(eval_data or data))
     where = f"{eval_data.name} (held-out)" if eval_data else f"{data.name} (training data)"
     ctx.report.title = f"{config.algorithm} tokenizer with {config.vocab_size:,} tokens, trained on {data.name}"
-    ctx.report.lead = (
-        f"{usage.whole.bytes_per_token:.2f} bytes per token and {usage.whole.fertility:.2f} tokens per word on {where}."
+    ctx.report.subtitle = (
+        f"{usage.total.bytes_per_token:.2f} bytes per token and {usage.total.fertility:.2f} tokens per word on {where}."
     )
     figures = {"vocabulary": config.vocab_size, **report_usage(ctx.report, tokenizer, usage)}
     ctx.report.data |= {"characters": int(characters * share), "control": control}
-    ctx.progress.say(ctx.report.lead)
+    ctx.progress.log(ctx.report.subtitle)
     return Tokenizer(ctx.out, metrics=figures, about={"vocabulary": config.vocab_size, "algorithm": config.algorithm})
 
 
-def control_tokens(config: TrainConfig) -> tuple[dict[str, str], list[str]]:
+def collect_special_tokens(config: TrainConfig) -> tuple[dict[str, str], list[str]]:
     """Return (special token of each role such as eos_token, all special tokens in the order of their ids)."""
     roles = dict(ROLES[config.algorithm])
     tokens = list(roles.values())
     if config.chat_template != "none":
-        named = NAMED[config.chat_template]
-        if "bos_token" in named_template(config.chat_template):
+        named = NAMED_TEMPLATES[config.chat_template]
+        if "bos_token" in get_named_template(config.chat_template):
             roles.setdefault("bos_token", "<s>")
-        roles["eos_token"] = named.end or roles["eos_token"]
-        tokens += [roles.get("bos_token", ""), *named.tokens]
+        roles["eos_token"] = named.eos_token or roles["eos_token"]
+        tokens += [roles.get("bos_token", ""), *named.special_tokens]
     roles["eos_token"] = config.end or roles["eos_token"]
     return roles, list(dict.fromkeys(token for token in (*tokens, roles["eos_token"], *config.special_tokens) if token))
 
 
-def _texts(data: Dataset, share: float, bar: Any) -> Iterator[str]:
+def _iterate_training_texts(data: Dataset, share: float, bar: Any) -> Iterator[str]:
     """Yield the training documents, an evenly spaced share of all."""
     bar.resume(0)
     for number, document in enumerate(read_documents(data)):
@@ -92,10 +92,10 @@ def _texts(data: Dataset, share: float, bar: Any) -> Iterator[str]:
             yield document.text
 
 
-def _measured(data: Dataset) -> Iterator[tuple[str, str]]:
-    left = MEASURED
+def _iterate_measured_texts(data: Dataset) -> Iterator[tuple[str, str]]:
+    left = MAX_MEASURED_CHARACTERS
     for document in read_documents(data):
-        yield group_of(document), document.text
+        yield get_group(document), document.text
         left -= len(document.text)
         if left <= 0:
             return

@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-LEARNED, READ = "\x1b[42;30m", "\x1b[100;37m"
-SPECIAL_LEARNED, SPECIAL_READ = "\x1b[42;1;31m", "\x1b[100;1;33m"
+LABEL_ANSI, MASKED_ANSI = "\x1b[42;30m", "\x1b[100;37m"
+SPECIAL_LABEL_ANSI, SPECIAL_MASKED_ANSI = "\x1b[42;1;31m", "\x1b[100;1;33m"
 RESET = "\x1b[0m"
-ANSI_COLOURS = (44, 43, 46, 41, 45)  # alternating token colors
+ANSI_COLORS = (44, 43, 46, 41, 45)  # alternating token colors
 STYLE = (
     "<style>.tk{color:#1b1f24;font:13px/1.9 ui-monospace,monospace;white-space:pre-wrap;word-break:break-word}.tk"
     " span{border-radius:3px;padding:1px 0;border-right:1px solid #fff}.tk .l{background:#bbf7d0}.tk"
@@ -18,109 +18,113 @@ STYLE = (
 )
 
 
-def pieces(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, bool]]:
+def decode_pieces(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, bool]]:
     """Return (text, is special token) of each token; a character split over tokens goes to its last token."""
     special = set(tokenizer.all_special_ids) | {
         i for i, token in tokenizer.added_tokens_decoder.items() if token.special
     }
     out: list[tuple[str, bool]] = []
-    held: list[int] = []
+    pending: list[int] = []
     for token in ids:
         if token in special:
-            out.append((tokenizer.decode([*held, token], skip_special_tokens=False), True))
-            held = []
+            out.append((tokenizer.decode([*pending, token], skip_special_tokens=False), True))
+            pending = []
             continue
-        held.append(token)
-        text = tokenizer.decode(held, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if text.endswith("\ufffd") and len(held) < 8:
+        pending.append(token)
+        text = tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if text.endswith("\ufffd") and len(pending) < 8:
             out.append(("", False))
             continue
         out.append((text, False))
-        held = []
+        pending = []
     return out
 
 
-def as_ansi(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
+def format_ansi(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
     """Format tokens for the terminal: label tokens on green, masked ones on gray, special tokens in bold color."""
     text = ""
-    for (piece, special), learned in zip(pieces(tokenizer, ids), mask, strict=True):
+    for (piece, special), learned in zip(decode_pieces(tokenizer, ids), mask, strict=True):
         if piece:
-            colour = (SPECIAL_LEARNED if learned else SPECIAL_READ) if special else (LEARNED if learned else READ)
+            colour = (
+                (SPECIAL_LABEL_ANSI if learned else SPECIAL_MASKED_ANSI)
+                if special
+                else (LABEL_ANSI if learned else MASKED_ANSI)
+            )
             text += colour + piece.replace("\n", f"⏎{RESET}\n{colour}") + RESET
     return text
 
 
-def without_colours(text: str) -> str:
+def strip_colors(text: str) -> str:
     """Convert terminal output to plain text: label tokens in «», tokens in alternating colors separated by bars."""
-    learned = rf"(?:{re.escape(LEARNED)}|{re.escape(SPECIAL_LEARNED)})"
+    learned = rf"(?:{re.escape(LABEL_ANSI)}|{re.escape(SPECIAL_LABEL_ANSI)})"
     marked = re.sub(
         rf"(?:{learned}[^\x1b]*{re.escape(RESET)}\n?)+",
         lambda m: f"«{m[0].rstrip()}»" + ("\n" if m[0].endswith("\n") else ""),
         text,
     )
     barred = re.sub(
-        rf"\x1b\[(?:{'|'.join(map(str, ANSI_COLOURS))});30m([^\x1b]*){re.escape(RESET)}(?=(\x1b)?)",
+        rf"\x1b\[(?:{'|'.join(map(str, ANSI_COLORS))});30m([^\x1b]*){re.escape(RESET)}(?=(\x1b)?)",
         lambda m: m[1] + ("|" if m[2] else ""),
         marked,
     )
     return re.sub(r"\x1b\[[\d;]*m", "", barred)
 
 
-def as_plain(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
+def format_plain(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
     """Format tokens for Markdown and logs: runs of label tokens are in «»."""
     text, before = "", 0
-    for (piece, _), learned in zip(pieces(tokenizer, ids), mask, strict=True):
+    for (piece, _), learned in zip(decode_pieces(tokenizer, ids), mask, strict=True):
         text += ("«" if learned and not before else "»" if before and not learned else "") + piece
         before = learned
     return text + ("»" if before else "")
 
 
-def as_html(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
+def format_html(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
     """Format tokens as HTML for a page with `STYLE`: a span per token, with its id as a tooltip."""
     spans = ""
-    for token, (piece, special), learned in zip(ids, pieces(tokenizer, ids), mask, strict=True):
+    for token, (piece, special), learned in zip(ids, decode_pieces(tokenizer, ids), mask, strict=True):
         shown = html.escape(piece).replace("\n", "⏎\n")
         spans += f'<span class="{"l" if learned else "r"}{" s" if special else ""}" title="{token}">{shown}</span>'
     return f'<div class="tk">{spans}</div>'
 
 
-COLOURS = ("#bfdbfe", "#fde68a", "#bbf7d0", "#fecaca", "#ddd6fe")
-STRIPES = (
+COLORS = ("#bfdbfe", "#fde68a", "#bbf7d0", "#fecaca", "#ddd6fe")
+BOUNDARY_STYLE = (
     "<style>.st{color:#1b1f24;font:13px/1.9 ui-monospace,monospace;white-space:pre-wrap;word-break:break-word}.st"
     " span{padding:1px 0;border-radius:2px}"
-    + "".join(f".st .c{i}{{background:{colour}}}" for i, colour in enumerate(COLOURS))
+    + "".join(f".st .c{i}{{background:{colour}}}" for i, colour in enumerate(COLORS))
     + "</style>"
 )
 
 
-def escaped(text: str) -> str:
+def escape_html(text: str) -> str:
     """Escape text for HTML."""
     return html.escape(text)
 
 
-def striped_html(tokenizer: Any, ids: Sequence[int]) -> str:
+def format_boundaries_html(tokenizer: Any, ids: Sequence[int]) -> str:
     """Format tokens as HTML for a page with `BOUNDARY_STYLE`: alternating colors, with ids as tooltips.
 
     A character split over several tokens is shown at its last token.
     """
     spans = ""
-    for number, (token, (piece, _)) in enumerate(zip(ids, pieces(tokenizer, ids), strict=True)):
+    for number, (token, (piece, _)) in enumerate(zip(ids, decode_pieces(tokenizer, ids), strict=True)):
         spans += (
-            f'<span class="c{number % len(COLOURS)}"'
+            f'<span class="c{number % len(COLORS)}"'
             f' title="{token}">{html.escape(piece).replace(chr(10), "⏎" + chr(10)) or "·"}</span>'
         )
     return f'<div class="st">{spans}</div>'
 
 
-def striped_ansi(tokenizer: Any, ids: Sequence[int]) -> str:
+def format_boundaries_ansi(tokenizer: Any, ids: Sequence[int]) -> str:
     """Format tokens for the terminal in alternating colors, on one line."""
     shown = (
-        (piece.replace("\n", "⏎") or "·", ANSI_COLOURS[i % len(ANSI_COLOURS)])
-        for i, (piece, _) in enumerate(pieces(tokenizer, ids))
+        (piece.replace("\n", "⏎") or "·", ANSI_COLORS[i % len(ANSI_COLORS)])
+        for i, (piece, _) in enumerate(decode_pieces(tokenizer, ids))
     )
     return "".join(f"\x1b[{colour};30m{piece}{RESET}" for piece, colour in shown)
 
 
-def striped_plain(tokenizer: Any, ids: Sequence[int]) -> str:
+def format_boundaries_plain(tokenizer: Any, ids: Sequence[int]) -> str:
     """Format tokens for Markdown, separated by bars."""
-    return "|".join(piece or "·" for piece, _ in pieces(tokenizer, ids))
+    return "|".join(piece or "·" for piece, _ in decode_pieces(tokenizer, ids))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Points = Sequence[tuple[float, float]]
 
 
-class CompareConfig(Config):
+class TrainingCompareConfig(Config):
     """The baseline of the comparison."""
 
     baseline: str = Field(
@@ -33,7 +33,7 @@ class CompareConfig(Config):
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingHistory:
     """One training: bits per byte over tokens and over training seconds, and the final metrics."""
 
     by_tokens: Points
@@ -44,7 +44,7 @@ class Run:
     perplexity: float
 
 
-def compare(config: CompareConfig, models: dict[str, Model], ctx: Context) -> Report:
+def compare(config: TrainingCompareConfig, models: dict[str, Model], ctx: Context) -> Report:
     """Compare trainings in a table and curves. They need the same held-out tokens.
 
     Errors: UserError for fewer than two models, or an unknown baseline; DataError for a model without eval metrics, or
@@ -52,32 +52,34 @@ def compare(config: CompareConfig, models: dict[str, Model], ctx: Context) -> Re
     """
     if len(models) < 2:
         raise UserError("compare needs at least two models; name each: --models NAME=REF")
-    first = config.baseline or next(iter(models))
-    if first not in models:
-        raise UserError(f"config.baseline is {first!r}; the models are {', '.join(models)}")
-    runs = {name: read(name, model) for name, model in models.items()}
-    seen = {
+    baseline = config.baseline or next(iter(models))
+    if baseline not in models:
+        raise UserError(f"config.baseline is {baseline!r}; the models are {', '.join(models)}")
+    runs = {name: read_history(name, model) for name, model in models.items()}
+    eval_digests = {
         name: tuple(p.digest for p in model.manifest.parents if p.role in ("eval_data", "held_out"))
         if model.manifest
         else ()
         for name, model in models.items()
     }
-    other = next((name for name in models if seen[name] != seen[first]), None)
+    other = next((name for name in models if eval_digests[name] != eval_digests[baseline]), None)
     if other is not None:
         raise DataError(
-            f"{other} and {first} were not evaluated on the same held-out tokens, so their metrics cannot be compared"
+            f"{other} and {baseline} were not evaluated on the same held-out tokens, so their metrics cannot be"
+            " compared"
         )
     trained = {name: run for name, run in runs.items() if len(run.by_tokens) > 1}
     tokens, seconds = (
         min((points[-1][0] for points in (getattr(run, kind) for run in trained.values())), default=0.0)
         for kind in ("by_tokens", "by_seconds")
     )
-    rows = _rows_of(runs, trained, tokens, seconds)
+    rows = _build_rows(runs, trained, tokens, seconds)
     report = ctx.report
     report.title = f"Comparison of {len(runs)} trainings"
     best = min(runs, key=lambda name: runs[name].bits_per_byte)
-    report.lead = f"Best final result: {best} with {runs[best].bits_per_byte:.4f} bits per byte." + crossing(
-        first, trained
+    report.subtitle = (
+        f"Best final result: {best} with {runs[best].bits_per_byte:.4f} bits per byte."
+        + describe_crossing(baseline, trained)
     )
     _describe_figures(report, tokens, seconds, rows)
     _draw_curves(trained, runs, report)
@@ -89,25 +91,29 @@ def compare(config: CompareConfig, models: dict[str, Model], ctx: Context) -> Re
         "equal_tokens": tokens,
         "equal_seconds": seconds,
     }
-    others = [run.bits_per_byte for name, run in runs.items() if name != first]
-    ctx.progress.say(report.lead)
+    others = [run.bits_per_byte for name, run in runs.items() if name != baseline]
+    ctx.progress.log(report.subtitle)
     return Report(
         ctx.out,
         metrics={
-            "bits_per_byte": runs[first].bits_per_byte,
+            "bits_per_byte": runs[baseline].bits_per_byte,
             "best_other": min(others),
-            "ahead": round(min(others) - runs[first].bits_per_byte, 5),
+            "ahead": round(min(others) - runs[baseline].bits_per_byte, 5),
         },
     )
 
 
-def _rows_of(
-    runs: dict[str, Run], trained: dict[str, Run], tokens: Any | float, seconds: Any | float
+def _build_rows(
+    runs: dict[str, TrainingHistory], trained: dict[str, TrainingHistory], tokens: Any | float, seconds: Any | float
 ) -> list[tuple[str, int | None, int, float | None, float | None, float | None, float, float]]:
     """Return a table row for each run."""
     rows = []
     for name, run in runs.items():
-        equal = (at(run.by_tokens, tokens), at(run.by_seconds, seconds)) if name in trained else (None, None)
+        equal = (
+            (interpolate(run.by_tokens, tokens), interpolate(run.by_seconds, seconds))
+            if name in trained
+            else (None, None)
+        )
         rows.append(
             (
                 name,
@@ -129,7 +135,7 @@ def _describe_figures(
     rows: list[tuple[str, int | None, int, float | None, float | None, float | None, float, float]],
 ) -> None:
     """Add the table of metrics."""
-    report.table(
+    report.add_table(
         "Metrics",
         (
             "model",
@@ -149,7 +155,7 @@ def _describe_figures(
     )
 
 
-def _draw_curves(trained: dict[str, Run], runs: dict[str, Run], report: ReportBuilder) -> None:
+def _draw_curves(trained: dict[str, TrainingHistory], runs: dict[str, TrainingHistory], report: ReportBuilder) -> None:
     """Add curves of bits per byte over tokens and over time."""
     for heading, kind, x in (
         ("Bits per byte over tokens", "by_tokens", "tokens"),
@@ -163,7 +169,7 @@ def _draw_curves(trained: dict[str, Run], runs: dict[str, Run], report: ReportBu
                 for name, run in runs.items()
                 if name not in trained
             }
-            report.curves(
+            report.add_curves(
                 heading,
                 {**series, **flat},
                 x=x,
@@ -177,7 +183,7 @@ def _draw_curves(trained: dict[str, Run], runs: dict[str, Run], report: ReportBu
             )
 
 
-def read(name: str, model: Model) -> Run:
+def read_history(name: str, model: Model) -> TrainingHistory:
     """Read the saved metrics of a training. DataError without eval metrics."""
     if "bits_per_byte" not in model.metrics:
         raise DataError(f"{name}: has no eval metrics; train it with eval_data (--eval-data)")
@@ -186,10 +192,10 @@ def read(name: str, model: Model) -> Run:
     steps = [row for row in rows if "loss" in row]
     place = {row["step"]: i for i, row in enumerate(steps)}
     tokens, seconds = (list(accumulate(row[key] for row in steps)) for key in ("tokens", "seconds"))
-    looks = [(place[row["step"]], row["bits_per_byte"]) for row in rows if "bits_per_byte" in row]
-    return Run(
-        [(tokens[i], bits) for i, bits in looks],
-        [(seconds[i], bits) for i, bits in looks],
+    evaluations = [(place[row["step"]], row["bits_per_byte"]) for row in rows if "bits_per_byte" in row]
+    return TrainingHistory(
+        [(tokens[i], bits) for i, bits in evaluations],
+        [(seconds[i], bits) for i, bits in evaluations],
         int(model.metrics.get("parameters", 0)),
         int(model.metrics.get("tokens", 0)),
         float(model.metrics["bits_per_byte"]),
@@ -197,7 +203,7 @@ def read(name: str, model: Model) -> Run:
     )
 
 
-def at(points: Points, x: float) -> float | None:
+def interpolate(points: Points, x: float) -> float | None:
     """Interpolate linearly at x: the first value before all points, None after the last."""
     if not points or x > points[-1][0]:
         return None
@@ -208,25 +214,26 @@ def at(points: Points, x: float) -> float | None:
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
-def crossing(first: str, trained: dict[str, Run]) -> str:
+def describe_crossing(baseline: str, trained: dict[str, TrainingHistory]) -> str:
     """Say from which time on the baseline is better than every other training."""
-    others = {name: run for name, run in trained.items() if name != first}
-    if first not in trained or not others:
+    others = {name: run for name, run in trained.items() if name != baseline}
+    if baseline not in trained or not others:
         return ""
-    own = trained[first].by_seconds
+    own = trained[baseline].by_seconds
     since: float | None = None
     for x, y in own:
         best = min(
             (
                 value
                 for run in others.values()
-                if (value := at(run.by_seconds, x) if x <= run.by_seconds[-1][0] else run.by_seconds[-1][1]) is not None
+                if (value := interpolate(run.by_seconds, x) if x <= run.by_seconds[-1][0] else run.by_seconds[-1][1])
+                is not None
             ),
             default=float("inf"),
         )
         since = None if y > best else x if since is None else since
     if since is None:
-        return f" At equal time {first} is never the best trained model."
-    return f" At equal time {first} is the best trained model" + (
+        return f" At equal time {baseline} is never the best trained model."
+    return f" At equal time {baseline} is the best trained model" + (
         " from the first evaluation on." if since == own[0][0] else f" from {since:,.0f} s on."
     )

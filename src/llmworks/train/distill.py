@@ -14,14 +14,14 @@ from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError, ModelError, UserError
 from llmworks.core.types import Request, Sampling
-from llmworks.data.conversations.training_rows import training_rows
-from llmworks.data.store.rows import Row, flat_messages, write_chat
-from llmworks.generate.remote.journal import Journal, Record
-from llmworks.train.finetune.method import Material
-from llmworks.train.sft import SftConfig, sft, tune
+from llmworks.data.conversations.training_rows import read_training_rows
+from llmworks.data.store.rows import Row, flatten_messages, write_chat
+from llmworks.generate.remote.journal import Journal, JournalRecord
+from llmworks.train.finetune.method import TrainingData
+from llmworks.train.sft import SftConfig, run_sft, sft
 
 if TYPE_CHECKING:
-    from llmworks.train.finetune.trainable import Tuned
+    from llmworks.train.finetune.trainable import TrainableModel
 
 
 class DistillConfig(SftConfig):
@@ -85,46 +85,48 @@ def distill(
     """
     from llmworks.train.distributed import world
 
-    why = cannot_give_logits(teacher, student)
-    of_logits = [
+    why = explain_missing_logits(teacher, student)
+    logit_fields = [
         name
         for name, value in (("temperature", 1.0), ("ce_weight", 0.0), ("divergence", "forward_kl"))
         if getattr(config, name) != value
     ]
-    if why and (config.source == "logits" or of_logits):
+    if why and (config.source == "logits" or logit_fields):
         raise UserError(
-            f"config.{'source is logits' if config.source == 'logits' else f'{of_logits[0]} applies to logits'},"
+            f"config.{'source is logits' if config.source == 'logits' else f'{logit_fields[0]} applies to logits'},"
             f" but {why}; set source to text{'' if config.source == 'logits' else ' and leave it out'}, or use a"
             " teacher with logits"
         )
     if config.source == "text" or why:
-        if world.processes() > 1:
+        if world.get_world_size() > 1:
             raise UserError("source text: a teacher's completions are generated in one process; start only one")
-        ctx.progress.say(
+        ctx.progress.log(
             f"{teacher.name} generates the completions" + (f", since {why}" if why and config.source == "auto" else "")
         )
-        made = sft(config, student, written(config, teacher, data, ctx), ctx, eval_data)
-        ctx.report.lead = (
-            f"{teacher.name} generated the completions{f', since {why}' if why else ''}. {ctx.report.lead}"
+        made = sft(config, student, write_teacher_completions(config, teacher, data, ctx), ctx, eval_data)
+        ctx.report.subtitle = (
+            f"{teacher.name} generated the completions{f', since {why}' if why else ''}. {ctx.report.subtitle}"
         )
         return made
-    with world.opened(config.spread) as here:
+    with world.init_world(config.parallelism) as here:
         if here.size > 1:
             raise UserError("training on a teacher's logits runs in one process; set source to text, or start only one")
-        made = tune(
+        made = run_sft(
             config,
             student,
             data,
             ctx,
             eval_data,
             here,
-            lambda tuned, material: _loss(config, teacher, tuned, material, ctx),
+            lambda tuned, material: _create_loss(config, teacher, tuned, material, ctx),
         )
-        ctx.report.lead = f"Distilled from the logits of {teacher.name}: the loss is the divergence. {ctx.report.lead}"
+        ctx.report.subtitle = (
+            f"Distilled from the logits of {teacher.name}: the loss is the divergence. {ctx.report.subtitle}"
+        )
         return made
 
 
-def cannot_give_logits(teacher: Model | Adapter, student: Model) -> str:
+def explain_missing_logits(teacher: Model | Adapter, student: Model) -> str:
     """Return why a teacher cannot provide logits for the student; empty if it can."""
     if isinstance(teacher, Adapter) or teacher.format != "hf":
         adapter = isinstance(teacher, Adapter)
@@ -138,48 +140,54 @@ def cannot_give_logits(teacher: Model | Adapter, student: Model) -> str:
     return ""
 
 
-def _loss(config: DistillConfig, teacher: Model | Adapter, tuned: Tuned, material: Material, ctx: Context) -> Any:
+def _create_loss(
+    config: DistillConfig,
+    teacher: Model | Adapter,
+    trainable: TrainableModel,
+    training_data: TrainingData,
+    ctx: Context,
+) -> Any:
     """Create the distillation loss; the teacher reads the same batches."""
-    from llmworks.train.finetune.distillation_loss import DIRECTIONS, taught
-    from llmworks.train.finetune.trainable import open_tuned
-    from llmworks.train.loop.losses import whole_logits
+    from llmworks.train.finetune.distillation_loss import BETAS, create_distillation_loss
+    from llmworks.train.finetune.trainable import open_trainable_model
+    from llmworks.train.loop.losses import needs_full_logits
 
-    guide = open_tuned(teacher.path)
-    if guide.free != tuned.free:
+    teacher_model = open_trainable_model(teacher.path)
+    if teacher_model.padding_free != trainable.padding_free:
         raise ModelError(
             f"{teacher.name} and the student need different batch formats (padded and padding-free); set source to text"
         )
-    for model in (guide.network, tuned.network):
-        if whole_logits(model):
+    for model in (teacher_model.network, trainable.network):
+        if needs_full_logits(model):
             raise ModelError(
                 "logits that are transformed after the LM head (soft-capping, scaling) cannot be distilled; set"
                 " source to text"
             )
-    if guide.network.config.vocab_size != tuned.network.config.vocab_size:
+    if teacher_model.network.config.vocab_size != trainable.network.config.vocab_size:
         raise ModelError(
-            f"the teacher has {guide.network.config.vocab_size:,} logits, the"
-            f" student {tuned.network.config.vocab_size:,}; set source to text"
+            f"the teacher has {teacher_model.network.config.vocab_size:,} logits, the"
+            f" student {trainable.network.config.vocab_size:,}; set source to text"
         )
-    ctx.progress.say(
-        f"training on logits of {teacher.name} at {sum(e.labels for e in material.examples):,} label tokens"
+    ctx.progress.log(
+        f"training on logits of {teacher.name} at {sum(e.labels for e in training_data.examples):,} label tokens"
     )
-    guide.network.to(next(tuned.network.parameters()).device)
-    return taught(
-        guide.network.requires_grad_(False).eval(),
-        beta=DIRECTIONS.get(config.divergence, 0.5),
+    teacher_model.network.to(next(trainable.network.parameters()).device)
+    return create_distillation_loss(
+        teacher_model.network.requires_grad_(False).eval(),
+        beta=BETAS.get(config.divergence, 0.5),
         temperature=config.temperature,
-        mix=config.ce_weight,
+        ce_weight=config.ce_weight,
     )
 
 
-def written(config: DistillConfig, teacher: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
+def write_teacher_completions(config: DistillConfig, teacher: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
     """Return the conversations of `data` with the teacher's completion at the end.
 
     Empty and unfinished completions are dropped. DataError when none is left.
     """
     rows = [
         row
-        for row in training_rows(data)
+        for row in read_training_rows(data)
         if "messages" in row and row["messages"][-1]["role"] == "assistant" and len(row["messages"]) > 1
     ]
     if not rows:
@@ -189,30 +197,30 @@ def written(config: DistillConfig, teacher: Model | Adapter, data: Dataset, ctx:
         temperature=config.generation_temperature,
         seed=ctx.seed if config.generation_temperature else None,
     )
-    requests = {str(row["id"]): Request(flat_messages(row)[:-1], sampling=sampling) for row in rows}
+    requests = {str(row["id"]): Request(flatten_messages(row)[:-1], sampling=sampling) for row in rows}
     with (
         Journal(ctx.scratch / "answers.jsonl", lambda: ctx.open_engine(teacher)) as journal,
         ctx.progress.bar("teacher completions", len(requests), "answers") as bar,
     ):
-        replies = journal.ask(requests, bar)
+        replies = journal.generate(requests, bar)
     made: list[Row] = []
-    lost: list[tuple[str, str]] = []
+    dropped: list[tuple[str, str]] = []
     for row in rows:
         reply = replies[str(row["id"])]
-        if isinstance(reply, Record) and reply.finish == "stop" and reply.text.strip():
+        if isinstance(reply, JournalRecord) and reply.finish == "stop" and reply.text.strip():
             made.append(
                 {**row, "messages": [*row["messages"][:-1], {"role": "assistant", "content": reply.text.strip()}]}
             )
         else:
             why = (
                 "failed"
-                if not isinstance(reply, Record)
+                if not isinstance(reply, JournalRecord)
                 else "is empty"
                 if not reply.text.strip()
                 else f"is not finished within {config.max_new_tokens} tokens"
             )
-            lost.append((str(row["id"]), f"the teacher's completion {why}"))
-    ctx.progress.say(f"{len(made)} of {len(rows)} completions are finished and not empty")
+            dropped.append((str(row["id"]), f"the teacher's completion {why}"))
+    ctx.progress.log(f"{len(made)} of {len(rows)} completions are finished and not empty")
     if not made:
         raise DataError(
             f"{teacher.name} finished none of {len(rows)} completions within {config.max_new_tokens} tokens; raise"
@@ -220,5 +228,5 @@ def written(config: DistillConfig, teacher: Model | Adapter, data: Dataset, ctx:
         )
     write_chat(ctx.scratch / "written", made)
     return Dataset(
-        ctx.scratch / "written", name=f"{data.name} by {teacher.name}", about={"schema": "chat", "lost": lost}
+        ctx.scratch / "written", name=f"{data.name} by {teacher.name}", about={"schema": "chat", "lost": dropped}
     )

@@ -13,13 +13,13 @@ from pydantic import Field, model_validator
 from llmworks.core.artifact import Adapter, Config, Dataset, Model, Tokenizer
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError, ModelError
-from llmworks.data.store.packed_tokens import Packed
+from llmworks.data.store.packed_tokens import PackedDataset
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llmworks.core.report import ReportBuilder
-    from llmworks.model.ngram.kneser_ney import Order
+    from llmworks.model.ngram.kneser_ney import NgramOrder
     from llmworks.model.ngram.ngram import NgramForCausalLM
 
 
@@ -58,44 +58,44 @@ def ngram(
     Errors: DataError for data that are not packed tokens; ModelError for tokens of another tokenizer.
     """
 
-    from llmworks.model.golden import record
-    from llmworks.model.ngram.kneser_ney import count, estimated
-    from llmworks.tokenize.chat.named import tokenizer_of
-    from llmworks.tokenize.load import ids_of
-    from llmworks.train.loop.packed import same_tokenizer
+    from llmworks.model.golden import record_golden
+    from llmworks.model.ngram.kneser_ney import count_ngrams, estimate_all_discounts
+    from llmworks.tokenize.chat.named import load_model_tokenizer
+    from llmworks.tokenize.load import count_embedding_rows
+    from llmworks.train.loop.packed import check_tokenizer
 
-    loaded = tokenizer_of(tokenizer)
-    packed = Packed(data)
-    vocabulary = ids_of(loaded)
+    loaded = load_model_tokenizer(tokenizer)
+    packed = PackedDataset(data)
+    vocabulary = count_embedding_rows(loaded)
     for one in (data, eval_data):
         if one is not None:
-            same_tokenizer(one, loaded, tokenizer.name)
+            check_tokenizer(one, loaded, tokenizer.name)
     tokens, begins = _concatenate(packed, data, vocabulary, tokenizer)
     with ctx.progress.bar("count", 1, "passes") as bar:
-        orders = count(tokens, begins, vocabulary, config.order)
+        orders = count_ngrams(tokens, begins, vocabulary, config.order)
         bar.advance()
-    discounts, fallen = estimated(orders)
+    discounts, fallback_orders = estimate_all_discounts(orders)
     if config.discount:
-        discounts, fallen = [(config.discount,) * 3] * config.order, []
+        discounts, fallback_orders = [(config.discount,) * 3] * config.order, []
     model = _save(orders, discounts, ctx, loaded)
     report = ctx.report
     report.title = f"{config.order}-grams of {data.name}"
-    report.lead = f"{sum(len(o.keys) for o in orders):,} n-grams in {len(tokens):,} tokens."
+    report.subtitle = f"{sum(len(o.keys) for o in orders):,} n-grams in {len(tokens):,} tokens."
     metrics: dict[str, float] = {"tokens": len(tokens), "ngrams": sum(len(o.keys) for o in orders)}
     metrics = _measure(eval_data, model, loaded, config, report, metrics)
-    _describe(report, orders, discounts, fallen)
+    _describe(report, orders, discounts, fallback_orders)
     report.data |= {**metrics, "order": config.order}
-    ctx.progress.say(report.lead)
+    ctx.progress.log(report.subtitle)
     return Model(
         ctx.out,
-        golden=record(ctx.out),
+        golden=record_golden(ctx.out),
         metrics=metrics,
         about={"format": "hf", "dtype": "float32", "architecture": "ngram"},
     )
 
 
 def _concatenate(
-    packed: Packed, data: Dataset, vocabulary: int, tokenizer: Model | Tokenizer | Adapter
+    packed: PackedDataset, data: Dataset, vocabulary: int, tokenizer: Model | Tokenizer | Adapter
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return all tokens and the offsets where documents begin.
 
@@ -117,19 +117,19 @@ def _concatenate(
 
 
 def _save(
-    orders: list[Order], discounts: list[tuple[float, float, float]], ctx: Context, loaded: Any
+    orders: list[NgramOrder], discounts: list[tuple[float, float, float]], ctx: Context, loaded: Any
 ) -> NgramForCausalLM:
     """Save the model with its tokenizer."""
     from llmworks.model.ngram.ngram import NgramForCausalLM
-    from llmworks.tokenize.load import quiet_transformers
+    from llmworks.tokenize.load import silence_transformers
 
     ids = {
         name: getattr(loaded, name)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
         if getattr(loaded, name) is not None
     }
-    model = NgramForCausalLM.of(orders, discounts, **ids)
-    quiet_transformers()
+    model = NgramForCausalLM.from_counts(orders, discounts, **ids)
+    silence_transformers()
     model.save_pretrained(ctx.out)
     loaded.save_pretrained(ctx.out)
     (ctx.out / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
@@ -145,28 +145,31 @@ def _measure(
     metrics: dict[str, float],
 ) -> dict[str, float]:
     """Evaluate on held-out tokens."""
-    from llmworks.train.loop.heldout import measure
+    from llmworks.train.loop.heldout import evaluate_loss
 
     if held_out is not None:
-        found = measure(model, Packed(held_out), loaded, rows=config.eval_samples)
-        if not found.tokens:
+        found = evaluate_loss(model, PackedDataset(held_out), loaded, max_rows=config.eval_samples)
+        if not found.num_tokens:
             raise DataError(f"{held_out.name}: has no label tokens")
         metrics |= {
             "perplexity": round(found.perplexity, 4),
             "bits_per_byte": round(found.bits_per_byte, 5),
-            "nats_per_token": round(found.per_token, 5),
+            "nats_per_token": round(found.loss, 5),
         }
-        report.lead += (
+        report.subtitle += (
             f" Eval set {held_out.name}: perplexity {found.perplexity:,.1f}, {found.bits_per_byte:.3f} bits per byte."
         )
     return metrics
 
 
 def _describe(
-    report: ReportBuilder, orders: list[Order], discounts: list[tuple[float, float, float]], fallen: list[int]
+    report: ReportBuilder,
+    orders: list[NgramOrder],
+    discounts: list[tuple[float, float, float]],
+    fallback_orders: list[int],
 ) -> None:
     """Add the tables of n-grams and discounts to the report."""
-    report.table(
+    report.add_table(
         "n-grams",
         ("order", "distinct", "singletons", "discount of count 1", "count 2", "count 3+"),
         [
@@ -174,9 +177,10 @@ def _describe(
             for n, (o, d) in enumerate(zip(orders, discounts, strict=True), 1)
         ],
     )
-    if fallen:
-        report.text(
+    if fallback_orders:
+        report.add_text(
             "Discounts",
-            f"The data is too small to estimate the discounts of order {', '.join(map(str, fallen))}; 0.5, 1 and"
+            f"The data is too small to estimate the discounts of order {', '.join(map(str, fallback_orders))}; 0.5,"
+            " 1 and"
             " 1.5 were used.",
         )

@@ -16,13 +16,13 @@ from pydantic import Field, model_validator
 from llmworks.core.artifact import Config, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError, MissingDependency, ModelError, TrainingError, UserError
-from llmworks.train.distributed.config import DataParallel, Parallel, share_of
+from llmworks.train.distributed.config import DataParallelConfig, ParallelConfig, get_micro_batch_rows
 from llmworks.train.loop.schedule import OptimizerConfig
 
 if TYPE_CHECKING:
-    from llmworks.data.store.packed_tokens import Packed
-    from llmworks.train.distributed.pipeline import Pipelined
-    from llmworks.train.distributed.sharding import Placed
+    from llmworks.data.store.packed_tokens import PackedDataset
+    from llmworks.train.distributed.pipeline import PipelinedModel
+    from llmworks.train.distributed.sharding import DistributedModel
     from llmworks.train.distributed.world import World
     from llmworks.train.loop.packed import PackedSteps
 
@@ -69,8 +69,8 @@ class PretrainConfig(Config):
         ),
     )
     torch_compile: bool = Field(False, description="torch.compile; the first step takes a minute or more")
-    parallel: Parallel = Field(
-        Parallel(),
+    parallel: ParallelConfig = Field(
+        ParallelConfig(),
         description=(
             "parallelism across processes when several are started (--nproc, torchrun); a step is the same for any"
             " number of them"
@@ -119,7 +119,7 @@ def pretrain(
     """
     from llmworks.train.distributed import world
 
-    with world.opened(config.parallel) as here:
+    with world.init_world(config.parallel) as here:
         try:
             return _pretrain(config, model, data, ctx, eval_data, here)
         except RuntimeError as error:
@@ -135,54 +135,70 @@ def _pretrain(
 ) -> Model:
     """Run `pretrain` in one of the processes; the first one evaluates, samples and saves."""
 
-    from llmworks.model.golden import record
-    from llmworks.tokenize.chat.named import tokenizer_of
-    from llmworks.train.loop.heldout import measure
-    from llmworks.train.loop.loop import Habits, train
+    from llmworks.model.golden import record_golden
+    from llmworks.tokenize.chat.named import load_model_tokenizer
+    from llmworks.train.loop.heldout import evaluate_loss
+    from llmworks.train.loop.loop import LoopConfig, train
     from llmworks.train.loop.packed import packed_loss
-    from llmworks.train.loop.samples import continued
+    from llmworks.train.loop.samples import sample_continuations
 
     _require_compiler(config, world)
-    tokenizer = tokenizer_of(model)
-    network, packed, unseen, length = _open(ctx, model, data, held_out, tokenizer, world, config)
-    steps = _steps(config, world, packed, data, length, ctx)
+    tokenizer = load_model_tokenizer(model)
+    network, packed, eval_rows, length = _open_inputs(ctx, model, data, held_out, tokenizer, world, config)
+    steps = _create_steps(config, world, packed, data, length, ctx)
     parameters = sum(p.numel() for p in network.parameters())
-    precision, placed, whole = _place(config, world, network, model)
-    begun = (
-        continued(whole, tokenizer, config.sample_prompts, config.sample_max_tokens, ctx.seed) if world.first else []
+    precision, distributed_model, full_model = _distribute(config, world, network, model)
+    samples_before = (
+        sample_continuations(full_model, tokenizer, config.sample_prompts, config.sample_max_tokens, ctx.seed)
+        if world.is_main
+        else []
     )
-    kept: dict[int, list[str]] = {}
+    samples: dict[int, list[str]] = {}
 
-    def look(step: int) -> dict[str, float]:
-        placed.gather(whole)
-        if not world.first:
+    def evaluate(step: int) -> dict[str, float]:
+        distributed_model.gather_weights(full_model)
+        if not world.is_main:
             return {}
-        kept[step] = continued(whole, tokenizer, config.sample_prompts, config.sample_max_tokens, ctx.seed)
+        samples[step] = sample_continuations(
+            full_model, tokenizer, config.sample_prompts, config.sample_max_tokens, ctx.seed
+        )
         if config.sample_max_tokens and config.sample_prompts:
-            ctx.progress.say(f"step {step + 1}: {config.sample_prompts[0]}{kept[step][0]}".replace("\n", "⏎"))
-        if unseen is None:
+            ctx.progress.log(f"step {step + 1}: {config.sample_prompts[0]}{samples[step][0]}".replace("\n", "⏎"))
+        if eval_rows is None:
             return {}
-        found = measure(whole, unseen, tokenizer, rows=config.eval_samples, batch=config.batch_size)
-        ctx.progress.say(
+        found = evaluate_loss(
+            full_model, eval_rows, tokenizer, max_rows=config.eval_samples, batch_size=config.batch_size
+        )
+        ctx.progress.log(
             f"step {step + 1}: eval {found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:,.1f}"
         )
-        return {"eval_loss": found.per_token, "bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity}
+        return {"eval_loss": found.loss, "bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity}
 
     saves, averages = (config.save_steps, config.save_total_limit), (config.ema_decay, config.loss_spike_threshold)
-    habits = Habits(*saves, precision, *averages, look, config.eval_steps)
+    loop_config = LoopConfig(*saves, precision, *averages, evaluate, config.eval_steps)
     rows, more = config.batch_size * config.gradient_accumulation_steps, f", {world.size} processes"
-    ctx.progress.say(f"{parameters:,} parameters, {len(steps):,} steps of {rows} rows{more if world.size > 1 else ''}")
+    ctx.progress.log(f"{parameters:,} parameters, {len(steps):,} steps of {rows} rows{more if world.size > 1 else ''}")
     metrics: dict[str, Any] = dict(
-        train(placed, steps, packed_loss, config.optimizer, habits, scratch=ctx.scratch, progress=ctx.progress)
+        train(
+            distributed_model,
+            steps,
+            packed_loss,
+            config.optimizer,
+            loop_config,
+            scratch=ctx.scratch,
+            progress=ctx.progress,
+        )
     )
-    placed.gather(whole)
-    if not world.first or whole is None:
+    distributed_model.gather_weights(full_model)
+    if not world.is_main or full_model is None:
         return Model(ctx.out)
-    save(whole.to("cpu"), tokenizer, model, ctx.out)
-    metrics = _describe(ctx, metrics, parameters, unseen, whole, tokenizer, config, model, data, begun, network)
+    save_model(full_model.to("cpu"), tokenizer, model, ctx.out)
+    metrics = _describe(
+        ctx, metrics, parameters, eval_rows, full_model, tokenizer, config, model, data, samples_before, network
+    )
     return Model(
         ctx.out,
-        golden=record(ctx.out),
+        golden=record_golden(ctx.out),
         metrics=metrics,
         about={"format": "hf", "dtype": "float32", "architecture": str(model.about.get("architecture", ""))},
     )
@@ -200,7 +216,7 @@ def _require_compiler(config: PretrainConfig, world: World) -> None:
         )
 
 
-def _open(
+def _open_inputs(
     ctx: Context,
     model: Model,
     data: Dataset,
@@ -208,37 +224,39 @@ def _open(
     tokenizer: Any,
     world: World,
     config: PretrainConfig,
-) -> tuple[Any, Packed, Packed | None, int]:
+) -> tuple[Any, PackedDataset, PackedDataset | None, int]:
     """Open the model to train and the packed tokens; return (model, training rows, eval rows, row length)."""
     import torch
 
-    from llmworks.data.store.packed_tokens import Packed
-    from llmworks.model.io.load import open_trainable
+    from llmworks.data.store.packed_tokens import PackedDataset
+    from llmworks.model.io.load import load_trainable
 
     torch.manual_seed(ctx.seed)
-    network = open_trainable(model.path)
+    network = load_trainable(model.path)
     if not any(True for _ in network.parameters()):
         raise ModelError(f"{model.name}: has no trainable weights (an n-gram model is counted by train.ngram)")
-    packed, unseen = Packed(data), Packed(held_out) if held_out is not None else None
-    length = check(model, network, tokenizer, data, packed)
-    if held_out is not None and unseen is not None:
-        check(model, network, tokenizer, held_out, unseen)
+    packed, eval_rows = PackedDataset(data), PackedDataset(held_out) if held_out is not None else None
+    length = check_rows(model, network, tokenizer, data, packed)
+    if held_out is not None and eval_rows is not None:
+        check_rows(model, network, tokenizer, held_out, eval_rows)
     network.to(world.device)
     if config.gradient_checkpointing:
         if not network.supports_gradient_checkpointing:
             raise UserError("config.gradient_checkpointing: this architecture does not support it")
         network.activation_checkpointing_enable({"use_reentrant": False})
-    return network, packed, unseen, length
+    return network, packed, eval_rows, length
 
 
-def _steps(
-    config: PretrainConfig, world: World, packed: Packed, data: Dataset, length: int, ctx: Context
+def _create_steps(
+    config: PretrainConfig, world: World, packed: PackedDataset, data: Dataset, length: int, ctx: Context
 ) -> PackedSteps:
     """Create the steps over the packed rows, divided among processes."""
     from llmworks.train.loop.packed import PackedSteps
 
-    share = share_of(config.batch_size * config.gradient_accumulation_steps, world.count("data"), config.batch_size)
-    own = config.batch_size * config.gradient_accumulation_steps // world.count("data")
+    share = get_micro_batch_rows(
+        config.batch_size * config.gradient_accumulation_steps, world.get_axis_size("data"), config.batch_size
+    )
+    own = config.batch_size * config.gradient_accumulation_steps // world.get_axis_size("data")
     if config.parallel.pipeline_parallel_size > 1 and own % share:
         raise UserError(
             f"a step has {own} rows per process, not divisible into micro-batches of {share}; with"
@@ -247,95 +265,97 @@ def _steps(
         )
     steps = PackedSteps(
         packed,
-        steps_of(config, packed, data, length),
-        rows=share,
-        parts=config.batch_size * config.gradient_accumulation_steps // share,
+        count_steps(config, packed, data, length),
+        batch_size=share,
+        num_micro_batches=config.batch_size * config.gradient_accumulation_steps // share,
         length=length,
         seed=ctx.seed,
         device=world.device,
-        share=(world.at("data"), world.count("data")),
+        shard=(world.get_axis_rank("data"), world.get_axis_size("data")),
     )
     return steps
 
 
-def _place(
+def _distribute(
     config: PretrainConfig, world: World, network: Any, model: Model
-) -> tuple[str, Pipelined | Placed, Any | None]:
+) -> tuple[str, PipelinedModel | DistributedModel, Any | None]:
     """Place the model on the processes; return also the full copy that the first process evaluates."""
-    from llmworks.model.io.load import open_trainable
-    from llmworks.train.distributed.pipeline import Pipelined
-    from llmworks.train.distributed.sharding import place, resolved
+    from llmworks.model.io.load import load_trainable
+    from llmworks.train.distributed.pipeline import PipelinedModel
+    from llmworks.train.distributed.sharding import distribute_model, resolve_precision
 
-    whole = (
+    full_model = (
         network
-        if parallel_whole(config.parallel, world.size)
-        else open_trainable(model.path).to(world.device)
-        if world.first
+        if holds_all_weights(config.parallel, world.size)
+        else load_trainable(model.path).to(world.device)
+        if world.is_main
         else None
     )
-    precision = resolved(config.precision, world.device, spread=config.parallel != Parallel())
-    placed = (Pipelined if config.parallel.pipeline_parallel_size > 1 else place)(
+    precision = resolve_precision(config.precision, world.device, sharded=config.parallel != ParallelConfig())
+    distributed_model = (PipelinedModel if config.parallel.pipeline_parallel_size > 1 else distribute_model)(
         network, config.parallel, world, precision=precision, compiled=config.torch_compile
     )
-    return precision, placed, whole
+    return precision, distributed_model, full_model
 
 
 def _describe(
     ctx: Context,
     metrics: dict[str, Any],
     parameters: Any,
-    unseen: Packed | None,
-    whole: Any,
+    eval_rows: PackedDataset | None,
+    full_model: Any,
     tokenizer: Any,
     config: PretrainConfig,
     model: Model,
     data: Dataset,
-    begun: list[str],
+    samples_before: list[str],
     network: Any,
 ) -> dict[str, Any]:
     """Evaluate the trained model and write the report with its warnings."""
-    from llmworks.train.loop.heldout import measure
-    from llmworks.train.loop.report import draw, picture
-    from llmworks.train.loop.samples import continued
+    from llmworks.train.loop.heldout import evaluate_loss
+    from llmworks.train.loop.report import save_curves, write_report
+    from llmworks.train.loop.samples import sample_continuations
 
     rows = ctx.progress.read_metrics()
     if ctx.progress.metrics is not None:
         shutil.copyfile(ctx.progress.metrics, ctx.out / "metrics.jsonl")
     (ctx.out / "report").mkdir()
-    picture(rows, ctx.out / "report" / "curves.png")
+    save_curves(rows, ctx.out / "report" / "curves.png")
     metrics |= {"parameters": parameters}
-    if unseen is not None:
-        found = measure(whole, unseen, tokenizer, batch=config.batch_size)
+    if eval_rows is not None:
+        found = evaluate_loss(full_model, eval_rows, tokenizer, batch_size=config.batch_size)
         metrics |= {"bits_per_byte": round(found.bits_per_byte, 5), "perplexity": round(found.perplexity, 5)}
-    ended = continued(whole, tokenizer, config.sample_prompts, config.sample_max_tokens, ctx.seed)
-    warnings = draw(
+    samples_after = sample_continuations(
+        full_model, tokenizer, config.sample_prompts, config.sample_max_tokens, ctx.seed
+    )
+    warnings = write_report(
         ctx.report,
         f"{model.name} on {data.name}",
         rows,
         metrics,
         config.sample_prompts,
-        begun,
-        ended,
+        samples_before,
+        samples_after,
         network.config.vocab_size,
     )
     for warning in warnings:
-        ctx.progress.say(f"warning: {warning}")
+        ctx.progress.log(f"warning: {warning}")
     metrics["warnings"] = len(warnings)
     return metrics
 
 
-def parallel_whole(parallel: Parallel | DataParallel, processes: int) -> bool:
+def holds_all_weights(parallel: ParallelConfig | DataParallelConfig, processes: int) -> bool:
     """Return whether each process holds all weights."""
     return processes == 1 or (
         parallel.data_parallel == "ddp" and parallel.tensor_parallel_size == parallel.pipeline_parallel_size == 1
     )
 
 
-def check(model: Model, network: Any, tokenizer: Any, data: Dataset, packed: Any) -> int:
+def check_rows(model: Model, network: Any, tokenizer: Any, data: Dataset, packed: Any) -> int:
     """Check that the model can read the rows; return their length. Errors: DataError, ModelError."""
-    from llmworks.train.loop.packed import same_tokenizer
+    from llmworks.train.loop.packed import check_tokenizer
 
-    same_tokenizer(data, tokenizer, model.name)
+    check_tokenizer(data, tokenizer, model.name)
     largest = max(int(shard["tokens"].max()) for shard in packed.shards)
     if largest >= network.config.vocab_size:
         raise DataError(
@@ -352,7 +372,7 @@ def check(model: Model, network: Any, tokenizer: Any, data: Dataset, packed: Any
     return int(data.about.get("length") or length)
 
 
-def steps_of(config: PretrainConfig, packed: Any, data: Dataset, length: int) -> int:
+def count_steps(config: PretrainConfig, packed: Any, data: Dataset, length: int) -> int:
     """Return the number of steps."""
     each = config.batch_size * config.gradient_accumulation_steps
     if not config.num_train_tokens:
@@ -361,7 +381,7 @@ def steps_of(config: PretrainConfig, packed: Any, data: Dataset, length: int) ->
     return max(1, round(config.num_train_tokens / (tokens / len(packed) * each)))
 
 
-def save(network: Any, tokenizer: Any, model: Model, out: Path) -> None:
+def save_model(network: Any, tokenizer: Any, model: Model, out: Path) -> None:
     """Save the model in its own format, with its tokenizer."""
     from llmworks.model.io.decoder_files import save_decoder
     from llmworks.model.nn.decoder import DecoderForCausalLM

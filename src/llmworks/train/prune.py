@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from llmworks.core.artifact import Config, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError, ModelError, UserError
-from llmworks.data.conversations.training_rows import training_rows
+from llmworks.data.conversations.training_rows import read_training_rows
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -51,7 +51,7 @@ def prune(config: PruneConfig, model: Model, ctx: Context, data: Dataset | None 
     Errors: ModelError for an unsupported architecture, or one that alternates two kinds of layers; UserError for layers
     that the model does not have.
     """
-    from llmworks.model.golden import record
+    from llmworks.model.golden import record_golden
     from llmworks.model.io.decoder_files import load_decoder, save_decoder
     from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
     from llmworks.tokenize.load import load_tokenizer, read_json
@@ -77,7 +77,7 @@ def prune(config: PruneConfig, model: Model, ctx: Context, data: Dataset | None 
             f"{model.name} has {count} layers, from 0 to {count - 1}; keep fewer than that, but at least one"
         )
     tokenizer = load_tokenizer(model.path)
-    found = _influence(data, config, model, whole, tokenizer)
+    found = _compute_influence(data, config, model, whole, tokenizer)
     drop = sorted(
         config.drop_layers or sorted(range(count), key=lambda number: found[number])[: count - config.num_hidden_layers]
     )
@@ -85,7 +85,7 @@ def prune(config: PruneConfig, model: Model, ctx: Context, data: Dataset | None 
     small = DecoderForCausalLM(
         DecoderConfig(shape=whole.shape.model_copy(update={"num_hidden_layers": len(stay)}).model_dump())
     )
-    small.load_state_dict(renumbered(whole.state_dict(), stay))
+    small.load_state_dict(renumber_layers(whole.state_dict(), stay))
     small.train(False)
     ids = {
         name: value
@@ -99,13 +99,13 @@ def prune(config: PruneConfig, model: Model, ctx: Context, data: Dataset | None 
     after = _describe(whole, small, ctx, model, stay, count, drop, found)
     return Model(
         ctx.out,
-        golden=record(ctx.out),
+        golden=record_golden(ctx.out),
         metrics={"blocks": len(stay), "parameters": after},
         about={"format": "hf", "dtype": "float32", "architecture": str(model.about.get("architecture", ""))},
     )
 
 
-def _influence(
+def _compute_influence(
     data: Dataset | None,
     config: PruneConfig,
     model: Model,
@@ -123,14 +123,14 @@ def _influence(
 
     examples = [
         example
-        for row in training_rows(data)[: config.num_calibration_samples]
-        if not isinstance(example := make_example(tokenizer, row, config.max_length, cut=True), str)
+        for row in read_training_rows(data)[: config.num_calibration_samples]
+        if not isinstance(example := make_example(tokenizer, row, config.max_length, truncate=True), str)
     ]
     if not examples:
         raise DataError(
             f"{data.name}: none of its first {config.num_calibration_samples} rows can be read by {model.name}"
         )
-    return influence(whole, examples)
+    return compute_block_influence(whole, examples)
 
 
 def _describe(
@@ -138,24 +138,24 @@ def _describe(
     small: DecoderForCausalLM,
     ctx: Context,
     model: Model,
-    stay: list[int],
+    kept_layers: list[int],
     count: int,
     drop: list[int],
     found: list[float],
 ) -> int:
     """Write the report."""
     before, after = (sum(p.numel() for p in m.parameters()) for m in (whole, small))
-    ctx.report.title = f"{model.name} with {len(stay)} of {count} layers"
-    ctx.report.lead = (
+    ctx.report.title = f"{model.name} with {len(kept_layers)} of {count} layers"
+    ctx.report.subtitle = (
         f"{after:,} of {before:,} parameters. Removed layers: {', '.join(map(str, drop))}. Recover the quality by"
         " training, e.g. train.distill."
     )
     ctx.report.data = {"drop": drop, "influence": [round(value, 5) for value in found]}
     if found:
-        ctx.report.table(
+        ctx.report.add_table(
             "Block influence",
             ("layer", "influence", "kept"),
-            [(number, round(value, 4), number in stay) for number, value in enumerate(found)],
+            [(number, round(value, 4), number in kept_layers) for number, value in enumerate(found)],
             note=(
                 "One minus the cosine similarity of a token's hidden state before and after the layer,"
                 " averaged over tokens."
@@ -164,34 +164,34 @@ def _describe(
     return after
 
 
-def renumbered(state: Mapping[str, Any], stay: Sequence[int]) -> dict[str, Any]:
+def renumber_layers(state: Mapping[str, Any], kept_layers: Sequence[int]) -> dict[str, Any]:
     """Return the weights with the kept layers renumbered and the others removed."""
     head = "decoder.blocks."
-    found = {}
+    state_dict = {}
     for name, tensor in state.items():
         number, _, rest = name.removeprefix(head).partition(".")
         if not name.startswith(head):
-            found[name] = tensor
-        elif int(number) in stay:
-            found[f"{head}{stay.index(int(number))}.{rest}"] = tensor
-    return found
+            state_dict[name] = tensor
+        elif int(number) in kept_layers:
+            state_dict[f"{head}{kept_layers.index(int(number))}.{rest}"] = tensor
+    return state_dict
 
 
-def influence(network: Any, examples: list[Example]) -> list[float]:
+def compute_block_influence(network: Any, examples: list[Example]) -> list[float]:
     """Compute block influence: one minus the mean cosine similarity of hidden states before and after each layer."""
     import torch
     from torch.nn import functional as F
 
     sums, tokens = [0.0] * len(network.decoder.blocks), 0
 
-    def watch(number: int) -> Any:
+    def make_hook(number: int) -> Any:
         def hook(block: Any, given: Any, made: Any) -> None:
             x, y = given[0], made[0] if isinstance(made, tuple) else made
             sums[number] += float((1 - F.cosine_similarity(x.float(), y.float(), dim=-1)).sum())
 
         return hook
 
-    hooks = [block.register_forward_hook(watch(number)) for number, block in enumerate(network.decoder.blocks)]
+    hooks = [block.register_forward_hook(make_hook(number)) for number, block in enumerate(network.decoder.blocks)]
     try:
         with torch.inference_mode():
             for example in examples:

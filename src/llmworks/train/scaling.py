@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from llmworks.core.artifact import Adapter, Dataset, Model, Report, Tokenizer
 from llmworks.core.context import Context
 from llmworks.core.errors import UserError
-from llmworks.core.progress import Progress, write_whole
-from llmworks.train.scaling_plan import ROUND, Plan, ScalingConfig, grid, planned
-from llmworks.train.scaling_report import tell
+from llmworks.core.progress import Progress, write_atomic
+from llmworks.train.scaling_plan import VOCAB_MULTIPLE, ScalingConfig, ScalingRunPlan, plan_run, plan_runs
+from llmworks.train.scaling_report import write_report
 
 if TYPE_CHECKING:
-    from llmworks.train.scaling_law import Interval, Law, Run
+    from llmworks.train.scaling_law import ScalingInterval, ScalingLaw, ScalingRun
 
 
 def scaling(
@@ -30,95 +30,98 @@ def scaling(
 
     Errors: UserError if too few runs remain; DataError as in `train.pretrain`.
     """
-    from llmworks.data.store.packed_tokens import Packed
-    from llmworks.tokenize.chat.named import tokenizer_of
-    from llmworks.tokenize.load import ids_of
+    from llmworks.data.store.packed_tokens import PackedDataset
+    from llmworks.tokenize.chat.named import load_model_tokenizer
+    from llmworks.tokenize.load import count_embedding_rows
     from llmworks.train import scaling_law as laws
-    from llmworks.train.loop.packed import same_tokenizer
+    from llmworks.train.loop.packed import check_tokenizer
 
-    loaded = tokenizer_of(tokenizer)
+    loaded = load_model_tokenizer(tokenizer)
     for given in (data, eval_data):
-        same_tokenizer(given, loaded, tokenizer.name)
-    packed, unseen = Packed(data), Packed(eval_data)
-    vocabulary = -(-ids_of(loaded) // ROUND) * ROUND
+        check_tokenizer(given, loaded, tokenizer.name)
+    packed, unseen = PackedDataset(data), PackedDataset(eval_data)
+    vocabulary = -(-count_embedding_rows(loaded) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     length = int(data.about.get("length") or max(int((s["rows"][1:] - s["rows"][:-1]).max()) for s in packed.shards))
-    there = sum(len(s["tokens"]) for s in packed.shards)
-    plans, left_out = grid(config, vocabulary, length, there, len(packed))
-    target, why = planned(config, config.target, config.target_flops, vocabulary, length, there, len(packed))
+    num_tokens = sum(len(s["tokens"]) for s in packed.shards)
+    plans, skipped = plan_runs(config, vocabulary, length, num_tokens, len(packed))
+    target, why = plan_run(config, config.target, config.target_flops, vocabulary, length, num_tokens, len(packed))
     if target is None:
         raise UserError(f"the target ({why}) cannot be run; change target_flops, max_epochs or the data")
-    work = sum(p.work for p in plans)
-    ctx.progress.say(
-        f"{len(plans)} runs of {work:.2g} FLOPs in total, then the target of {target.work:.2g} FLOPs"
-        + (f"; {len(left_out)} skipped" if left_out else "")
+    work = sum(p.flops for p in plans)
+    ctx.progress.log(
+        f"{len(plans)} runs of {work:.2g} FLOPs in total, then the target of {target.flops:.2g} FLOPs"
+        + (f"; {len(skipped)} skipped" if skipped else "")
     )
     runs = [
         train_one(config, plan, packed, unseen, loaded, ctx, f"run {i + 1} of {len(plans)}")
         for i, plan in enumerate(plans)
     ]
-    law = laws.fit(runs, config.bootstrap_iters, ctx.seed)
-    expected = law.interval(target.parameters, target.tokens)
-    ctx.progress.say(
-        f"predicted loss of the target: {expected.value:.4f} nats per token ({expected.low:.4f} to {expected.high:.4f})"
+    law = laws.fit_law(runs, config.bootstrap_iters, ctx.seed)
+    predicted = law.predict_interval(target.parameters, target.tokens)
+    ctx.progress.log(
+        f"predicted loss of the target: {predicted.value:.4f} nats per token ({predicted.low:.4f} to"
+        f" {predicted.high:.4f})"
     )
-    reached = train_one(
+    measured = train_one(
         config, replace(target, name=f"target-{target.name}"), packed, unseen, loaded, ctx, "target run"
     )
-    tell(
+    write_report(
         ctx,
         config,
         plans,
         runs,
-        left_out,
+        skipped,
         law,
-        laws.valleys(runs, config.bootstrap_iters, ctx.seed),
+        laws.fit_isoflop_curves(runs, config.bootstrap_iters, ctx.seed),
         target,
-        expected,
-        reached,
+        predicted,
+        measured,
     )
-    return _report_of(runs, law, expected, ctx, reached)
+    return _create_report(runs, law, predicted, ctx, measured)
 
 
-def _report_of(runs: list[Run], law: Law, expected: Interval, ctx: Context, reached: Run) -> Report:
+def _create_report(
+    runs: list[ScalingRun], law: ScalingLaw, predicted: ScalingInterval, ctx: Context, measured: ScalingRun
+) -> Report:
     """Return the report artifact with its metrics."""
     metrics = {
         "runs": len(runs),
         "alpha": law.alpha,
         "beta": law.beta,
         "floor": law.floor,
-        "predicted": expected.value,
-        "low": expected.low,
-        "high": expected.high,
+        "predicted": predicted.value,
+        "low": predicted.low,
+        "high": predicted.high,
     }
     return Report(
         ctx.out,
         metrics={
             **metrics,
-            "loss": reached.loss,
-            "off": abs(expected.value / reached.loss - 1),
-            "within": int(expected.low <= reached.loss <= expected.high),
+            "loss": measured.loss,
+            "off": abs(predicted.value / measured.loss - 1),
+            "within": int(predicted.low <= measured.loss <= predicted.high),
         },
     )
 
 
 def train_one(
-    config: ScalingConfig, plan: Plan, packed: Any, unseen: Any, tokenizer: Any, ctx: Context, which: str
-) -> Run:
+    config: ScalingConfig, plan: ScalingRunPlan, packed: Any, unseen: Any, tokenizer: Any, ctx: Context, which: str
+) -> ScalingRun:
     """Train one model, or return its result if it is already finished."""
     import torch
 
     from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
-    from llmworks.train.loop.heldout import measure
-    from llmworks.train.loop.loop import Habits, train
+    from llmworks.train.loop.heldout import evaluate_loss
+    from llmworks.train.loop.loop import LoopConfig, train
     from llmworks.train.loop.packed import PackedSteps, packed_loss
-    from llmworks.train.scaling_law import Run
+    from llmworks.train.scaling_law import ScalingRun
 
     folder = ctx.scratch / plan.name
     done = folder / "run.json"
     if done.exists():
-        return Run(**json.loads(done.read_text(encoding="utf-8")))
+        return ScalingRun(**json.loads(done.read_text(encoding="utf-8")))
     folder.mkdir(exist_ok=True)
-    ctx.progress.say(
+    ctx.progress.log(
         f"{which}: hidden size {plan.size.hidden_size}, {plan.size.num_hidden_layers} layers, {plan.parameters:,}"
         f" parameters, {plan.tokens:,} tokens"
     )
@@ -129,17 +132,17 @@ def train_one(
     steps = PackedSteps(
         packed,
         plan.steps,
-        rows=config.batch_size,
-        parts=1,
+        batch_size=config.batch_size,
+        num_micro_batches=1,
         length=plan.shape.max_position_embeddings,
         seed=ctx.seed,
         device=device,
     )
-    optimizer = config.optimizer.model_copy(update={"learning_rate": config.rate_of(plan.size)})
+    optimizer = config.optimizer.model_copy(update={"learning_rate": config.get_learning_rate(plan.size)})
     progress = Progress(folder / "metrics.jsonl", stream=ctx.progress.stream, quiet=ctx.progress.quiet)
-    train(network, steps, packed_loss, optimizer, Habits(checkpoint_every=200), scratch=folder, progress=progress)
-    loss = measure(network, unseen, tokenizer, rows=config.eval_samples, batch=config.batch_size).per_token
-    run = Run(plan.parameters, plan.tokens, plan.work, loss)
-    write_whole(done, json.dumps(asdict(run)))
-    ctx.progress.metric(run=plan.name, **asdict(run))
+    train(network, steps, packed_loss, optimizer, LoopConfig(save_steps=200), scratch=folder, progress=progress)
+    loss = evaluate_loss(network, unseen, tokenizer, max_rows=config.eval_samples, batch_size=config.batch_size).loss
+    run = ScalingRun(plan.parameters, plan.tokens, plan.flops, loss)
+    write_atomic(done, json.dumps(asdict(run)))
+    ctx.progress.log_metrics(run=plan.name, **asdict(run))
     return run

@@ -16,12 +16,12 @@ import numpy as np
 
 from llmworks.core.errors import DataError, MissingDependency
 
-HUBER = 1e-3  # Huber delta, on log loss, as in the paper
-OFTEN = 0.9  # confidence level
+HUBER_DELTA = 1e-3  # Huber delta, on log loss, as in the paper
+CONFIDENCE = 0.9  # confidence level
 
 
 @dataclass(frozen=True)
-class Run:
+class ScalingRun:
     """One training: parameters, tokens, compute in FLOPs, and final loss in nats per token."""
 
     parameters: float
@@ -31,7 +31,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Interval:
+class ScalingInterval:
     """A value with its 90% bootstrap confidence interval."""
 
     value: float
@@ -40,7 +40,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Law:
+class ScalingLaw:
     """L(N, D) = irreducible_loss + a / N^alpha + b / D^beta.
 
     `bootstrap` [iterations, 5]: the five coefficients of each bootstrap sample; `residuals`: log measured minus log
@@ -52,53 +52,53 @@ class Law:
     alpha: float
     b: float
     beta: float
-    draws: Any
+    bootstrap: Any
     residuals: Any
 
-    def at(self, parameters: float, tokens: float) -> float:
+    def predict(self, parameters: float, tokens: float) -> float:
         """Predict the loss."""
         return float(self.floor + self.a / parameters**self.alpha + self.b / tokens**self.beta)
 
-    def interval(self, parameters: float, tokens: float) -> Interval:
+    def predict_interval(self, parameters: float, tokens: float) -> ScalingInterval:
         """Predict the loss of one run with its interval: bootstrap fits plus residuals of the fit."""
         rng = np.random.default_rng(1)
-        floor, a, alpha, b, beta = self.draws.T
+        floor, a, alpha, b, beta = self.bootstrap.T
         means = floor + a / parameters**alpha + b / tokens**beta
         spread = self.residuals * np.sqrt(
             len(self.residuals) / max(1, len(self.residuals) - 5)
         )  # five degrees of freedom are used by the fit
         found = means * np.exp(rng.choice(spread, (20, len(means))))
-        return Interval(self.at(parameters, tokens), *_middle(found))
+        return ScalingInterval(self.predict(parameters, tokens), *_compute_bounds(found))
 
-    def of(self, name: str) -> Interval:
+    def get_coefficient(self, name: str) -> ScalingInterval:
         """Return a coefficient with its interval."""
         column = ("floor", "a", "alpha", "b", "beta").index(name)
-        return Interval(getattr(self, name), *_middle(self.draws[:, column]))
+        return ScalingInterval(getattr(self, name), *_compute_bounds(self.bootstrap[:, column]))
 
-    def best(self, work: float, each: float = 6.0) -> tuple[float, float]:
+    def find_compute_optimal(self, flops: float, flops_per_token: float = 6.0) -> tuple[float, float]:
         """Return compute-optimal (parameters, tokens) for a FLOP budget (eq. 4).
 
         `flops_per_token`: FLOPs per parameter and token, usually 6.
         """
         ratio = (self.alpha * self.a / (self.beta * self.b)) ** (1 / (self.alpha + self.beta))
-        total = work / each
+        total = flops / flops_per_token
         parameters = ratio * total ** (self.beta / (self.alpha + self.beta))
         return float(parameters), float(total / parameters)
 
 
 @dataclass(frozen=True)
-class Valley:
+class IsoFlopCurve:
     """IsoFLOP curve: runs of equal compute and the parabola of their loss over log parameters.
 
     `coefficients`: those of the parabola; `parameters`: its minimum, None if outside the sizes that were run.
     """
 
-    work: float
-    curve: tuple[float, float, float]
-    parameters: Interval | None
+    flops: float
+    coefficients: tuple[float, float, float]
+    parameters: ScalingInterval | None
 
 
-def fit(runs: Sequence[Run], draws: int = 200, seed: int = 0) -> Law:
+def fit_law(runs: Sequence[ScalingRun], bootstrap_iters: int = 200, seed: int = 0) -> ScalingLaw:
     """Fit the law by least Huber loss on log loss, from many initializations.
 
     Errors: DataError for fewer than six runs; MissingDependency without scipy.
@@ -116,24 +116,26 @@ def fit(runs: Sequence[Run], draws: int = 200, seed: int = 0) -> Law:
         (np.log(floor), share + alpha * size.mean(), alpha, share + beta * tokens.mean(), beta)
         for alpha, beta, floor, share in itertools.product((0.2, 0.4, 0.8), (0.2, 0.4, 0.8), (0.5, 1.5), (-1.0, 0.5))
     ]
-    found = min((_least(np.array(start), size, tokens, loss) for start in starts), key=lambda x: x[1])[0]
+    found = min((_minimize_huber(np.array(start), size, tokens, loss) for start in starts), key=lambda x: x[1])[0]
     rng = np.random.default_rng(seed)
     again: list[Any] = []
-    while len(again) < draws:
+    while len(again) < bootstrap_iters:
         chosen = rng.integers(len(runs), size=len(runs))
         if len(set(size[chosen])) > 2 and len(set(tokens[chosen])) > 2:
-            again.append(_least(found, size[chosen], tokens[chosen], loss[chosen])[0])
-    return Law(
-        *_plain(found), draws=np.array([_plain(x) for x in again]), residuals=loss - _log(found, size, tokens)[0]
+            again.append(_minimize_huber(found, size[chosen], tokens[chosen], loss[chosen])[0])
+    return ScalingLaw(
+        *_to_coefficients(found),
+        bootstrap=np.array([_to_coefficients(x) for x in again]),
+        residuals=loss - _predict_log_loss(found, size, tokens)[0],
     )
 
 
-def valleys(runs: Sequence[Run], draws: int = 200, seed: int = 0) -> list[Valley]:
+def fit_isoflop_curves(runs: Sequence[ScalingRun], bootstrap_iters: int = 200, seed: int = 0) -> list[IsoFlopCurve]:
     """Fit the IsoFLOP parabola of each compute budget that has at least four model sizes.
 
     Runs have the same budget when their compute differs by less than a tenth.
     """
-    groups: list[list[Run]] = []
+    groups: list[list[ScalingRun]] = []
     for run in sorted(runs, key=lambda r: r.work):
         if groups and run.work < 1.1 * groups[-1][0].work:
             groups[-1].append(run)
@@ -145,44 +147,44 @@ def valleys(runs: Sequence[Run], draws: int = 200, seed: int = 0) -> list[Valley
         curve = np.polyfit(x, y, 2)
         residuals = (y - np.polyval(curve, x)) * np.sqrt(len(x) / max(1, len(x) - 3))
         low, high = x.min() - 0.7, x.max() + 0.7  # from half to twice the sizes that were run
-        place = _lowest(curve)
+        place = _find_minimum(curve)
         inside = [
             p
-            for _ in range(draws)
-            if (p := _lowest(np.polyfit(x, np.polyval(curve, x) + rng.choice(residuals, len(x)), 2))) is not None
+            for _ in range(bootstrap_iters)
+            if (p := _find_minimum(np.polyfit(x, np.polyval(curve, x) + rng.choice(residuals, len(x)), 2))) is not None
             and low < p < high
         ]
         least = (
-            Interval(float(np.exp(place)), *_middle(np.exp(inside)))
-            if place is not None and x.min() < place < x.max() and len(inside) > draws / 2
+            ScalingInterval(float(np.exp(place)), *_compute_bounds(np.exp(inside)))
+            if place is not None and x.min() < place < x.max() and len(inside) > bootstrap_iters / 2
             else None
         )
-        found.append(Valley(float(np.mean([r.work for r in group])), tuple(curve), least))
+        found.append(IsoFlopCurve(float(np.mean([r.work for r in group])), tuple(curve), least))
     return found
 
 
-def power(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
+def fit_power_law(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
     """Fit y = factor x^exponent by least squares on logarithms; return (factor, exponent)."""
     exponent, log_factor = np.polyfit(np.log(xs), np.log(ys), 1)
     return float(np.exp(log_factor)), float(exponent)
 
 
-def _lowest(curve: Any) -> float | None:
+def _find_minimum(curve: Any) -> float | None:
     """Return the minimum of a parabola; None if it opens downward."""
     return float(-curve[1] / (2 * curve[0])) if curve[0] > 0 else None
 
 
-def _middle(values: Any) -> tuple[float, float]:
-    low, high = np.quantile(values, ((1 - OFTEN) / 2, (1 + OFTEN) / 2))
+def _compute_bounds(values: Any) -> tuple[float, float]:
+    low, high = np.quantile(values, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
     return float(low), float(high)
 
 
-def _plain(x: Any) -> tuple[float, float, float, float, float]:
+def _to_coefficients(x: Any) -> tuple[float, float, float, float, float]:
     """Convert (log irreducible loss, log a, alpha, log b, beta) to plain coefficients."""
     return float(np.exp(x[0])), float(np.exp(x[1])), float(x[2]), float(np.exp(x[3])), float(x[4])
 
 
-def _log(x: Any, size: Any, tokens: Any) -> tuple[Any, Any]:
+def _predict_log_loss(x: Any, size: Any, tokens: Any) -> tuple[Any, Any]:
     """Return the log loss of each run and its gradient with respect to the five parameters [5, runs]."""
     parts = np.stack([np.full_like(size, x[0]), x[1] - x[2] * size, x[3] - x[4] * tokens])
     top = parts.max(0)
@@ -192,7 +194,7 @@ def _log(x: Any, size: Any, tokens: Any) -> tuple[Any, Any]:
     return top + np.log(total), np.stack([e, a, -a * size, b, -b * tokens])
 
 
-def _least(start: Any, size: Any, tokens: Any, loss: Any) -> tuple[Any, float]:
+def _minimize_huber(start: Any, size: Any, tokens: Any, loss: Any) -> tuple[Any, float]:
     """Minimize the Huber loss from one initialization; return (coefficients, objective)."""
     try:
         from scipy.optimize import minimize
@@ -202,11 +204,11 @@ def _least(start: Any, size: Any, tokens: Any, loss: Any) -> tuple[Any, float]:
         ) from None
 
     def objective(x: Any) -> tuple[float, Any]:
-        predicted, slopes = _log(x, size, tokens)
+        predicted, slopes = _predict_log_loss(x, size, tokens)
         off = predicted - loss
-        near = np.abs(off) <= HUBER
-        value = np.where(near, 0.5 * off**2, HUBER * (np.abs(off) - 0.5 * HUBER)).sum()
-        return value / HUBER, slopes @ np.where(near, off, HUBER * np.sign(off)) / HUBER
+        near = np.abs(off) <= HUBER_DELTA
+        value = np.where(near, 0.5 * off**2, HUBER_DELTA * (np.abs(off) - 0.5 * HUBER_DELTA)).sum()
+        return value / HUBER_DELTA, slopes @ np.where(near, off, HUBER_DELTA * np.sign(off)) / HUBER_DELTA
 
     done = minimize(
         objective,

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     pass
 
 
-LEAST = 8  # runs at least: five coefficients, and enough degrees of freedom for valid intervals
+MIN_RUNS = 8  # runs at least: five coefficients, and enough degrees of freedom for valid intervals
 
 
-ROUND = 64  # vocabulary is padded to a multiple of this, as in model.new
+VOCAB_MULTIPLE = 64  # vocabulary is padded to a multiple of this, as in model.new
 
 
-class Size(Config):
+class ScalingModelSize(Config):
     """Size of a model."""
 
     hidden_size: int = Field(gt=0, description="hidden size")
@@ -33,8 +33,11 @@ class Size(Config):
 class ScalingConfig(Config):
     """The grid of runs, their training, and the target run."""
 
-    sizes: list[Size] = Field(
-        [Size(hidden_size=w, num_hidden_layers=n) for w, n in ((32, 1), (32, 2), (64, 2), (96, 3), (128, 4))],
+    sizes: list[ScalingModelSize] = Field(
+        [
+            ScalingModelSize(hidden_size=w, num_hidden_layers=n)
+            for w, n in ((32, 1), (32, 2), (64, 2), (96, 3), (128, 4))
+        ],
         min_length=3,
         description="model sizes of the grid",
     )
@@ -45,8 +48,9 @@ class ScalingConfig(Config):
             "compute budgets in FLOPs; each size is trained with each budget, with the number of tokens that it allows"
         ),
     )
-    target: Size = Field(
-        Size(hidden_size=192, num_hidden_layers=6), description="size of the target run, which is predicted, then run"
+    target: ScalingModelSize = Field(
+        ScalingModelSize(hidden_size=192, num_hidden_layers=6),
+        description="size of the target run, which is predicted, then run",
     )
     target_flops: float = Field(1.2e13, gt=0, description="compute budget of the target run in FLOPs")
     head_dim: int = Field(32, gt=0, description="head dimension, the same for all sizes")
@@ -85,7 +89,7 @@ class ScalingConfig(Config):
             if size.hidden_size % self.head_dim:
                 raise ValueError(f"hidden_size {size.hidden_size} is not divisible by head_dim {self.head_dim}")
             try:
-                self.shape_of(size, ROUND, ROUND)
+                self.get_shape(size, VOCAB_MULTIPLE, VOCAB_MULTIPLE)
             except ValidationError as error:
                 raise ValueError(
                     f"hidden_size {size.hidden_size}, {size.num_hidden_layers} layers: {error.errors()[0]['msg']}"
@@ -100,7 +104,7 @@ class ScalingConfig(Config):
             )
         return self
 
-    def shape_of(self, size: Size, vocabulary: int, length: int) -> Shape:
+    def get_shape(self, size: ScalingModelSize, vocabulary: int, length: int) -> Shape:
         """Return the decoder shape of a size."""
         more = {
             "hidden_size": size.hidden_size,
@@ -114,7 +118,7 @@ class ScalingConfig(Config):
         }
         return Shape.model_validate(self.shape.model_dump() | more)
 
-    def rate_of(self, size: Size) -> float:
+    def get_learning_rate(self, size: ScalingModelSize) -> float:
         """Return the learning rate of a size."""
         return self.optimizer.learning_rate * math.sqrt(
             self.lr_base_hidden_size / size.hidden_size if self.lr_base_hidden_size else 1.0
@@ -122,58 +126,58 @@ class ScalingConfig(Config):
 
 
 @dataclass(frozen=True)
-class Plan:
+class ScalingRunPlan:
     """One planned run."""
 
     name: str
-    size: Size
+    size: ScalingModelSize
     shape: Shape
     steps: int
     tokens: int
-    work: float
+    flops: float
     parameters: int
 
 
-def grid(
+def plan_runs(
     config: ScalingConfig, vocabulary: int, length: int, tokens: int, rows: int
-) -> tuple[list[Plan], list[tuple[str, str]]]:
+) -> tuple[list[ScalingRunPlan], list[tuple[str, str]]]:
     """Return the planned runs, and the skipped ones with the reason.
 
     Errors: UserError for fewer runs than a scaling law needs.
     """
-    plans: list[Plan] = []
-    left_out: list[tuple[str, str]] = []
+    plans: list[ScalingRunPlan] = []
+    skipped: list[tuple[str, str]] = []
     for flops in config.flops:
         for size in config.sizes:
-            plan, why = planned(config, size, flops, vocabulary, length, tokens, rows)
+            plan, why = plan_run(config, size, flops, vocabulary, length, tokens, rows)
             if plan is not None and any(p.shape == plan.shape and p.steps == plan.steps for p in plans):
                 plan, why = None, "same number of steps as another run of this size"
             if plan is not None:
                 plans.append(plan)
             else:
-                left_out.append(
+                skipped.append(
                     (f"hidden size {size.hidden_size}, {size.num_hidden_layers} layers, {flops:.2g} FLOPs", why)
                 )
-    if len(plans) < LEAST:
-        first = f"; the first skipped one: {left_out[0][0]} ({left_out[0][1]})" if left_out else ""
+    if len(plans) < MIN_RUNS:
+        first = f"; the first skipped one: {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
         raise UserError(
             f"{len(plans)} of {len(config.flops) * len(config.sizes)} runs remain, but a scaling law"
-            f" needs {LEAST}{first}"
+            f" needs {MIN_RUNS}{first}"
         )
     if min(len({p.parameters for p in plans}), len({p.tokens for p in plans})) < 3:
         raise UserError("the remaining runs have fewer than three sizes or token counts; add sizes or flops")
-    return plans, left_out
+    return plans, skipped
 
 
-def planned(
-    config: ScalingConfig, size: Size, flops: float, vocabulary: int, length: int, tokens: int, rows: int
-) -> tuple[Plan | None, str]:
+def plan_run(
+    config: ScalingConfig, size: ScalingModelSize, flops: float, vocabulary: int, length: int, tokens: int, rows: int
+) -> tuple[ScalingRunPlan | None, str]:
     """Plan a run of a compute budget in FLOPs of matrix products, backward twice the forward. Or (None, why not)."""
-    from llmworks.model.anatomy.parts import parts_of
+    from llmworks.model.anatomy.parts import list_parts
 
-    shape = config.shape_of(size, vocabulary, length)
-    parts = parts_of(shape, length // 2)
-    each = 3 * sum(part.work for part in parts)
+    shape = config.get_shape(size, vocabulary, length)
+    parts = list_parts(shape, length // 2)
+    each = 3 * sum(part.flops for part in parts)
     per_step = tokens / rows * config.batch_size
     steps = round(flops / each / per_step)
     if steps < config.min_steps:
@@ -182,7 +186,7 @@ def planned(
     if read > config.max_epochs * tokens:
         return None, f"needs {read / tokens:.1f} epochs, more than max_epochs {config.max_epochs:g}"
     return (
-        Plan(
+        ScalingRunPlan(
             f"{size.hidden_size}x{size.num_hidden_layers}-{flops:.17g}",
             size,
             shape,

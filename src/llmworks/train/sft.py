@@ -14,23 +14,29 @@ from pydantic import Field, model_validator
 from llmworks.core.artifact import Adapter, Config, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError
-from llmworks.data.conversations.training_rows import training_rows
-from llmworks.data.doctor import require_template, uses_of
+from llmworks.data.conversations.training_rows import read_training_rows
+from llmworks.data.doctor import get_template_uses, require_template
 from llmworks.data.store.rows import Row
-from llmworks.tokenize.chat.named import use_template
-from llmworks.train.distributed.config import DataParallel
+from llmworks.tokenize.chat.named import set_template
+from llmworks.train.distributed.config import DataParallelConfig
 from llmworks.train.finetune.config import WriterConfig
-from llmworks.train.finetune.method import Material, Way
-from llmworks.train.finetune.run import check_golden, context_of, in_memory, require_directory, require_held_out
-from llmworks.train.finetune.run import tune as tuned_by
+from llmworks.train.finetune.method import TrainingData, TrainMethod
+from llmworks.train.finetune.run import (
+    check_golden,
+    explain_out_of_memory,
+    get_context_length,
+    require_directory,
+    require_eval_data,
+)
+from llmworks.train.finetune.run import run_training as tuned_by
 from llmworks.train.loop.schedule import OptimizerConfig
 
 if TYPE_CHECKING:
     from llmworks.train.distributed.world import World
     from llmworks.train.finetune.examples import Example
-    from llmworks.train.finetune.trainable import Tuned
+    from llmworks.train.finetune.trainable import TrainableModel
 
-RATES = {
+DEFAULT_LEARNING_RATES = {
     "full": 5e-5,
     "prompt_tuning": 0.03,
     "prefix_tuning": 0.01,
@@ -54,7 +60,7 @@ class SoftConfig(Config):
 class SftConfig(WriterConfig):
     """What is trained, and on how much data."""
 
-    rates: ClassVar[Mapping[str, float]] = RATES
+    default_learning_rates: ClassVar[Mapping[str, float]] = DEFAULT_LEARNING_RATES
 
     method: Literal["lora", "full", "prompt_tuning", "prefix_tuning"] = Field(
         "lora",
@@ -86,11 +92,12 @@ class SftConfig(WriterConfig):
         OptimizerConfig(),
         description=(
             "optimizer and learning rate schedule; the default learning rate is 0.001, for method"
-            f" full {RATES['full']:g}, prompt {RATES['prompt_tuning']:g}, prefix {RATES['prefix_tuning']:g}"
+            f" full {DEFAULT_LEARNING_RATES['full']:g}, prompt {DEFAULT_LEARNING_RATES['prompt_tuning']:g}, prefix"
+            f" {DEFAULT_LEARNING_RATES['prefix_tuning']:g}"
         ),
     )
-    parallel: DataParallel = Field(
-        DataParallel(),
+    parallel: DataParallelConfig = Field(
+        DataParallelConfig(),
         description=(
             "parallelism across processes when several are started (--nproc, torchrun); a step is the same for any"
             " number of them"
@@ -126,7 +133,7 @@ class SftConfig(WriterConfig):
         return self
 
     @property
-    def spread(self) -> DataParallel:
+    def parallelism(self) -> DataParallelConfig:
         """How training is parallelized over processes."""
         return self.parallel
 
@@ -142,82 +149,92 @@ def sft(
     from llmworks.train.distributed import world
 
     require_directory(model)
-    require_held_out(config, given=eval_data is not None)
-    with world.opened(config.spread) as here:
+    require_eval_data(config, given=eval_data is not None)
+    with world.init_world(config.parallelism) as here:
         try:
-            return tune(config, model, data, ctx, eval_data, here)
+            return run_sft(config, model, data, ctx, eval_data, here)
         except RuntimeError as error:
-            raise (in_memory(error) or error) from error
+            raise (explain_out_of_memory(error) or error) from error
 
 
-def read(config: SftConfig, model: Model, data: Dataset, held_out: Dataset | None) -> Material:
+def tokenize_data(config: SftConfig, model: Model, data: Dataset, held_out: Dataset | None) -> TrainingData:
     """Tokenize the rows for training.
 
     Errors: DataError, GoldenMismatch, and ModelError for a chat template that would corrupt them.
     """
-    from llmworks.tokenize.load import load_tokenizer, stop_ids
-    from llmworks.train.finetune.generation_check import answerable
+    from llmworks.tokenize.load import get_stop_ids, load_tokenizer
+    from llmworks.train.finetune.generation_check import select_prompt_rows
 
     tokenizer = load_tokenizer(model.path)
-    stops = stop_ids(model.path, tokenizer)
-    use_template(tokenizer, config.chat_template)
-    check_golden(config, model, tokenizer, stops)
-    rows = training_rows(data)
+    stop_token_ids = get_stop_ids(model.path, tokenizer)
+    set_template(tokenizer, config.chat_template)
+    check_golden(config, model, tokenizer, stop_token_ids)
+    rows = read_training_rows(data)
     if "messages" in rows[0]:
-        require_template(model.name, tokenizer, stops, uses_of(rows))
-    most = context_of(model) - (
+        require_template(model.name, tokenizer, stop_token_ids, get_template_uses(rows))
+    max_context = get_context_length(model) - (
         config.soft_prompt.num_virtual_tokens if config.method in ("prompt_tuning", "prefix_tuning") else 0
     )
-    examples, set_aside = make_examples(tokenizer, rows, config, data.name, most)
-    set_aside = [
+    examples, dropped = make_examples(tokenizer, rows, config, data.name, max_context)
+    dropped = [
         *((str(id), str(why)) for id, why in data.about.get("lost", [])),
-        *set_aside,
+        *dropped,
     ]  # rows without a teacher's completion
-    unseen = (
-        make_examples(tokenizer, training_rows(held_out)[: config.eval_samples], config, held_out.name, most)[0]
+    eval_examples = (
+        make_examples(
+            tokenizer, read_training_rows(held_out)[: config.eval_samples], config, held_out.name, max_context
+        )[0]
         if held_out is not None
         else []
     )
-    questions = answerable(held_out)[: config.num_sample_prompts] if held_out is not None else []
-    return Material(tokenizer, stops, examples, set_aside, unseen, questions)
+    prompt_rows = select_prompt_rows(held_out)[: config.num_sample_prompts] if held_out is not None else []
+    return TrainingData(tokenizer, stop_token_ids, examples, dropped, eval_examples, prompt_rows)
 
 
-def tune(
+def run_sft(
     config: SftConfig,
     model: Model,
     data: Dataset,
     ctx: Context,
     held_out: Dataset | None,
     world: World,
-    loss_of: Callable[[Tuned, Material], Any] | None = None,
+    create_loss: Callable[[TrainableModel, TrainingData], Any] | None = None,
 ) -> Adapter | Model:
     """Run `sft` in one of the processes. `create_loss`: makes the batch loss, if it is not the next-token loss."""
-    from llmworks.train.finetune.examples import collate, joined
-    from llmworks.train.finetune.generation_check import predicted, write_report
-    from llmworks.train.loop.losses import Noise, next_token_loss
+    from llmworks.train.finetune.examples import collate, collate_padding_free
+    from llmworks.train.finetune.generation_check import evaluate_examples, write_report
+    from llmworks.train.loop.losses import NeftuneNoise, next_token_loss
     from llmworks.train.loop.packed import packed_loss
 
-    material = read(config, model, data, held_out)
-    say(ctx, config, material)
+    training_data = tokenize_data(config, model, data, held_out)
+    log_data_size(ctx, config, training_data)
 
-    def way(tuned: Tuned, material: Material) -> Way:
-        loss: Any = loss_of(tuned, material) if loss_of is not None else packed_loss if tuned.free else next_token_loss
+    def create_method(tuned: TrainableModel, material: TrainingData) -> TrainMethod:
+        loss: Any = (
+            create_loss(tuned, material)
+            if create_loss is not None
+            else packed_loss
+            if tuned.padding_free
+            else next_token_loss
+        )
         if config.neftune_noise_alpha:
-            loss = Noise(tuned.network, config.neftune_noise_alpha).around(loss)
-        return Way(
+            loss = NeftuneNoise(tuned.network, config.neftune_noise_alpha).wrap_loss(loss)
+        return TrainMethod(
             loss,
-            lambda some, _: joined(some, world.device) if tuned.free else collate(some).to(world.device),
-            lambda network, unseen: predicted(
-                network, unseen, free=tuned.free, size=config.batch_size, device=world.device
+            lambda some, _: (
+                collate_padding_free(some, world.device) if tuned.padding_free else collate(some).to(world.device)
+            ),
+            lambda network, unseen: evaluate_examples(
+                network, unseen, padding_free=tuned.padding_free, batch_size=config.batch_size, device=world.device
             ),
             lambda found: f"eval loss {found['eval_loss']:.4f} nats per token, token accuracy {found['accuracy']:.1%}",
         )
 
-    return tuned_by(config, model, ctx, world, material, way, write_report)
+    return tuned_by(config, model, ctx, world, training_data, create_method, write_report)
 
 
 def make_examples(
-    tokenizer: Any, rows: Sequence[Row], config: SftConfig, name: str = "the data", most: int = 1 << 30
+    tokenizer: Any, rows: Sequence[Row], config: SftConfig, name: str = "the data", max_context: int = 1 << 30
 ) -> tuple[list[Example], list[tuple[str, str]]]:
     """Tokenize rows; return (examples, (id, reason) of the dropped rows).
 
@@ -227,38 +244,37 @@ def make_examples(
     from llmworks.train.finetune.examples import make_example
 
     examples: list[Example] = []
-    set_aside: list[tuple[str, str]] = []
+    dropped: list[tuple[str, str]] = []
     for row in rows:
         made = make_example(
             tokenizer,
             row,
-            min(config.max_length, most),
+            min(config.max_length, max_context),
             last=config.train_on == "last_assistant",
-            cut=config.overlong == "truncate",
+            truncate=config.overlong == "truncate",
         )
         if isinstance(made, str):
             if config.overlong == "error" and "longer than max_length" in made:
                 raise DataError(
                     f"{name}: row {row['id']!r}: {made}; raise max_length, or set overlong to set-aside or cut"
                 )
-            set_aside.append((str(row["id"]), made))
+            dropped.append((str(row["id"]), made))
         else:
             examples.append(made)
     if not examples:
         raise DataError(
-            f"{name}: none of {len(rows)} rows can be trained on; the"
-            f" first: {set_aside[0][1] if set_aside else 'no rows'}"
+            f"{name}: none of {len(rows)} rows can be trained on; the first: {dropped[0][1] if dropped else 'no rows'}"
         )
-    return examples, set_aside
+    return examples, dropped
 
 
-def say(ctx: Context, config: SftConfig, material: Material) -> None:
+def log_data_size(ctx: Context, config: SftConfig, training_data: TrainingData) -> None:
     """Log the numbers of rows, tokens and label tokens."""
-    examples, set_aside = material.examples, material.set_aside
-    tokens, learned = sum(len(e.ids) for e in examples), sum(e.labels for e in examples)
+    examples, dropped = training_data.examples, training_data.dropped
+    tokens, label_tokens = sum(len(e.ids) for e in examples), sum(e.labels for e in examples)
     cut = sum(len(e.ids) == config.max_length for e in examples) if config.overlong == "truncate" else 0
-    ctx.progress.say(
-        f"{len(examples)} rows, {tokens:,} tokens, {learned:,} label tokens"
-        + (f"; {len(set_aside)} dropped" if set_aside else "")
+    ctx.progress.log(
+        f"{len(examples)} rows, {tokens:,} tokens, {label_tokens:,} label tokens"
+        + (f"; {len(dropped)} dropped" if dropped else "")
         + (f"; up to {cut} truncated" if cut else "")
     )

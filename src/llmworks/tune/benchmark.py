@@ -67,11 +67,11 @@ def benchmark(config: BenchmarkConfig, model: Model, ctx: Context) -> Report:
         if found["decode_speed"] is not None
         else "decode not measured (each completion ended at its first token)"
     )
-    ctx.report.lead = (
+    ctx.report.subtitle = (
         f"Peak memory {found['peak_memory'] / 1e6:,.0f} MB; prefill {found['prefill_speed']:,.0f} tokens/s, {writes}."
     )
     ctx.report.data = {"metrics": metrics, "completions": dict(zip(config.prompts, found["completions"], strict=True))}
-    ctx.report.samples(
+    ctx.report.add_samples(
         "Sample completions",
         [{"prompt": prompt, "answer": answer} for prompt, answer in ctx.report.data["completions"].items()],
     )

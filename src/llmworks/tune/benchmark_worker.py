@@ -12,24 +12,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmworks.core.memory import peak_memory
+from llmworks.core.memory import track_peak_memory
 
 
 def main() -> None:
     """Read the request, run the benchmark and print the results."""
-    asked = json.loads(sys.stdin.read())
-    with peak_memory() as memory:  # the system's peak memory of a process includes its parent's up to the fork
-        engine = opened(Path(asked["path"]), asked["format"])
+    settings = json.loads(sys.stdin.read())
+    with track_peak_memory() as memory:  # the system's peak memory of a process includes its parent's up to the fork
+        engine = open_engine(Path(settings["path"]), settings["format"])
         try:
-            found = measured(engine, asked)
+            result = measure(engine, settings)
         finally:
             engine.close()
-    print(json.dumps({**found, "peak_memory": memory.peak}))
+    print(json.dumps({**result, "peak_memory": memory.peak}))
 
 
-def opened(path: Path, form: str) -> Any:
+def open_engine(path: Path, format_name: str) -> Any:
     """Open the engine for a model's files."""
-    if form == "gguf":
+    if format_name == "gguf":
         from llmworks.generate.engines.llamacpp import LlamaCppEngine
 
         return LlamaCppEngine(path, slots=1)
@@ -41,22 +41,22 @@ def opened(path: Path, form: str) -> Any:
     return TorchEngine.open(path)
 
 
-def measured(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
+def measure(engine: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Measure prefill and decode speed, and generate completions."""
     from llmworks.core.types import Message, Request, Sampling
 
-    def request(prompt: str, tokens: int) -> Request:
+    def build_request(prompt: str, tokens: int) -> Request:
         return (
             Request((Message("user", prompt),), sampling=Sampling(max_tokens=tokens))
             if engine.tokenizer.chat_template
             else Request(ids=tuple(engine.tokenizer(prompt)["input_ids"]), sampling=Sampling(max_tokens=tokens))
         )
 
-    ids = engine.tokenizer(" ".join(["the weather is what it was before"] * asked["prompt_tokens"]))["input_ids"][
-        : asked["prompt_tokens"]
+    ids = engine.tokenizer(" ".join(["the weather is what it was before"] * settings["prompt_tokens"]))["input_ids"][
+        : settings["prompt_tokens"]
     ]
     best = 0.0
-    for turn in range(asked["repetitions"] + 1):
+    for turn in range(settings["repetitions"] + 1):
         began = time.perf_counter()
         engine.generate(
             [Request(ids=(*ids[turn:], *ids[:turn]), sampling=Sampling(max_tokens=1))]
@@ -64,12 +64,12 @@ def measured(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
         best = max(best, len(ids) / (time.perf_counter() - began)) if turn else 0.0
     tokens = seconds = 0.0
     answers = []
-    for prompt in asked["prompts"]:
+    for prompt in settings["prompts"]:
         began = time.perf_counter()
-        engine.generate([request(prompt, 1)])
+        engine.generate([build_request(prompt, 1)])
         first = time.perf_counter() - began
         began = time.perf_counter()
-        made = engine.generate([request(prompt, asked["max_tokens"])])[0]
+        made = engine.generate([build_request(prompt, settings["max_tokens"])])[0]
         seconds += max(1e-9, time.perf_counter() - began - first)
         tokens += max(0, len(made.ids) - 1)
         answers.append(made.text)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmworks.core.report import ReportBuilder
 
 
-class Attempted(Config):
+class CandidateRecord(Config):
     """One evaluated candidate."""
 
     generation: int = Field(description="generation; 0: the initial values from the file")
@@ -30,7 +30,7 @@ class EvolutionConfig(Config):
     """Candidates and scores of a search."""
 
     merge: str = Field(description="name of the merge")
-    attempts: list[Attempted] = Field(min_length=1, description="all candidates, in order")
+    attempts: list[CandidateRecord] = Field(min_length=1, description="all candidates, in order")
     search_tasks: list[str] = Field(description="tasks that the search optimized")
     scores: dict[str, dict[str, list[float]]] = Field(
         {}, description="by model and task: score, low and high of its interval"
@@ -49,12 +49,12 @@ def evolution(
     first = config.attempts[0]
     page = ctx.report
     page.title = f"Evolutionary merge of {config.merge}"
-    page.lead = (
+    page.subtitle = (
         f"The best of {len(config.attempts)} candidates scores {best.score:.4g} on {', '.join(config.search_tasks)};"
         " the"
         f" file's initial values score {first.score:.4g}."
     )
-    page.text(
+    page.add_text(
         "How to read it",
         "The best candidate was selected among many on the same rows, so its score there is biased upward (selection"
         " bias). Held-out tasks show whether the child is better in general.",
@@ -63,7 +63,7 @@ def evolution(
     for number, one in enumerate(config.attempts):
         so_far = max(so_far, one.score)
         curve.append((float(number + 1), so_far))
-    page.curves(
+    page.add_curves(
         "Best so far",
         {
             "best so far": curve,
@@ -72,7 +72,7 @@ def evolution(
         x="candidate",
         y="mean score",
     )
-    page.table(
+    page.add_table(
         "Parameters",
         ("parameter", "initial", "best"),
         [(name, f"{first.values[name]:g}", f"{value:g}") for name, value in best.values.items()],
@@ -96,12 +96,12 @@ def _describe_scores(config: EvolutionConfig, page: ReportBuilder) -> None:
             for model, found in config.scores.items()
             if task in found
         ]
-        page.intervals(
+        page.add_intervals(
             f"{task}{'' if task in config.search_tasks else ', held-out'}",
             rows,
             x=f"score, 95% interval, {config.samples.get(task, 0)} samples",
         )
-    page.table(
+    page.add_table(
         "Scores",
         ("model", *tasks),
         [

@@ -66,30 +66,30 @@ def tradeoff(
 
     Errors: DataError when no quantization succeeded, or none is within the budget.
     """
-    made = sorted((v for v in config.variants if v.kl is not None), key=lambda v: (v.bytes, v.kl))
-    if not made:
+    quantized = sorted((v for v in config.variants if v.kl is not None), key=lambda v: (v.bytes, v.kl))
+    if not quantized:
         raise DataError(
             f"no quantization of {config.model} succeeded; first error:"
             f" {next((v.error for v in config.variants if v.error), 'none was tried')}"
         )
-    best = worth_having(made)
-    chosen = recommended(best, config.budget)
+    best = pareto_front(quantized)
+    chosen = recommend(best, config.budget)
     page, original = ctx.report, config.original
     page.title = f"{config.model}: quantization tradeoff"
-    page.lead = (
+    page.subtitle = (
         f"{chosen.name}: {chosen.bytes / 1e6:,.1f} MB of {original.bytes / 1e6:,.1f}, KL divergence {chosen.kl:.4f}"
         f" nats per token from the original, top-1 agreement {chosen.top1_agreement or 0:.1%}."
     )
-    page.text("Recommendation", _advice(best, chosen, config.budget))
-    _draw_sizes(made, page, best)
-    _describe_all(original, made, page, best)
-    _describe_skills(original, page, made)
-    _describe_answers(original, page, made)
+    page.add_text("Recommendation", _describe_recommendation(best, chosen, config.budget))
+    _draw_sizes(quantized, page, best)
+    _describe_all(original, quantized, page, best)
+    _describe_skills(original, page, quantized)
+    _describe_answers(original, page, quantized)
     failed = [v for v in config.variants if v.error]
     if failed:
-        page.table("Failed quantizations", ("method", "error"), [(v.name, v.error) for v in failed])
+        page.add_table("Failed quantizations", ("method", "error"), [(v.name, v.error) for v in failed])
     metrics: dict[str, Any] = {
-        "variants": len(made),
+        "variants": len(quantized),
         "failed": len(failed),
         "worth_having": len(best),
         "recommended_bytes": chosen.bytes,
@@ -105,12 +105,12 @@ def tradeoff(
     return Report(ctx.out, metrics=metrics)
 
 
-def _draw_sizes(made: list[Variant], page: ReportBuilder, best: list[Variant]) -> None:
+def _draw_sizes(variants: list[Variant], page: ReportBuilder, best: list[Variant]) -> None:
     """Add the scatter plot of size against KL divergence."""
     groups: dict[str, list[tuple[str, float, float]]] = {}
-    for v in made:
+    for v in variants:
         groups.setdefault(v.engine, []).append((v.name, v.bytes / 1e6, max(float(v.kl or 0.0), 1e-6)))
-    page.scatter(
+    page.add_scatter(
         "Size and KL divergence",
         groups,
         [(v.bytes / 1e6, max(float(v.kl or 0.0), 1e-6)) for v in best],
@@ -121,7 +121,7 @@ def _draw_sizes(made: list[Variant], page: ReportBuilder, best: list[Variant]) -
     )
 
 
-def _describe_all(original: Variant, made: list[Variant], page: ReportBuilder, best: list[Variant]) -> None:
+def _describe_all(original: Variant, variants: list[Variant], page: ReportBuilder, best: list[Variant]) -> None:
     """Add the table of all quantizations."""
     rows = [
         (
@@ -129,17 +129,17 @@ def _describe_all(original: Variant, made: list[Variant], page: ReportBuilder, b
             v.engine,
             round(v.bytes / 1e6, 1),
             round(v.bits, 2),
-            _figure(v.kl, 4),
-            _share(v.top1_agreement),
-            _figure(v.perplexity, 3),
-            _figure(v.peak_memory and v.peak_memory / 1e6, 0),
-            _figure(v.prefill_speed, 0),
-            _figure(v.decode_speed, 1),
+            _format_number(v.kl, 4),
+            _format_share(v.top1_agreement),
+            _format_number(v.perplexity, 3),
+            _format_number(v.peak_memory and v.peak_memory / 1e6, 0),
+            _format_number(v.prefill_speed, 0),
+            _format_number(v.decode_speed, 1),
             "yes" if v in best else "",
         )
-        for v in (original, *made)
+        for v in (original, *variants)
     ]
-    page.table(
+    page.add_table(
         "All quantizations",
         (
             "method",
@@ -160,47 +160,47 @@ def _describe_all(original: Variant, made: list[Variant], page: ReportBuilder, b
     )
 
 
-def _describe_skills(original: Variant, page: ReportBuilder, made: list[Variant]) -> None:
+def _describe_skills(original: Variant, page: ReportBuilder, variants: list[Variant]) -> None:
     """Add the table of skills, and the losses that perplexity does not show."""
     tasks = list(original.skills)
     if tasks:
-        page.table(
+        page.add_table(
             "Skills",
             ("method", *tasks),
             [
-                (v.name, *(_skill(v.skills.get(task), original.skills[task]) for task in tasks))
-                for v in (original, *made)
+                (v.name, *(_format_skill(v.skills.get(task), original.skills[task]) for task in tasks))
+                for v in (original, *variants)
             ],
             "Scores ± half of their 95% intervals; scores outside the original's interval are marked.",
         )
-        page.text("Losses not visible in perplexity", hidden(original, made))
+        page.add_text("Losses not visible in perplexity", describe_hidden_losses(original, variants))
 
 
-def _describe_answers(original: Variant, page: ReportBuilder, made: list[Variant]) -> None:
+def _describe_answers(original: Variant, page: ReportBuilder, variants: list[Variant]) -> None:
     """Add completions side by side."""
     prompts = list(original.completions)
     page_answers = [
         {
             "prompt": prompt,
             "as it was": original.completions[prompt],
-            **{v.name: v.completions.get(prompt, "") for v in made if v.completions},
+            **{v.name: v.completions.get(prompt, "") for v in variants if v.completions},
         }
         for prompt in prompts
     ]
     if prompts:
-        page.samples("Sample completions", page_answers)
+        page.add_samples("Sample completions", page_answers)
 
 
-def worth_having(made: Sequence[Variant]) -> list[Variant]:
+def pareto_front(variants: Sequence[Variant]) -> list[Variant]:
     """Return the Pareto front of size and KL divergence, by increasing size."""
     best: list[Variant] = []
-    for v in made:
+    for v in variants:
         if not best or (v.kl or 0.0) < (best[-1].kl or 0.0):
             best.append(v)
     return best
 
 
-def recommended(best: Sequence[Variant], budget: float | None) -> Variant:
+def recommend(best: Sequence[Variant], budget: float | None) -> Variant:
     """Recommend the lowest KL divergence within a budget of bytes; without one, the smallest with at least 95% top-1
     agreement, else the lowest KL divergence.
 
@@ -217,7 +217,7 @@ def recommended(best: Sequence[Variant], budget: float | None) -> Variant:
     return next((v for v in best if (v.top1_agreement or 0.0) >= 0.95), best[-1])
 
 
-def _advice(best: Sequence[Variant], chosen: Variant, budget: float | None) -> str:
+def _describe_recommendation(best: Sequence[Variant], chosen: Variant, budget: float | None) -> str:
     why = (
         f"has the lowest KL divergence within {budget / 1e6:,.1f} MB"
         if budget is not None
@@ -237,14 +237,14 @@ def _advice(best: Sequence[Variant], chosen: Variant, budget: float | None) -> s
     )
 
 
-def hidden(original: Variant, made: Sequence[Variant]) -> str:
+def describe_hidden_losses(original: Variant, variants: Sequence[Variant]) -> str:
     """Describe skills that fall significantly while perplexity rises by less than 3%, and, among methods whose
     perplexities are within 5% of each other, the two that differ most in a skill.
     """
     found = [
         f"{v.name} loses {task} ({original.skills[task].score:.3g} to {v.skills[task].score:.3g}) although its"
         f" perplexity rises by only {v.perplexity / original.perplexity - 1:.1%}"
-        for v in made
+        for v in variants
         if v.perplexity and original.perplexity and v.perplexity < 1.03 * original.perplexity
         for task in original.skills
         if task in v.skills and v.skills[task].high < original.skills[task].low
@@ -257,16 +257,16 @@ def hidden(original: Variant, made: Sequence[Variant]) -> str:
             " none was found."
         )
     )
-    return " ".join([first, *(line for task in original.skills if (line := _apart(task, made)))])
+    return " ".join([first, *(line for task in original.skills if (line := _describe_disagreement(task, variants)))])
 
 
-def _apart(task: str, made: Sequence[Variant]) -> str:
+def _describe_disagreement(task: str, variants: Sequence[Variant]) -> str:
     """Describe the two methods of similar perplexity that differ most in a skill; empty where all intervals overlap."""
-    told = [(v, v.perplexity, v.skills[task]) for v in made if v.perplexity and task in v.skills]
+    measured = [(v, v.perplexity, v.skills[task]) for v in variants if v.perplexity and task in v.skills]
     pairs = [
         (high.score - low.score, a, b)
-        for a, one, high in told
-        for b, other, low in told
+        for a, one, high in measured
+        for b, other, low in measured
         if high.low > low.high and 1 / 1.05 < one / other < 1.05
     ]
     if not pairs:
@@ -278,16 +278,16 @@ def _apart(task: str, made: Sequence[Variant]) -> str:
     )
 
 
-def _skill(found: Skill | None, before: Skill) -> str:
-    if found is None:
+def _format_skill(skill: Skill | None, before: Skill) -> str:
+    if skill is None:
         return "–"
-    mark = " ↓" if found.high < before.low else " ↑" if found.low > before.high else ""
-    return f"{found.score:.3f} ±{(found.high - found.low) / 2:.3f}{mark}"
+    mark = " ↓" if skill.high < before.low else " ↑" if skill.low > before.high else ""
+    return f"{skill.score:.3f} ±{(skill.high - skill.low) / 2:.3f}{mark}"
 
 
-def _figure(value: float | None, digits: int) -> Any:
+def _format_number(value: float | None, digits: int) -> Any:
     return "–" if value is None else round(value, digits) if digits else round(value)
 
 
-def _share(value: float | None) -> str:
+def _format_share(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"

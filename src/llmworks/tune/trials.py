@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmworks.core.report import ReportBuilder
 
 
-class Tried(Config):
+class TrialRecord(Config):
     """One trial of a sweep."""
 
     number: int = Field(description="trial number")
@@ -33,7 +33,7 @@ class TrialsConfig(Config):
     recipe: str = Field(description="the recipe's name")
     metric: str = Field(description="STEP.METRIC that was optimized")
     direction: Literal["maximize", "minimize"] = Field("maximize", description="direction of the optimization")
-    trials: list[Tried] = Field(description="all trials")
+    trials: list[TrialRecord] = Field(description="all trials")
     importance: dict[str, float] = Field({}, description="parameter importance: share of the score variance, by field")
 
 
@@ -52,19 +52,21 @@ def trials(config: TrialsConfig, ctx: Context, results: list[Report | Model | Ad
     best = max(scored, key=lambda t: sign * (t.score or 0.0))
     page = ctx.report
     page.title = f"Sweep of {config.recipe}"
-    values = ", ".join(f"{field} {_told(value)}" for field, value in best.values.items())
-    page.lead = f"Best of {len(scored)} trials: {config.metric} {best.score:.4g} with {values}."
+    values = ", ".join(f"{field} {_format_value(value)}" for field, value in best.values.items())
+    page.subtitle = f"Best of {len(scored)} trials: {config.metric} {best.score:.4g} with {values}."
     if failed := len(config.trials) - len(scored):
-        page.lead += f" {failed} failed."
-    page.text(
+        page.subtitle += f" {failed} failed."
+    page.add_text(
         "How to read it",
         "The best score was selected among many on the same rows, so it is biased upward (selection bias). Evaluate the"
         " chosen values on rows that no trial used.",
     )
-    page.table("Best values", ("field", "value"), [(field, _told(value)) for field, value in best.values.items()])
+    page.add_table(
+        "Best values", ("field", "value"), [(field, _format_value(value)) for field, value in best.values.items()]
+    )
     _draw_best(scored, sign, page, config)
     if config.importance:
-        page.table(
+        page.add_table(
             "Parameter importance",
             ("field", "share of score variance"),
             sorted(config.importance.items(), key=lambda item: -item[1]),
@@ -86,13 +88,13 @@ def trials(config: TrialsConfig, ctx: Context, results: list[Report | Model | Ad
     return Report(ctx.out, metrics=metrics)
 
 
-def _draw_best(scored: list[Tried], sign: int, page: ReportBuilder, config: TrialsConfig) -> None:
+def _draw_best(scored: list[TrialRecord], sign: int, page: ReportBuilder, config: TrialsConfig) -> None:
     """Add the best-so-far curve."""
     so_far, curve = None, []
     for t in scored:
         so_far = t.score if so_far is None or sign * (t.score or 0) > sign * so_far else so_far
         curve.append((float(t.number + 1), float(so_far or 0.0)))
-    page.curves(
+    page.add_curves(
         "Best so far",
         {"best so far": curve, "each trial": [(float(t.number + 1), float(t.score or 0.0)) for t in scored]},
         x="trial",
@@ -100,7 +102,7 @@ def _draw_best(scored: list[Tried], sign: int, page: ReportBuilder, config: Tria
     )
 
 
-def _draw_fields(best: Tried, scored: list[Tried], page: ReportBuilder, config: TrialsConfig) -> None:
+def _draw_fields(best: TrialRecord, scored: list[TrialRecord], page: ReportBuilder, config: TrialsConfig) -> None:
     """Add a plot of each field against the score."""
     for field in best.values:
         numbers = sorted(
@@ -109,24 +111,24 @@ def _draw_fields(best: Tried, scored: list[Tried], page: ReportBuilder, config: 
             if isinstance(t.values.get(field), (int, float)) and not isinstance(t.values.get(field), bool)
         )
         if len({x for x, _ in numbers}) > 2:
-            page.curves(f"{field}", {"trials": numbers}, x=field, y=config.metric)
+            page.add_curves(f"{field}", {"trials": numbers}, x=field, y=config.metric)
 
 
-def _describe_trials(best: Tried, config: TrialsConfig, page: ReportBuilder, sign: int) -> None:
+def _describe_trials(best: TrialRecord, config: TrialsConfig, page: ReportBuilder, sign: int) -> None:
     """Add the table of all trials."""
     fields = list(best.values)
     rows = [
         (
             t.number + 1,
             "–" if t.score is None else f"{t.score:.4g}",
-            *(_told(t.values.get(f)) for f in fields),
+            *(_format_value(t.values.get(f)) for f in fields),
             f"{t.seconds:.0f}",
             t.error[:160],
         )
         for t in sorted(config.trials, key=lambda t: -sign * t.score if t.score is not None else float("inf"))
     ]
-    page.table("All trials", ("trial", config.metric, *fields, "seconds", "error"), rows)
+    page.add_table("All trials", ("trial", config.metric, *fields, "seconds", "error"), rows)
 
 
-def _told(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

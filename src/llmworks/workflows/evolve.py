@@ -17,30 +17,30 @@ from typing import Any
 
 from llmworks.core.artifact import Model, Report, canonical_json
 from llmworks.core.errors import LlmworksError, UserError
-from llmworks.evaluate.suites import Item
+from llmworks.evaluate.suites import SuiteTask
 from llmworks.merge.plan.config import MergeConfig
 from llmworks.runtime.session import Session
-from llmworks.tune.search.cma import Attempt, evolve
-from llmworks.tune.search.genome import genes_of, with_values
+from llmworks.tune.search.cma import MergeCandidate, evolve
+from llmworks.tune.search.genome import list_parameters, set_values
 
 
 @dataclass
-class Evolution:
+class EvolutionJob:
     """One search. `items`: tasks to optimize; `heldout_items`: held-out tasks, evaluated once at the end."""
 
     name: str
     config: MergeConfig
     models: Mapping[str, Model]
     session: Session
-    items: Sequence[Item]
-    held: Sequence[Item] = ()
+    items: Sequence[SuiteTask]
+    heldout_items: Sequence[SuiteTask] = ()
     attempts: int = 40
     population: int = 8
     gradient: int = 1
     negative: bool = False
     say: Callable[[str], None] = print
 
-    def evaluate(self, model: Model, item: Item, session: Session) -> Report:
+    def evaluate(self, model: Model, item: SuiteTask, session: Session) -> Report:
         """Evaluate a model on one task."""
         return session.make("evaluate", kind=Report, config={"task": item.task, "limit": item.limit}, model=model)
 
@@ -48,9 +48,9 @@ class Evolution:
         """Merge the models by a configuration."""
         return session.make("merge", kind=Model, config=plain, models=dict(self.models))
 
-    def key(self, plain: Mapping[str, Any]) -> str:
+    def compute_key(self, plain: Mapping[str, Any]) -> str:
         """Return the key of the journal: a hash of the search's settings."""
-        said = [
+        settings = [
             plain,
             {name: model.digest for name, model in self.models.items()},
             [item.model_dump() for item in self.items],
@@ -59,10 +59,10 @@ class Evolution:
             self.negative,
             self.session.seed,
         ]
-        return hashlib.sha256(canonical_json(said).encode()).hexdigest()[:12]
+        return hashlib.sha256(canonical_json(settings).encode()).hexdigest()[:12]
 
 
-def evolution(job: Evolution) -> tuple[Report, Model]:
+def run_evolution(job: EvolutionJob) -> tuple[Report, Model]:
     """Search for the best merge; return (the report, the best merge).
 
     Errors: UserError for a merge without numeric parameters, or no tasks; those of `merge` and `evaluate`.
@@ -72,65 +72,65 @@ def evolution(job: Evolution) -> tuple[Report, Model]:
     if job.attempts < 2 or job.population < 2:
         raise UserError("--attempts and --population must be 2 or more")
     plain = job.config.model_dump(mode="json", exclude_defaults=True)
-    genes = genes_of(plain, gradient=job.gradient, negative=job.negative)
+    genes = list_parameters(plain, gradient=job.gradient, negative=job.negative)
     workspace = job.session.workspace
     # the same search in another process waits, then reuses the journal
-    with workspace.in_use(), workspace.lock(job.key(plain)):
-        place = workspace.root / "scratch" / f"evolve-{job.key(plain)}"
+    with workspace.mark_in_use(), workspace.lock(job.compute_key(plain)):
+        place = workspace.root / "scratch" / f"evolve-{job.compute_key(plain)}"
         place.mkdir(parents=True, exist_ok=True)
         job.say(
             f"{len(genes)} parameters, {job.attempts} candidates, {len(job.items)} tasks each; earlier candidates are"
             " reused"
         )
 
-        def told(one: Attempt, known: bool) -> None:
+        def log_candidate(one: MergeCandidate, known: bool) -> None:
             values = zip(genes, one.values, strict=True)
             job.say(
                 f"{'·' if known else '✓'} {one.number + 1:>3}  {one.score:.4f}  "
                 + "  ".join(f"{gene.name.removesuffix('.parameters')} {value:g}" for gene, value in values)
             )
 
-        found = evolve(
+        candidates = evolve(
             genes,
-            lambda values: _judge(job, with_values(plain, genes, values), place / "attempt"),
+            lambda values: _score_candidate(job, set_values(plain, genes, values), place / "attempt"),
             place / "journal.jsonl",
             attempts=job.attempts,
             population=job.population,
             seed=job.session.seed,
-            told=told,
+            on_candidate=log_candidate,
         )
-        best = max(found, key=lambda one: one.score)
-        child = job.merge(with_values(plain, genes, best.values), job.session)
+        best = max(candidates, key=lambda one: one.score)
+        child = job.merge(set_values(plain, genes, best.values), job.session)
         child.name = "best"
-        page = _page(job, found, [gene.name for gene in genes], child)
+        page = _write_report(job, candidates, [gene.name for gene in genes], child)
         return page, child
 
 
-def _judge(job: Evolution, plain: Mapping[str, Any], place: Path) -> tuple[float, dict[str, float]]:
+def _score_candidate(job: EvolutionJob, plain: Mapping[str, Any], place: Path) -> tuple[float, dict[str, float]]:
     """Score one candidate: (mean score, score by task); its artifacts are deleted."""
-    aside = job.session.at(place)
+    scratch_session = job.session.with_workspace(place)
     shutil.rmtree(place, ignore_errors=True)
     try:
         try:
-            child = job.merge(plain, aside)
+            child = job.merge(plain, scratch_session)
         except UserError as error:  # values that a method rejects, such as weights that sum to zero
             if type(error) is not UserError:  # a model or file error, not the values' fault
                 raise
             job.say(f"  merge failed: {error}")
             return 0.0, dict.fromkeys((item.task for item in job.items), 0.0)
-        parts = {item.task: float(job.evaluate(child, item, aside).metrics["score"]) for item in job.items}
+        parts = {item.task: float(job.evaluate(child, item, scratch_session).metrics["score"]) for item in job.items}
         return sum(parts.values()) / len(parts), parts
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _page(job: Evolution, found: Sequence[Attempt], names: Sequence[str], child: Model) -> Report:
+def _write_report(job: EvolutionJob, found: Sequence[MergeCandidate], names: Sequence[str], child: Model) -> Report:
     """Evaluate parents and child on all tasks, and write the report."""
     scores: dict[str, dict[str, list[float]]] = {}
     samples: dict[str, int] = {}
     reports: list[Report] = []
     for name, model in {"best": child, **job.models}.items():
-        for item in [*job.items, *job.held]:
+        for item in [*job.items, *job.heldout_items]:
             try:
                 report = job.evaluate(model, item, job.session)
             except LlmworksError as error:
@@ -149,7 +149,7 @@ def _page(job: Evolution, found: Sequence[Attempt], names: Sequence[str], child:
                 "generation": one.generation,
                 "values": dict(zip(names, one.values, strict=True)),
                 "score": one.score,
-                "parts": one.parts,
+                "parts": one.task_scores,
             }
             for one in found
         ],

@@ -14,39 +14,43 @@ from pathlib import Path
 from typing import Any
 
 from llmworks import assets
-from llmworks.assets.catalogue import CATALOGUE
+from llmworks.assets.catalogue import CATALOG
 from llmworks.core.artifact import Adapter, Artifact, FileEntry, Model, Parent, Report
 from llmworks.core.workspace import Workspace
-from llmworks.lineage.claims import claims, licence
-from llmworks.lineage.family import Family, Kin, family_of
-from llmworks.runtime.execute import derive_again, machine, versions
-from llmworks.runtime.references import asset_files, find_digest, resolve
+from llmworks.lineage.claims import list_claims, read_license
+from llmworks.lineage.family import ExtraParent, Family, build_family
+from llmworks.runtime.execute import describe_machine, get_versions, rederive
+from llmworks.runtime.references import find_digest, get_asset_files, resolve_reference
 from llmworks.runtime.resolve import ResolvedStage
-from llmworks.runtime.resolve import resolve as resolve_stage
+from llmworks.runtime.resolve import resolve_stage as resolve_stage
 from llmworks.runtime.session import Session
-from llmworks.runtime.stages import table
+from llmworks.runtime.stages import get_stages
 
 
-def family_with(workspace: Workspace, *more: Artifact) -> Family:
+def build_workspace_family(workspace: Workspace, *more: Artifact) -> Family:
     """Build the lineage graph of the workspace, of ancestors found on this machine, and of more artifacts; for external
     models also parents claimed by their files or inferred from weights.
     """
     every = [*workspace.artifacts(), *more]
     known = {a.digest for a in every}
-    todo = [p for a in [*every, *workspace.names().values()] if a.manifest for p in a.manifest.parents]
+    todo = [p for a in [*every, *workspace.named_artifacts().values()] if a.manifest for p in a.manifest.parents]
     while todo:
         parent = todo.pop()
         if parent.digest in known:
             continue
-        found = find_digest(parent.digest, workspace) or _from_outside(parent)
+        found = find_digest(parent.digest, workspace) or _resolve_external_parent(parent)
         if found is not None and found.manifest is not None:
             known.add(parent.digest)
             every.append(found)
             todo += found.manifest.parents
-    return family_of(every, {**workspace.outs(), **workspace.names()}, [*_deduced(every), *_claimed(every)])
+    return build_family(
+        every,
+        {**workspace.out_links(), **workspace.named_artifacts()},
+        [*_list_inferred_parents(every), *_list_claimed_parents(every)],
+    )
 
 
-def _deduced(artifacts: Sequence[Artifact]) -> Iterator[Kin]:
+def _list_inferred_parents(artifacts: Sequence[Artifact]) -> Iterator[ExtraParent]:
     """Yield parents found by `merge.find_parents`, for external models."""
     known = {artifact.digest: artifact for artifact in artifacts}
     for artifact in artifacts:
@@ -63,7 +67,7 @@ def _deduced(artifacts: Sequence[Artifact]) -> Iterator[Kin]:
                 else []
             ):
                 share = f" {parent['share']:.2f}" if data.get("relation") == "merged" else ""
-                yield Kin(
+                yield ExtraParent(
                     str(data["child"]),
                     str(parent["digest"]),
                     str(parent["name"]),
@@ -71,7 +75,7 @@ def _deduced(artifacts: Sequence[Artifact]) -> Iterator[Kin]:
                 )
 
 
-def _claimed(artifacts: Sequence[Artifact]) -> Iterator[Kin]:
+def _list_claimed_parents(artifacts: Sequence[Artifact]) -> Iterator[ExtraParent]:
     """Yield parents named in external models' files."""
     known = {
         ref.removeprefix("hf:"): artifact.digest
@@ -88,9 +92,9 @@ def _claimed(artifacts: Sequence[Artifact]) -> Iterator[Kin]:
             or artifact.about.get("format") == "http"
         ):
             continue
-        for claim in claims(artifact.path):
+        for claim in list_claims(artifact.path):
             named = claim.name.removeprefix("hf:")
-            yield Kin(
+            yield ExtraParent(
                 artifact.digest,
                 known.get(named, f"claimed:{named}"),
                 named,
@@ -99,7 +103,7 @@ def _claimed(artifacts: Sequence[Artifact]) -> Iterator[Kin]:
             )
 
 
-def licences_of(family: Family) -> dict[str, str]:
+def collect_licenses(family: Family) -> dict[str, str]:
     """Collect stated licenses of models and adapters by digest: from the catalogue, model cards or GGUF metadata."""
     found: dict[str, str] = {}
     for node in family.nodes.values():
@@ -109,39 +113,39 @@ def licences_of(family: Family) -> dict[str, str]:
                 if node.artifact.ref.startswith("asset:")
                 else str(node.artifact.about.get("asset", ""))
             )
-            said = (
-                CATALOGUE[asset].licence.lower()
-                if asset in CATALOGUE
-                else licence(node.artifact.path)
+            license_id = (
+                CATALOG[asset].license.lower()
+                if asset in CATALOG
+                else read_license(node.artifact.path)
                 if node.artifact.path.exists()
                 else ""
             )
-            if said:
-                found[node.digest] = said
+            if license_id:
+                found[node.digest] = license_id
     return found
 
 
-def _from_outside(parent: Parent) -> Artifact | None:
+def _resolve_external_parent(parent: Parent) -> Artifact | None:
     """Resolve an external parent without downloading, where its reference still gives the same bytes."""
     scheme, _, rest = parent.ref.partition(":")
     found = None
-    if scheme == "asset" and rest in CATALOGUE and assets.is_cached(assets.get(rest)):
-        found = asset_files(rest, parent.name)
+    if scheme == "asset" and rest in CATALOG and assets.is_cached(assets.get_asset(rest)):
+        found = get_asset_files(rest, parent.name)
     elif scheme == "path" and Path(rest).exists():
-        found = resolve(parent.ref, name=parent.name)
+        found = resolve_reference(parent.ref, name=parent.name)
     return found if found is not None and found.digest == parent.digest else None
 
 
-def derive(session: Session, family: Family, artifact: Artifact) -> dict[str, FileEntry] | str:
+def reproduce(session: Session, family: Family, artifact: Artifact) -> dict[str, FileEntry] | str:
     """Reproduce an artifact in a temporary directory; return its files, or the reason why they cannot be compared."""
     m = artifact.manifest
     assert m is not None
-    if m.stage not in table():
+    if m.stage not in get_stages():
         return f"made by the stage {m.stage}, which this version does not have"
     stage = resolve_stage(m.stage)
     if stage.stage.revision != m.revision:
         return f"made by revision {m.revision} of {m.stage}, but this version has revision {stage.stage.revision}"
-    inputs = _parents(stage, family, artifact)
+    inputs = _resolve_inputs(stage, family, artifact)
     if isinstance(inputs, str):
         return inputs
     root = session.workspace.root
@@ -150,25 +154,25 @@ def derive(session: Session, family: Family, artifact: Artifact) -> dict[str, Fi
         out, scratch = temporary / "out", temporary / "scratch"
         out.mkdir()
         scratch.mkdir()
-        files = derive_again(stage, artifact, inputs, out, scratch, session.open_engine)
+        files = rederive(stage, artifact, inputs, out, scratch, session.open_engine)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if files != m.files:
         changed = {
             k: (m.versions[k], v)
-            for k, v in versions().items()
+            for k, v in get_versions().items()
             if k in m.versions and m.versions[k] != v and k != "llmworks"
         }
         if changed:
             return "different bytes, but made with " + ", ".join(
                 f"{k} {old} (here {new})" for k, (old, new) in changed.items()
             )
-        if m.derivation == "exact-on-this-platform" and m.platform != machine():
+        if m.derivation == "exact-on-this-platform" and m.platform != describe_machine():
             return f"different bytes, but made on {m.platform.get('processor')}"
     return files
 
 
-def _parents(stage: ResolvedStage, family: Family, artifact: Artifact) -> dict[str, Any] | str:
+def _resolve_inputs(stage: ResolvedStage, family: Family, artifact: Artifact) -> dict[str, Any] | str:
     """Return the artifact's inputs by name, as its stage takes them; or the missing parent as a message."""
     assert artifact.manifest is not None
     inputs: dict[str, Any] = {}

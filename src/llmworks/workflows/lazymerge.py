@@ -18,17 +18,17 @@ import yaml
 from llmworks.core.artifact import MANIFEST, Model, Report
 from llmworks.core.errors import LlmworksError, UserError
 from llmworks.core.workspace import Workspace
-from llmworks.evaluate.suites import Item
-from llmworks.lineage.claims import front_of
+from llmworks.evaluate.suites import SuiteTask
+from llmworks.lineage.claims import read_front_matter
 from llmworks.merge.plan.catalogue import METHODS
 from llmworks.merge.plan.config import MergeConfig
-from llmworks.model.card import write
+from llmworks.model.card import write_model_card
 from llmworks.runtime.session import Session
 
 DENSITY = 0.5
 
 
-def recipe_of(
+def build_merge_config(
     method: str,
     models: Sequence[str],
     base: str = "",
@@ -44,9 +44,9 @@ def recipe_of(
         return MergeConfig(
             merge_method=method, models=[{"model": name} for name in models]
         )  # raises the error that lists the known methods
-    how = METHODS[method]
+    method_spec = METHODS[method]
     others = [name for name in models if name != base]
-    if how.base == "required" and not base:
+    if method_spec.base == "required" and not base:
         raise UserError(
             f"--method {method} "
             + (
@@ -62,58 +62,58 @@ def recipe_of(
         raise UserError(f"--models: {twice} is given twice")
     if len(models) < 2:
         raise UserError("--models: give two models or more")
-    takes = {parameter.name: parameter for parameter in how.parameters}
-    given: list[dict[str, Any]] = []
+    parameters = {parameter.name: parameter for parameter in method_spec.parameters}
+    entries: list[dict[str, Any]] = []
     for at, name in enumerate(others):
-        own = {"weight": weights[at] if weights else round(1 / len(others), 4)} if "weight" in takes else {}
-        if "density" in takes and method != "task_arithmetic":
+        own = {"weight": weights[at] if weights else round(1 / len(others), 4)} if "weight" in parameters else {}
+        if "density" in parameters and method != "task_arithmetic":
             own["density"] = density
-        given.append({"model": name, **({"parameters": own} if own else {})})
-    said: dict[str, Any] = {
+        entries.append({"model": name, **({"parameters": own} if own else {})})
+    config: dict[str, Any] = {
         "merge_method": method,
-        "models": given,
-        **({"base_model": base} if base and how.base != "none" else {}),
+        "models": entries,
+        **({"base_model": base} if base and method_spec.base != "none" else {}),
     }
-    if "t" in takes:
-        said["parameters"] = {"t": t}
+    if "t" in parameters:
+        config["parameters"] = {"t": t}
     if method == "passthrough":
         raise UserError("--method passthrough stacks layers; write its slices in a file and run llmworks merge FILE")
-    return MergeConfig.model_validate(said)
+    return MergeConfig.model_validate(config)
 
 
 @dataclass
-class Lazy:
+class LazyMergeJob:
     """One merge: its configuration, models and evaluation tasks."""
 
     config: MergeConfig
     models: Mapping[str, Model]
-    items: Sequence[Item]
+    items: Sequence[SuiteTask]
     session: Session
     say: Callable[[str], None] = print
     scores: dict[str, dict[str, str]] = field(default_factory=dict)  # results by model and task
 
 
-def lazymerge(job: Lazy, name: str) -> tuple[Model, Report | None]:
+def lazymerge(job: LazyMergeJob, name: str) -> tuple[Model, Report | None]:
     """Merge and evaluate; return (the child, the leaderboard, or None where every evaluation failed)."""
-    job.say(told(job.config))
+    job.say(format_yaml(job.config))
     plain = job.config.model_dump(mode="json", exclude_defaults=True)
     child = job.session.make("merge", kind=Model, config=plain, models=dict(job.models))
     child.name = name
     reports: list[Report] = []
-    for who, model in {name: child, **job.models}.items():
-        model.name = who
+    for model_name, model in {name: child, **job.models}.items():
+        model.name = model_name
         for item in job.items:
             try:
-                asked = {"task": item.task, "limit": item.limit}
-                report = job.session.make("evaluate", kind=Report, config=asked, model=model)
+                config = {"task": item.task, "limit": item.limit}
+                report = job.session.make("evaluate", kind=Report, config=config, model=model)
             except LlmworksError as error:
-                job.say(f"  evaluation failed: {who} on {item.task}: {error}")
+                job.say(f"  evaluation failed: {model_name} on {item.task}: {error}")
                 continue
             job.say(
-                f"✓ {who}  {item.task}  {report.metrics['score']:.3f} ({report.metrics['low']:.3f} to"
+                f"✓ {model_name}  {item.task}  {report.metrics['score']:.3f} ({report.metrics['low']:.3f} to"
                 f" {report.metrics['high']:.3f})"
             )
-            job.scores.setdefault(who, {})[item.task] = (
+            job.scores.setdefault(model_name, {})[item.task] = (
                 f"{report.metrics['score']:.3f} ({report.metrics['low']:.3f} to {report.metrics['high']:.3f})"
             )
             reports.append(report)
@@ -129,7 +129,7 @@ def lazymerge(job: Lazy, name: str) -> tuple[Model, Report | None]:
     return child, board
 
 
-def scores_of(child: Model, workspace: Workspace) -> list[Report]:
+def list_evaluations(child: Model, workspace: Workspace) -> list[Report]:
     """List the evaluations of a model in the workspace."""
     return [
         one
@@ -141,7 +141,7 @@ def scores_of(child: Model, workspace: Workspace) -> list[Report]:
     ]
 
 
-def told(config: MergeConfig) -> str:
+def format_yaml(config: MergeConfig) -> str:
     """Format the configuration as mergekit YAML."""
     return yaml.safe_dump(
         config.model_dump(mode="json", exclude_defaults=True),
@@ -165,7 +165,7 @@ def export(child: Model, board: Report | None, name: str, target: Path, scores: 
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir()
-        _fill(child, board, name, draft, scores)
+        _write_files(child, board, name, draft, scores)
         if target.exists():
             target.rmdir()
         draft.replace(target)
@@ -175,7 +175,7 @@ def export(child: Model, board: Report | None, name: str, target: Path, scores: 
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _fill(child: Model, board: Report | None, name: str, target: Path, scores: Sequence[Report]) -> None:
+def _write_files(child: Model, board: Report | None, name: str, target: Path, scores: Sequence[Report]) -> None:
     for file in child.path.iterdir():
         if file.is_file() and file.name not in (MANIFEST, "README.md"):
             try:
@@ -184,7 +184,7 @@ def _fill(child: Model, board: Report | None, name: str, target: Path, scores: S
                 os.link(file.resolve(), target / file.name)
             except OSError:
                 shutil.copyfile(file, target / file.name)
-    front = front_of(child.path)
+    front = read_front_matter(child.path)
     body = (child.path / "README.md").read_text(encoding="utf-8").split("---\n", 2)[-1].split("\n")
     body = [
         f"# {name}" if at == next((i for i, line in enumerate(body) if line.startswith("# ")), -1) else line
@@ -209,4 +209,4 @@ def _fill(child: Model, board: Report | None, name: str, target: Path, scores: S
     ]
     if results:
         front["model-index"] = [{"name": name, "results": results}]
-    write(target, front, body)
+    write_model_card(target, front, body)

@@ -19,16 +19,16 @@ from llmworks.core.artifact import Adapter, Model
 from llmworks.core.errors import ArtifactError, UserError
 from llmworks.merge.moe.config import ExpertsConfig
 from llmworks.merge.plan.config import Condition, MergeConfig
-from llmworks.merge.plan.layout import layout_of
-from llmworks.merge.plan.plan import Plan, method_of
-from llmworks.runtime.execute import Outcome
+from llmworks.merge.plan.layout import read_layout
+from llmworks.merge.plan.plan import MergePlan, get_method
+from llmworks.runtime.execute import StageResult
 from llmworks.runtime.overrides import assign, config_problem, unknown
-from llmworks.runtime.resolve import resolve
+from llmworks.runtime.resolve import resolve_stage
 from llmworks.runtime.session import Session
 
 
 @dataclass(frozen=True)
-class Document:
+class MergeDocument:
     """One merge or mixture of experts in a file; `name`: for use by other documents, empty for the last one."""
 
     name: str
@@ -40,7 +40,7 @@ class Document:
         return "merge" if isinstance(self.config, MergeConfig) else "merge.experts"
 
 
-def read(file: Path, sets: Sequence[str] = ()) -> list[Document]:
+def read_documents(file: Path, sets: Sequence[str] = ()) -> list[MergeDocument]:
     """Read the merges of a file in dependency order.
 
     `sets`: KEY=VALUE overrides for the document without a name, or the only one. UserError in one line for anything
@@ -76,33 +76,33 @@ def read(file: Path, sets: Sequence[str] = ()) -> list[Document]:
             raise UserError(f"--set {text}: write it as key=value")
         assign(found[names.index("")] if "" in names else found[-1], key.split("."), value)
     documents = {
-        name: Document(name, _checked(one, f"{file}{f', {name}' if name else ''}"))
+        name: MergeDocument(name, _validate(one, f"{file}{f', {name}' if name else ''}"))
         for name, one in zip(names, found, strict=True)
     }
-    return _ordered(documents, file)
+    return _sort_by_dependency(documents, file)
 
 
-def _checked(values: dict[str, Any], where: str) -> MergeConfig | ExpertsConfig:
+def _validate(values: dict[str, Any], where: str) -> MergeConfig | ExpertsConfig:
     kind: type[MergeConfig | ExpertsConfig] = (
         ExpertsConfig if "experts" in values and "merge_method" not in values else MergeConfig
     )
     try:
         config = kind.model_validate(values)
         if isinstance(config, MergeConfig):
-            method_of(config.merge_method)  # before models are resolved
+            get_method(config.merge_method)  # before models are resolved
     except ValidationError as error:
-        raise UserError("; ".join(dict.fromkeys(_problem(kind, error, where)))) from None
+        raise UserError("; ".join(dict.fromkeys(_format_problem(kind, error, where)))) from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return config
 
 
-def _problem(kind: type[MergeConfig | ExpertsConfig], error: ValidationError, where: str) -> list[str]:
+def _format_problem(kind: type[MergeConfig | ExpertsConfig], error: ValidationError, where: str) -> list[str]:
     """Describe what is wrong, without the errors of every alternative type that pydantic reports for a setting."""
-    said: list[dict[str, Any]] = [dict(one) for one in error.errors()]
+    errors: list[dict[str, Any]] = [dict(one) for one in error.errors()]
     inside = [
         one
-        for one in said
+        for one in errors
         if any("Condition" in str(part) for part in one["loc"]) and one["type"] in ("extra_forbidden", "missing")
     ]
     if inside:
@@ -125,11 +125,11 @@ def _problem(kind: type[MergeConfig | ExpertsConfig], error: ValidationError, wh
                 else f"{one['loc'][-1]} is missing"
             )
         ]
-    return [config_problem(kind, one, where) for one in said[:4]]
+    return [config_problem(kind, one, where) for one in errors[:4]]
 
 
-def _ordered(documents: Mapping[str, Document], file: Path) -> list[Document]:
-    done: dict[str, Document] = {}
+def _sort_by_dependency(documents: Mapping[str, MergeDocument], file: Path) -> list[MergeDocument]:
+    done: dict[str, MergeDocument] = {}
 
     def visit(name: str, above: tuple[str, ...]) -> None:
         if name in above:
@@ -137,7 +137,7 @@ def _ordered(documents: Mapping[str, Document], file: Path) -> list[Document]:
                 f"{file}: merges depend on each other in a cycle: {' uses '.join([*above[above.index(name) :], name])}"
             )
         if name not in done:
-            for used in documents[name].config.named():
+            for used in documents[name].config.model_names():
                 if used.partition("+")[0] and used.partition("+")[0] in documents:
                     visit(used.partition("+")[0], (*above, name))
             done[name] = documents[name]
@@ -147,27 +147,34 @@ def _ordered(documents: Mapping[str, Document], file: Path) -> list[Document]:
     return sorted(done.values(), key=lambda one: one.name == "")  # the requested merge comes last
 
 
-def unnamed(documents: Sequence[Document], given: Mapping[str, Model]) -> str:
+def find_unused_model(documents: Sequence[MergeDocument], given: Mapping[str, Model]) -> str:
     """Return a given model that no merge of the file names; empty where all are named."""
     named = {
-        part for document in documents for name in document.config.named() for part in (name, name.partition("+")[0])
+        part
+        for document in documents
+        for name in document.config.model_names()
+        for part in (name, name.partition("+")[0])
     }
     return next((name for name in given if name not in named), "")
 
 
-def found_models(config: MergeConfig | ExpertsConfig, given: Mapping[str, Model], session: Session) -> dict[str, Model]:
+def resolve_models(
+    config: MergeConfig | ExpertsConfig, given: Mapping[str, Model], session: Session
+) -> dict[str, Model]:
     """Resolve the models that a merge names: the given ones, else by reference.
 
     An adapter after + is merged into its model first.
     """
-    return {name: given[name] if name in given else _model(name, given, session) for name in config.named()}
+    return {
+        name: given[name] if name in given else _resolve_model(name, given, session) for name in config.model_names()
+    }
 
 
-def _model(name: str, given: Mapping[str, Model], session: Session) -> Model:
+def _resolve_model(name: str, given: Mapping[str, Model], session: Session) -> Model:
     base, plus, adapter = name.partition("+")
     if not base or (plus and not adapter):
         raise UserError(f"{name!r} is not a model name; write MODEL or MODEL+ADAPTER")
-    found = given[base] if base in given else _reference(base, session)
+    found = given[base] if base in given else _load_reference(base, session)
     if not isinstance(found, Model):
         raise UserError(
             f"{base}: is {'an' if found.kind[0] in 'aei' else 'a'} {found.kind}, but only models can be merged"
@@ -175,13 +182,13 @@ def _model(name: str, given: Mapping[str, Model], session: Session) -> Model:
         )
     if not plus:
         return found
-    folded = _reference(adapter, session)
+    folded = _load_reference(adapter, session)
     made = session.make("merge.adapter", kind=Model, adapter=folded, model=found)
     made.name = name
     return made
 
 
-def _reference(name: str, session: Session) -> Any:
+def _load_reference(name: str, session: Session) -> Any:
     """Load a path, workspace name or reference, else a Hub model id as mergekit writes it."""
     try:
         return session.load(name, name=name)
@@ -191,14 +198,14 @@ def _reference(name: str, session: Session) -> Any:
         raise
 
 
-def merge_file(documents: Sequence[Document], session: Session, *, given: Mapping[str, Model]) -> Outcome:
+def merge_file(documents: Sequence[MergeDocument], session: Session, *, given: Mapping[str, Model]) -> StageResult:
     """Run all merges of a file; return the result of the last one."""
     known, outcome = dict(given), None
     for document in documents:
-        models = found_models(document.config, known, session)
+        models = resolve_models(document.config, known, session)
         if document.name:
             session.say(f"merge {document.name}")
-        outcome = session.run_stage(resolve(document.stage), document.config, {"models": models})
+        outcome = session.run_stage(resolve_stage(document.stage), document.config, {"models": models})
         if document.name:
             assert isinstance(outcome.artifact, Model)
             outcome.artifact.name = document.name
@@ -207,9 +214,9 @@ def merge_file(documents: Sequence[Document], session: Session, *, given: Mappin
     return outcome
 
 
-def plan_file(documents: Sequence[Document], session: Session, given: Mapping[str, Model]) -> Plan:
+def plan_file(documents: Sequence[MergeDocument], session: Session, given: Mapping[str, Model]) -> MergePlan:
     """Plan what a file's only merge would read and write; reads only headers. UserError for several merges."""
-    from llmworks.merge.plan.prepare import prepared
+    from llmworks.merge.plan.prepare import prepare_merge
 
     if len(documents) > 1:
         raise UserError(
@@ -222,16 +229,16 @@ def plan_file(documents: Sequence[Document], session: Session, given: Mapping[st
             "--plan: experts are copied unchanged; the output size is that of the base plus each expert's"
             " feed-forward layers"
         )
-    paths = {name: given[name].path if name in given else _path(name, session) for name in config.named()}
-    return prepared(config, {name: layout_of(name, path) for name, path in paths.items()})[2]
+    paths = {name: given[name].path if name in given else _find_path(name, session) for name in config.model_names()}
+    return prepare_merge(config, {name: read_layout(name, path) for name, path in paths.items()})[2]
 
 
-def _path(name: str, session: Session) -> Path:
+def _find_path(name: str, session: Session) -> Path:
     """Return a model's path; a local directory is not read."""
     for path in (Path(name.removeprefix("path:")).expanduser(), session.workspace.root / name):
         if path.is_dir():
             return path.resolve()
-    found = _model(name, {}, session)
+    found = _resolve_model(name, {}, session)
     if found.format != "hf":
         raise ArtifactError(f"{name}: is a {found.format} file; only Hugging Face model directories can be merged")
     return found.path

@@ -10,18 +10,20 @@ from __future__ import annotations
 import torch
 
 from llmworks.align.losses.dpo import sigmoid
-from llmworks.align.losses.sides import Judged, Sides
+from llmworks.align.losses.sides import PairLogprobs, PairLoss
 
 
-def cpo(sides: Sides, kind: str = "sigmoid", *, beta: float = 0.1, smoothing: float = 0.0) -> Judged:
+def cpo(
+    pairs: PairLogprobs, loss_type: str = "sigmoid", *, beta: float = 0.1, label_smoothing: float = 0.0
+) -> PairLoss:
     """Return the loss of each pair, without the NLL term."""
-    chosen, rejected = sides.means if kind == "ipo" else (sides.chosen, sides.rejected)
+    chosen, rejected = pairs.mean_logprobs if loss_type == "ipo" else (pairs.chosen, pairs.rejected)
     difference = chosen - rejected
     loss = (
         (difference - 1 / (2 * beta)) ** 2
-        if kind == "ipo"
+        if loss_type == "ipo"
         else torch.relu(1 - beta * difference)
-        if kind == "hinge"
-        else sigmoid(beta * difference, smoothing)
+        if loss_type == "hinge"
+        else sigmoid(beta * difference, label_smoothing)
     )
-    return Judged(loss, beta * chosen.detach(), beta * rejected.detach())
+    return PairLoss(loss, beta * chosen.detach(), beta * rejected.detach())

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmworks.align.losses.sides import Judged, Sides
+from llmworks.align.losses.sides import PairLogprobs, PairLoss
 
-MOST = 80.0  # largest exponent: exp of more overflows fp32
+MAX_EXPONENT = 80.0  # largest exponent: exp of more overflows fp32
 
 
-def scores(ratios: Tensor, divergence: str, alpha: float = 0.5) -> Tensor:
+def f_divergence_scores(ratios: Tensor, divergence: str, alpha: float = 0.5) -> Tensor:
     """Return f'(ratio) of an f-divergence for log-ratios (f-DPO, Wang et al. 2023, arXiv:2309.16240)."""
     if divergence == "forward_kl":
-        return 1 - torch.exp((-ratios).clamp(max=MOST))
+        return 1 - torch.exp((-ratios).clamp(max=MAX_EXPONENT))
     if divergence == "js_divergence":
         return math.log(2) + F.logsigmoid(ratios)
     if divergence == "alpha_divergence" and abs(alpha - 1) > 1e-6:
-        return torch.expm1(((alpha - 1) * ratios).clamp(max=MOST)) / (alpha - 1)
+        return torch.expm1(((alpha - 1) * ratios).clamp(max=MAX_EXPONENT)) / (alpha - 1)
     return ratios
 
 
@@ -56,7 +56,7 @@ def exo(difference: Tensor, smoothing: float) -> Tensor:
 def discopop(difference: Tensor, tau: float = 0.05) -> Tensor:
     """Return a blend of logistic and exponential loss (DiscoPOP, Lu et al. 2024, arXiv:2406.08414, equation 5)."""
     share = torch.sigmoid(difference / tau)
-    return -F.logsigmoid(difference) * (1 - share) + torch.exp((-difference).clamp(max=MOST)) * share
+    return -F.logsigmoid(difference) * (1 - share) + torch.exp((-difference).clamp(max=MAX_EXPONENT)) * share
 
 
 def nca(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def apo_down(chosen: Tensor, rejected: Tensor) -> Tensor:
     return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
 
 
-OF_DIFFERENCE: dict[str, Callable[[Tensor, float], Tensor]] = {
+DIFFERENCE_LOSSES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "sigmoid": sigmoid,
     "sigmoid_norm": lambda d, _: -F.logsigmoid(d),
     "hinge": lambda d, _: torch.relu(1 - d),
@@ -97,7 +97,7 @@ OF_DIFFERENCE: dict[str, Callable[[Tensor, float], Tensor]] = {
     "exo_pair": exo,
     "discopop": lambda d, _: discopop(d),
 }
-OF_BOTH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+REWARD_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "nca_pair": nca,
     "bco_pair": bco,
     "apo_zero": apo_zero,
@@ -106,52 +106,50 @@ OF_BOTH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def dpo(
-    sides: Sides,
-    kind: str = "sigmoid",
+    pairs: PairLogprobs,
+    loss_type: str = "sigmoid",
     *,
     beta: float = 0.1,
-    smoothing: float = 0.0,
+    label_smoothing: float = 0.0,
     divergence: str = "reverse_kl",
     alpha: float = 0.5,
-) -> Judged:
+) -> PairLoss:
     """Return the loss of each pair.
 
     `smoothing`: for sigmoid, robust, exo and aot. `divergence`: for all but nca, bco, apo and sppo, which take
     log-ratios unchanged.
     """
-    ratios = sides.ratios
-    chosen, rejected = (scores(ratio, divergence, alpha) for ratio in ratios)
+    ratios = pairs.log_ratios
+    chosen, rejected = (f_divergence_scores(ratio, divergence, alpha) for ratio in ratios)
     rewards = beta * ratios[0].detach(), beta * ratios[1].detach()
-    if kind in ("ipo", "sigmoid_norm"):
-        chosen, rejected = chosen / sides.chosen_tokens, rejected / sides.rejected_tokens
+    if loss_type in ("ipo", "sigmoid_norm"):
+        chosen, rejected = chosen / pairs.chosen_tokens, rejected / pairs.rejected_tokens
     if (
-        kind == "ipo"
+        loss_type == "ipo"
     ):  # Azar et al. 2023, arXiv:2310.12036, equation 17; over mean log-probabilities, as its authors advise
         loss = (chosen - rejected - 1 / (2 * beta)) ** 2
-    elif kind == "sppo_hard":  # Wu et al. 2024, arXiv:2405.00675, equation 4.7 with probabilities 1 and 0
+    elif loss_type == "sppo_hard":  # Wu et al. 2024, arXiv:2405.00675, equation 4.7 with probabilities 1 and 0
         loss = (ratios[0] - 0.5 / beta) ** 2 + (ratios[1] + 0.5 / beta) ** 2
-    elif kind in (
+    elif loss_type in (
         "aot",
         "aot_unpaired",
     ):  # Melnyk et al. 2024, arXiv:2406.05882: stochastic dominance of the sorted rewards
-        loss = sigmoid(beta * _sorted(sides, paired=kind == "aot"), smoothing)
-    elif kind in OF_BOTH:
-        loss = OF_BOTH[kind](beta * ratios[0], beta * ratios[1])
+        loss = sigmoid(beta * _quantile_differences(pairs, paired=loss_type == "aot"), label_smoothing)
+    elif loss_type in REWARD_LOSSES:
+        loss = REWARD_LOSSES[loss_type](beta * ratios[0], beta * ratios[1])
     else:
-        loss = OF_DIFFERENCE[kind](beta * (chosen - rejected), smoothing)
-    return Judged(loss, *rewards)
+        loss = DIFFERENCE_LOSSES[loss_type](beta * (chosen - rejected), label_smoothing)
+    return PairLoss(loss, *rewards)
 
 
-def _sorted(sides: Sides, *, paired: bool) -> Tensor:
+def _quantile_differences(pairs: PairLogprobs, *, paired: bool) -> Tensor:
     """Return differences of sorted values.
 
     Paired: margins of the policy and of the reference; unpaired: log-ratios of chosen and of rejected completions.
     """
     if not paired:
-        chosen, rejected = sides.ratios
+        chosen, rejected = pairs.log_ratios
         return chosen.sort().values - rejected.sort().values
-    assert sides.reference_chosen is not None
-    assert sides.reference_rejected is not None
-    return (sides.chosen - sides.rejected).sort().values - (
-        sides.reference_chosen - sides.reference_rejected
-    ).sort().values
+    assert pairs.ref_chosen is not None
+    assert pairs.ref_rejected is not None
+    return (pairs.chosen - pairs.rejected).sort().values - (pairs.ref_chosen - pairs.ref_rejected).sort().values

@@ -12,26 +12,26 @@ from torch import Tensor
 
 
 def kto(
-    ratios: Tensor,
-    good: Tensor,
+    log_ratios: Tensor,
+    desirable: Tensor,
     kl: Tensor | float,
     *,
     beta: float = 0.1,
-    good_weight: float = 1.0,
-    bad_weight: float = 1.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
 ) -> Tensor:
     """Return the loss of each completion.
 
     ratios: log-ratios of policy to reference [completions]; good: whether it is desirable [completions]; kl: reference
     point in nats (0: unpaired APO).
     """
-    toward = torch.where(good, ratios - kl, kl - ratios)
-    return torch.where(good, good_weight, bad_weight) * (1 - torch.sigmoid(beta * toward))
+    toward = torch.where(desirable, log_ratios - kl, kl - log_ratios)
+    return torch.where(desirable, desirable_weight, undesirable_weight) * (1 - torch.sigmoid(beta * toward))
 
 
-def distance(ratios: Tensor) -> Tensor:
+def kl_estimate(log_ratios: Tensor) -> Tensor:
     """Return the KL estimate of policy from reference: the mean log-ratio of mismatched completions, clamped at 0.
 
     The completions belong to other prompts than their own. No gradient.
     """
-    return ratios.detach().mean().clamp(min=0)
+    return log_ratios.detach().mean().clamp(min=0)

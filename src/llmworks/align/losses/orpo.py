@@ -10,27 +10,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmworks.align.losses.sides import Judged, Sides
+from llmworks.align.losses.sides import PairLogprobs, PairLoss
 
-NEVER = -1e-6  # log-probability 0 has infinite odds
+MAX_LOGPROB = -1e-6  # log-probability 0 has infinite odds
 
 
-def log_odds(means: Tensor) -> Tensor:
+def log_odds(logprobs: Tensor) -> Tensor:
     """Return log(p / (1 - p)) for log p below zero, with the accurate form of log(1 - p) (Maechler 2012)."""
-    means = means.clamp(max=NEVER)
-    near = means > -0.693
+    logprobs = logprobs.clamp(max=MAX_LOGPROB)
+    near = logprobs > -0.693
     rest = torch.where(
         near,
-        torch.log(-torch.expm1(torch.where(near, means, -1.0))),
-        torch.log1p(-torch.exp(torch.where(near, -1.0, means))),
+        torch.log(-torch.expm1(torch.where(near, logprobs, -1.0))),
+        torch.log1p(-torch.exp(torch.where(near, -1.0, logprobs))),
     )
-    return means - rest
+    return logprobs - rest
 
 
-def orpo(sides: Sides, *, weight: float = 0.1) -> Judged:
+def orpo(pairs: PairLogprobs, *, weight: float = 0.1) -> PairLoss:
     """Return the odds-ratio part of each pair's loss. `weight`: lambda of the paper."""
-    chosen, rejected = sides.means
-    return Judged(
+    chosen, rejected = pairs.mean_logprobs
+    return PairLoss(
         -weight * F.logsigmoid(log_odds(chosen) - log_odds(rejected)),
         weight * chosen.detach(),
         weight * rejected.detach(),

@@ -13,25 +13,28 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Form = Literal["clip", "cispo", "sapo", "vespo"]
-Mean = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm", "seq-mean-token-sum"]
-SMALL = 1e-4  # epsilon added to a standard deviation in a denominator
+LossType = Literal["clip", "cispo", "sapo", "vespo"]
+LossAggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm", "seq-mean-token-sum"]
+EPSILON = 1e-4  # epsilon added to a standard deviation in a denominator
 
 
-def group_advantages(rewards: Tensor, scale: Literal["group", "batch", "none"] = "group") -> Tensor:
+def group_advantages(rewards: Tensor, scale_rewards: Literal["group", "batch", "none"] = "group") -> Tensor:
     """Return group-relative advantages [prompts, completions]: reward minus the mean of its group.
 
     Completions without a reward (NaN) are ignored and get 0. `scale`: divide by the standard deviation of the group
     (GRPO), of the batch (REINFORCE++), or not (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783: dividing favors prompts
     that are too easy or too hard).
     """
-    apart = rewards - rewards.nanmean(1, keepdim=True)
-    if scale != "none":
-        apart = apart / ((deviation(rewards) if scale == "group" else deviation(rewards.view(1, -1))) + SMALL)
-    return apart.nan_to_num(0.0)
+    advantages = rewards - rewards.nanmean(1, keepdim=True)
+    if scale_rewards != "none":
+        advantages = advantages / (
+            (standard_deviation(rewards) if scale_rewards == "group" else standard_deviation(rewards.view(1, -1)))
+            + EPSILON
+        )
+    return advantages.nan_to_num(0.0)
 
 
-def deviation(rewards: Tensor) -> Tensor:
+def standard_deviation(rewards: Tensor) -> Tensor:
     """Return the sample standard deviation of each row [rows, 1], ignoring NaN; 0 for fewer than two values."""
     count = (~rewards.isnan()).sum(1, keepdim=True)
     squares = ((rewards - rewards.nanmean(1, keepdim=True)) ** 2).nansum(1, keepdim=True)
@@ -43,30 +46,30 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
     0 for a completion without a reward or without others.
     """
-    there = ~rewards.isnan()
-    count, total = there.sum(1, keepdim=True), rewards.nansum(1, keepdim=True)
+    is_known = ~rewards.isnan()
+    count, total = is_known.sum(1, keepdim=True), rewards.nansum(1, keepdim=True)
     others = (total - rewards.nan_to_num(0.0)) / (count - 1).clamp(min=1)
-    return torch.where(there & (count > 1), rewards.nan_to_num(0.0) - others, 0.0)
+    return torch.where(is_known & (count > 1), rewards.nan_to_num(0.0) - others, 0.0)
 
 
-def overlong(lengths: Tensor, most: int, soft: int) -> Tensor:
+def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
     """Return DAPO's soft overlong penalty (Yu et al. 2025, arXiv:2503.14476, equation 13).
 
     0 up to `most` - `soft` tokens, then falling linearly to -1 at `most`.
     """
-    return -((lengths - (most - soft)) / max(1, soft)).clamp(0, 1)
+    return -((lengths - (max_length - buffer)) / max(1, buffer)).clamp(0, 1)
 
 
-class Weighed(NamedTuple):
+class PolicyLoss(NamedTuple):
     """The loss of each token [n], and whether clipping removed its gradient."""
 
     loss: Tensor
     clipped: Tensor
 
 
-def ratios(
+def log_importance_ratios(
     logprobs: Tensor,
-    old: Tensor,
+    old_logprobs: Tensor,
     owner: Tensor,
     counts: Tensor,
     level: Literal["token", "sequence"],
@@ -78,25 +81,25 @@ def ratios(
     Level answer: the mean over its completion (GSPO, Zheng et al. 2025, arXiv:2507.18071), or with `summed` the sum
     (RLOO).
     """
-    log = logprobs - old
+    log = logprobs - old_logprobs
     if level == "token":
         return log
-    whole = log.new_zeros(len(counts)).index_add(0, owner, log)
-    return (whole if summed else whole / counts.clamp(min=1))[owner]
+    sequence_log_ratios = log.new_zeros(len(counts)).index_add(0, owner, log)
+    return (sequence_log_ratios if summed else sequence_log_ratios / counts.clamp(min=1))[owner]
 
 
-def weighed(
+def policy_loss(
     logprobs: Tensor,
     log_ratio: Tensor,
     advantages: Tensor,
     owner: Tensor,
     counts: Tensor,
     *,
-    form: Form = "clip",
-    low: float = 0.2,
-    high: float = 0.2,
-    ceiling: float = 0.0,
-) -> Weighed:
+    loss_type: LossType = "clip",
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    delta: float = 0.0,
+) -> PolicyLoss:
     """Return the policy loss of each token, without the KL penalty. `advantages`: of each token [n].
 
     clip: PPO's, between 1 - `low` and 1 + `high` (DAPO: high above low); `ceiling`: upper bound of the ratio in any
@@ -104,24 +107,28 @@ def weighed(
     (arXiv:2511.20347). vespo: a gamma-shaped weight of whole completions (arXiv:2602.10693).
     """
     ratio = log_ratio.exp()
-    never = torch.zeros_like(ratio, dtype=torch.bool)
-    if form == "cispo":
-        return Weighed(-ratio.clamp(max=high).detach() * advantages * logprobs, (ratio > high) & (advantages > 0))
-    if form == "sapo":
+    not_clipped = torch.zeros_like(ratio, dtype=torch.bool)
+    if loss_type == "cispo":
+        return PolicyLoss(
+            -ratio.clamp(max=epsilon_high).detach() * advantages * logprobs, (ratio > epsilon_high) & (advantages > 0)
+        )
+    if loss_type == "sapo":
         temperature = torch.where(advantages > 0, 1.0, 1.05)
-        return Weighed(-torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantages, never)
-    if form == "vespo":
-        return Weighed(-_gamma(log_ratio.detach(), advantages, owner, counts) * advantages * logprobs, never)
-    if form != "clip":
-        raise ValueError(f"unknown loss type {form!r}")
-    held = ratio.clamp(1 - low, 1 + high)
-    clipped = ((ratio < 1 - low) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
-    if ceiling:
-        ratio = ratio.clamp(max=ceiling)
-    return Weighed(-torch.min(ratio * advantages, held * advantages), clipped)
+        return PolicyLoss(-torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantages, not_clipped)
+    if loss_type == "vespo":
+        return PolicyLoss(
+            -_vespo_weight(log_ratio.detach(), advantages, owner, counts) * advantages * logprobs, not_clipped
+        )
+    if loss_type != "clip":
+        raise ValueError(f"unknown loss type {loss_type!r}")
+    clipped_ratio = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
+    clipped = ((ratio < 1 - epsilon_low) & (advantages < 0)) | ((ratio > 1 + epsilon_high) & (advantages > 0))
+    if delta:
+        ratio = ratio.clamp(max=delta)
+    return PolicyLoss(-torch.min(ratio * advantages, clipped_ratio * advantages), clipped)
 
 
-def _gamma(log_ratio: Tensor, advantages: Tensor, owner: Tensor, counts: Tensor) -> Tensor:
+def _vespo_weight(log_ratio: Tensor, advantages: Tensor, owner: Tensor, counts: Tensor) -> Tensor:
     """Return the VESPO weight e^l w^k e^(-l w) of each token's completion, w its importance ratio.
 
     k 2 and l 3 where the advantage is not negative, else k 3 and l 2.
@@ -134,13 +141,21 @@ def _gamma(log_ratio: Tensor, advantages: Tensor, owner: Tensor, counts: Tensor)
     return torch.exp(scale + k * whole - scale * whole.exp()).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def distance(logprobs: Tensor, reference: Tensor) -> Tensor:
+def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Return the per-token estimate of KL(policy || reference): r - log r - 1, never negative (k3, Schulman 2020)."""
-    log = reference - logprobs
+    log = ref_logprobs - logprobs
     return log.exp() - log - 1
 
 
-def shares(owner: Tensor, counts: Tensor, mean: Mean, *, answers: int, tokens: int, longest: int) -> Tensor:
+def token_weights(
+    owner: Tensor,
+    counts: Tensor,
+    aggregation: LossAggregation,
+    *,
+    num_completions: int,
+    num_tokens: int,
+    max_completion_length: int,
+) -> Tensor:
     """Return the loss weight of each token [n]; summed over all micro-batches of a step they give its loss times its
     completions.
 
@@ -148,8 +163,10 @@ def shares(owner: Tensor, counts: Tensor, mean: Mean, *, answers: int, tokens: i
     divided by the longest possible completion (Dr. GRPO: long wrong completions are not favored). sum: sum over the
     tokens of a completion. `answers`, `tokens`: counts of the whole step.
     """
-    if mean == "seq-mean-token-mean":
+    if aggregation == "seq-mean-token-mean":
         return 1.0 / counts.clamp(min=1)[owner]
-    if mean == "token-mean":
-        return torch.full_like(owner, answers / max(1, tokens), dtype=torch.float32)
-    return torch.full_like(owner, 1.0 / longest if mean == "seq-mean-token-sum-norm" else 1.0, dtype=torch.float32)
+    if aggregation == "token-mean":
+        return torch.full_like(owner, num_completions / max(1, num_tokens), dtype=torch.float32)
+    return torch.full_like(
+        owner, 1.0 / max_completion_length if aggregation == "seq-mean-token-sum-norm" else 1.0, dtype=torch.float32
+    )

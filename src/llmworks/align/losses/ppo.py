@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 
-def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, owner: Tensor, *, kl: float) -> Tensor:
+def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, owner: Tensor, *, kl_coef: float) -> Tensor:
     """Return the reward of each token [n]: -`kl` times its log-ratio to the reference, plus the score at the last
     token.
 
     `scores`: [completions]. Tokens are in the order of their completions.
     """
-    rewards = -kl * (logprobs - reference)
+    rewards = -kl_coef * (logprobs - ref_logprobs)
     lasts = torch.searchsorted(owner, torch.arange(len(scores), device=owner.device), right=True) - 1
-    there = (lasts >= 0) & (owner[lasts.clamp(min=0)] == torch.arange(len(scores), device=owner.device))
-    return rewards.index_add(0, lasts[there], scores[there].to(rewards.dtype))
+    has_tokens = (lasts >= 0) & (owner[lasts.clamp(min=0)] == torch.arange(len(scores), device=owner.device))
+    return rewards.index_add(0, lasts[has_tokens], scores[has_tokens].to(rewards.dtype))
 
 
 def gae(
-    rewards: Tensor, values: Tensor, owner: Tensor, *, discount: float = 1.0, trace: float = 0.95
+    rewards: Tensor, values: Tensor, owner: Tensor, *, gamma: float = 1.0, gae_lambda: float = 0.95
 ) -> tuple[Tensor, Tensor]:
     """Return (advantages, returns) of each token [n]: the sum of later TD errors, decayed by discount * trace per
     token.
@@ -32,27 +32,27 @@ def gae(
     `trace`: GAE lambda. The value after a completion's last token is 0.
     """
     advantages = torch.zeros_like(rewards)
-    later, place = 0.0, owner.tolist()
+    advantage, owners = 0.0, owner.tolist()
     reward, value = rewards.tolist(), values.tolist()
-    for t in range(len(place) - 1, -1, -1):
-        last = t + 1 == len(place) or place[t + 1] != place[t]
-        surprise = reward[t] + (0.0 if last else discount * value[t + 1]) - value[t]
-        later = surprise + (0.0 if last else discount * trace * later)
-        advantages[t] = later
+    for t in range(len(owners) - 1, -1, -1):
+        last = t + 1 == len(owners) or owners[t + 1] != owners[t]
+        td_error = reward[t] + (0.0 if last else gamma * value[t + 1]) - value[t]
+        advantage = td_error + (0.0 if last else gamma * gae_lambda * advantage)
+        advantages[t] = advantage
     return advantages, advantages + values
 
 
-def whitened(x: Tensor, *, centred: bool = True) -> Tensor:
+def whiten(x: Tensor, *, center: bool = True) -> Tensor:
     """Scale to standard deviation 1 and mean 0, or keep the mean (`centred` false). Uses the population variance."""
     mean, variance = x.mean(), x.var(correction=0)
-    made = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return made if centred else made + mean
+    scaled = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return scaled if center else scaled + mean
 
 
-def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> Tensor:
     """Return the clipped value loss of each token [n].
 
     Half the larger of the squared errors of the value and of the value clipped around the old one.
     """
-    held = old + (values - old).clamp(-clip, clip)
-    return 0.5 * torch.maximum((values - returns) ** 2, (held - returns) ** 2)
+    clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
+    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)

@@ -15,6 +15,6 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0
     return -F.logsigmoid(chosen - rejected - margin) + center * (chosen + rejected) ** 2
 
 
-def right_steps(scores: Tensor, right: Tensor) -> Tensor:
+def step_loss(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the binary cross-entropy of each step's label (Lightman et al. 2023, arXiv:2305.20050), each [steps]."""
-    return F.binary_cross_entropy_with_logits(scores, right.float(), reduction="none")
+    return F.binary_cross_entropy_with_logits(scores, labels.float(), reduction="none")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Sides:
+class PairLogprobs:
     """Summed log-probabilities in nats and token counts of the completions of pairs; each [pairs].
 
     The reference's are None without a reference.
@@ -19,25 +19,25 @@ class Sides:
     rejected: Tensor
     chosen_tokens: Tensor
     rejected_tokens: Tensor
-    reference_chosen: Tensor | None = None
-    reference_rejected: Tensor | None = None
+    ref_chosen: Tensor | None = None
+    ref_rejected: Tensor | None = None
 
     @property
-    def ratios(self) -> tuple[Tensor, Tensor]:
+    def log_ratios(self) -> tuple[Tensor, Tensor]:
         """Log-ratios of policy to reference of the chosen and the rejected completions, in nats."""
-        assert self.reference_chosen is not None
-        assert self.reference_rejected is not None
-        return self.chosen - self.reference_chosen, self.rejected - self.reference_rejected
+        assert self.ref_chosen is not None
+        assert self.ref_rejected is not None
+        return self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
 
     @property
-    def means(self) -> tuple[Tensor, Tensor]:
+    def mean_logprobs(self) -> tuple[Tensor, Tensor]:
         """Mean log-probabilities per token of the chosen and the rejected completions."""
         return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
 
 
-class Judged(NamedTuple):
+class PairLoss(NamedTuple):
     """The loss and the implicit rewards of each pair; each [pairs]."""
 
     loss: Tensor
-    chosen: Tensor
-    rejected: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor

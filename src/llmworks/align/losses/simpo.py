@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 from llmworks.align.losses.dpo import sigmoid
-from llmworks.align.losses.sides import Judged, Sides
+from llmworks.align.losses.sides import PairLogprobs, PairLoss
 
 
-def bent(means: Tensor, alpha: float) -> Tensor:
+def alpha_reward(logprobs: Tensor, alpha: float) -> Tensor:
     """Return (1 - p^-alpha) / alpha of mean log-probabilities (AlphaPO); log p where alpha is 0."""
-    return means if not alpha else -torch.expm1(-alpha * means) / alpha
+    return logprobs if not alpha else -torch.expm1(-alpha * logprobs) / alpha
 
 
 def simpo(
-    sides: Sides, *, beta: float = 2.0, margin: float = 0.5, smoothing: float = 0.0, alpha: float = 0.0
-) -> Judged:
+    pairs: PairLogprobs, *, beta: float = 2.0, gamma: float = 0.5, label_smoothing: float = 0.0, alpha: float = 0.0
+) -> PairLoss:
     """Return the loss of each pair.
 
     `margin`: gamma of the paper, in units of the reward (beta times the mean log-probability).
     """
-    chosen, rejected = (bent(mean, alpha) for mean in sides.means)
-    return Judged(
-        sigmoid(beta * (chosen - rejected) - margin, smoothing), beta * chosen.detach(), beta * rejected.detach()
+    chosen, rejected = (alpha_reward(mean, alpha) for mean in pairs.mean_logprobs)
+    return PairLoss(
+        sigmoid(beta * (chosen - rejected) - gamma, label_smoothing), beta * chosen.detach(), beta * rejected.detach()
     )

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmworks.align.preference.examples import Answered
-from llmworks.train.finetune.examples import where
+from llmworks.align.preference.examples import PromptCompletions
+from llmworks.train.finetune.examples import format_row_ids
 
 
 @dataclass(frozen=True)
-class Branches:
+class CompletionBatch:
     """A batch of completions. `ids`: input ids [rows, length].
 
     For the n label tokens: `at`, index in the flattened hidden states that predicts the token; `wanted`, its id;
@@ -31,31 +31,33 @@ class Branches:
     """
 
     ids: Tensor
-    at: Tensor
-    wanted: Tensor
+    positions_before: Tensor
+    target_ids: Tensor
     owner: Tensor
-    lasts: Tensor
-    answers: int
+    last_positions: Tensor
+    num_completions: int
     labels: int
     tokens: int
     where: str = ""
     positions: Tensor | None = None
     segments: Tensor | None = None
     branches: Tensor | None = None
-    spoken: tuple[Tensor, Tensor] | None = None
-    given: dict[str, Any] = field(default_factory=dict)
+    prompt_targets: tuple[Tensor, Tensor] | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def counts(self) -> Tensor:
+    def token_counts(self) -> Tensor:
         """Label tokens of each completion [completions]."""
-        return torch.bincount(self.owner, minlength=self.answers)
+        return torch.bincount(self.owner, minlength=self.num_completions)
 
-    def summed(self, values: Tensor) -> Tensor:
+    def sum_by_completion(self, values: Tensor) -> Tensor:
         """Sum per-token values [n] over each completion [completions]."""
-        return values.new_zeros(self.answers).index_add(0, self.owner, values)
+        return values.new_zeros(self.num_completions).index_add(0, self.owner, values)
 
 
-def branched(examples: Sequence[Answered], device: torch.device | str = "cpu", *, prompts: bool = False) -> Branches:
+def collate_shared_prompts(
+    examples: Sequence[PromptCompletions], device: torch.device | str = "cpu", *, include_prompts: bool = False
+) -> CompletionBatch:
     """Collate examples into one row: each is a segment of a prompt and its completions, which do not attend to each
     other.
 
@@ -66,23 +68,23 @@ def branched(examples: Sequence[Answered], device: torch.device | str = "cpu", *
     segments: list[int] = []
     branches: list[int] = []
     at: list[int] = []
-    wanted: list[int] = []
+    target_ids: list[int] = []
     owner: list[int] = []
     lasts: list[int] = []
-    spoken: list[tuple[int, int]] = []
+    prompt_targets: list[tuple[int, int]] = []
     answers = 0
     for number, example in enumerate(examples):
         length, start = len(example.prompt), len(ids)
         ids += example.prompt
         positions += range(length)
         branches += [0] * length
-        spoken += [(start + i, example.prompt[i + 1]) for i in range(length - 1)]
-        for branch, answer in enumerate(example.answers, 1):
+        prompt_targets += [(start + i, example.prompt[i + 1]) for i in range(length - 1)]
+        for branch, answer in enumerate(example.completions, 1):
             begin = len(ids)
-            for i, (token, weighed) in enumerate(zip(answer.ids, answer.mask, strict=True)):
-                if weighed:
+            for i, (token, is_label) in enumerate(zip(answer.ids, answer.mask, strict=True)):
+                if is_label:
                     at.append(begin + i - 1 if i else start + length - 1)
-                    wanted.append(token)
+                    target_ids.append(token)
                     owner.append(answers)
             ids += answer.ids
             lasts.append(len(ids) - 1)
@@ -90,27 +92,29 @@ def branched(examples: Sequence[Answered], device: torch.device | str = "cpu", *
             branches += [branch] * len(answer.ids)
             answers += 1
         segments += [number] * (len(ids) - start)
-    row, places, texts, parts = (
+    row, places, segment_row, parts = (
         torch.tensor([values], device=device) for values in (ids, positions, segments, branches)
     )
-    return Branches(
+    return CompletionBatch(
         row,
         _tensor(at, device),
-        _tensor(wanted, device),
+        _tensor(target_ids, device),
         _tensor(owner, device),
         _tensor(lasts, device),
         answers,
         len(examples),
         len(ids),
-        where(examples),
+        format_row_ids(examples),
         places,
-        texts,
+        segment_row,
         parts,
-        _pair(spoken, device) if prompts else None,
+        _pair(prompt_targets, device) if include_prompts else None,
     )
 
 
-def padded(examples: Sequence[Answered], device: torch.device | str = "cpu", *, prompts: bool = False) -> Branches:
+def collate_padded(
+    examples: Sequence[PromptCompletions], device: torch.device | str = "cpu", *, include_prompts: bool = False
+) -> CompletionBatch:
     """Collate each completion with its prompt into a right-padded row.
 
     `prompts`: the prompts' own tokens are predicted, too.
@@ -118,36 +122,36 @@ def padded(examples: Sequence[Answered], device: torch.device | str = "cpu", *, 
     rows = [
         ((*example.prompt, *answer.ids), (*(0 for _ in example.prompt), *answer.mask))
         for example in examples
-        for answer in example.answers
+        for answer in example.completions
     ]
     width = max(len(ids) for ids, _ in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long, device=device)
-    at, wanted, owner = [], [], []
+    at, target_ids, owner = [], [], []
     for number, (tokens, mask) in enumerate(rows):
         ids[number, : len(tokens)] = torch.tensor(tokens, device=device)
-        for i, weighed in enumerate(mask):
-            if weighed and i:
+        for i, is_label in enumerate(mask):
+            if is_label and i:
                 at.append(number * width + i - 1)
-                wanted.append(tokens[i])
+                target_ids.append(tokens[i])
                 owner.append(number)
     lasts = [number * width + len(tokens) - 1 for number, (tokens, _) in enumerate(rows)]
-    firsts = [sum(len(e.answers) for e in examples[:i]) for i in range(len(examples))]
-    spoken = [
+    firsts = [sum(len(e.completions) for e in examples[:i]) for i in range(len(examples))]
+    prompt_targets = [
         (first * width + i, example.prompt[i + 1])
         for first, example in zip(firsts, examples, strict=True)
         for i in range(len(example.prompt) - 1)
     ]
-    return Branches(
+    return CompletionBatch(
         ids,
         _tensor(at, device),
-        _tensor(wanted, device),
+        _tensor(target_ids, device),
         _tensor(owner, device),
         _tensor(lasts, device),
         len(rows),
         len(examples),
         sum(len(tokens) for tokens, _ in rows),
-        where(examples),
-        spoken=_pair(spoken, device) if prompts else None,
+        format_row_ids(examples),
+        prompt_targets=_pair(prompt_targets, device) if include_prompts else None,
     )
 
 

@@ -15,26 +15,26 @@ from typing import Any, TypeGuard
 from llmworks.core.errors import DataError, ModelError, RequestError
 from llmworks.core.types import Message, messages_from_json
 from llmworks.data.store.rows import Row
-from llmworks.tokenize.chat.templates import for_template, render_masked
+from llmworks.tokenize.chat.templates import adapt_tools, render_masked
 
 EMPTY = "the {side} side is empty"
 
 
 @dataclass(frozen=True)
-class Answer:
+class CompletionTokens:
     """A completion that continues a prompt: token ids and a loss mask of the same length (1: label token)."""
 
     ids: tuple[int, ...]
     mask: tuple[int, ...]
 
     @property
-    def tokens(self) -> int:
+    def num_label_tokens(self) -> int:
         """The number of label tokens."""
         return sum(self.mask)
 
 
 @dataclass(frozen=True)
-class Answered:
+class PromptCompletions:
     """A prompt and its completions.
 
     `prompt` is the prefix that all completions share before their first label token, so that it is computed once.
@@ -42,42 +42,42 @@ class Answered:
 
     id: str
     prompt: tuple[int, ...]
-    answers: tuple[Answer, ...]
-    good: bool = True  # of a single completion: whether it is desirable
+    completions: tuple[CompletionTokens, ...]
+    desirable: bool = True  # of a single completion: whether it is desirable
     margin: float = 0.0  # of a pair: score margin of the first completion
 
     @property
     def ids(self) -> tuple[int, ...]:
         """All input tokens."""
-        return (*self.prompt, *(i for answer in self.answers for i in answer.ids))
+        return (*self.prompt, *(i for answer in self.completions for i in answer.ids))
 
     @property
     def labels(self) -> int:
         """The number of label tokens."""
-        return sum(answer.tokens for answer in self.answers)
+        return sum(answer.num_label_tokens for answer in self.completions)
 
 
-def answered(
+def tokenize_completions(
     tokenizer: Any,
     id: str,
     prompt: Sequence[Message],
-    sides: Mapping[str, Sequence[Message]],
+    completions: Mapping[str, Sequence[Message]],
     tools: Sequence[Any],
     *,
-    most: int,
-    cut: bool = False,
-) -> Answered | str:
+    max_length: int,
+    truncate: bool = False,
+) -> PromptCompletions | str:
     """Tokenize a prompt and the completions `sides` with the chat template; return the reason where it cannot be used.
 
     `most`: longest prompt plus completion in tokens; `cut`: truncate longer ones at the end.
     """
-    found: list[Answer] = []
-    for side, messages in sides.items():
+    tokenized: list[CompletionTokens] = []
+    for side, messages in completions.items():
         if not any(m.role == "assistant" and (m.content.strip() or m.tool_calls) for m in messages):
             return EMPTY.format(side=side)
         try:
-            turns, shown = for_template(tokenizer, (*(replace(m, weight=0) for m in prompt), *messages), tools)
-            rendered = render_masked(tokenizer, turns, tools=shown)
+            turns, template_tools = adapt_tools(tokenizer, (*(replace(m, weight=0) for m in prompt), *messages), tools)
+            rendered = render_masked(tokenizer, turns, tools=template_tools)
         except (RequestError, ModelError, ValueError) as error:
             return str(error)
         last = max(
@@ -85,23 +85,25 @@ def answered(
         )  # tokens after the last label token are dropped
         if last < 1:
             return EMPTY.format(side=side)
-        found.append(Answer(rendered.ids[: last + 1], rendered.mask[: last + 1]))
-    begins = min(answer.mask.index(1) for answer in found)
-    longest = max(len(answer.ids) for answer in found)
-    if longest > most and not cut:
-        return f"{longest} tokens, longer than max_length {most}"
-    found = [Answer(answer.ids[:most], answer.mask[:most]) for answer in found]
-    if not all(answer.tokens for answer in found):
-        return f"the prompt alone has {begins} tokens, max_length is {most}"
-    if len(found) > 1 and all(answer == found[0] for answer in found):
-        return "both sides are equal" + (" after truncation" if longest > most else "")
-    shared = min(begins, len(os.path.commonprefix([answer.ids for answer in found])))
-    return Answered(
-        id, found[0].ids[:shared], tuple(Answer(answer.ids[shared:], answer.mask[shared:]) for answer in found)
+        tokenized.append(CompletionTokens(rendered.ids[: last + 1], rendered.mask[: last + 1]))
+    prompt_length = min(answer.mask.index(1) for answer in tokenized)
+    longest = max(len(answer.ids) for answer in tokenized)
+    if longest > max_length and not truncate:
+        return f"{longest} tokens, longer than max_length {max_length}"
+    tokenized = [CompletionTokens(answer.ids[:max_length], answer.mask[:max_length]) for answer in tokenized]
+    if not all(answer.num_label_tokens for answer in tokenized):
+        return f"the prompt alone has {prompt_length} tokens, max_length is {max_length}"
+    if len(tokenized) > 1 and all(answer == tokenized[0] for answer in tokenized):
+        return "both sides are equal" + (" after truncation" if longest > max_length else "")
+    shared = min(prompt_length, len(os.path.commonprefix([answer.ids for answer in tokenized])))
+    return PromptCompletions(
+        id,
+        tokenized[0].ids[:shared],
+        tuple(CompletionTokens(answer.ids[shared:], answer.mask[shared:]) for answer in tokenized),
     )
 
 
-def pair_of(tokenizer: Any, row: Row, most: int, *, cut: bool = False) -> Answered | str:
+def tokenize_pair(tokenizer: Any, row: Row, max_length: int, *, truncate: bool = False) -> PromptCompletions | str:
     """Tokenize a preference row: two completions, the chosen one first."""
     try:
         prompt, sides = (
@@ -110,84 +112,98 @@ def pair_of(tokenizer: Any, row: Row, most: int, *, cut: bool = False) -> Answer
         )
     except ValueError as error:
         return str(error)
-    made = answered(tokenizer, str(row["id"]), prompt, sides, row.get("tools") or (), most=most, cut=cut)
-    return made if isinstance(made, str) else replace(made, margin=margin_of(row))
+    example = tokenize_completions(
+        tokenizer, str(row["id"]), prompt, sides, row.get("tools") or (), max_length=max_length, truncate=truncate
+    )
+    return example if isinstance(example, str) else replace(example, margin=get_margin(row))
 
 
-def margin_of(row: Row) -> float:
+def get_margin(row: Row) -> float:
     """Return the score margin of a pair from its row (`margin`, or two `scores`); 0 where it has none."""
     extra = row.get("extra") or {}
     fields = {**(extra.get("fields") or {}), **extra}
     margin, scores = fields.get("margin"), fields.get("scores")
-    if _number(margin):
+    if _is_finite_number(margin):
         return float(margin)
     return (
         float(scores[0]) - float(scores[1])
-        if isinstance(scores, (list, tuple)) and len(scores) == 2 and all(map(_number, scores))
+        if isinstance(scores, (list, tuple)) and len(scores) == 2 and all(map(_is_finite_number, scores))
         else 0.0
     )
 
 
-def _number(value: object) -> TypeGuard[float]:
+def _is_finite_number(value: object) -> TypeGuard[float]:
     """Return whether the value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def singles_of(tokenizer: Any, row: Row, most: int, *, cut: bool = False) -> list[Answered | str]:
+def tokenize_singles(
+    tokenizer: Any, row: Row, max_length: int, *, truncate: bool = False
+) -> list[PromptCompletions | str]:
     """Tokenize a row into single completions.
 
     A pair gives two, a desirable and an undesirable one; a conversation gives its last message, by its field `label`.
     """
     if "chosen" in row:
-        pair = pair_of(tokenizer, row, most, cut=cut)
+        pair = tokenize_pair(tokenizer, row, max_length, truncate=truncate)
         if isinstance(pair, str):
             return [pair]
         return [
-            replace(pair, id=f"{pair.id}:{side}", answers=(answer,), good=side == "chosen")
-            for side, answer in zip(("chosen", "rejected"), pair.answers, strict=True)
+            replace(pair, id=f"{pair.id}:{side}", completions=(answer,), desirable=side == "chosen")
+            for side, answer in zip(("chosen", "rejected"), pair.completions, strict=True)
         ]
-    label = label_of(row)
+    label = get_label(row)
     if label is None:
         return ["has no `label` (true or false, or 1 or 0) of whether its completion is desirable"]
     try:
         messages = messages_from_json(row["messages"])
     except ValueError as error:
         return [str(error)]
-    made = answered(
-        tokenizer, str(row["id"]), messages[:-1], {"only": messages[-1:]}, row.get("tools") or (), most=most, cut=cut
+    example = tokenize_completions(
+        tokenizer,
+        str(row["id"]),
+        messages[:-1],
+        {"only": messages[-1:]},
+        row.get("tools") or (),
+        max_length=max_length,
+        truncate=truncate,
     )
-    return [made if isinstance(made, str) else replace(made, good=label)]
+    return [example if isinstance(example, str) else replace(example, desirable=label)]
 
 
-def label_of(row: Row) -> bool | None:
+def get_label(row: Row) -> bool | None:
     """Return the label of a conversation's row; None where it has none."""
     extra = row.get("extra") or {}
     label = row.get("label", extra.get("label", (extra.get("fields") or {}).get("label")))
     return bool(label) if isinstance(label, bool) or label in (0, 1) else None
 
 
-def kept(made: Sequence[tuple[str, Answered | str]], name: str) -> tuple[list[Answered], list[tuple[str, str]]]:
+def split_rejected(
+    results: Sequence[tuple[str, PromptCompletions | str]], name: str
+) -> tuple[list[PromptCompletions], list[tuple[str, str]]]:
     """Return (examples, rejected rows as (id, reason)).
 
     Errors: DataError when no example is left.
     """
-    good = [example for _, example in made if not isinstance(example, str)]
-    lost = [(id, example) for id, example in made if isinstance(example, str)]
-    if not good:
-        raise DataError(f"{name}: none of {len(made)} rows can be used; the first: {lost[0][1] if lost else 'no rows'}")
-    return apart(good), lost
+    examples = [example for _, example in results if not isinstance(example, str)]
+    rejected = [(id, example) for id, example in results if isinstance(example, str)]
+    if not examples:
+        raise DataError(
+            f"{name}: none of {len(results)} rows can be used; the first: {rejected[0][1] if rejected else 'no rows'}"
+        )
+    return make_ids_unique(examples), rejected
 
 
-def apart(examples: Sequence[Answered], mark: str = "") -> list[Answered]:
+def make_ids_unique(examples: Sequence[PromptCompletions], id_suffix: str = "") -> list[PromptCompletions]:
     """Return the examples with unique ids, since reference log-probabilities are stored by id.
 
     `mark` is appended to every id.
     """
-    seen: Counter[str] = Counter()
-    found = []
+    counts: Counter[str] = Counter()
+    renamed = []
     for example in examples:
-        seen[example.id] += 1
-        found.append(
-            replace(example, id=example.id + (f" ({seen[example.id]})" if seen[example.id] > 1 else "") + mark)
+        counts[example.id] += 1
+        renamed.append(
+            replace(example, id=example.id + (f" ({counts[example.id]})" if counts[example.id] > 1 else "") + id_suffix)
         )
-    return found
+    return renamed

@@ -11,20 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmworks.align.preference.batch import Branches, branched, padded
-from llmworks.align.preference.examples import Answered
-from llmworks.model.loss.linear_logprobs import linear_logprobs, of_logits
-from llmworks.train.loop.losses import whole_logits
+from llmworks.align.preference.batch import CompletionBatch, collate_padded, collate_shared_prompts
+from llmworks.align.preference.examples import PromptCompletions
+from llmworks.model.loss.linear_logprobs import linear_logprobs, logprobs_from_logits
+from llmworks.train.loop.losses import needs_full_logits
 
 
-def batch_of(
-    examples: Sequence[Answered], *, free: bool, device: torch.device | str = "cpu", prompts: bool = False
-) -> Branches:
+def collate(
+    examples: Sequence[PromptCompletions],
+    *,
+    supports_segments: bool,
+    device: torch.device | str = "cpu",
+    include_prompts: bool = False,
+) -> CompletionBatch:
     """Collate examples for a model. `free`: the model supports separate sequences in one row (`Tuned.free`)."""
-    return branched(examples, device, prompts=prompts) if free else padded(examples, device, prompts=prompts)
+    return (
+        collate_shared_prompts(examples, device, include_prompts=include_prompts)
+        if supports_segments
+        else collate_padded(examples, device, include_prompts=include_prompts)
+    )
 
 
-def states(model: Any, batch: Branches) -> Tensor:
+def hidden_states(model: Any, batch: CompletionBatch) -> Tensor:
     """Return the last hidden states of all tokens [rows * length, hidden size]."""
     if batch.positions is not None:
         found = model.decoder(
@@ -35,25 +43,27 @@ def states(model: Any, batch: Branches) -> Tensor:
     return found.reshape(-1, found.shape[-1])  # type: ignore[no-any-return]
 
 
-def logprobs(model: Any, batch: Branches, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def compute_logprobs(model: Any, batch: CompletionBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """Return (log-probabilities of the label tokens [n], entropies [n] without gradient, log-probabilities of prompt
     tokens).
 
     In nats; prompt tokens only if requested. Logits are divided by `temperature` first, as in sampling.
     """
-    at, wanted = batch.at, batch.wanted
-    if batch.spoken is not None:
-        at, wanted = torch.cat([at, batch.spoken[0]]), torch.cat([wanted, batch.spoken[1]])
-    if whole_logits(model):
+    at, target_ids = batch.positions_before, batch.target_ids
+    if batch.prompt_targets is not None:
+        at, target_ids = torch.cat([at, batch.prompt_targets[0]]), torch.cat([target_ids, batch.prompt_targets[1]])
+    if needs_full_logits(model):
         logits = model(input_ids=batch.ids, use_cache=False).logits
-        found, entropy = of_logits(logits.reshape(-1, logits.shape[-1])[at], wanted, temperature)
+        found, entropy = logprobs_from_logits(logits.reshape(-1, logits.shape[-1])[at], target_ids, temperature)
     else:
-        found, entropy = linear_logprobs(states(model, batch)[at], model.get_output_embeddings(), wanted, temperature)
-    n = len(batch.at)
+        found, entropy = linear_logprobs(
+            hidden_states(model, batch)[at], model.get_output_embeddings(), target_ids, temperature
+        )
+    n = len(batch.positions_before)
     return found[:n], entropy[:n], found[n:]
 
 
-def still(network: nn.Module) -> None:
+def disable_dropout(network: nn.Module) -> None:
     """Disable dropout in a network, since it would change the log-probabilities that are compared."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):

@@ -15,50 +15,50 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmworks.align.preference.batch import Branches
-from llmworks.align.preference.examples import Answered
-from llmworks.align.preference.logprobs import logprobs
+from llmworks.align.preference.batch import CompletionBatch
+from llmworks.align.preference.examples import PromptCompletions
+from llmworks.align.preference.logprobs import compute_logprobs
 from llmworks.core.errors import TrainingError
 from llmworks.core.progress import Progress
-from llmworks.model.lora.lora import layers
+from llmworks.model.lora.lora import iter_lora_layers
 
-Join = Callable[[Sequence[Answered]], Branches]
+Collate = Callable[[Sequence[PromptCompletions]], CompletionBatch]
 
 
-class Start:
+class AdapterSnapshot:
     """A snapshot of an adapter. Within `again` the network computes what it did when the snapshot was taken."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.layers = [layer for _, layer in layers(network)]
-        self.off = not any(bool(layer.b.any()) for layer in self.layers)  # a new adapter has zero effect
-        self.kept = (
+        self.layers = [layer for _, layer in iter_lora_layers(network)]
+        self.is_zero = not any(bool(layer.b.any()) for layer in self.layers)  # a new adapter has zero effect
+        self.saved_weights = (
             []
-            if self.off
+            if self.is_zero
             else [[p.detach().clone() for p in layer.parameters() if p.requires_grad] for layer in self.layers]
         )
 
     @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
+    def restore(self) -> Iterator[None]:
         """Restore the initial adapter in this context, without gradients."""
         own = [[p.data for p in layer.parameters() if p.requires_grad] for layer in self.layers]
         try:
             for number, layer in enumerate(self.layers):
-                layer.off = self.off
-                if not self.off:
+                layer.disabled = self.is_zero
+                if not self.is_zero:
                     for p, value in zip(
-                        (p for p in layer.parameters() if p.requires_grad), self.kept[number], strict=True
+                        (p for p in layer.parameters() if p.requires_grad), self.saved_weights[number], strict=True
                     ):
                         p.data = value
             with torch.no_grad():
                 yield
         finally:
             for layer, values in zip(self.layers, own, strict=True):
-                layer.off = False
+                layer.disabled = False
                 for p, value in zip((p for p in layer.parameters() if p.requires_grad), values, strict=True):
                     p.data = value
 
 
-def sums(network: Any, batch: Branches) -> Tensor:
+def sum_logprobs(network: Any, batch: CompletionBatch) -> Tensor:
     """Return the summed log-probabilities of a batch's completions in nats [completions], without gradients.
 
     Tokens are weighted by the batch's `weights`.
@@ -66,20 +66,20 @@ def sums(network: Any, batch: Branches) -> Tensor:
     training = network.training
     network.train(False)
     with torch.no_grad():
-        found, *_ = logprobs(network, batch)
+        found, *_ = compute_logprobs(network, batch)
     network.train(training)
-    return batch.summed(found * batch.given["weights"] if "weights" in batch.given else found)
+    return batch.sum_by_completion(found * batch.extras["weights"] if "weights" in batch.extras else found)
 
 
-def cached(
+def cache_logprobs(
     network: Any,
-    examples: Sequence[Answered],
+    examples: Sequence[PromptCompletions],
     file: Path,
-    join: Join,
+    collate: Collate,
     *,
-    size: int,
+    batch_size: int,
     progress: Progress,
-    what: str = "reference",
+    label: str = "reference",
 ) -> dict[str, list[float]]:
     """Return the log-probabilities of each example's completions by its id.
 
@@ -97,18 +97,18 @@ def cached(
     todo = sorted((e for e in examples if e.id not in known), key=lambda e: len(e.ids))
     if not todo:
         return known
-    with progress.bar(what, len(todo), "rows") as bar, file.open("a", encoding="utf-8") as out:
-        for start in range(0, len(todo), size):
-            some = todo[start : start + size]
-            found, at = sums(network, join(some)).tolist(), 0
+    with progress.bar(label, len(todo), "rows") as bar, file.open("a", encoding="utf-8") as out:
+        for start in range(0, len(todo), batch_size):
+            some = todo[start : start + batch_size]
+            found, at = sum_logprobs(network, collate(some)).tolist(), 0
             if not all(value == value for value in found):
                 raise TrainingError(
                     f"rows {', '.join(e.id for e in some[:4])}: the reference's log-probabilities are not finite;"
                     " check the model, or these rows"
                 )
             for example in some:
-                known[example.id] = found[at : at + len(example.answers)]
-                at += len(example.answers)
+                known[example.id] = found[at : at + len(example.completions)]
+                at += len(example.completions)
                 out.write(json.dumps({"id": example.id, "sums": known[example.id]}) + "\n")
             out.flush()
             bar.advance(len(some))

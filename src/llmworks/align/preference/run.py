@@ -12,27 +12,41 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.align.preference.examples import Answered, apart, kept, label_of, pair_of, singles_of
-from llmworks.core.artifact import Adapter, Dataset, Model, require_base
+from llmworks.align.preference.examples import (
+    PromptCompletions,
+    get_label,
+    make_ids_unique,
+    split_rejected,
+    tokenize_pair,
+    tokenize_singles,
+)
+from llmworks.core.artifact import Adapter, Dataset, Model, check_base
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError, UserError
-from llmworks.data.store.rows import Row, read_chat, read_preference, schema_of
-from llmworks.tokenize.chat.named import use_template
+from llmworks.data.store.rows import Row, detect_schema, read_chat, read_preference
+from llmworks.tokenize.chat.named import set_template
 from llmworks.train.finetune.config import TuneConfig, WriterConfig
-from llmworks.train.finetune.method import Material, Way
-from llmworks.train.finetune.run import check_golden, context_of, in_memory, require_directory, require_held_out, tune
+from llmworks.train.finetune.method import TrainingData, TrainMethod
+from llmworks.train.finetune.run import (
+    check_golden,
+    explain_out_of_memory,
+    get_context_length,
+    require_directory,
+    require_eval_data,
+    run_training,
+)
 
 if TYPE_CHECKING:
-    from llmworks.align.preference.objective import Given
-    from llmworks.train.finetune.trainable import Tuned
+    from llmworks.align.preference.objective import MethodContext
+    from llmworks.train.finetune.trainable import TrainableModel
 
-HELD = " (held out)"  # id suffix of held-out examples, whose ids may equal those of training examples
+EVAL_ID_SUFFIX = " (held out)"  # id suffix of held-out examples, whose ids may equal those of training examples
 
 
-class GivenConfig(TuneConfig):
+class OfflineConfig(TuneConfig):
     """Training fields of alignment on given completions."""
 
-    rates: ClassVar[Mapping[str, float]] = {"lora": 1e-4, "full": 5e-6}
+    default_learning_rates: ClassVar[Mapping[str, float]] = {"lora": 1e-4, "full": 5e-6}
 
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the data; may be a fraction")
     batch_size: int = Field(8, gt=0, description="pairs, or single completions, per micro-batch")
@@ -54,7 +68,7 @@ class GivenConfig(TuneConfig):
         return self
 
 
-class PreferenceConfig(GivenConfig, WriterConfig):
+class PreferenceConfig(OfflineConfig, WriterConfig):
     """Fields of offline alignment of a model that generates text."""
 
 
@@ -70,16 +84,16 @@ class Policy:
         """The name in messages."""
         return self.model.name if self.adapter is None else self.adapter.name
 
-    def open(self, config: TuneConfig, stage: str) -> tuple[Any, list[int]]:
+    def open_tokenizer(self, config: TuneConfig, stage: str) -> tuple[Any, list[int]]:
         """Return the tokenizer, with the configured chat template, and the stop token ids.
 
         Errors: ModelError, ArtifactError, GoldenMismatch, UserError.
         """
-        from llmworks.tokenize.load import load_tokenizer, stop_ids
+        from llmworks.tokenize.load import get_stop_ids, load_tokenizer
 
         require_directory(self.model)
         if self.adapter is not None:
-            require_base(self.adapter, self.model)
+            check_base(self.adapter, self.model)
             if config.method != "lora":
                 raise UserError(
                     "method full cannot continue an adapter; use method lora, or merge it first (llmworks merge"
@@ -93,160 +107,183 @@ class Policy:
             else self.model.path
         )
         tokenizer = load_tokenizer(source)
-        stops = list(stop_ids(self.model.path, tokenizer))
-        use_template(tokenizer, config.chat_template)
+        stops = list(get_stop_ids(self.model.path, tokenizer))
+        set_template(tokenizer, config.chat_template)
         check_golden(config, self.adapter if self.adapter is not None else self.model, tokenizer, stops, stage)
         return tokenizer, stops
 
 
-def rows_of(data: Dataset, *, singles: bool) -> list[Row]:
+def read_rows(data: Dataset, *, single_completions: bool) -> list[Row]:
     """Return preference pairs, or with `singles` conversations too.
 
     Errors: DataError for any other schema.
     """
-    kind = schema_of(data)
+    kind = detect_schema(data)
     if kind == "preference":
         return read_preference(data)
-    if kind == "chat" and singles:
+    if kind == "chat" and single_completions:
         return read_chat(data)
     raise DataError(
-        f"{data.name}: has no preference pairs{' and no conversations with a `label`' if singles else ''}; create"
+        f"{data.name}: has no preference"
+        f" pairs{' and no conversations with a `label`' if single_completions else ''}; create"
         " them with synthesize.pairs, or from rows of prompt, chosen and rejected with data.chat"
     )
 
 
-def read(
+def read_material(
     config: PreferenceConfig,
     policy: Policy,
     data: Dataset,
-    held_out: Dataset | None,
+    eval_data: Dataset | None,
     stage: str,
     *,
-    singles: bool = False,
-) -> Material:
+    single_completions: bool = False,
+) -> TrainingData:
     """Return the tokenized rows.
 
     Errors: as `Policy.open`; DataError where no row can be used.
     """
-    tokenizer, stops = policy.open(config, stage)
-    most = min(config.max_length, context_of(policy.model))
-    examples, lost = examples_of(config, tokenizer, rows_of(data, singles=singles), data.name, most, singles=singles)
-    unseen: list[Answered] = []
+    tokenizer, stops = policy.open_tokenizer(config, stage)
+    max_length = min(config.max_length, get_context_length(policy.model))
+    examples, rejected = tokenize_rows(
+        config,
+        tokenizer,
+        read_rows(data, single_completions=single_completions),
+        data.name,
+        max_length,
+        single_completions=single_completions,
+    )
+    eval_examples: list[PromptCompletions] = []
     questions: list[Row] = []
-    if held_out is not None:
-        rows = rows_of(held_out, singles=singles)
-        unseen = apart(
-            examples_of(config, tokenizer, rows[: config.eval_samples], held_out.name, most, singles=singles)[0], HELD
+    if eval_data is not None:
+        rows = read_rows(eval_data, single_completions=single_completions)
+        eval_examples = make_ids_unique(
+            tokenize_rows(
+                config,
+                tokenizer,
+                rows[: config.eval_samples],
+                eval_data.name,
+                max_length,
+                single_completions=single_completions,
+            )[0],
+            EVAL_ID_SUFFIX,
         )
         questions = [
             {**row, "messages": row["messages"] if "messages" in row else [*row["prompt"], *row["chosen"]]}
-            for row in [row for row in rows if not singles or label_of(row) is not False][: config.num_sample_prompts]
+            for row in [row for row in rows if not single_completions or get_label(row) is not False][
+                : config.num_sample_prompts
+            ]
         ]
-    return Material(tokenizer, stops, examples, lost, unseen, questions)
+    return TrainingData(tokenizer, stops, examples, rejected, eval_examples, questions)
 
 
-def examples_of(
-    config: GivenConfig, tokenizer: Any, rows: Sequence[Row], name: str, most: int, *, singles: bool
-) -> tuple[list[Answered], list[tuple[str, str]]]:
+def tokenize_rows(
+    config: OfflineConfig, tokenizer: Any, rows: Sequence[Row], name: str, max_length: int, *, single_completions: bool
+) -> tuple[list[PromptCompletions], list[tuple[str, str]]]:
     """Return (examples, rejected rows with the reason).
 
     Errors: DataError when none is left, or one is too long and overlong is refuse.
     """
-    made: list[tuple[str, Answered | str]] = []
+    results: list[tuple[str, PromptCompletions | str]] = []
     for row in rows:
-        some: Sequence[Answered | str] = (
-            singles_of(tokenizer, row, most, cut=config.overlong == "truncate")
-            if singles
-            else [pair_of(tokenizer, row, most, cut=config.overlong == "truncate")]
+        some: Sequence[PromptCompletions | str] = (
+            tokenize_singles(tokenizer, row, max_length, truncate=config.overlong == "truncate")
+            if single_completions
+            else [tokenize_pair(tokenizer, row, max_length, truncate=config.overlong == "truncate")]
         )
         for one in some:
             if config.overlong == "error" and isinstance(one, str) and "longer than max_length" in one:
                 raise DataError(
                     f"{name}: row {row['id']!r}: {one}; raise max_length, or set overlong to set-aside or cut"
                 )
-            made.append((str(row["id"]), one))
-    return kept(made, name)
+            results.append((str(row["id"]), one))
+    return split_rejected(results, name)
 
 
-def prefer(
+def run_preference(
     config: PreferenceConfig,
     policy: Policy,
     data: Dataset,
     ctx: Context,
-    held_out: Dataset | None,
-    way_of: Callable[[Given], Way],
+    eval_data: Dataset | None,
+    build_method: Callable[[MethodContext], TrainMethod],
     stage: str,
     *,
-    reference: Model | None = None,
-    singles: bool = False,
+    ref_model: Model | None = None,
+    single_completions: bool = False,
 ) -> Adapter | Model:
     """Train a policy on given completions.
 
     `way_of` builds the training method once the policy is loaded. Errors: as `read`; TrainingError when the loss is
     not finite.
     """
-    from llmworks.align.report import describe
+    from llmworks.align.report import describe_preference
     from llmworks.train.distributed import world
 
-    check_run(config, held_out=held_out is not None)
-    material = read(config, policy, data, held_out, stage, singles=singles)
-    if reference is not None:
-        same_vocabulary(reference, policy)
-    weighed = sum(example.labels for example in material.examples)
-    shared_prompts(material.examples, material.unseen, lambda example: example.prompt, ctx.progress.say)
-    ctx.progress.say(
-        f"{len(material.examples)} {'completions' if singles else 'pairs'}, {weighed:,} label tokens"
-        + (f"; {len(material.set_aside)} rows rejected" if material.set_aside else "")
+    check_run(config, has_eval_data=eval_data is not None)
+    material = read_material(config, policy, data, eval_data, stage, single_completions=single_completions)
+    if ref_model is not None:
+        check_same_vocabulary(ref_model, policy)
+    num_label_tokens = sum(example.labels for example in material.examples)
+    warn_shared_prompts(material.examples, material.eval_examples, lambda example: example.prompt, ctx.progress.log)
+    ctx.progress.log(
+        f"{len(material.examples)} {'completions' if single_completions else 'pairs'}, {num_label_tokens:,} label"
+        " tokens" + (f"; {len(material.dropped)} rows rejected" if material.dropped else "")
     )
-    with world.opened(config.spread) as here:
-        from llmworks.align.preference.objective import Given
+    with world.init_world(config.parallelism) as here:
+        from llmworks.align.preference.objective import MethodContext
 
-        def way(tuned: Tuned, _: Material) -> Way:
-            return way_of(Given(config, tuned, material, ctx, here.device, reference))
+        def make_method(tuned: TrainableModel, _: TrainingData) -> TrainMethod:
+            return build_method(MethodContext(config, tuned, material, ctx, here.device, ref_model))
 
         try:
-            return tune(config, policy.model, ctx, here, material, way, describe, adapter=policy.adapter)
+            return run_training(
+                config, policy.model, ctx, here, material, make_method, describe_preference, adapter=policy.adapter
+            )
         except RuntimeError as error:
-            raise (in_memory(error) or error) from error
+            raise (explain_out_of_memory(error) or error) from error
 
 
-def check_run(config: TuneConfig, *, held_out: bool) -> None:
+def check_run(config: TuneConfig, *, has_eval_data: bool) -> None:
     """Check what every alignment needs before a model is opened. `held_out`: whether an eval set is given.
 
     Errors: UserError.
     """
     from llmworks.train.distributed import world
 
-    require_held_out(config, given=held_out)
-    if world.processes() > 1:
+    require_eval_data(config, given=has_eval_data)
+    if world.get_world_size() > 1:
         raise UserError("alignment runs in one process; start a single process")
 
 
-def shared_prompts(
-    learned: Sequence[Any], unseen: Sequence[Any], prompt_of: Callable[[Any], Any], say: Callable[[str], None]
+def warn_shared_prompts(
+    train_examples: Sequence[Any],
+    eval_examples: Sequence[Any],
+    get_prompt: Callable[[Any], Any],
+    log: Callable[[str], None],
 ) -> None:
     """Warn about held-out prompts that are in the training set, since they do not measure generalization."""
-    known = {prompt_of(one) for one in learned}
-    shared = sum(prompt_of(one) in known for one in unseen)
+    known = {get_prompt(one) for one in train_examples}
+    shared = sum(get_prompt(one) in known for one in eval_examples)
     if shared:
-        say(
-            f"warning: {shared} of {len(unseen)} held-out prompts are in the training set too; their metrics do"
+        log(
+            f"warning: {shared} of {len(eval_examples)} held-out prompts are in the training set too; their metrics do"
             " not measure generalization"
         )
 
 
-def same_vocabulary(reference: Model, policy: Policy) -> None:
+def check_same_vocabulary(ref_model: Model, policy: Policy) -> None:
     """Check that a reference has the policy's vocabulary.
 
     Errors: ModelError for a model that is not a directory, UserError for another vocabulary.
     """
     from llmworks.tokenize.load import load_tokenizer
 
-    require_directory(reference)
-    one, other = (load_tokenizer(model.path).get_vocab() for model in (reference, policy.model))
+    require_directory(ref_model)
+    one, other = (load_tokenizer(model.path).get_vocab() for model in (ref_model, policy.model))
     if one != other:
         raise UserError(
-            f"the reference {reference.name} has another vocabulary than {policy.name} ({len(one):,} and"
+            f"the reference {ref_model.name} has another vocabulary than {policy.name} ({len(one):,} and"
             f" {len(other):,} tokens), so their log-probabilities cannot be compared; remove the input `ref_model`"
             " to use the initial policy"
         )

@@ -9,31 +9,36 @@ from typing import NamedTuple
 BINS = 10
 
 
-class Bin(NamedTuple):
+class CalibrationBin(NamedTuple):
     """Cases with a predicted probability between `low` and `high`: mean prediction, share of true ones, and count."""
 
     low: float
     high: float
-    said: float
-    true: float
-    cases: int
+    predicted: float
+    observed: float
+    size: int
 
 
-def bins_of(
-    chances: Sequence[float], true: Sequence[bool], *, low: float = 0.0, high: float = 1.0, bins: int = BINS
-) -> list[Bin]:
+def compute_bins(
+    probabilities: Sequence[float],
+    outcomes: Sequence[bool],
+    *,
+    low: float = 0.0,
+    high: float = 1.0,
+    num_bins: int = BINS,
+) -> list[CalibrationBin]:
     """Return the non-empty bins of equal width."""
-    found: list[Bin] = []
-    for number in range(bins):
-        begin, end = low + (high - low) * number / bins, low + (high - low) * (number + 1) / bins
+    found: list[CalibrationBin] = []
+    for number in range(num_bins):
+        begin, end = low + (high - low) * number / num_bins, low + (high - low) * (number + 1) / num_bins
         inside = [
-            (chance, came)
-            for chance, came in zip(chances, true, strict=True)
-            if begin <= chance < end or (number == bins - 1 and chance == end)
+            (probability, outcome)
+            for probability, outcome in zip(probabilities, outcomes, strict=True)
+            if begin <= probability < end or (number == num_bins - 1 and probability == end)
         ]
         if inside:
             found.append(
-                Bin(
+                CalibrationBin(
                     begin,
                     end,
                     sum(chance for chance, _ in inside) / len(inside),
@@ -44,20 +49,20 @@ def bins_of(
     return found
 
 
-def expected_error(found: Sequence[Bin]) -> float:
+def expected_calibration_error(bins: Sequence[CalibrationBin]) -> float:
     """Return the expected calibration error (ECE, Naeini et al. 2015): the mean gap of prediction and outcome.
 
     Bins are weighted by their cases.
     """
-    total = sum(b.cases for b in found)
-    return sum(b.cases * abs(b.said - b.true) for b in found) / total if total else 0.0
+    total = sum(b.size for b in bins)
+    return sum(b.size * abs(b.predicted - b.observed) for b in bins) / total if total else 0.0
 
 
-def wilson(right: float, total: int, z: float = 1.959964) -> tuple[float, float, float]:
+def wilson_interval(successes: float, total: int, z: float = 1.959964) -> tuple[float, float, float]:
     """Return (share, low, high): a share with its 95% interval (Wilson 1927). A tie may count as half a case."""
     share, spread = (
-        right / total,
-        z * math.sqrt(right / total * (1 - right / total) / total + z * z / (4 * total * total)),
+        successes / total,
+        z * math.sqrt(successes / total * (1 - successes / total) / total + z * z / (4 * total * total)),
     )
     middle, scale = share + z * z / (2 * total), 1 + z * z / total
     return share, (middle - spread) / scale, (middle + spread) / scale

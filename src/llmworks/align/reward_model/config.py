@@ -7,24 +7,24 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from llmworks.align.preference.run import GivenConfig
+from llmworks.align.preference.run import OfflineConfig
 from llmworks.core.artifact import Model
 
 if TYPE_CHECKING:
     pass
 
 
-class ScorerConfig(GivenConfig):
+class ScorerConfig(OfflineConfig):
     """Training fields of a model with a score head, which does not generate text."""
 
-    rates: ClassVar[Mapping[str, float]] = {"lora": 5e-4, "full": 2e-5}
+    default_learning_rates: ClassVar[Mapping[str, float]] = {"lora": 5e-4, "full": 2e-5}
 
     eval_samples: int = Field(
         512, gt=0, description="held-out pairs per evaluation; accuracy and calibration are of the last evaluation"
     )
 
     @property
-    def makes(self) -> type[Model]:
+    def artifact_type(self) -> type[Model]:
         """Model: a trained adapter is merged into it."""
         return Model
 

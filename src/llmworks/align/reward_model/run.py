@@ -10,170 +10,172 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmworks.align.losses.reward import bradley_terry, right_steps
-from llmworks.align.preference.batch import Branches
-from llmworks.align.preference.examples import Answered
-from llmworks.align.preference.logprobs import states
-from llmworks.align.preference.objective import Given, Told
+from llmworks.align.losses.reward import bradley_terry, step_loss
+from llmworks.align.preference.batch import CompletionBatch
+from llmworks.align.preference.examples import PromptCompletions
+from llmworks.align.preference.logprobs import hidden_states
+from llmworks.align.preference.objective import MethodContext, MetricMeans
 from llmworks.core.artifact import Model
 from llmworks.core.errors import ModelError
 from llmworks.model.io.decoder_files import load_decoder
-from llmworks.model.io.reward_head import Kind, new_head, save_scorer
-from llmworks.model.lora.fold import fold_into
+from llmworks.model.io.reward_head import RewardKind, create_reward_head, save_reward_model
+from llmworks.model.lora.fold import merge_adapter_into
 from llmworks.model.nn.decoder import DecoderForCausalLM
-from llmworks.train.finetune.method import Way
-from llmworks.train.finetune.trainable import Tuned
+from llmworks.train.finetune.method import TrainMethod
+from llmworks.train.finetune.trainable import TrainableModel
 
 
-class Ranking:
+class PairRewardObjective:
     """Bradley-Terry reward model: scores of both completions of a pair, each at its last token.
 
     `margin`: weight of the pairs' own margins; `seen`: scores of the last evaluation.
     """
 
-    def __init__(self, given: Given, *, margin: float, center: float) -> None:
-        self.given, self.margin, self.center, self.told = given, margin, center, Told()
-        self.seen: list[tuple[float, float]] = []
-        self.head = put_head(given, "whole")
+    def __init__(self, context: MethodContext, *, margin: float, center: float) -> None:
+        self.context, self.margin, self.center, self.metrics = context, margin, center, MetricMeans()
+        self.eval_scores: list[tuple[float, float]] = []
+        self.head = add_score_head(context, "whole")
 
-    def way(self) -> Way:
+    def build_method(self) -> TrainMethod:
         """Return the training method for the training loop."""
-        return Way(
+        return TrainMethod(
             self.loss,
-            self.join,
-            self.look,
-            said,
-            self.told.means,
-            again=lambda: bool(self.given.config.metric_for_best_model) or not self.seen,
+            self.collate,
+            self.evaluate,
+            format_metrics,
+            self.metrics.pop_means,
+            needs_final_evaluation=lambda: bool(self.context.config.metric_for_best_model) or not self.eval_scores,
         )
 
-    def join(self, some: Sequence[Answered], _: Sequence[Answered]) -> Branches:
+    def collate(self, pairs: Sequence[PromptCompletions], _: Sequence[PromptCompletions]) -> CompletionBatch:
         """Collate some pairs."""
         return replace(
-            self.given.join(some),
-            given={"margin": torch.tensor([pair.margin for pair in some], device=self.given.device)},
+            self.context.collate(pairs),
+            extras={"margin": torch.tensor([pair.margin for pair in pairs], device=self.context.device)},
         )
 
-    def scores(self, network: Any, batch: Branches) -> tuple[Tensor, Tensor]:
+    def compute_scores(self, network: Any, batch: CompletionBatch) -> tuple[Tensor, Tensor]:
         """Return the scores of the chosen and the rejected completions, each [pairs]."""
-        both = self.head(states(network, batch)[batch.lasts])[:, 0].float().view(-1, 2)
+        both = self.head(hidden_states(network, batch)[batch.last_positions])[:, 0].float().view(-1, 2)
         return both[:, 0], both[:, 1]
 
-    def loss(self, network: Any, batch: Branches) -> Tensor:
+    def loss(self, network: Any, batch: CompletionBatch) -> Tensor:
         """Compute the loss as a sum over the pairs of a batch."""
-        chosen, rejected = self.scores(network, batch)
-        self.told.add(chosen=chosen, rejected=rejected, margin=chosen - rejected, ranked=(chosen > rejected).float())
-        return bradley_terry(chosen, rejected, self.margin * batch.given["margin"], center=self.center).sum()
+        chosen, rejected = self.compute_scores(network, batch)
+        self.metrics.add(chosen=chosen, rejected=rejected, margin=chosen - rejected, ranked=(chosen > rejected).float())
+        return bradley_terry(chosen, rejected, self.margin * batch.extras["margin"], center=self.center).sum()
 
-    def look(self, network: Any, unseen: Sequence[Answered]) -> dict[str, float]:
+    def evaluate(self, network: Any, eval_examples: Sequence[PromptCompletions]) -> dict[str, float]:
         """Evaluate held-out pairs: mean loss, accuracy and mean score margin."""
         training = network.training
         network.train(False)
-        found, self.seen, size = Told(), [], 2 * self.given.config.batch_size
+        means, self.eval_scores, size = MetricMeans(), [], 2 * self.context.config.batch_size
         with torch.no_grad():
-            for at in range(0, len(unseen), size):
-                some = unseen[at : at + size]
-                batch = self.join(some, some)
-                chosen, rejected = self.scores(network, batch)
-                found.add(
-                    eval_loss=bradley_terry(chosen, rejected, self.margin * batch.given["margin"], center=self.center),
+            for at in range(0, len(eval_examples), size):
+                some = eval_examples[at : at + size]
+                batch = self.collate(some, some)
+                chosen, rejected = self.compute_scores(network, batch)
+                means.add(
+                    eval_loss=bradley_terry(chosen, rejected, self.margin * batch.extras["margin"], center=self.center),
                     accuracy=(chosen > rejected).float(),
                     eval_margin=chosen - rejected,
                 )
-                self.seen += list(zip(chosen.tolist(), rejected.tolist(), strict=True))
+                self.eval_scores += list(zip(chosen.tolist(), rejected.tolist(), strict=True))
         network.train(training)
-        return found.means()
+        return means.pop_means()
 
 
-class Steps:
+class ProcessRewardObjective:
     """Process reward model: scores of the steps of completions, each at its last token.
 
     A score is the logit of the step being correct. `seen`: probabilities and labels of the last evaluation.
     """
 
-    def __init__(self, given: Given, labels: Mapping[str, Sequence[bool]]) -> None:
-        self.given, self.labels, self.told = given, labels, Told()
-        self.seen: list[tuple[float, bool]] = []
-        self.head = put_head(given, "steps")
+    def __init__(self, context: MethodContext, labels: Mapping[str, Sequence[bool]]) -> None:
+        self.context, self.labels, self.metrics = context, labels, MetricMeans()
+        self.eval_scores: list[tuple[float, bool]] = []
+        self.head = add_score_head(context, "steps")
 
-    def way(self) -> Way:
+    def build_method(self) -> TrainMethod:
         """Return the training method for the training loop."""
-        return Way(
+        return TrainMethod(
             self.loss,
-            self.join,
-            self.look,
-            said,
-            self.told.means,
-            again=lambda: bool(self.given.config.metric_for_best_model) or not self.seen,
+            self.collate,
+            self.evaluate,
+            format_metrics,
+            self.metrics.pop_means,
+            needs_final_evaluation=lambda: bool(self.context.config.metric_for_best_model) or not self.eval_scores,
         )
 
-    def join(self, some: Sequence[Answered], step: Sequence[Answered]) -> Branches:
+    def collate(self, examples: Sequence[PromptCompletions], step: Sequence[PromptCompletions]) -> CompletionBatch:
         """Collate some completions.
 
         The loss is a mean over all step labels of a training step, though micro-batches are divided by completions.
         """
-        labels = torch.tensor([label for one in some for label in self.labels[one.id]], device=self.given.device)
+        labels = torch.tensor([label for one in examples for label in self.labels[one.id]], device=self.context.device)
         return replace(
-            self.given.join(some),
-            given={"right": labels, "share": len(step) / sum(len(self.labels[one.id]) for one in step)},
+            self.context.collate(examples),
+            extras={"right": labels, "share": len(step) / sum(len(self.labels[one.id]) for one in step)},
         )
 
-    def scores(self, network: Any, batch: Branches) -> Tensor:
+    def compute_scores(self, network: Any, batch: CompletionBatch) -> Tensor:
         """Return the scores of the steps of all completions [steps], each at its last token."""
-        scored: Tensor = self.head(states(network, batch)[batch.at + 1])[:, 0].float()
+        scored: Tensor = self.head(hidden_states(network, batch)[batch.positions_before + 1])[:, 0].float()
         return scored
 
-    def loss(self, network: Any, batch: Branches) -> Tensor:
+    def loss(self, network: Any, batch: CompletionBatch) -> Tensor:
         """Compute the loss as a sum over steps, scaled so that its mean over completions is the mean over labels."""
-        scores, right = self.scores(network, batch), batch.given["right"]
-        self.told.add(
+        scores, right = self.compute_scores(network, batch), batch.extras["right"]
+        self.metrics.add(
             chosen=scores[right].sigmoid(), rejected=scores[~right].sigmoid(), ranked=((scores > 0) == right).float()
         )
-        total: Tensor = right_steps(scores, right).sum() * batch.given["share"]
+        total: Tensor = step_loss(scores, right).sum() * batch.extras["share"]
         return total
 
-    def look(self, network: Any, unseen: Sequence[Answered]) -> dict[str, float]:
+    def evaluate(self, network: Any, eval_examples: Sequence[PromptCompletions]) -> dict[str, float]:
         """Evaluate held-out steps: mean loss, accuracy, and the gap of mean probability between correct and wrong
         steps.
         """
         training = network.training
         network.train(False)
-        found, self.seen, size = Told(), [], self.given.config.batch_size
+        means, self.eval_scores, size = MetricMeans(), [], self.context.config.batch_size
         with torch.no_grad():
-            for at in range(0, len(unseen), size):
-                some = unseen[at : at + size]
-                batch = self.join(some, some)
-                scores, right = self.scores(network, batch), batch.given["right"]
-                found.add(eval_loss=right_steps(scores, right), accuracy=((scores > 0) == right).float())
-                self.seen += list(zip(scores.sigmoid().tolist(), right.tolist(), strict=True))
+            for at in range(0, len(eval_examples), size):
+                some = eval_examples[at : at + size]
+                batch = self.collate(some, some)
+                scores, right = self.compute_scores(network, batch), batch.extras["right"]
+                means.add(eval_loss=step_loss(scores, right), accuracy=((scores > 0) == right).float())
+                self.eval_scores += list(zip(scores.sigmoid().tolist(), right.tolist(), strict=True))
         network.train(training)
-        sure = {kind: [score for score, right in self.seen if right is kind] for kind in (True, False)}
-        apart = (
-            sum(sure[True]) / len(sure[True]) - sum(sure[False]) / len(sure[False])
-            if sure[True] and sure[False]
+        probabilities = {kind: [score for score, right in self.eval_scores if right is kind] for kind in (True, False)}
+        margin = (
+            sum(probabilities[True]) / len(probabilities[True]) - sum(probabilities[False]) / len(probabilities[False])
+            if probabilities[True] and probabilities[False]
             else 0.0
         )
-        return {**found.means(), "eval_margin": apart}
+        return {**means.pop_means(), "eval_margin": margin}
 
 
-def put_head(given: Given, kind: Kind) -> nn.Linear:
+def add_score_head(context: MethodContext, kind: RewardKind) -> nn.Linear:
     """Add a score head to the network, trained with the rest.
 
     Errors: ModelError for a network that is not one of our decoders.
     """
-    network = given.tuned.network
-    if not isinstance(network, DecoderForCausalLM) or not given.tuned.free:
+    network = context.tuned.network
+    if not isinstance(network, DecoderForCausalLM) or not context.tuned.padding_free:
         raise ModelError("a reward model needs a decoder of a known architecture: Llama, Mistral, Qwen or Gemma")
-    torch.manual_seed(given.ctx.seed)
-    head = new_head(network.shape.hidden_size, kind).to(given.device)
+    torch.manual_seed(context.ctx.seed)
+    head = create_reward_head(network.shape.hidden_size, kind).to(context.device)
     network.score = head
     return head
 
 
-def saver(model: Model, out: Path, scratch: Path, kind: Kind, *, pad: int) -> Callable[[Tuned], None]:
+def make_saver(
+    model: Model, out: Path, scratch: Path, kind: RewardKind, *, pad_token_id: int
+) -> Callable[[TrainableModel], None]:
     """Return a function that saves the result as one model, with an adapter merged into the weights."""
 
-    def save(tuned: Tuned) -> None:
+    def save(tuned: TrainableModel) -> None:
         network: Any = tuned.network
         head: Any = network.score
         if tuned.lora is not None:
@@ -186,14 +188,15 @@ def saver(model: Model, out: Path, scratch: Path, kind: Kind, *, pad: int) -> Ca
                 for name, module in network.named_modules()
                 if isinstance(module, nn.Linear)
             }
-            fold_into(weights.get, folder)
-        save_scorer(network, head, model.path, out, kind, pad=pad)
+            merge_adapter_into(weights.get, folder)
+        save_reward_model(network, head, model.path, out, kind, pad=pad_token_id)
 
     return save
 
 
-def said(found: Mapping[str, float]) -> str:
+def format_metrics(metrics: Mapping[str, float]) -> str:
     """Format evaluation metrics as a log message."""
     return (
-        f"held-out: loss {found['eval_loss']:.4f}, accuracy {found['accuracy']:.1%}, margin {found['eval_margin']:+.3f}"
+        f"held-out: loss {metrics['eval_loss']:.4f}, accuracy {metrics['accuracy']:.1%}, margin"
+        f" {metrics['eval_margin']:+.3f}"
     )

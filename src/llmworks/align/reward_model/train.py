@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from llmworks.align.preference.run import Policy, check_run
 from llmworks.core.artifact import Model
 from llmworks.core.context import Context
-from llmworks.train.finetune.method import Material, Way
-from llmworks.train.finetune.run import in_memory, save_records, tune
+from llmworks.train.finetune.method import TrainingData, TrainMethod
+from llmworks.train.finetune.run import explain_out_of_memory, run_training, save_records
 
 if TYPE_CHECKING:
-    from llmworks.train.finetune.trainable import Tuned
+    from llmworks.train.finetune.trainable import TrainableModel
 
 from llmworks.align.reward_model.config import RewardConfig, ScorerConfig
 
@@ -20,7 +20,7 @@ from llmworks.align.reward_model.config import RewardConfig, ScorerConfig
 def train_scorer(
     config: ScorerConfig,
     policy: Policy,
-    material: Material,
+    material: TrainingData,
     ctx: Context,
     kind: Any,
     labels: Mapping[str, Sequence[bool]],
@@ -29,39 +29,39 @@ def train_scorer(
 
     Errors: UserError for an unsupported configuration.
     """
-    from llmworks.align.reward_model.run import Ranking, Steps, saver
+    from llmworks.align.reward_model.run import PairRewardObjective, ProcessRewardObjective, make_saver
     from llmworks.train.distributed import world
 
-    check_run(config, held_out=bool(material.unseen))
-    kept_by: list[Any] = []
+    check_run(config, has_eval_data=bool(material.eval_examples))
+    objectives: list[Any] = []
 
-    def way(tuned: Tuned, material: Material) -> Way:
-        from llmworks.align.preference.objective import Given
+    def make_method(tuned: TrainableModel, material: TrainingData) -> TrainMethod:
+        from llmworks.align.preference.objective import MethodContext
 
-        given = Given(config, tuned, material, ctx, here.device)
-        kept_by.append(
-            Ranking(given, margin=config.margin_coefficient, center=config.center_rewards_coefficient)
+        given = MethodContext(config, tuned, material, ctx, here.device)
+        objectives.append(
+            PairRewardObjective(given, margin=config.margin_coefficient, center=config.center_rewards_coefficient)
             if isinstance(config, RewardConfig)
-            else Steps(given, labels)
+            else ProcessRewardObjective(given, labels)
         )
-        made: Way = kept_by[0].way()
+        made: TrainMethod = objectives[0].build_method()
         return made
 
-    def finish(tuned: Tuned, metrics: dict[str, Any]) -> Model:
+    def finish(tuned: TrainableModel, metrics: dict[str, Any]) -> Model:
         rows = ctx.progress.read_metrics()
-        learner = kept_by[0]
-        saver(policy.model, ctx.out, ctx.scratch, kind, pad=pad_of(material))(tuned)
+        objective = objectives[0]
+        make_saver(policy.model, ctx.out, ctx.scratch, kind, pad_token_id=choose_pad_token(material))(tuned)
         material.tokenizer.save_pretrained(ctx.out)
-        save_records(ctx, material.set_aside)
+        save_records(ctx, material.dropped)
         metrics |= {
             "rows": len(material.examples),
-            "dropped": len(material.set_aside),
-            "trainable_parameters": tuned.trained,
+            "dropped": len(material.dropped),
+            "trainable_parameters": tuned.num_trainable_parameters,
         }
         from llmworks.align.report import describe_scores
 
         metrics |= describe_scores(
-            ctx.report, policy.name, rows, metrics, config.model_dump(), material.set_aside, learner.seen, kind
+            ctx.report, policy.name, rows, metrics, config.model_dump(), material.dropped, objective.eval_scores, kind
         )
         return Model(
             ctx.out,
@@ -69,21 +69,31 @@ def train_scorer(
             about={"format": "hf", "head": kind, "architecture": str(policy.model.about.get("architecture", ""))},
         )
 
-    with world.opened(config.spread) as here:
+    with world.init_world(config.parallelism) as here:
         try:
-            made = tune(config, policy.model, ctx, here, material, way, _no_page, adapter=policy.adapter, finish=finish)
+            made = run_training(
+                config,
+                policy.model,
+                ctx,
+                here,
+                material,
+                make_method,
+                _skip_report,
+                adapter=policy.adapter,
+                finish=finish,
+            )
         except RuntimeError as error:
-            raise (in_memory(error) or error) from error
+            raise (explain_out_of_memory(error) or error) from error
     assert isinstance(made, Model)
     return made
 
 
-def pad_of(material: Material) -> int:
+def choose_pad_token(material: TrainingData) -> int:
     """Return a padding token id that does not end any completion.
 
     transformers reads the score at the last token that is not padding.
     """
-    ends = {answer.ids[-1] for example in material.examples for answer in example.answers}
+    ends = {answer.ids[-1] for example in material.examples for answer in example.completions}
     tokenizer = material.tokenizer
     return next(
         (
@@ -95,5 +105,5 @@ def pad_of(material: Material) -> int:
     )
 
 
-def _no_page(*_: Any) -> None:
+def _skip_report(*_: Any) -> None:
     """Do nothing: the report is written where the scores are known."""

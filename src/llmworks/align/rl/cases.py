@@ -10,14 +10,14 @@ from llmworks.data.store.rows import Row
 
 
 @dataclass(frozen=True)
-class Case:
+class RewardInput:
     """A completion to score: its dataset row, prompt, text, token count and whether it was truncated."""
 
     row: Row
     prompt: tuple[Message, ...]
     text: str
-    tokens: int
-    cut: bool
+    num_tokens: int
+    truncated: bool
 
 
-Values = Callable[[Sequence[Case]], list[float | str]]
+RewardFunction = Callable[[Sequence[RewardInput]], list[float | str]]

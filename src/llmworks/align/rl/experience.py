@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from llmworks.core.errors import TrainingError
-from llmworks.core.progress import write_whole
+from llmworks.core.progress import write_atomic
 from llmworks.core.types import Message
 from llmworks.data.store.rows import Row
 
 
 @dataclass(frozen=True)
-class Asked:
+class RolloutPrompt:
     """A prompt: its dataset row, messages and token ids."""
 
     row: Row
@@ -30,7 +30,7 @@ class Asked:
 
 
 @dataclass
-class Drawn:
+class SampledCompletion:
     """A sampled completion: its ids (with the end token, if it ended), reward and per-token values.
 
     `engine`, `old`, `reference`: log-probabilities of its tokens by the engine, by the trainer before any update, and
@@ -39,9 +39,9 @@ class Drawn:
 
     ids: list[int]
     text: str
-    cut: bool
+    truncated: bool
     reward: float
-    parts: dict[str, float]
+    rewards_by_function: dict[str, float]
     engine: list[float]
     old: list[float] = field(default_factory=list)
     reference: list[float] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Drawn:
     returns: list[float] = field(default_factory=list)
 
 
-TOKENS = ("old", "reference", "values", "advantages", "returns")  # per-token fields
+PER_TOKEN_FIELDS = ("old", "reference", "values", "advantages", "returns")  # per-token fields
 
 
 @dataclass
@@ -58,23 +58,23 @@ class Rollout:
     """The completions of some prompts [prompts][completions]. `prompts`: their indices."""
 
     prompts: list[int]
-    drawn: list[list[Drawn]]
-    figures: dict[str, float] = field(default_factory=dict)
+    completions: list[list[SampledCompletion]]
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def rewards(self) -> Tensor:
         """Rewards [prompts, completions]; NaN where a reward function failed."""
-        return torch.tensor([[one.reward for one in group] for group in self.drawn])
+        return torch.tensor([[one.reward for one in group] for group in self.completions])
 
     def save(self, file: Path) -> None:
         """Save the rollout atomically."""
-        write_whole(
+        write_atomic(
             file,
             json.dumps(
                 {
                     "prompts": self.prompts,
-                    "figures": self.figures,
-                    "drawn": [[asdict(one) for one in group] for group in self.drawn],
+                    "figures": self.metrics,
+                    "drawn": [[asdict(one) for one in group] for group in self.completions],
                 }
             ),
         )
@@ -88,7 +88,9 @@ class Rollout:
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
             return cls(
-                found["prompts"], [[Drawn(**one) for one in group] for group in found["drawn"]], found["figures"]
+                found["prompts"],
+                [[SampledCompletion(**one) for one in group] for group in found["drawn"]],
+                found["figures"],
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrainingError(

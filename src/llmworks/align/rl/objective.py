@@ -14,42 +14,50 @@ import torch
 from torch import Tensor
 
 from llmworks.align.losses.dpo import dpo
-from llmworks.align.losses.policy import Form, Mean, Weighed, distance, ratios, shares, weighed
-from llmworks.align.losses.ppo import gae, token_rewards, value_loss, whitened
-from llmworks.align.losses.sides import Sides
-from llmworks.align.preference.batch import Branches
-from llmworks.align.preference.logprobs import logprobs, states, still
-from llmworks.align.preference.objective import Given, Told
-from llmworks.align.rl.experience import Asked, Rollout
-from llmworks.align.rl.rollouts import Drawing, Rollouts, joined
-from llmworks.core.progress import write_whole
-from llmworks.model.io.reward_head import new_head
-from llmworks.train.finetune.method import Way
+from llmworks.align.losses.policy import (
+    LossAggregation,
+    LossType,
+    PolicyLoss,
+    kl_divergence,
+    log_importance_ratios,
+    policy_loss,
+    token_weights,
+)
+from llmworks.align.losses.ppo import gae, token_rewards, value_loss, whiten
+from llmworks.align.losses.sides import PairLogprobs
+from llmworks.align.preference.batch import CompletionBatch
+from llmworks.align.preference.logprobs import compute_logprobs, disable_dropout, hidden_states
+from llmworks.align.preference.objective import MethodContext, MetricMeans
+from llmworks.align.rl.experience import Rollout, RolloutPrompt
+from llmworks.align.rl.rollouts import RolloutSampler, RolloutSteps, collate_rollout
+from llmworks.core.progress import write_atomic
+from llmworks.model.io.reward_head import create_reward_head
+from llmworks.train.finetune.method import TrainMethod
 
-SHOWN, WIDE = 2, 600  # samples of a rollout kept for the report, and characters of each
+NUM_SAMPLES, MAX_SAMPLE_CHARACTERS = 2, 600  # samples of a rollout kept for the report, and characters of each
 
 
 @dataclass(frozen=True)
-class Objective:
+class PolicyLossOptions:
     """Options of the policy loss in `losses/policy.py`.
 
     `kl`: weight of the KL penalty; `unbiased`: weight the KL estimate by the importance ratio; `whole`: truncated
     completions are trained on, too.
     """
 
-    form: Form = "clip"
-    mean: Mean = "seq-mean-token-mean"
-    level: Literal["token", "sequence"] = "token"
+    loss_type: LossType = "clip"
+    aggregation: LossAggregation = "seq-mean-token-mean"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
     summed: bool = False
-    low: float = 0.2
-    high: float = 0.2
-    ceiling: float = 0.0
-    kl: float = 0.0
-    unbiased: bool = False
-    whole: bool = True
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    delta: float = 0.0
+    kl_coef: float = 0.0
+    use_bias_correction_kl: bool = False
+    train_on_truncated: bool = True
 
 
-class Groups:
+class RolloutObjective:
     """Training on completions sampled from the policy during training.
 
     `advantages`: function from a rollout to advantages [prompts, completions]; `old`: whether it needs the
@@ -58,179 +66,200 @@ class Groups:
 
     def __init__(
         self,
-        given: Given,
-        drawing: Drawing,
-        objective: Objective,
-        advantages: Callable[[Rollout], Tensor],
+        context: MethodContext,
+        sampler: RolloutSampler,
+        loss_options: PolicyLossOptions,
+        compute_advantages: Callable[[Rollout], Tensor],
         *,
-        old: bool = False,
+        needs_old_logprobs: bool = False,
     ) -> None:
-        still(given.tuned.network)
-        self.given, self.drawing, self.objective, self.advantages, self.needs_old, self.told = (
-            given,
-            drawing,
-            objective,
-            advantages,
-            old,
-            Told(),
+        disable_dropout(context.tuned.network)
+        self.context, self.sampler, self.loss_options, self.compute_advantages, self.needs_old_logprobs, self.means = (
+            context,
+            sampler,
+            loss_options,
+            compute_advantages,
+            needs_old_logprobs,
+            MetricMeans(),
         )
-        self.seen: list[float] = []  # rewards of the held-out prompts at the last evaluation
-        self.texts: list[str] = []
-        self.figures: dict[str, float] = {}
-        habit = drawing.habit
-        self.once = habit.updates * habit.passes == 1  # fully on-policy: the trained policy is the sampling policy
-        self.dull = 0
+        self.eval_rewards: list[float] = []  # rewards of the held-out prompts at the last evaluation
+        self.eval_completions: list[str] = []
+        self.metrics: dict[str, float] = {}
+        options = sampler.options
+        self.is_on_policy = (
+            options.num_minibatches * options.num_iterations == 1
+        )  # fully on-policy: the trained policy is the sampling policy
+        self.num_no_signal = 0
 
-    def way(self) -> Way:
+    def build_method(self) -> TrainMethod:
         """Return the training method for the training loop."""
-        self.began = self._began()
-        scratch = self.given.ctx.scratch
-        steps = Rollouts(
-            self.drawing,
+        self.initial_eval_rewards = self._initial_rewards()
+        scratch = self.context.ctx.scratch
+        steps = RolloutSteps(
+            self.sampler,
             scratch / "rollouts",
-            epochs=self.given.config.num_train_epochs,
-            seed=self.given.ctx.seed,
-            join=self.join,
-            heard=self.heard,
-            old=not self.once or self.needs_old,
+            epochs=self.context.config.num_train_epochs,
+            seed=self.context.ctx.seed,
+            collate=self.collate,
+            on_rollout=self.process_rollout,
+            with_old_logprobs=not self.is_on_policy or self.needs_old_logprobs,
         )
-        return Way(
+        return TrainMethod(
             self.loss,
             lambda some, _: some,
-            self.look,
-            said,
-            self.tell,
+            self.evaluate,
+            format_metrics,
+            self.get_metrics,
             steps,
-            lambda: bool(self.given.config.metric_for_best_model) or not self.seen,
-            self.done,
+            lambda: bool(self.context.config.metric_for_best_model) or not self.eval_rewards,
+            self.clean_up,
         )
 
-    def done(self) -> None:
+    def clean_up(self) -> None:
         """Do nothing; subclasses clean up here."""
 
-    def heard(self, number: int, made: Rollout) -> None:
+    def process_rollout(self, number: int, rollout: Rollout) -> None:
         """Compute the advantages of a rollout's tokens and record its metrics and samples."""
-        values = self.advantages(made)
-        for row, group in zip(values.tolist(), made.drawn, strict=True):
+        values = self.compute_advantages(rollout)
+        for row, group in zip(values.tolist(), rollout.completions, strict=True):
             for advantage, one in zip(row, group, strict=True):
                 one.advantages = [advantage] * len(one.ids)
-        self.keep(number, made)
+        self.record_rollout(number, rollout)
 
-    def keep(self, number: int, made: Rollout) -> None:
+    def record_rollout(self, number: int, rollout: Rollout) -> None:
         """Record the metrics and samples of a rollout; warn when it has no learning signal."""
-        self.figures = made.figures
-        self.dull = self.dull + 1 if made.figures["alike"] == 1.0 else 0
-        if self.dull in (3, 30):
-            self.given.ctx.progress.say(
-                f"warning: in {self.dull} rollouts all completions"
-                f" {'of each prompt ' if self.drawing.habit.answers > 1 else ''}had the same reward, so there is"
+        self.metrics = rollout.metrics
+        self.num_no_signal = self.num_no_signal + 1 if rollout.metrics["alike"] == 1.0 else 0
+        if self.num_no_signal in (3, 30):
+            self.context.ctx.progress.log(
+                f"warning: in {self.num_no_signal} rollouts all completions"
+                f" {'of each prompt ' if self.sampler.options.num_generations > 1 else ''}had the same reward, so"
+                " there is"
                 " no learning signal; use easier or harder prompts, sample more completions, or raise temperature"
             )
-        file = self.given.ctx.scratch / "samples.json"
-        kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        if str(number) not in kept:
-            kept[str(number)] = [
+        file = self.context.ctx.scratch / "samples.json"
+        samples = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if str(number) not in samples:
+            samples[str(number)] = [
                 {
-                    "prompt": self.drawing.asked[prompt].prompt[-1].content[-WIDE:],
-                    "answer": group[0].text[:WIDE],
+                    "prompt": self.sampler.prompts[prompt].prompt[-1].content[-MAX_SAMPLE_CHARACTERS:],
+                    "answer": group[0].text[:MAX_SAMPLE_CHARACTERS],
                     "reward": group[0].reward,
-                    "cut": group[0].cut,
+                    "cut": group[0].truncated,
                 }
-                for prompt, group in list(zip(made.prompts, made.drawn, strict=True))[:SHOWN]
+                for prompt, group in list(zip(rollout.prompts, rollout.completions, strict=True))[:NUM_SAMPLES]
             ]
-            write_whole(file, json.dumps(kept))
+            write_atomic(file, json.dumps(samples))
 
-    def join(self, made: Rollout, some: Sequence[int], step: Sequence[int]) -> Branches:
+    def collate(self, rollout: Rollout, indices: Sequence[int], step: Sequence[int]) -> CompletionBatch:
         """Collate the completions of some prompts into a micro-batch of a step."""
-        batch = joined(self.given, self.drawing, made, some)
-        of_step = [one for i in step for one in made.drawn[i]]
-        learned = sum(len(one.ids) for one in of_step if self.objective.whole or not one.cut)
-        return replace(batch, given=batch.given | {"answers": len(of_step), "tokens": learned})
+        batch = collate_rollout(self.context, self.sampler, rollout, indices)
+        of_step = [one for i in step for one in rollout.completions[i]]
+        num_tokens = sum(len(one.ids) for one in of_step if self.loss_options.train_on_truncated or not one.truncated)
+        return replace(batch, extras=batch.extras | {"answers": len(of_step), "tokens": num_tokens})
 
-    def tell(self) -> dict[str, float]:
+    def get_metrics(self) -> dict[str, float]:
         """Return the metrics of a step: of its rollout and of the loss."""
-        return {**self.figures, **self.told.means()}
+        return {**self.metrics, **self.means.pop_means()}
 
-    def loss(self, network: Any, batch: Branches) -> Tensor:
+    def loss(self, network: Any, batch: CompletionBatch) -> Tensor:
         """Compute the loss as a sum over the completions of a step."""
-        found, entropy, _ = logprobs(network, batch, self.drawing.habit.temperature)
-        total, worth, old = self._policy(batch, found)
-        objective = self.objective
-        if objective.kl and "reference" in batch.given:
-            away = distance(found, batch.given["reference"])
-            self.told.add(kl=away)
-            if objective.unbiased:
-                away = away * ratios(found, old, batch.owner, batch.counts, "token").exp()
-            total = total + objective.kl * away
-        self.told.add(entropy=entropy, clipped=worth.clipped.float(), ratio=(found.detach() - old).exp())
-        if self.once and self.drawing.habit.temperature == 1.0:
-            gap = (found.detach() - batch.given["engine"]).abs()
-            self.told.add(engine_gap=gap[~gap.isnan()])
-        return (total * self._shares(batch)).sum()
-
-    def _policy(self, batch: Branches, found: Tensor) -> tuple[Tensor, Weighed, Tensor]:
-        """Return (loss of each token, policy loss with clipping, log-probabilities at sampling time)."""
-        old = found.detach() if self.once or "old" not in batch.given else batch.given["old"]
-        o = self.objective
-        log = ratios(found, old, batch.owner, batch.counts, o.level, summed=o.summed)
-        worth = weighed(
-            found,
-            log,
-            batch.given["advantages"],
-            batch.owner,
-            batch.counts,
-            form=o.form,
-            low=o.low,
-            high=o.high,
-            ceiling=o.ceiling,
+        token_logprobs, entropy, _ = compute_logprobs(network, batch, self.sampler.options.temperature)
+        total, policy_loss_terms, old_logprobs = self._policy_loss(batch, token_logprobs)
+        objective = self.loss_options
+        if objective.kl_coef and "reference" in batch.extras:
+            kl = kl_divergence(token_logprobs, batch.extras["reference"])
+            self.means.add(kl=kl)
+            if objective.use_bias_correction_kl:
+                kl = (
+                    kl
+                    * log_importance_ratios(
+                        token_logprobs, old_logprobs, batch.owner, batch.token_counts, "token"
+                    ).exp()
+                )
+            total = total + objective.kl_coef * kl
+        self.means.add(
+            entropy=entropy,
+            clipped=policy_loss_terms.clipped.float(),
+            ratio=(token_logprobs.detach() - old_logprobs).exp(),
         )
-        return worth.loss, worth, old
+        if self.is_on_policy and self.sampler.options.temperature == 1.0:
+            gap = (token_logprobs.detach() - batch.extras["engine"]).abs()
+            self.means.add(engine_gap=gap[~gap.isnan()])
+        return (total * self._token_weights(batch)).sum()
 
-    def _shares(self, batch: Branches) -> Tensor:
+    def _policy_loss(self, batch: CompletionBatch, token_logprobs: Tensor) -> tuple[Tensor, PolicyLoss, Tensor]:
+        """Return (loss of each token, policy loss with clipping, log-probabilities at sampling time)."""
+        old_logprobs = (
+            token_logprobs.detach() if self.is_on_policy or "old" not in batch.extras else batch.extras["old"]
+        )
+        o = self.loss_options
+        log = log_importance_ratios(
+            token_logprobs, old_logprobs, batch.owner, batch.token_counts, o.importance_sampling_level, summed=o.summed
+        )
+        policy_loss_terms = policy_loss(
+            token_logprobs,
+            log,
+            batch.extras["advantages"],
+            batch.owner,
+            batch.token_counts,
+            loss_type=o.loss_type,
+            epsilon_low=o.epsilon_low,
+            epsilon_high=o.epsilon_high,
+            delta=o.delta,
+        )
+        return policy_loss_terms.loss, policy_loss_terms, old_logprobs
+
+    def _token_weights(self, batch: CompletionBatch) -> Tensor:
         """Return the loss weight of each token.
 
         0 for completions without a reward and, where they are masked, for truncated completions.
         """
-        known = ~batch.given["reward"].isnan() & (~batch.given["cut"] | self.objective.whole)
+        known = ~batch.extras["reward"].isnan() & (~batch.extras["cut"] | self.loss_options.train_on_truncated)
         counted: Tensor = (
-            shares(
+            token_weights(
                 batch.owner,
-                batch.counts,
-                self.objective.mean,
-                answers=batch.given["answers"],
-                tokens=batch.given["tokens"],
-                longest=self.drawing.habit.longest,
+                batch.token_counts,
+                self.loss_options.aggregation,
+                num_completions=batch.extras["answers"],
+                num_tokens=batch.extras["tokens"],
+                max_completion_length=self.sampler.options.max_completion_length,
             )
             * known[batch.owner]
         )
         return counted
 
-    def _answered(self, asked: Sequence[Asked]) -> tuple[list[float], list[str]]:
+    def _complete_greedily(self, prompts: Sequence[RolloutPrompt]) -> tuple[list[float], list[str]]:
         """Return rewards and texts of greedy completions of held-out prompts."""
-        groups = self.drawing.answers(asked, 1, 0.0, lambda *_: 0)
-        return [valued[0].total for valued in self.drawing.valued(groups, held=True)], [
+        groups = self.sampler.sample_completions(prompts, 1, 0.0, lambda *_: 0)
+        return [valued[0].total for valued in self.sampler.score_completions(groups, is_eval=True)], [
             group[0][0].text for group in groups
         ]
 
-    def _began(self) -> list[float]:
+    def _initial_rewards(self) -> list[float]:
         """Return the rewards of held-out prompts before the first step."""
-        file = self.given.ctx.scratch / "began.json"
+        file = self.context.ctx.scratch / "began.json"
         if not file.exists():
-            write_whole(
-                file, json.dumps(self._answered(self.given.material.unseen)[0] if self.given.material.unseen else [])
+            write_atomic(
+                file,
+                json.dumps(
+                    self._complete_greedily(self.context.material.eval_examples)[0]
+                    if self.context.material.eval_examples
+                    else []
+                ),
             )
         found: list[float] = json.loads(file.read_text(encoding="utf-8"))
         return found
 
-    def look(self, network: Any, unseen: Sequence[Asked]) -> dict[str, float]:
+    def evaluate(self, network: Any, eval_prompts: Sequence[RolloutPrompt]) -> dict[str, float]:
         """Evaluate greedy completions of held-out prompts: the mean reward (`accuracy`) and its negative as a loss."""
-        self.seen, self.texts = self._answered(unseen)
-        known = [value for value in self.seen if value == value]
+        self.eval_rewards, self.eval_completions = self._complete_greedily(eval_prompts)
+        known = [value for value in self.eval_rewards if value == value]
         mean = sum(known) / max(1, len(known))
         return {"eval_loss": -mean, "accuracy": mean}
 
 
-class Actor(Groups):
+class PpoObjective(RolloutObjective):
     """PPO: a value head on the policy's hidden states is trained together with the policy.
 
     `worth`: weight of the value loss; `held`: clipping range of the value prediction.
@@ -238,135 +267,151 @@ class Actor(Groups):
 
     def __init__(
         self,
-        given: Given,
-        drawing: Drawing,
-        objective: Objective,
+        context: MethodContext,
+        sampler: RolloutSampler,
+        loss_options: PolicyLossOptions,
         *,
-        reference_kl: float,
-        discount: float,
-        trace: float,
-        worth: float,
-        held: float,
-        white: bool,
+        kl_coef: float,
+        gamma: float,
+        gae_lambda: float,
+        vf_coef: float,
+        cliprange_value: float,
+        normalize_advantages: bool,
     ) -> None:
         super().__init__(
-            given, drawing, objective, lambda made: torch.zeros(len(made.drawn), drawing.habit.answers), old=True
+            context,
+            sampler,
+            loss_options,
+            lambda made: torch.zeros(len(made.completions), sampler.options.num_generations),
+            needs_old_logprobs=True,
         )
-        self.reference_kl, self.discount, self.trace, self.worth, self.held, self.white = (
-            reference_kl,
-            discount,
-            trace,
-            worth,
-            held,
-            white,
+        self.kl_coef, self.gamma, self.gae_lambda, self.vf_coef, self.cliprange_value, self.normalize_advantages = (
+            kl_coef,
+            gamma,
+            gae_lambda,
+            vf_coef,
+            cliprange_value,
+            normalize_advantages,
         )
-        network = given.tuned.network
-        torch.manual_seed(given.ctx.seed)
-        self.head = new_head(network.get_input_embeddings().weight.shape[1], "whole").to(given.device)
-        network.score = self.head
-        drawing.noting = self.note
+        network = context.tuned.network
+        torch.manual_seed(context.ctx.seed)
+        self.value_head = create_reward_head(network.get_input_embeddings().weight.shape[1], "whole").to(context.device)
+        network.score = self.value_head
+        sampler.record_hook = self.record_values
 
-    def done(self) -> None:
+    def clean_up(self) -> None:
         """Remove the value head, which is not part of the policy."""
-        del self.given.tuned.network.score
+        del self.context.tuned.network.score
 
-    def note(self, made: Rollout) -> None:
+    def record_values(self, rollout: Rollout) -> None:
         """Record the value prediction of each token before any update."""
-        network = self.drawing.network
-        examples, size = self.drawing.examples(made), self.drawing.habit.size
+        network = self.sampler.network
+        examples, size = self.sampler.to_examples(rollout), self.sampler.options.batch_size
         with torch.no_grad():
             for at in range(0, len(examples), size):
-                batch = self.given.join(examples[at : at + size])
-                values = iter(self.head(states(network, batch)[batch.at])[:, 0].float().tolist())
-                for group in made.drawn[at : at + size]:
+                batch = self.context.collate(examples[at : at + size])
+                values = iter(
+                    self.value_head(hidden_states(network, batch)[batch.positions_before])[:, 0].float().tolist()
+                )
+                for group in rollout.completions[at : at + size]:
                     for one in group:
                         one.values = [next(values) for _ in one.ids]
 
-    def heard(self, number: int, made: Rollout) -> None:
+    def process_rollout(self, number: int, rollout: Rollout) -> None:
         """Compute advantages and returns of all tokens of a rollout."""
-        flat = [one for group in made.drawn for one in group]
+        flat = [one for group in rollout.completions for one in group]
         owner = torch.tensor([at for at, one in enumerate(flat) for _ in one.ids])
         old, values = (torch.tensor([v for one in flat for v in getattr(one, name)]) for name in ("old", "values"))
         reference = torch.tensor([v for one in flat for v in one.reference]) if flat[0].reference else old
         scores = torch.tensor([one.reward for one in flat]).nan_to_num(0.0)
-        counted = torch.tensor([one.reward == one.reward and (self.objective.whole or not one.cut) for one in flat])[
-            owner
-        ]  # others are excluded, here as in the loss
+        counted = torch.tensor(
+            [one.reward == one.reward and (self.loss_options.train_on_truncated or not one.truncated) for one in flat]
+        )[owner]  # others are excluded, here as in the loss
         advantages, returns = gae(
-            token_rewards(scores, old, reference, owner, kl=self.reference_kl),
+            token_rewards(scores, old, reference, owner, kl_coef=self.kl_coef),
             values,
             owner,
-            discount=self.discount,
-            trace=self.trace,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
         )
         weighed_by = torch.zeros_like(advantages)
         weighed_by[counted] = (
-            whitened(advantages[counted]) if self.white and bool(counted.any()) else advantages[counted]
+            whiten(advantages[counted]) if self.normalize_advantages and bool(counted.any()) else advantages[counted]
         )
         rest = iter(zip(weighed_by.tolist(), returns.tolist(), strict=True))
         for one in flat:
             both = [next(rest) for _ in one.ids]
             one.advantages, one.returns = [a for a, _ in both], [r for _, r in both]
-        made.figures |= {
+        rollout.metrics |= {
             "kl": float((old - reference).mean()),
-            "explained": explained(values[counted], returns[counted]),
+            "explained": explained_variance(values[counted], returns[counted]),
         }
-        self.keep(number, made)
+        self.record_rollout(number, rollout)
 
-    def loss(self, network: Any, batch: Branches) -> Tensor:
+    def loss(self, network: Any, batch: CompletionBatch) -> Tensor:
         """Compute the policy loss plus the value loss of the same hidden states."""
-        found, entropy, read = self._both(network, batch)
-        total, worth, old = self._policy(batch, found)
-        wrong = value_loss(read, batch.given["values"], batch.given["returns"], self.held)
-        self.told.add(
-            entropy=entropy, clipped=worth.clipped.float(), ratio=(found.detach() - old).exp(), value_loss=wrong
+        token_logprobs, entropy, values = self._logprobs_and_values(network, batch)
+        total, policy_loss_terms, old_logprobs = self._policy_loss(batch, token_logprobs)
+        value_losses = value_loss(values, batch.extras["values"], batch.extras["returns"], self.cliprange_value)
+        self.means.add(
+            entropy=entropy,
+            clipped=policy_loss_terms.clipped.float(),
+            ratio=(token_logprobs.detach() - old_logprobs).exp(),
+            value_loss=value_losses,
         )
-        return ((total + self.worth * wrong) * self._shares(batch)).sum()
+        return ((total + self.vf_coef * value_losses) * self._token_weights(batch)).sum()
 
-    def _both(self, network: Any, batch: Branches) -> tuple[Tensor, Tensor, Tensor]:
+    def _logprobs_and_values(self, network: Any, batch: CompletionBatch) -> tuple[Tensor, Tensor, Tensor]:
         from llmworks.model.loss.linear_logprobs import linear_logprobs
 
-        here = states(network, batch)[batch.at]
+        here = hidden_states(network, batch)[batch.positions_before]
         found, entropy = linear_logprobs(
-            here, network.get_output_embeddings(), batch.wanted, self.drawing.habit.temperature
+            here, network.get_output_embeddings(), batch.target_ids, self.sampler.options.temperature
         )
-        return found, entropy, self.head(here)[:, 0].float()
+        return found, entropy, self.value_head(here)[:, 0].float()
 
 
-class Contest(Groups):
+class OnlineDpoObjective(RolloutObjective):
     """Online DPO: the best and the worst completion of a prompt are a pair."""
 
-    def __init__(self, given: Given, drawing: Drawing, *, kind: str, beta: float, whole: bool) -> None:
+    def __init__(
+        self, context: MethodContext, sampler: RolloutSampler, *, loss_type: str, beta: float, train_on_truncated: bool
+    ) -> None:
         super().__init__(
-            given, drawing, Objective(whole=whole), lambda made: torch.zeros(len(made.drawn), drawing.habit.answers)
+            context,
+            sampler,
+            PolicyLossOptions(train_on_truncated=train_on_truncated),
+            lambda made: torch.zeros(len(made.completions), sampler.options.num_generations),
         )
-        self.kind, self.beta = kind, beta
+        self.loss_type, self.beta = loss_type, beta
 
-    def loss(self, network: Any, batch: Branches) -> Tensor:
+    def loss(self, network: Any, batch: CompletionBatch) -> Tensor:
         """Compute the loss summed over pairs, times the completions per prompt.
 
         Prompts whose completions all have the same reward give no pair.
         """
-        found, entropy, _ = logprobs(network, batch, self.drawing.habit.temperature)
-        each = self.drawing.habit.answers
-        summed, reference = (batch.summed(x).view(-1, each) for x in (found, batch.given["reference"]))
+        token_logprobs, entropy, _ = compute_logprobs(network, batch, self.sampler.options.temperature)
+        each = self.sampler.options.num_generations
+        summed, reference = (
+            batch.sum_by_completion(x).view(-1, each) for x in (token_logprobs, batch.extras["reference"])
+        )
         counts, rewards = (
-            batch.counts.view(-1, each),
-            batch.given["reward"]
-            .masked_fill(batch.given["cut"] & (not self.objective.whole), torch.nan)
+            batch.token_counts.view(-1, each),
+            batch.extras["reward"]
+            .masked_fill(batch.extras["cut"] & (not self.loss_options.train_on_truncated), torch.nan)
             .view(-1, each),
         )
         best, worst = (
             rewards.nan_to_num(-torch.inf).argmax(1, keepdim=True),
             rewards.nan_to_num(torch.inf).argmin(1, keepdim=True),
         )
-        apart = (rewards.gather(1, best) - rewards.gather(1, worst))[:, 0]
-        told = apart > 1e-9  # false where a reward is NaN
+        reward_gap = (rewards.gather(1, best) - rewards.gather(1, worst))[:, 0]
+        has_gap = reward_gap > 1e-9  # false where a reward is NaN
 
         def of(x: Tensor, which: Tensor) -> Tensor:
-            return x.gather(1, which)[told, 0]
+            return x.gather(1, which)[has_gap, 0]
 
-        sides = Sides(
+        pairs = PairLogprobs(
             of(summed, best),
             of(summed, worst),
             of(counts, best),
@@ -374,24 +419,24 @@ class Contest(Groups):
             of(reference, best),
             of(reference, worst),
         )
-        judged = dpo(sides, self.kind, beta=self.beta)
-        self.told.add(
+        pair_loss = dpo(pairs, self.loss_type, beta=self.beta)
+        self.means.add(
             entropy=entropy,
-            chosen=judged.chosen,
-            rejected=judged.rejected,
-            margin=judged.chosen - judged.rejected,
-            ranked=(judged.chosen > judged.rejected).float(),
-            kl=found.detach() - batch.given["reference"],
+            chosen=pair_loss.chosen_rewards,
+            rejected=pair_loss.rejected_rewards,
+            margin=pair_loss.chosen_rewards - pair_loss.rejected_rewards,
+            ranked=(pair_loss.chosen_rewards > pair_loss.rejected_rewards).float(),
+            kl=token_logprobs.detach() - batch.extras["reference"],
         )
-        return judged.loss.sum() * each + 0.0 * found.sum()
+        return pair_loss.loss.sum() * each + 0.0 * token_logprobs.sum()
 
 
-def explained(values: Tensor, returns: Tensor) -> float:
+def explained_variance(values: Tensor, returns: Tensor) -> float:
     """Return the explained variance of returns by values; below 0 where a constant would be better."""
     variance = float(returns.var(correction=0)) if len(returns) else 0.0
     return 1 - float((returns - values).var(correction=0)) / variance if variance > 1e-12 else 0.0
 
 
-def said(found: Mapping[str, float]) -> str:
+def format_metrics(metrics: Mapping[str, float]) -> str:
     """Format evaluation metrics as a log message."""
-    return f"held-out prompts: mean reward {found['accuracy']:.4f}"
+    return f"held-out prompts: mean reward {metrics['accuracy']:.4f}"

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmworks.align.preference.batch import branched
-from llmworks.align.preference.examples import answered
+from llmworks.align.preference.batch import collate_shared_prompts
+from llmworks.align.preference.examples import tokenize_completions
 from llmworks.core.artifact import Model
 from llmworks.core.types import Message
-from llmworks.model.io.reward_head import Scorer
+from llmworks.model.io.reward_head import RewardModel
 from llmworks.tokenize.chat.templates import encode, render_prompt
 from llmworks.tokenize.load import load_tokenizer
 
 if TYPE_CHECKING:
-    from llmworks.align.rl.cases import Case, Values
+    from llmworks.align.rl.cases import RewardFunction, RewardInput
 
-ROWS = 16  # completions per batch
+BATCH_SIZE = 16  # completions per batch
 
 
-def scores_of(model: Model) -> Values:
+def load_reward_function(model: Model) -> RewardFunction:
     """Return a function from cases to scores of a reward model.
 
     A reward model of whole completions gives its score; a process reward model the lowest probability of a step to be
@@ -32,38 +32,45 @@ def scores_of(model: Model) -> Values:
 
     Errors: ModelError for a model without a score head.
     """
-    scorer, tokenizer = Scorer(model.path), load_tokenizer(model.path)
+    scorer, tokenizer = RewardModel(model.path), load_tokenizer(model.path)
 
-    def values(cases: Sequence[Case]) -> list[float | str]:
+    def values(cases: Sequence[RewardInput]) -> list[float | str]:
         found: list[float | str] = []
-        for at in range(0, len(cases), ROWS):
-            found += (_whole if scorer.kind == "whole" else _steps)(scorer, tokenizer, cases[at : at + ROWS])
+        for at in range(0, len(cases), BATCH_SIZE):
+            found += (_score_completions if scorer.kind == "whole" else _score_steps)(
+                scorer, tokenizer, cases[at : at + BATCH_SIZE]
+            )
         return found
 
     return values
 
 
-def _whole(scorer: Scorer, tokenizer: object, cases: Sequence[Case]) -> list[float | str]:
+def _score_completions(scorer: RewardModel, tokenizer: object, inputs: Sequence[RewardInput]) -> list[float | str]:
     made = [
-        answered(
-            tokenizer, str(number), case.prompt, {"only": (Message("assistant", case.text),)}, (), most=scorer.context
+        tokenize_completions(
+            tokenizer,
+            str(number),
+            case.prompt,
+            {"only": (Message("assistant", case.text),)},
+            (),
+            max_length=scorer.context,
         )
-        for number, case in enumerate(cases)
+        for number, case in enumerate(inputs)
     ]
     good = [one for one in made if not isinstance(one, str)]
     scores: list[float] = []
     if good:
-        batch = branched(good)
+        batch = collate_shared_prompts(good)
         assert batch.positions is not None
         assert batch.segments is not None
-        scores = scorer.scores(batch.ids, batch.positions, batch.segments, batch.lasts).tolist()
+        scores = scorer.compute_rewards(batch.ids, batch.positions, batch.segments, batch.last_positions).tolist()
     rest = iter(scores)
     return [one if isinstance(one, str) else next(rest) for one in made]
 
 
-def _steps(scorer: Scorer, tokenizer: object, cases: Sequence[Case]) -> list[float | str]:
+def _score_steps(scorer: RewardModel, tokenizer: object, inputs: Sequence[RewardInput]) -> list[float | str]:
     found: list[float | str] = []
-    for case in cases:
+    for case in inputs:
         ids = list(render_prompt(tokenizer, case.prompt))
         ends = []
         for step in (line for line in case.text.splitlines() if line.strip()):
@@ -79,7 +86,7 @@ def _steps(scorer: Scorer, tokenizer: object, cases: Sequence[Case]) -> list[flo
         row = torch.tensor([ids])
         found.append(
             float(
-                scorer.scores(row, torch.arange(len(ids))[None], torch.zeros_like(row), torch.tensor(ends))
+                scorer.compute_rewards(row, torch.arange(len(ids))[None], torch.zeros_like(row), torch.tensor(ends))
                 .sigmoid()
                 .min()
             )

@@ -13,31 +13,31 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.align.preference.run import Policy, check_run, shared_prompts
-from llmworks.align.rl.rewards import Rewards, check_names
+from llmworks.align.preference.run import Policy, check_run, warn_shared_prompts
+from llmworks.align.rl.rewards import RewardFunctions, check_names
 from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError, RequestError
 from llmworks.core.types import Message
-from llmworks.data.store.rows import Row, flat_messages, read_chat
+from llmworks.data.store.rows import Row, flatten_messages, read_chat
 from llmworks.tokenize.chat.templates import render_prompt
 from llmworks.train.finetune.config import WriterConfig
-from llmworks.train.finetune.method import Material
-from llmworks.train.finetune.run import context_of, in_memory, tune
+from llmworks.train.finetune.method import TrainingData
+from llmworks.train.finetune.run import explain_out_of_memory, get_context_length, run_training
 
 if TYPE_CHECKING:
-    from llmworks.align.preference.objective import Given
-    from llmworks.align.rl.experience import Asked
-    from llmworks.align.rl.objective import Groups
-    from llmworks.align.rl.rollouts import Drawing, Habit
-    from llmworks.train.finetune.method import Way
-    from llmworks.train.finetune.trainable import Tuned
+    from llmworks.align.preference.objective import MethodContext
+    from llmworks.align.rl.experience import RolloutPrompt
+    from llmworks.align.rl.objective import RolloutObjective
+    from llmworks.align.rl.rollouts import RolloutOptions, RolloutSampler
+    from llmworks.train.finetune.method import TrainMethod
+    from llmworks.train.finetune.trainable import TrainableModel
 
 
 class OnlineConfig(WriterConfig):
     """Sampling, reward functions and reuse of rollouts."""
 
-    rates: ClassVar[Mapping[str, float]] = {"lora": 1e-4, "full": 1e-6}
+    default_learning_rates: ClassVar[Mapping[str, float]] = {"lora": 1e-4, "full": 1e-6}
 
     reward_funcs: dict[str, float] = Field(
         {"verified": 1.0},
@@ -141,69 +141,70 @@ class OnlineConfig(WriterConfig):
         return self
 
 
-def prompt_of(row: Row) -> tuple[Message, ...]:
+def get_prompt(row: Row) -> tuple[Message, ...]:
     """Return a conversation without its final assistant turn, with tools rendered as text.
 
     Empty where it has no prompt.
     """
-    turns = flat_messages(row) if row["messages"] else ()
+    turns = flatten_messages(row) if row["messages"] else ()
     while turns and turns[-1].role == "assistant":
         turns = turns[:-1]
     return turns if turns and turns[-1].role in ("user", "tool") else ()
 
 
-def prompts_of(
-    config: OnlineConfig, tokenizer: Any, data: Dataset, most: int, limit: int = 0
-) -> tuple[list[Asked], list[tuple[str, str]]]:
+def read_prompts(
+    config: OnlineConfig, tokenizer: Any, data: Dataset, max_length: int, limit: int = 0
+) -> tuple[list[RolloutPrompt], list[tuple[str, str]]]:
     """Return (prompts, rejected rows with the reason).
 
     Errors: DataError when none is left.
     """
-    from llmworks.align.rl.experience import Asked
+    from llmworks.align.rl.experience import RolloutPrompt
 
-    found: list[Asked] = []
-    lost: list[tuple[str, str]] = []
+    prompts: list[RolloutPrompt] = []
+    rejected: list[tuple[str, str]] = []
     rows = read_chat(data)[: limit or None]
     for row in rows:
-        turns = prompt_of(row)
+        turns = get_prompt(row)
         try:
             ids = render_prompt(tokenizer, turns) if turns else ()
         except (RequestError, ValueError) as error:
-            lost.append((str(row["id"]), str(error)))
+            rejected.append((str(row["id"]), str(error)))
             continue
         if not ids:
-            lost.append((str(row["id"]), "has no prompt"))
-        elif len(ids) + config.max_completion_length > most:
-            lost.append(
+            rejected.append((str(row["id"]), "has no prompt"))
+        elif len(ids) + config.max_completion_length > max_length:
+            rejected.append(
                 (
                     str(row["id"]),
                     (
                         f"a prompt of {len(ids)} tokens leaves no room for max_completion_length"
                         f" {config.max_completion_length}"
-                        f" in {most}"
+                        f" in {max_length}"
                     ),
                 )
             )
         else:
-            found.append(Asked(row, turns, tuple(ids)))
-    if not found:
+            prompts.append(RolloutPrompt(row, turns, tuple(ids)))
+    if not prompts:
         raise DataError(
-            f"{data.name}: none of {len(rows)} rows has a usable prompt; the first: {lost[0][1] if lost else 'no rows'}"
+            f"{data.name}: none of {len(rows)} rows has a usable prompt; the first:"
+            f" {rejected[0][1] if rejected else 'no rows'}"
         )
-    return found, lost
+    return prompts, rejected
 
 
-def run(
+def run_online(
     config: OnlineConfig,
     policy: Policy,
     data: Dataset,
     ctx: Context,
-    held_out: Dataset | None,
-    groups_of: Callable[[Given, Drawing], Groups],
+    eval_data: Dataset | None,
+    build_objective: Callable[[MethodContext, RolloutSampler], RolloutObjective],
     stage: str,
     *,
-    compared: bool,
-    reward: Model | None,
+    use_reference: bool,
+    reward_model: Model | None,
     judge: Model | Adapter | None,
 ) -> Adapter | Model:
     """Train the policy on its own completions. `compared`: whether the reference's log-probabilities are needed.
@@ -211,115 +212,125 @@ def run(
     Errors: DataError for rows without a prompt or that cannot be scored; UserError for a reward function without its
     model or file; TrainingError for a loss that is not finite, or, with on_reward_error raise, a failed reward.
     """
-    from llmworks.align.preference.objective import Given
-    from llmworks.align.rl.rollouts import Drawing
+    from llmworks.align.preference.objective import MethodContext
+    from llmworks.align.rl.rollouts import RolloutSampler
     from llmworks.train.distributed import world
 
-    check_run(config, held_out=held_out is not None)
-    aside = ctx.scratch / "failed_rewards.jsonl"
-    rewards = _open_rewards(config, reward, judge, aside, ctx)
-    tokenizer, stops = policy.open(config, stage)
-    most = min(config.max_length, context_of(policy.model))
-    asked, lost = prompts_of(config, tokenizer, data, most)
-    unseen = prompts_of(config, tokenizer, held_out, most, config.eval_samples)[0] if held_out is not None else []
-    shared_prompts(asked, unseen, lambda one: one.ids, ctx.progress.say)
-    for one in (*asked, *unseen):
-        rewards.check(one.row, one.prompt)
-    each = _prompts_of_draw(config, asked, data)
-    questions = [{**one.row, "messages": _with_answer(one)} for one in unseen[: config.num_sample_prompts]]
-    _announce(ctx, asked, config, each, lost)
-    habit = _habit_of(config, each, compared)
-    made: list[Groups] = []
-    with world.opened(config.spread) as here:
+    check_run(config, has_eval_data=eval_data is not None)
+    failed_file = ctx.scratch / "failed_rewards.jsonl"
+    rewards = _open_rewards(config, reward_model, judge, failed_file, ctx)
+    tokenizer, stops = policy.open_tokenizer(config, stage)
+    max_length = min(config.max_length, get_context_length(policy.model))
+    prompts, rejected = read_prompts(config, tokenizer, data, max_length)
+    eval_prompts = (
+        read_prompts(config, tokenizer, eval_data, max_length, config.eval_samples)[0] if eval_data is not None else []
+    )
+    warn_shared_prompts(prompts, eval_prompts, lambda one: one.ids, ctx.progress.log)
+    for one in (*prompts, *eval_prompts):
+        rewards.check_row(one.row, one.prompt)
+    prompts_per_rollout = _prompts_per_rollout(config, prompts, data)
+    questions = [{**one.row, "messages": _with_empty_answer(one)} for one in eval_prompts[: config.num_sample_prompts]]
+    _log_setup(ctx, prompts, config, prompts_per_rollout, rejected)
+    options = _rollout_options(config, prompts_per_rollout, use_reference)
+    objectives: list[RolloutObjective] = []
+    with world.init_world(config.parallelism) as here:
 
-        def way(tuned: Tuned, material: Material) -> Way:
-            given = Given(config, tuned, material, ctx, here.device)
-            made.append(groups_of(given, Drawing(given, asked, rewards, habit)))
-            return made[0].way()
+        def make_method(tuned: TrainableModel, material: TrainingData) -> TrainMethod:
+            given = MethodContext(config, tuned, material, ctx, here.device)
+            objectives.append(build_objective(given, RolloutSampler(given, prompts, rewards, options)))
+            return objectives[0].build_method()
 
         def describe(report: Any, title: str, rows: Any, metrics: Any, fields: Any, set_aside: Any) -> None:
-            _describe(aside, ctx, metrics, report, title, rows, fields, set_aside, made)
+            _describe(failed_file, ctx, metrics, report, title, rows, fields, set_aside, objectives)
 
         try:
-            return tune(
+            return run_training(
                 config,
                 policy.model,
                 ctx,
                 here,
-                Material(tokenizer, stops, asked, lost, unseen, questions),
-                way,
+                TrainingData(tokenizer, stops, prompts, rejected, eval_prompts, questions),
+                make_method,
                 describe,
                 adapter=policy.adapter,
             )
         except RuntimeError as error:
-            raise (in_memory(error) or error) from error
+            raise (explain_out_of_memory(error) or error) from error
 
 
-def _announce(ctx: Context, asked: list[Asked], config: OnlineConfig, each: int, lost: list[tuple[str, str]]) -> None:
+def _log_setup(
+    ctx: Context,
+    prompts: list[RolloutPrompt],
+    config: OnlineConfig,
+    prompts_per_rollout: int,
+    rejected: list[tuple[str, str]],
+) -> None:
     """Log the number of prompts and the reward functions."""
-    ctx.progress.say(
+    ctx.progress.log(
         (
-            f"{len(asked)} prompts, {config.num_generations} completions for each of {each} per rollout, scored by"
+            f"{len(prompts)} prompts, {config.num_generations} completions for each of {prompts_per_rollout} per"
+            " rollout, scored by"
             f" {', '.join(f'{weight:g} x {name}' for name, weight in config.reward_funcs.items())}"
         )
-        + (f"; {len(lost)} rows rejected" if lost else "")
+        + (f"; {len(rejected)} rows rejected" if rejected else "")
     )
 
 
 def _open_rewards(
-    config: OnlineConfig, reward: Model | None, judge: Model | Adapter | None, aside: Path, ctx: Context
-) -> Rewards:
+    config: OnlineConfig, reward_model: Model | None, judge: Model | Adapter | None, failed_file: Path, ctx: Context
+) -> RewardFunctions:
     """Return the reward functions of a configuration."""
-    rewards = Rewards(
+    rewards = RewardFunctions(
         config.reward_funcs,
-        most=config.max_completion_length,
-        soft=config.overlong_buffer,
-        seconds=config.reward_timeout,
-        reward=reward,
+        max_completion_length=config.max_completion_length,
+        overlong_buffer=config.overlong_buffer,
+        timeout=config.reward_timeout,
+        reward_model=reward_model,
         judge=None if judge is None else lambda: ctx.open_engine(judge),
         criteria=config.criteria,
-        aside=aside,
-        stop=config.on_reward_error == "raise",
+        failed_file=failed_file,
+        stop_on_error=config.on_reward_error == "raise",
     )
     return rewards
 
 
-def _prompts_of_draw(config: OnlineConfig, asked: list[Asked], data: Dataset) -> int:
+def _prompts_per_rollout(config: OnlineConfig, prompts: list[RolloutPrompt], data: Dataset) -> int:
     """Return the prompts per rollout.
 
     Errors: DataError where the dataset has fewer.
     """
-    each = config.batch_size * config.gradient_accumulation_steps * config.num_minibatches
-    if len(asked) < each:
+    prompts_per_rollout = config.batch_size * config.gradient_accumulation_steps * config.num_minibatches
+    if len(prompts) < prompts_per_rollout:
         raise DataError(
-            f"{data.name}: {len(asked)} prompts, a rollout needs {each} (batch_size {config.batch_size},"
+            f"{data.name}: {len(prompts)} prompts, a rollout needs {prompts_per_rollout} (batch_size"
+            f" {config.batch_size},"
             f" gradient_accumulation_steps {config.gradient_accumulation_steps}, num_minibatches"
             f" {config.num_minibatches}); add prompts,"
             " or lower these"
         )
-    return each
+    return prompts_per_rollout
 
 
-def _habit_of(config: OnlineConfig, each: int, compared: bool) -> Habit:
+def _rollout_options(config: OnlineConfig, prompts_per_rollout: int, use_reference: bool) -> RolloutOptions:
     """Return the rollout options of a configuration."""
-    from llmworks.align.rl.rollouts import Habit
+    from llmworks.align.rl.rollouts import RolloutOptions
 
-    habit = Habit(
+    options = RolloutOptions(
         config.num_generations,
         config.temperature,
         config.max_completion_length,
-        each,
+        prompts_per_rollout,
         config.batch_size,
         config.num_minibatches,
         config.num_iterations,
-        compared,
+        use_reference,
         config.dynamic_sampling_rounds,
     )
-    return habit
+    return options
 
 
 def _describe(
-    aside: Path,
+    failed_file: Path,
     ctx: Context,
     metrics: Any,
     report: Any,
@@ -327,13 +338,13 @@ def _describe(
     rows: Any,
     fields: Any,
     set_aside: Any,
-    made: list[Groups],
+    objectives: list[RolloutObjective],
 ) -> None:
     """Write the report, with rewards of held-out prompts under their own metric names."""
     from llmworks.align.report import describe_online
 
-    if aside.exists():
-        shutil.copyfile(aside, ctx.out / aside.name)
+    if failed_file.exists():
+        shutil.copyfile(failed_file, ctx.out / failed_file.name)
     if "accuracy" in metrics:  # the training loop's name of any evaluation metric
         metrics["eval_reward"] = metrics.pop("accuracy")
         metrics.pop("eval_loss")
@@ -344,15 +355,15 @@ def _describe(
         metrics,
         fields,
         set_aside,
-        made[0].began,
-        made[0].seen,
+        objectives[0].initial_eval_rewards,
+        objectives[0].eval_rewards,
         ctx.scratch / "samples.json",
-        aside,
-        ctx.progress.say,
+        failed_file,
+        ctx.progress.log,
     )
 
 
-def _with_answer(one: Asked) -> list[dict[str, Any]]:
+def _with_empty_answer(one: RolloutPrompt) -> list[dict[str, Any]]:
     """Return the row's messages, with an empty assistant turn where it has none."""
     turns = list(one.row["messages"])
     return turns if turns[-1]["role"] == "assistant" else [*turns, {"role": "assistant", "content": ""}]

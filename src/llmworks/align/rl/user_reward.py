@@ -14,8 +14,8 @@ from typing import Any
 from llmworks.core.errors import UserError
 from llmworks.sandbox import Limits, run_python
 
-START = 10.0  # seconds for the interpreter and the imports of the file
-ROUND = 1000  # completions per sandboxed program
+STARTUP_SECONDS = 10.0  # seconds for the interpreter and the imports of the file
+MAX_BATCH = 1000  # completions per sandboxed program
 HARNESS = """\
 import importlib.util, json, os, select, signal, sys
 tell = os.fdopen(os.dup(1), "w")
@@ -80,7 +80,7 @@ while at < len(cases):  # a child of its own, so that what does not hear its ala
 """
 
 
-class UserCode:
+class UserRewardFunction:
     """`FILE.py:FUNCTION`, called as function(prompt, completion, row); returns a number.
 
     `prompt`: a list of {role, content}; `completion`: a string; `row`: the fields of its row. The sandbox has the
@@ -89,17 +89,17 @@ class UserCode:
     Errors: UserError for a missing file or function.
     """
 
-    def __init__(self, name: str, seconds: float) -> None:
+    def __init__(self, name: str, timeout: float) -> None:
         file, _, self.function = name.rpartition(":")
-        self.name, self.seconds, path = name, seconds, Path(file)
+        self.name, self.timeout, path = name, timeout, Path(file)
         try:
-            self.text = path.read_text(encoding="utf-8")
+            self.source = path.read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"reward_funcs: {name!r}: {path} cannot be read ({error.strerror})") from None
         except UnicodeDecodeError:
             raise UserError(f"reward_funcs: {name!r}: {path} is not UTF-8 text") from None
         try:
-            tree = ast.parse(self.text)
+            tree = ast.parse(self.source)
         except (SyntaxError, ValueError) as error:
             raise UserError(f"reward_funcs: {name!r}: {path} is not valid Python ({error})") from None
         functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
@@ -109,32 +109,32 @@ class UserCode:
                 f" {', '.join(functions) or 'none'}"
             )
 
-    def values(self, cases: Sequence[Mapping[str, Any]]) -> list[float | str]:
+    def compute_rewards(self, cases: Sequence[Mapping[str, Any]]) -> list[float | str]:
         """Return a number for each case {prompt, completion, row}, or the reason why there is none."""
         found: dict[int, float | str] = {}
-        while todo := [(number, case) for number, case in enumerate(cases) if number not in found][:ROUND]:
-            limits = Limits(seconds=START + (self.seconds + 1.5) * len(todo), memory_mb=1024)
-            given = json.dumps({"function": self.function, "seconds": self.seconds, "cases": todo})
-            outcome = run_python(HARNESS, files={"reward.py": self.text, "cases.json": given}, limits=limits)
-            lines = [line for text in outcome.stdout.splitlines() if (line := _said(text)) is not None]
-            found |= {line["number"]: _value(line) for line in lines if "number" in line}
+        while todo := [(number, case) for number, case in enumerate(cases) if number not in found][:MAX_BATCH]:
+            limits = Limits(seconds=STARTUP_SECONDS + (self.timeout + 1.5) * len(todo), memory_mb=1024)
+            given = json.dumps({"function": self.function, "seconds": self.timeout, "cases": todo})
+            outcome = run_python(HARNESS, files={"reward.py": self.source, "cases.json": given}, limits=limits)
+            lines = [line for text in outcome.stdout.splitlines() if (line := _parse_line(text)) is not None]
+            found |= {line["number"]: _get_value(line) for line in lines if "number" in line}
             if not any("ready" in line for line in lines):
                 last = next(
                     (line for line in reversed(outcome.stderr.splitlines()) if line.strip()),
-                    f"ended by {outcome.ended}",
+                    f"ended by {outcome.stop_reason}",
                 )
                 raise UserError(f"reward_funcs: {self.name!r}: the file cannot be run: {last[:200]}")
             left = [number for number, _ in todo if number not in found]
             if left:  # the calling program was killed with it
                 found[left[0]] = (
-                    f"reached the limit of {outcome.ended}"
-                    if outcome.ended != "exit"
-                    else f"ended the program (exit code {outcome.code})"
+                    f"reached the limit of {outcome.stop_reason}"
+                    if outcome.stop_reason != "exit"
+                    else f"ended the program (exit code {outcome.exit_code})"
                 )
         return [found[number] for number in range(len(cases))]
 
 
-def _said(text: str) -> dict[str, Any] | None:
+def _parse_line(text: str) -> dict[str, Any] | None:
     """Parse a line of the program's output as a JSON object; None for anything else."""
     try:
         line = json.loads(text)
@@ -143,7 +143,7 @@ def _said(text: str) -> dict[str, Any] | None:
     return line if isinstance(line, dict) else None
 
 
-def _value(line: Mapping[str, Any]) -> float | str:
+def _get_value(line: Mapping[str, Any]) -> float | str:
     """Return the number, or the reason as encodable text."""
     value = line.get("value")
     return (

@@ -14,7 +14,7 @@ from llmworks.data.chat_formats import alpaca, chatml, completion, evals, messag
 from llmworks.data.chat_formats.fields import Row
 
 # in detection order
-SHAPES: dict[str, ModuleType] = {
+FORMATS: dict[str, ModuleType] = {
     "preference": preference,
     "messages": messages,
     "sharegpt": sharegpt,
@@ -26,9 +26,9 @@ SHAPES: dict[str, ModuleType] = {
 CONTENT = ("messages", "prompt", "chosen", "rejected", "tools", "answer")
 
 
-def recognise(raw: Json) -> str:
+def detect_format(raw: Json) -> str:
     """Detect the format of a raw row. ValueError when it has no known format."""
-    for name, shape in SHAPES.items():
+    for name, shape in FORMATS.items():
         if shape.matches(raw):
             return name
     empty = next((key for key in messages.KEYS if key in raw and not raw[key]), "")
@@ -40,7 +40,7 @@ def recognise(raw: Json) -> str:
             " turns: any"
         )
     keys = ", ".join(list(raw)[:8]) or "none"
-    raise ValueError(f"has no known format (keys: {keys}); known: {', '.join(SHAPES)}")
+    raise ValueError(f"has no known format (keys: {keys}); known: {', '.join(FORMATS)}")
 
 
 def read(raw: Json, name: str = "") -> Row:
@@ -48,7 +48,7 @@ def read(raw: Json, name: str = "") -> Row:
 
     A row that its format would not write back unchanged is also kept in `extra["raw"]`.
     """
-    shape = SHAPES[name or recognise(raw)]
+    shape = FORMATS[name or detect_format(raw)]
     if not shape.matches(raw):
         raise ValueError(f"is not in the format {name!r}; its keys are {', '.join(list(raw)[:8]) or 'none'}")
     row: Row = shape.read(raw)
@@ -81,8 +81,8 @@ def write(row: Row, name: str = "") -> Json:
         raise ValueError(f"a {'preference pair' if 'chosen' in row else 'conversation'} cannot be written as {name!r}")
     raw: Json | None = extra.get("raw") if origin == name else None
     if raw is not None:
-        before = SHAPES[name].read(raw)
+        before = FORMATS[name].read(raw)
         if all(before.get(key) == row.get(key) for key in CONTENT):
             return raw
-    made: Json = SHAPES[name].write(row)
+    made: Json = FORMATS[name].write(row)
     return made

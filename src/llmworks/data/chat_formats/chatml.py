@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from llmworks.core.types import ROLES, Json, Message, messages_from_json, messages_to_json
-from llmworks.data.chat_formats.fields import Row, common, complete, restored, text
+from llmworks.data.chat_formats.fields import Row, check_representable, convert_common, get_string, restore_fields
 
 START, END = "<|im_start|>", "<|im_end|>"
 TURN = re.compile(r"<\|im_start\|>([^\n]*)\n(.*?)<\|im_end\|>", re.DOTALL)
@@ -18,7 +18,7 @@ def matches(raw: Json) -> bool:
 
 def read(raw: Json) -> Row:
     """Convert to a chat row. ValueError for an unknown role, an unterminated turn, or text between turns."""
-    given = text(raw, "text")
+    given = get_string(raw, "text")
     messages: list[Message] = []
     stray = TURN.sub("", given).strip()
     for turn in TURN.finditer(given):
@@ -30,7 +30,7 @@ def read(raw: Json) -> Row:
         messages.append(Message(role, content))
     if stray:
         raise ValueError(f"text outside of turns, or a turn is not terminated: {stray[:40]!r}")
-    return {**common(raw, "chatml", ("text",)), "messages": messages_to_json(messages)}
+    return {**convert_common(raw, "chatml", ("text",)), "messages": messages_to_json(messages)}
 
 
 def write(row: Row) -> Json:
@@ -38,7 +38,7 @@ def write(row: Row) -> Json:
     messages = list(messages_from_json(row["messages"]))
     if row.get("tools") or any(m.tool_calls for m in messages):
         raise ValueError("ChatML text cannot hold tools")
-    complete(messages, "ChatML text")
+    check_representable(messages, "ChatML text")
     if any(mark in m.content for m in messages for mark in (START, END)):
         raise ValueError(f"a turn's content contains {START} or {END}")
-    return {**restored(row, "chatml"), "text": "".join(f"{START}{m.role}\n{m.content}{END}\n" for m in messages)}
+    return {**restore_fields(row, "chatml"), "text": "".join(f"{START}{m.role}\n{m.content}{END}\n" for m in messages)}

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from llmworks.core.types import Json, messages_from_json, messages_to_json
-from llmworks.data.chat_formats.fields import Row, asked, common, complete, restored, side
+from llmworks.data.chat_formats.fields import (
+    Row,
+    check_representable,
+    convert_common,
+    parse_prompt,
+    parse_turns,
+    restore_fields,
+)
 
 PAIRS = (
     ("prompt", "completion"),
@@ -23,11 +30,11 @@ def matches(raw: Json) -> bool:
 def read(raw: Json) -> Row:
     """Convert to a chat row. ValueError for fields that are neither strings nor lists of turns."""
     first, second = next((a, b) for a, b in PAIRS if a in raw and b in raw)
-    before, prompt_form, used = asked(raw, first)
-    answered, answer_form = side(raw, second, "assistant")
+    before, prompt_form, used = parse_prompt(raw, first)
+    completion, answer_form = parse_turns(raw, second, "assistant")
     variant: Json = {"pair": [first, second], "forms": [prompt_form, answer_form]}
-    row = common({k: v for k, v in raw.items() if k not in (first, second, *used)}, "completion", (), variant)
-    return {**row, "messages": messages_to_json([*before, *answered])}
+    row = convert_common({k: v for k, v in raw.items() if k not in (first, second, *used)}, "completion", (), variant)
+    return {**row, "messages": messages_to_json([*before, *completion])}
 
 
 def write(row: Row) -> Json:
@@ -45,9 +52,11 @@ def write(row: Row) -> Json:
         if not messages or messages[-1].role != "assistant":
             raise ValueError("does not end with an assistant turn, so there is no completion")
     prompt, completion = messages[:turns], messages[turns:]
-    complete([*(prompt if prompted < 0 else []), *(completion if answered < 0 else [])], "a completion as text")
+    check_representable(
+        [*(prompt if prompted < 0 else []), *(completion if answered < 0 else [])], "a completion as text"
+    )
     return {
-        **restored(row, "completion"),
+        **restore_fields(row, "completion"),
         first: prompt[0].content if prompted < 0 else messages_to_json(prompt),
         second: completion[0].content if answered < 0 else messages_to_json(completion),
     }

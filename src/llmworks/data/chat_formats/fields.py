@@ -11,7 +11,7 @@ from llmworks.core.types import Json, Message, messages_from_json
 Row = dict[str, Any]
 
 
-def common(raw: Json, shape: str, used: Collection[str], variant: Json | None = None) -> Row:
+def convert_common(raw: Json, format_name: str, used: Collection[str], variant: Json | None = None) -> Row:
     """Convert id, group, tools and answer of a raw row; other fields that the format did not use go into `extra`."""
     tools: Any = raw.get("tools") or []
     as_text = isinstance(tools, str)
@@ -23,7 +23,7 @@ def common(raw: Json, shape: str, used: Collection[str], variant: Json | None = 
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError("`tools` must be a list of functions")
     known = ("id", "group", "tools", "answer")
-    extra: Json = {"shape": shape, **(variant or {})}
+    extra: Json = {"shape": format_name, **(variant or {})}
     left = {key: value for key, value in raw.items() if key not in used and key not in known}
     if left:
         extra["fields"] = left
@@ -33,28 +33,28 @@ def common(raw: Json, shape: str, used: Collection[str], variant: Json | None = 
         )
     extra["given"] = [key for key in ("id", "group", "answer") if key in raw]
     return {
-        "id": _name(raw.get("id")),
-        "group": _name(raw.get("group")),
+        "id": _to_string(raw.get("id")),
+        "group": _to_string(raw.get("group")),
         "tools": [tool.get("function", tool) for tool in tools],
         "answer": raw.get("answer"),
         "extra": extra,
     }
 
 
-def _name(value: Any) -> str:
+def _to_string(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def restored(row: Row, shape: str) -> Json:
+def restore_fields(row: Row, format_name: str) -> Json:
     """Restore the fields that `common` took from a raw row of this format; else id, group, tools and answer."""
     extra = row.get("extra") or {}
     given = (
         extra.get("given", [])
-        if extra.get("shape") == shape
+        if extra.get("shape") == format_name
         else ["id", "group", *(["answer"] if row.get("answer") is not None else [])]
     )
     out: Json = {**{key: row[key] for key in given}, **extra.get("fields", {})}
-    form = extra.get("tools") if extra.get("shape") == shape else "plain" if row.get("tools") else None
+    form = extra.get("tools") if extra.get("shape") == format_name else "plain" if row.get("tools") else None
     if form == "text":
         out["tools"] = json.dumps(row["tools"], ensure_ascii=False)
     elif form == "wrapped":
@@ -64,10 +64,10 @@ def restored(row: Row, shape: str) -> Json:
     return out
 
 
-LEARNED = ("train", "training", "loss")  # other trainers' keys for the loss mask of a turn
+LOSS_FLAG_KEYS = ("train", "training", "loss")  # other trainers' keys for the loss mask of a turn
 
 
-def weight_of(turn: Json) -> int:
+def get_weight(turn: Json) -> int:
     """Return 1 for a turn that is trained on, 0 for a masked one.
 
     ValueError for any other weight: the trainers here do not support fractional weights.
@@ -75,11 +75,11 @@ def weight_of(turn: Json) -> int:
     weight = turn.get("weight")
     if weight not in (None, 0, 1) or isinstance(weight, str):
         raise ValueError(f"weight is {weight!r}, must be 0 or 1")
-    marked = next((turn[key] for key in LEARNED if isinstance(turn.get(key), bool)), True)
+    marked = next((turn[key] for key in LOSS_FLAG_KEYS if isinstance(turn.get(key), bool)), True)
     return int(marked) if weight is None else int(weight)
 
 
-def lost_keys(turns: Sequence[Any], known: Collection[str]) -> Json:
+def find_unmapped_keys(turns: Sequence[Any], known: Collection[str]) -> Json:
     """Return {"lost": keys} of turn fields outside the schema; they survive only in the original format."""
     found = sorted(
         {
@@ -87,31 +87,31 @@ def lost_keys(turns: Sequence[Any], known: Collection[str]) -> Json:
             for turn in turns
             if isinstance(turn, dict)
             for key, value in turn.items()
-            if key not in known and key not in LEARNED and value not in (None, [], {}, "")
+            if key not in known and key not in LOSS_FLAG_KEYS and value not in (None, [], {}, "")
         }
     )
     return {"lost": found} if found else {}
 
 
-def asked(raw: Json, key: str) -> tuple[list[Message], int, tuple[str, ...]]:
+def parse_prompt(raw: Json, key: str) -> tuple[list[Message], int, tuple[str, ...]]:
     """Build the prompt turns from a prompt field and the fields beside it.
 
     Returns (turns up to the answer, form of the field as in `side`, the other fields that were used). The order is
     system prompt, history, then context, question and input in one turn. ValueError for a field of an unexpected type.
     """
-    turns, form = side(raw, key, "user")
+    turns, form = parse_turns(raw, key, "user")
     used: list[str] = []
 
-    def beside(*names: str) -> Any:
+    def take_field(*names: str) -> Any:
         name = next((name for name in names if name != key and raw.get(name)), "")
         used.extend([name] if name else [])
         return raw.get(name) if name else None
 
     system, above, below, history = (
-        beside("system", "system_prompt"),
-        beside("context"),
-        beside("input"),
-        beside("history"),
+        take_field("system", "system_prompt"),
+        take_field("context"),
+        take_field("input"),
+        take_field("history"),
     )
     if form != -1 and (above or below or history):
         raise ValueError(f"`{used[-1]}` cannot be combined with a prompt of turns; move it into the turns")
@@ -143,7 +143,7 @@ def asked(raw: Json, key: str) -> tuple[list[Message], int, tuple[str, ...]]:
     return turns, form if not used else len(turns), tuple(used)
 
 
-def side(raw: Json, key: str, role: str) -> tuple[list[Message], int]:
+def parse_turns(raw: Json, key: str, role: str) -> tuple[list[Message], int]:
     """Parse a field into (messages, number of turns; -1 for a string). ValueError when it is neither."""
     value: Any = raw[key]
     if isinstance(value, str):
@@ -153,16 +153,16 @@ def side(raw: Json, key: str, role: str) -> tuple[list[Message], int]:
     raise ValueError(f"`{key}` must be a string or a list of turns, not {type(value).__name__}")
 
 
-def complete(messages: Sequence[Message], shape: str) -> None:
+def check_representable(messages: Sequence[Message], format_name: str) -> None:
     """Raise ValueError when turns have weights or names, which a format cannot hold."""
     for number, message in enumerate(messages, 1):
         if not message.weight:
-            raise ValueError(f"turn {number} has weight 0 (masked from the loss); {shape} cannot hold weights")
+            raise ValueError(f"turn {number} has weight 0 (masked from the loss); {format_name} cannot hold weights")
         if message.name and message.role != "tool":
-            raise ValueError(f"turn {number} has the name {message.name!r}; {shape} cannot hold names")
+            raise ValueError(f"turn {number} has the name {message.name!r}; {format_name} cannot hold names")
 
 
-def text(raw: Json, key: str) -> str:
+def get_string(raw: Json, key: str) -> str:
     """Return a string field. ValueError when it is not a string."""
     value = raw.get(key)
     if not isinstance(value, str):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from llmworks.core.types import Json, messages_from_json, messages_to_json
-from llmworks.data.chat_formats.fields import Row, common, lost_keys, restored, weight_of
+from llmworks.data.chat_formats.fields import Row, convert_common, find_unmapped_keys, get_weight, restore_fields
 
 KEYS = ("messages", "conversation", "conversations", "dialog", "turns")
 
 
 def matches(raw: Json) -> bool:
     """Return whether a row has a list of turns with roles, under a usual name."""
-    return _key(raw) != ""
+    return _find_key(raw) != ""
 
 
-def _key(raw: Json) -> str:
+def _find_key(raw: Json) -> str:
     for key in KEYS:
         turns = raw.get(key)
         if isinstance(turns, list) and (
@@ -25,22 +25,26 @@ def _key(raw: Json) -> str:
 
 def read(raw: Json) -> Row:
     """Convert to a chat row. ValueError for an unknown role, content that is not a string, or a malformed call."""
-    key = _key(raw)
+    key = _find_key(raw)
     turns = raw[key]
     if not turns or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"`{key}` must be a list of turns, each with role and content")
     known = ("role", "content", "tool_calls", "tool_call_id", "name", "weight", "function_call")
-    row = common(raw, "messages", (key,), ({"key": key} if key != "messages" else {}) | lost_keys(turns, known))
+    row = convert_common(
+        raw, "messages", (key,), ({"key": key} if key != "messages" else {}) | find_unmapped_keys(turns, known)
+    )
     return {
         **row,
-        "messages": messages_to_json(messages_from_json([plain(turn, number) for number, turn in enumerate(turns, 1)])),
+        "messages": messages_to_json(
+            messages_from_json([normalize_turn(turn, number) for number, turn in enumerate(turns, 1)])
+        ),
     }
 
 
-def plain(turn: Json, number: int) -> Json:
+def normalize_turn(turn: Json, number: int) -> Json:
     """Normalize a turn: legacy OpenAI function calls become tool calls, other trainers' loss flags become weights."""
     try:
-        turn = {**turn, "weight": weight_of(turn)}
+        turn = {**turn, "weight": get_weight(turn)}
     except ValueError as error:
         raise ValueError(f"message {number}: {error}") from None
     if turn.get("role") == "function":
@@ -63,7 +67,7 @@ def plain(turn: Json, number: int) -> Json:
 def write(row: Row) -> Json:
     """Convert to the raw row."""
     extra = row.get("extra") or {}
-    out = restored(row, "messages")
+    out = restore_fields(row, "messages")
     if extra.get("shape") != "messages" and out.get("tools"):
         out["tools"] = [{"type": "function", "function": tool} for tool in row["tools"]]  # OpenAI's format
     key = extra.get("key", "messages") if extra.get("shape") == "messages" else "messages"

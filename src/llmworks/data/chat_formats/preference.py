@@ -12,7 +12,14 @@ from typing import Any
 
 from llmworks.core.types import Json, Message, messages_from_json, messages_to_json
 from llmworks.data.chat_formats import sharegpt
-from llmworks.data.chat_formats.fields import Row, asked, common, complete, restored, side
+from llmworks.data.chat_formats.fields import (
+    Row,
+    check_representable,
+    convert_common,
+    parse_prompt,
+    parse_turns,
+    restore_fields,
+)
 
 PROMPTS = ("prompt", "question", "instruction", "query")
 HUMAN = "\n\nHuman:"
@@ -31,22 +38,24 @@ def read(raw: Json) -> Row:
     """
     key = next((name for name in PROMPTS if name in raw), "")
     if key:
-        form, prompt, chosen, rejected, variant = "prompt", *_with_prompt(raw, key)
+        form, prompt, chosen, rejected, variant = "prompt", *_read_with_prompt(raw, key)
     elif sharegpt.matches(raw):
         form = "conversations"
-        prompt = [sharegpt.turn_of(turn, i) for i, turn in enumerate(raw["conversations"], 1)]
-        chosen, rejected = ([sharegpt.turn_of(raw[name])] for name in ("chosen", "rejected"))
+        prompt = [sharegpt.to_message(turn, i) for i, turn in enumerate(raw["conversations"], 1)]
+        chosen, rejected = ([sharegpt.to_message(raw[name])] for name in ("chosen", "rejected"))
         variant = {}
     elif isinstance(raw["chosen"], list) and isinstance(raw["rejected"], list):
         form, variant = "turns", {}
-        prompt, chosen, rejected = _shared(side(raw, "chosen", "assistant")[0], side(raw, "rejected", "assistant")[0])
+        prompt, chosen, rejected = _split_prompt(
+            parse_turns(raw, "chosen", "assistant")[0], parse_turns(raw, "rejected", "assistant")[0]
+        )
     elif isinstance(raw["chosen"], str) and raw["chosen"].startswith(HUMAN):
         form, variant = "human", {}
-        prompt, chosen, rejected = _shared(_human(raw, "chosen"), _human(raw, "rejected"))
+        prompt, chosen, rejected = _split_prompt(_parse_human(raw, "chosen"), _parse_human(raw, "rejected"))
     else:
         raise ValueError(f"has chosen and rejected, but no prompt ({', '.join(PROMPTS)})")
     used = variant.pop("used", ())
-    row = common(
+    row = convert_common(
         raw,
         "preference",
         (key, "chosen", "rejected", "conversations", *used) if key else ("chosen", "rejected", "conversations"),
@@ -60,10 +69,10 @@ def read(raw: Json) -> Row:
     }
 
 
-def _with_prompt(raw: Json, key: str) -> tuple[list[Message], list[Message], list[Message], Json]:
-    prompt, form, used = asked(raw, key)
-    chosen, first = side(raw, "chosen", "assistant")
-    rejected, second = side(raw, "rejected", "assistant")
+def _read_with_prompt(raw: Json, key: str) -> tuple[list[Message], list[Message], list[Message], Json]:
+    prompt, form, used = parse_prompt(raw, key)
+    chosen, first = parse_turns(raw, "chosen", "assistant")
+    rejected, second = parse_turns(raw, "rejected", "assistant")
     whole = [first > 0 and chosen[: len(prompt)] == prompt, second > 0 and rejected[: len(prompt)] == prompt]
     if whole[0]:  # UltraFeedback repeats the prompt in both sides
         chosen = chosen[len(prompt) :]
@@ -74,7 +83,7 @@ def _with_prompt(raw: Json, key: str) -> tuple[list[Message], list[Message], lis
     return prompt, chosen, rejected, {"forms": [form, first, second], "whole": whole, "used": used}
 
 
-def _shared(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
+def _split_prompt(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
     """Split off the implicit prompt: the longest common prefix of turns that ends before an assistant turn."""
     size = 0
     while size < min(len(chosen), len(rejected)) and chosen[size] == rejected[size]:
@@ -86,7 +95,7 @@ def _shared(chosen: list[Message], rejected: list[Message]) -> tuple[list[Messag
     return chosen[:size], chosen[size:], rejected[size:]
 
 
-def _human(raw: Json, key: str) -> list[Message]:
+def _parse_human(raw: Json, key: str) -> list[Message]:
     value: Any = raw[key]
     if not isinstance(value, str) or not value.startswith(HUMAN):
         raise ValueError(f"`{key}` must begin with '\\n\\nHuman:' as the other side does")
@@ -100,14 +109,14 @@ def write(row: Row) -> Json:
     """Convert to the raw row in its original form; other rows get prompt and both sides as lists of turns."""
     prompt, chosen, rejected = (list(messages_from_json(row[name])) for name in ("prompt", "chosen", "rejected"))
     extra = row.get("extra") or {}
-    out = restored(row, "preference")
+    out = restore_fields(row, "preference")
     form = extra.get("form")
     if form == "conversations":
-        turns = [sharegpt.turn_to(m) for m in (*prompt, *chosen, *rejected)]
+        turns = [sharegpt.from_message(m) for m in (*prompt, *chosen, *rejected)]
         return {**out, "conversations": turns[:-2], "chosen": turns[-2], "rejected": turns[-1]}
     if form == "human":
-        complete([*prompt, *chosen, *rejected], "the Human/Assistant format")
-        return {**out, "chosen": _as_human([*prompt, *chosen]), "rejected": _as_human([*prompt, *rejected])}
+        check_representable([*prompt, *chosen, *rejected], "the Human/Assistant format")
+        return {**out, "chosen": _format_human([*prompt, *chosen]), "rejected": _format_human([*prompt, *rejected])}
     if form == "turns":
         return {
             **out,
@@ -116,12 +125,14 @@ def write(row: Row) -> Json:
         }
     forms, whole = extra.get("forms", [0, 0, 0]), extra.get("whole", [False, False])
     sides = [prompt, [*prompt, *chosen] if whole[0] else chosen, [*prompt, *rejected] if whole[1] else rejected]
-    complete([m for turns, kind in zip(sides, forms, strict=True) if kind < 0 for m in turns], "a pair of strings")
+    check_representable(
+        [m for turns, kind in zip(sides, forms, strict=True) if kind < 0 for m in turns], "a pair of strings"
+    )
     values = [
         turns[0].content if kind < 0 else messages_to_json(turns) for turns, kind in zip(sides, forms, strict=True)
     ]
     return {**out, **dict(zip((extra.get("key") or "prompt", "chosen", "rejected"), values, strict=True))}
 
 
-def _as_human(messages: list[Message]) -> str:
+def _format_human(messages: list[Message]) -> str:
     return "".join(f"\n\n{'Human' if m.role == 'user' else 'Assistant'}: {m.content}" for m in messages)

@@ -6,7 +6,15 @@ import json
 from dataclasses import replace
 
 from llmworks.core.types import Json, Message, ToolCall, messages_from_json, messages_to_json
-from llmworks.data.chat_formats.fields import Row, common, complete, lost_keys, restored, text, weight_of
+from llmworks.data.chat_formats.fields import (
+    Row,
+    check_representable,
+    convert_common,
+    find_unmapped_keys,
+    get_string,
+    get_weight,
+    restore_fields,
+)
 
 ROLES = {
     "human": "user",
@@ -38,29 +46,31 @@ def read(raw: Json) -> Row:
     turns = raw["conversations"]
     if not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("`conversations` must be a list of turns, each with from and value")
-    messages = [turn_of(turn, number) for number, turn in enumerate(turns, 1)]
-    apart = isinstance(raw.get("system"), str) and bool(raw["system"].strip())
-    if apart:
+    messages = [to_message(turn, number) for number, turn in enumerate(turns, 1)]
+    has_system_field = isinstance(raw.get("system"), str) and bool(raw["system"].strip())
+    if has_system_field:
         messages.insert(0, Message("system", raw["system"]))
-    lost = lost_keys(turns, ("from", "value", "weight"))
+    lost = find_unmapped_keys(turns, ("from", "value", "weight"))
     return {
-        **common(raw, "sharegpt", ("conversations", "system"), ({"system_apart": True} if apart else {}) | lost),
+        **convert_common(
+            raw, "sharegpt", ("conversations", "system"), ({"system_apart": True} if has_system_field else {}) | lost
+        ),
         "messages": messages_to_json(messages),
     }
 
 
-def turn_of(turn: Json, number: int = 1) -> Message:
+def to_message(turn: Json, number: int = 1) -> Message:
     """Convert a turn to a message."""
     speaker = str(turn.get("from"))
     role = ROLES.get(speaker.lower())
     if role is None:
         raise ValueError(f"turn {number} is from {speaker!r}; known: {', '.join(ROLES)}")
     try:
-        value = text(turn, "value")
+        value = get_string(turn, "value")
     except ValueError as error:
         raise ValueError(f"turn {number}: {error}") from None
     try:
-        weight = weight_of(turn)
+        weight = get_weight(turn)
     except ValueError as error:
         raise ValueError(f"turn {number}: {error}") from None
     if speaker.lower() != "function_call":
@@ -82,7 +92,7 @@ def turn_of(turn: Json, number: int = 1) -> Message:
     return Message("assistant", "", made, weight=weight)
 
 
-def turn_to(message: Message) -> Json:
+def from_message(message: Message) -> Json:
     """Convert a message to a turn."""
     if message.tool_calls:
         calls = [{"name": c.name, "arguments": c.arguments} for c in message.tool_calls]
@@ -98,9 +108,9 @@ def write(row: Row) -> Json:
     messages = list(messages_from_json(row["messages"]))
     if any(m.tool_calls and m.content.strip() for m in messages):
         raise ValueError("a turn has text and tool calls; the ShareGPT format cannot hold both")
-    complete([replace(m, weight=1) for m in messages], "the ShareGPT format")  # which does hold weights
+    check_representable([replace(m, weight=1) for m in messages], "the ShareGPT format")  # which does hold weights
     extra = row.get("extra") or {}
-    out = restored(row, "sharegpt")
+    out = restore_fields(row, "sharegpt")
     if extra.get("shape") == "sharegpt" and extra.get("system_apart") and messages[0].role == "system":
         out["system"] = messages.pop(0).content
-    return {**out, "conversations": [turn_to(m) | ({} if m.weight else {"weight": 0}) for m in messages]}
+    return {**out, "conversations": [from_message(m) | ({} if m.weight else {"weight": 0}) for m in messages]}

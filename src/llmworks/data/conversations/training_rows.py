@@ -9,26 +9,26 @@ from llmworks.core.artifact import Dataset
 from llmworks.core.documents import read_documents
 from llmworks.core.errors import DataError
 from llmworks.core.types import messages_from_json
-from llmworks.data.store.jsonl import Rejected
-from llmworks.data.store.raw_rows import raw_rows
-from llmworks.data.store.rows import Row, read_chat, schema_of
-from llmworks.tokenize.chat.templates import encode, for_template, render_masked
+from llmworks.data.store.jsonl import RejectedRows
+from llmworks.data.store.raw_rows import read_raw_rows
+from llmworks.data.store.rows import Row, detect_schema, read_chat
+from llmworks.tokenize.chat.templates import adapt_tools, encode, render_masked
 
 
-def training_rows(data: Dataset) -> list[Row]:
+def read_training_rows(data: Dataset) -> list[Row]:
     """Read rows with an id and `messages`, or `text`, or `prompt` and `completion`.
 
     Errors: DataError for anything else, or rows that cannot be read.
     """
     parquet = data.path.is_dir() and any(data.path.glob("*.parquet"))
-    if schema_of(data) == "chat":
+    if detect_schema(data) == "chat":
         return read_chat(data)
-    if parquet and _documents(data):
+    if parquet and _has_documents(data):
         return [{"id": document.id, "text": document.text} for document in read_documents(data)]
     if parquet and not data.about.get("schema"):
         return read_chat(data)  # raises an error that says what is wrong
-    rejected, rows = Rejected(), []
-    for file, number, row in raw_rows(data.path, rejected):
+    rejected, rows = RejectedRows(), []
+    for file, number, row in read_raw_rows(data.path, rejected):
         where = f"{data.name}: {file} row {number}"
         names = ("prompt", "completion") if "prompt" in row or "completion" in row else ("text",)
         if "messages" in row or "conversations" in row:
@@ -51,7 +51,7 @@ def training_rows(data: Dataset) -> list[Row]:
     return rows
 
 
-def _documents(data: Dataset) -> bool:
+def _has_documents(data: Dataset) -> bool:
     """Return whether the Parquet files hold documents."""
     import pyarrow.parquet as pq
 
@@ -62,19 +62,19 @@ def _documents(data: Dataset) -> bool:
         return False
 
 
-def ids_of(tokenizer: Any, row: Row) -> tuple[Sequence[int], Sequence[int]]:
+def tokenize_row(tokenizer: Any, row: Row) -> tuple[Sequence[int], Sequence[int]]:
     """Tokenize a row into (token ids, loss mask: 1 = trained on).
 
     Errors: RequestError, ModelError or ValueError for a row that the chat template rejects.
     """
     if "messages" not in row:
-        return _text(tokenizer, row)
-    messages, tools = for_template(tokenizer, messages_from_json(row["messages"]), row.get("tools") or ())
+        return _tokenize_text(tokenizer, row)
+    messages, tools = adapt_tools(tokenizer, messages_from_json(row["messages"]), row.get("tools") or ())
     rendered = render_masked(tokenizer, messages, tools=tools)
     return rendered.ids, rendered.mask
 
 
-def _text(tokenizer: Any, row: Row) -> tuple[list[int], list[int]]:
+def _tokenize_text(tokenizer: Any, row: Row) -> tuple[list[int], list[int]]:
     """Tokenize plain text with a final EOS token: the loss mask covers all of it, or the completion of a prompt."""
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     bos = tokenizer.bos_token_id
@@ -82,5 +82,5 @@ def _text(tokenizer: Any, row: Row) -> tuple[list[int], list[int]]:
         [bos] if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else []
     )  # only for tokenizers that add BOS
     prompt = list(encode(tokenizer, row["prompt"])) if "prompt" in row else []
-    said = list(encode(tokenizer, row["completion"] if "prompt" in row else row["text"])) + end
-    return begin + prompt + said, [0] * (len(begin) + len(prompt)) + [1] * len(said)
+    completion = list(encode(tokenizer, row["completion"] if "prompt" in row else row["text"])) + end
+    return begin + prompt + completion, [0] * (len(begin) + len(prompt)) + [1] * len(completion)

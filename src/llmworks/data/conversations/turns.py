@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from llmworks.core.types import Json, Message
 
 
-def problems(messages: Sequence[Message], tools: Sequence[Json] = ()) -> list[str]:
+def find_problems(messages: Sequence[Message], tools: Sequence[Json] = ()) -> list[str]:
     """List problems, one line each, turns counted from 1; empty for a conversation that can be trained on."""
     found: list[str] = []
     if not messages:
         return ["has no turns"]
-    found += _order(messages)
+    found += _check_order(messages)
     found += [
         f"turn {i} ({m.role}) is empty" for i, m in enumerate(messages, 1) if not m.content.strip() and not m.tool_calls
     ]
-    found += _calls(messages, tools)
+    found += _check_calls(messages, tools)
     if not any(m.role == "assistant" for m in messages):
         found.append("has no assistant turn")
     elif messages[-1].role != "assistant":
@@ -29,7 +29,7 @@ def problems(messages: Sequence[Message], tools: Sequence[Json] = ()) -> list[st
     return found
 
 
-def _order(messages: Sequence[Message]) -> list[str]:
+def _check_order(messages: Sequence[Message]) -> list[str]:
     found: list[str] = []
     before = ""
     for i, message in enumerate(messages, 1):
@@ -44,7 +44,7 @@ def _order(messages: Sequence[Message]) -> list[str]:
     return found
 
 
-def _calls(messages: Sequence[Message], tools: Sequence[Json]) -> list[str]:
+def _check_calls(messages: Sequence[Message], tools: Sequence[Json]) -> list[str]:
     """Find calls without results, results without calls, and calls of functions that are not among the tools."""
     found: list[str] = []
     functions = {f.get("name"): f for f in (tool.get("function", tool) for tool in tools)}
@@ -83,7 +83,7 @@ def _calls(messages: Sequence[Message], tools: Sequence[Json]) -> list[str]:
     return found
 
 
-def merged(messages: Sequence[Message]) -> tuple[Message, ...]:
+def merge_consecutive_turns(messages: Sequence[Message]) -> tuple[Message, ...]:
     """Merge consecutive turns of one role (user, system, or assistant without calls), with an empty line between."""
     out: list[Message] = []
     for message in messages:

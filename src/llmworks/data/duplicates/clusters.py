@@ -42,17 +42,17 @@ class Clusters:
         for root in sorted(groups):
             yield sorted(groups[root])
 
-    def sizes(self) -> Counter[int]:
+    def count_sizes(self) -> Counter[int]:
         """Count the clusters of each size above one."""
         return Counter(len(group) for group in self.members())
 
 
-def best(group: list[int], scores: Array) -> int:
+def choose_best(group: list[int], scores: Array) -> int:
     """Return the row of a cluster to keep: the highest score, ties go to the first."""
     return max(group, key=lambda row: (scores[row], -row))
 
 
-def groups_of_equals(values: Array) -> Iterator[Array]:
+def group_equal_values(values: Array) -> Iterator[Array]:
     """Yield ascending positions of every value that occurs more than once. Zeros are ignored."""
     order = np.argsort(values)
     ordered = values[order]

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmworks.core.context import Context
-from llmworks.core.documents import DocumentWriter, table_documents
+from llmworks.core.documents import DocumentWriter, iterate_documents
 from llmworks.core.report import ReportBuilder
 from llmworks.core.types import Document, Json
-from llmworks.data.store.parts import Done, Span, work
+from llmworks.data.store.parts import PartResults, Span, process_parts
 
 if TYPE_CHECKING:
     from llmworks.data.duplicates.lines import Lines
@@ -28,22 +28,22 @@ SHOWN_CHARACTERS = 700
 
 
 @dataclass(frozen=True)
-class Drop:
+class DuplicateDrop:
     """Reason to drop a row: the kind of duplicate, the row kept instead, and their similarity."""
 
     reason: str
-    kept: int
+    kept_row: int
     similarity: float
 
 
-def save_plan(ctx: Context, parts: Sequence[Span], drops: Mapping[int, Drop]) -> Path:
+def save_plan(ctx: Context, parts: Sequence[Span], drops: Mapping[int, DuplicateDrop]) -> Path:
     """Write the rows to drop, part by part; returns the folder."""
-    ids = ids_of(parts, {drop.kept for drop in drops.values()})
+    ids = read_ids(parts, {drop.kept_row for drop in drops.values()})
     plan = ctx.scratch / "plan"
     plan.mkdir(exist_ok=True)
     for index, part in enumerate(parts):
         own = {
-            row - part.row: (drops[row].reason, ids[drops[row].kept], drops[row].similarity)
+            row - part.row: (drops[row].reason, ids[drops[row].kept_row], drops[row].similarity)
             for row in range(part.row, part.row + part.rows)
             if row in drops
         }
@@ -57,14 +57,14 @@ def read_plan(plan: Path, index: int) -> dict[str, tuple[str, str, float]]:
     return found
 
 
-def write_kept(ctx: Context, parts: Sequence[Span], plan: Path, lines: Lines | None = None) -> Done:
+def write_kept(ctx: Context, parts: Sequence[Span], plan: Path, lines: Lines | None = None) -> PartResults:
     """Write every part without the rows its plan drops, and combine the parts."""
-    done = work(ctx, "write", partial(_write_part, lines, plan), list(enumerate(parts)))
+    done = process_parts(ctx, "write", partial(_write_part, lines, plan), list(enumerate(parts)))
     done.gather(ctx.out)
     return done
 
 
-def ids_of(parts: Sequence[Span], rows: set[int]) -> dict[int, str]:
+def read_ids(parts: Sequence[Span], rows: set[int]) -> dict[int, str]:
     """Read the ids of rows."""
     found: dict[int, str] = {}
     for part in parts:
@@ -94,20 +94,20 @@ def _write_part(repeating: Lines | None, plan: Path, unit: tuple[int, Span], fol
     with DocumentWriter(folder) as writer, DocumentWriter(folder / "dropped", reasons=True) as dropped:
         for table in part.tables():
             gone = {i - row: drops[str(i)] for i in range(row, row + table.num_rows) if str(i) in drops}
-            for i, document in zip(gone, table_documents(rows_of(table, list(gone))), strict=True):
+            for i, document in zip(gone, iterate_documents(take_rows(table, list(gone))), strict=True):
                 reason, kept, similarity = gone[i]
                 dropped.add(
                     replace(document, metadata={**document.metadata, "duplicate_of": kept, "similarity": similarity}),
                     reason,
                 )
                 reasons[reason] += 1
-            stay = rows_of(table, [i for i in range(table.num_rows) if i not in gone]) if gone else table
+            stay = take_rows(table, [i for i in range(table.num_rows) if i not in gone]) if gone else table
             if repeating is None or not len(repeated["numbers"]):
                 writer.add_table(stay)
             else:
                 places = [row + i for i in range(table.num_rows) if i not in gone]
-                for place, document in zip(places, table_documents(stay), strict=True):
-                    text, out = lines.without(
+                for place, document in zip(places, iterate_documents(stay), strict=True):
+                    text, out = lines.remove_repeated_lines(
                         repeating, document.text, part.row + place, repeated["numbers"], repeated["first"]
                     )
                     taken += len(out)
@@ -127,14 +127,14 @@ def _write_part(repeating: Lines | None, plan: Path, unit: tuple[int, Span], fol
     }
 
 
-def rows_of(table: Any, rows: list[int]) -> Any:
+def take_rows(table: Any, rows: list[int]) -> Any:
     """Select rows of a table."""
     import numpy as np
 
     return table.take(np.array(rows, dtype=np.int64))
 
 
-def texts_of(parts: Sequence[Span], rows: set[int]) -> dict[int, Document]:
+def read_row_documents(parts: Sequence[Span], rows: set[int]) -> dict[int, Document]:
     """Read the documents of rows; only parts that hold them are read."""
     found: dict[int, Document] = {}
     for part in parts:
@@ -143,23 +143,23 @@ def texts_of(parts: Sequence[Span], rows: set[int]) -> dict[int, Document]:
         row = part.row
         for table in part.tables():
             wanted = [i for i in range(table.num_rows) if row + i in rows]
-            for i, document in zip(wanted, table_documents(rows_of(table, wanted)), strict=True):
+            for i, document in zip(wanted, iterate_documents(take_rows(table, wanted)), strict=True):
                 found[row + i] = document
             row += table.num_rows
     return found
 
 
-def side_by_side(report: ReportBuilder, parts: Sequence[Span], drops: Mapping[int, Drop]) -> None:
+def show_pairs(report: ReportBuilder, parts: Sequence[Span], drops: Mapping[int, DuplicateDrop]) -> None:
     """Show example pairs in the report, from least to most similar, preferring pairs that are not identical."""
-    chosen = _spread([(row, drop) for row, drop in drops.items() if drop.similarity < 1] or list(drops.items()))
-    texts = texts_of(parts, {row for row, _ in chosen} | {drop.kept for _, drop in chosen})
-    report.pairs(
+    chosen = _pick_spread([(row, drop) for row, drop in drops.items() if drop.similarity < 1] or list(drops.items()))
+    texts = read_row_documents(parts, {row for row, _ in chosen} | {drop.kept_row for _, drop in chosen})
+    report.add_pairs(
         "Pairs side by side",
         [
             (
                 f"{drop.reason}, similarity {drop.similarity:.2f}",
-                _shown("kept", texts[drop.kept]),
-                _shown("dropped", texts[row]),
+                _label_text("kept", texts[drop.kept_row]),
+                _label_text("dropped", texts[row]),
             )
             for row, drop in chosen
         ],
@@ -170,11 +170,11 @@ def side_by_side(report: ReportBuilder, parts: Sequence[Span], drops: Mapping[in
     )
 
 
-def _shown(label: str, document: Document) -> tuple[str, str]:
+def _label_text(label: str, document: Document) -> tuple[str, str]:
     return f"{label}: {document.id}", document.text[:SHOWN_CHARACTERS]
 
 
-def _spread(items: list[tuple[int, Drop]]) -> list[tuple[int, Drop]]:
+def _pick_spread(items: list[tuple[int, DuplicateDrop]]) -> list[tuple[int, DuplicateDrop]]:
     """Pick SHOWN items evenly spaced from least to most similar."""
     ordered = sorted(items, key=lambda item: (item[1].similarity, item[0]))
     if len(ordered) <= SHOWN:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from llmworks.core.artifact import Config
 from llmworks.core.errors import MissingDependency
-from llmworks.data.text.hashing import Array, Hashed, mix
+from llmworks.data.text.hashing import Array, TextHashes, mix_bits
 
 
 class Exact(Config):
@@ -46,10 +46,10 @@ def hash_texts(column: Any) -> Array:
     return np.concatenate(found) if found else np.zeros(0, np.uint64)
 
 
-def hash_sequences(words: Hashed) -> Array:
+def hash_sequences(words: TextHashes) -> Array:
     """Compute a 64-bit hash of each text's word sequence, 0 for a text without words."""
     place = np.arange(len(words.values), dtype=np.uint64) - np.repeat(words.starts[:-1], words.counts).astype(np.uint64)
     with np.errstate(over="ignore"):
-        total = np.concatenate((np.zeros(1, np.uint64), np.cumsum(mix(words.values + mix(place)))))
-        values = mix(total[words.starts[1:]] - total[words.starts[:-1]] + words.counts.astype(np.uint64))
+        total = np.concatenate((np.zeros(1, np.uint64), np.cumsum(mix_bits(words.values + mix_bits(place)))))
+        values = mix_bits(total[words.starts[1:]] - total[words.starts[:-1]] + words.counts.astype(np.uint64))
     return np.where(words.counts > 0, values | np.uint64(1), np.uint64(0))

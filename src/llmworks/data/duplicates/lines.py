@@ -29,22 +29,22 @@ class Lines(Config):
     min_remaining_characters: int = Field(50, ge=0, description="drop documents with fewer characters left")
 
 
-def line_numbers(config: Lines, text: str) -> list[int]:
+def hash_lines(config: Lines, text: str) -> list[int]:
     """Compute a 64-bit hash of each line that is long enough, 0 for others."""
     from xxhash import xxh3_64_intdigest
 
     return [
         xxh3_64_intdigest(key.encode()) if len(key := line.strip()) >= config.min_characters else 0
-        for line in divided(config, text)
+        for line in split_lines(config, text)
     ]
 
 
-def divided(config: Lines, text: str) -> list[str]:
+def split_lines(config: Lines, text: str) -> list[str]:
     """Split a text into lines or paragraphs."""
     return text.split("\n\n" if config.paragraphs else "\n")
 
 
-def repeated_lines(config: Lines, folders: Sequence[Path]) -> tuple[Array, Array]:
+def find_repeated_lines(config: Lines, folders: Sequence[Path]) -> tuple[Array, Array]:
     """Find repeated lines in the parts' (hash, row) files; returns (sorted hashes, the first row of each)."""
     parts = [np.load(folder / LINES, mmap_mode="r") for folder in folders]
     slices = 1 + sum(map(len, parts)) // SLICE
@@ -62,12 +62,12 @@ def repeated_lines(config: Lines, folders: Sequence[Path]) -> tuple[Array, Array
     return found[order], first[order]
 
 
-def without(config: Lines, text: str, row: int, repeated: Array, first: Array) -> tuple[str, list[str]]:
+def remove_repeated_lines(config: Lines, text: str, row: int, repeated: Array, first: Array) -> tuple[str, list[str]]:
     """Remove lines that first occur in another row; returns (remaining text, removed lines)."""
-    numbers = line_numbers(config, text)
+    numbers = hash_lines(config, text)
     places = np.minimum(np.searchsorted(repeated, np.array(numbers, dtype=np.uint64)), len(repeated) - 1).tolist()
     kept: list[str] = []
     out: list[str] = []
-    for line, number, place in zip(divided(config, text), numbers, places, strict=True):
+    for line, number, place in zip(split_lines(config, text), numbers, places, strict=True):
         (out if number and repeated[place] == number and first[place] != row else kept).append(line)
     return ("\n\n" if config.paragraphs else "\n").join(kept), out

@@ -19,11 +19,11 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from llmworks.core.artifact import Config
-from llmworks.data.duplicates.clusters import Clusters, groups_of_equals
-from llmworks.data.text.hashing import Array, Hashed, mix
+from llmworks.data.duplicates.clusters import Clusters, group_equal_values
+from llmworks.data.text.hashing import Array, TextHashes, mix_bits
 
 SHINGLES, STARTS, BANDS = "shingles.u32", "starts.npy", "bands.npy"
-CROWD = 64  # up to this size, all pairs of a bucket are compared; in larger ones, adjacent rows and the first
+MAX_FULL_BUCKET = 64  # up to this size, all pairs of a bucket are compared; in larger ones, adjacent rows and the first
 RECALL = 0.8  # target probability that a pair at the threshold becomes a candidate
 
 
@@ -51,19 +51,20 @@ class Near(Config):
         return self
 
     @property
-    def band_rows(self) -> int:
+    def rows_per_band(self) -> int:
         """Number of hashes per band."""
         return self.hashes_per_bucket or max(
-            (r for r in range(1, 17) if found(self.threshold, r, self.num_perm // r) >= RECALL), default=1
+            (r for r in range(1, 17) if candidate_probability(self.threshold, r, self.num_perm // r) >= RECALL),
+            default=1,
         )
 
     @property
-    def bands(self) -> int:
+    def num_bands(self) -> int:
         """Number of bands."""
-        return self.num_perm // self.band_rows
+        return self.num_perm // self.rows_per_band
 
 
-def found(similarity: float, rows: int, bands: int) -> float:
+def candidate_probability(similarity: float, rows: int, bands: int) -> float:
     """Compute the probability that a pair becomes an LSH candidate: 1 - (1 - s^rows)^bands.
 
     Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4.2.
@@ -71,27 +72,27 @@ def found(similarity: float, rows: int, bands: int) -> float:
     return float(1 - (1 - similarity**rows) ** bands)
 
 
-def signatures(sets: Hashed, permutations: int) -> Array:
+def minhash_signatures(sets: TextHashes, num_perm: int) -> Array:
     """Compute MinHash signatures [texts, permutations] of sorted sets of 32-bit hashes.
 
     The leading bits select the bin, the rest is the value. A text without shingles has only zeros.
     """
-    bits = permutations.bit_length() - 1
+    bits = num_perm.bit_length() - 1
     place = (sets.values >> np.uint32(32 - bits)).astype(np.int64)
-    key = sets.owner * permutations + place
+    key = sets.owner * num_perm + place
     first = np.flatnonzero(np.concatenate(([True], key[1:] != key[:-1]))) if len(key) else np.zeros(0, np.int64)
-    flat = np.zeros(len(sets) * permutations, dtype=np.uint32)
+    flat = np.zeros(len(sets) * num_perm, dtype=np.uint32)
     full = np.zeros(len(flat), dtype=bool)
     flat[key[first]] = sets.values[first] & np.uint32((1 << (32 - bits)) - 1)
     full[key[first]] = True
-    return _filled(flat.reshape(-1, permutations), full.reshape(-1, permutations))
+    return _densify(flat.reshape(-1, num_perm), full.reshape(-1, num_perm))
 
 
-def _filled(minima: Array, full: Array) -> Array:
+def _densify(minima: Array, full: Array) -> Array:
     """Densify: give every empty bin the value of a full one, probed in a fixed order for each bin."""
     some: Array = np.any(full, axis=1, keepdims=True)
     empty_row, empty_place = np.nonzero(~full & some)
-    for turn in _turns(full.shape[1]):
+    for turn in _probe_order(full.shape[1]):
         if not len(empty_row):
             break
         source = turn[empty_place]
@@ -102,7 +103,7 @@ def _filled(minima: Array, full: Array) -> Array:
 
 
 @functools.cache
-def _turns(places: int) -> Array:
+def _probe_order(places: int) -> Array:
     """Return, for each attempt, the bin that each bin probes; every bin is probed."""
     random = np.random.Generator(np.random.PCG64(places))
     return np.array(
@@ -111,7 +112,7 @@ def _turns(places: int) -> Array:
     )
 
 
-def bands(signature: Array, rows: int) -> Array:
+def hash_bands(signature: Array, rows: int) -> Array:
     """Compute a hash for each band [bands, texts]; 0 for texts without shingles."""
     count = signature.shape[1] // rows
     with np.errstate(over="ignore"):
@@ -121,7 +122,7 @@ def bands(signature: Array, rows: int) -> Array:
             * np.ones(len(signature), np.uint64)
         )
         for row in range(rows):
-            value = mix(value + signature[:, row : count * rows : rows].T)
+            value = mix_bits(value + signature[:, row : count * rows : rows].T)
     value[:, ~signature.any(axis=1)] = 0
     return value
 
@@ -129,11 +130,11 @@ def bands(signature: Array, rows: int) -> Array:
 class ShingleSets:
     """Shingle sets of all rows, read on demand from the parts' files."""
 
-    def __init__(self, folders: Sequence[Path], kept: int = 1024) -> None:
+    def __init__(self, folders: Sequence[Path], cache_size: int = 1024) -> None:
         self._starts = [np.load(folder / STARTS) for folder in folders]
         self._first = np.cumsum([0, *(len(starts) - 1 for starts in self._starts)])
         self._files = [os.open(folder / SHINGLES, os.O_RDONLY) for folder in folders]
-        self._kept, self._known = kept, OrderedDict[int, Array]()
+        self._cache_size, self._cache = cache_size, OrderedDict[int, Array]()
 
     def close(self) -> None:
         """Close the files."""
@@ -141,15 +142,15 @@ class ShingleSets:
             os.close(file)
 
     def __getitem__(self, row: int) -> Array:
-        if row in self._known:
-            self._known.move_to_end(row)
-            return self._known[row]
+        if row in self._cache:
+            self._cache.move_to_end(row)
+            return self._cache[row]
         part = int(np.searchsorted(self._first, row, side="right")) - 1
         begin, end = self._starts[part][row - self._first[part] : row - self._first[part] + 2].tolist()
         values = np.frombuffer(os.pread(self._files[part], (end - begin) * 4, begin * 4), dtype=np.uint32)
-        self._known[row] = values
-        if len(self._known) > self._kept:
-            self._known.popitem(last=False)
+        self._cache[row] = values
+        if len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
         return values
 
     def jaccard(self, a: int, b: int) -> float:
@@ -167,7 +168,9 @@ def jaccard(a: Array, b: Array) -> float:
     return common / (len(both) - common)
 
 
-def join_near(config: Near, folders: Sequence[Path], clusters: Clusters, chosen: Array) -> tuple[int, int]:
+def cluster_near_duplicates(
+    config: Near, folders: Sequence[Path], clusters: Clusters, chosen: Array
+) -> tuple[int, int]:
     """Cluster rows whose Jaccard similarity is at least the threshold; returns (pairs compared, pairs joined).
 
     Only `chosen` rows are considered.
@@ -176,10 +179,10 @@ def join_near(config: Near, folders: Sequence[Path], clusters: Clusters, chosen:
     refused: set[tuple[int, int]] = set()
     compared = joined = 0
     try:
-        for band in range(config.bands):
+        for band in range(config.num_bands):
             numbers = np.concatenate([np.load(folder / BANDS, mmap_mode="r")[band] for folder in folders])[chosen]
-            for group in groups_of_equals(numbers):
-                for a, b in pairs(chosen[group].tolist()):
+            for group in group_equal_values(numbers):
+                for a, b in iter_candidate_pairs(chosen[group].tolist()):
                     if (a, b) in refused or clusters.find(a) == clusters.find(b):
                         continue
                     compared += 1
@@ -193,9 +196,9 @@ def join_near(config: Near, folders: Sequence[Path], clusters: Clusters, chosen:
     return compared, joined
 
 
-def pairs(rows: list[int]) -> Iterator[tuple[int, int]]:
+def iter_candidate_pairs(rows: list[int]) -> Iterator[tuple[int, int]]:
     """Yield the pairs of a bucket to compare."""
-    if len(rows) <= CROWD:
+    if len(rows) <= MAX_FULL_BUCKET:
         for i, a in enumerate(rows):
             for b in rows[i + 1 :]:
                 yield a, b

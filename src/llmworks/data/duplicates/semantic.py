@@ -19,15 +19,15 @@ CELL = 2_000  # approximate documents per k-means cluster
 BLOCK = 2_000  # rows of one matrix product
 
 
-def join_similar(
-    vectors: Array, threshold: float, clusters: Clusters, seed: int = 0, exact: int = EXACT, cell: int = CELL
+def cluster_similar(
+    vectors: Array, threshold: float, clusters: Clusters, seed: int = 0, max_exact: int = EXACT, cell_size: int = CELL
 ) -> tuple[int, int]:
     """Cluster rows whose cosine similarity is at least `threshold`; returns (pairs compared, pairs joined).
 
     `vectors` [rows, dimensions] have unit length.
     """
     compared = joined = 0
-    for members in cells(vectors, seed, exact, cell):
+    for members in iter_cells(vectors, seed, max_exact, cell_size):
         for at in range(0, len(members), BLOCK):
             some = members[at : at + BLOCK]
             products = vectors[some].astype(np.float32) @ vectors[members[at:]].astype(np.float32).T
@@ -40,10 +40,10 @@ def join_similar(
     return compared, joined
 
 
-def cells(vectors: Array, seed: int, exact: int, cell: int) -> Iterator[Array]:
+def iter_cells(vectors: Array, seed: int, max_exact: int, cell_size: int) -> Iterator[Array]:
     """Yield groups of rows to compare with one another; zero vectors are in no group."""
     rows = np.flatnonzero(np.any(vectors, axis=1))
-    if len(rows) <= exact:
+    if len(rows) <= max_exact:
         yield rows
         return
     try:
@@ -52,7 +52,7 @@ def cells(vectors: Array, seed: int, exact: int, cell: int) -> Iterator[Array]:
         raise MissingDependency(
             "data.semdedup needs scikit-learn for this many documents; install it with: pip install 'llmworks[corpus]'"
         ) from None
-    count = max(2, len(rows) // cell)
+    count = max(2, len(rows) // cell_size)
     means = MiniBatchKMeans(count, random_state=seed, batch_size=4096, n_init=1, max_iter=20).fit(
         vectors[rows].astype(np.float32)
     )

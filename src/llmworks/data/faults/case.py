@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llmworks.data.store.rows import Row
-from llmworks.tokenize.chat.template_faults import Finding
+from llmworks.tokenize.chat.template_faults import TrainingFault
 
 if TYPE_CHECKING:
     pass
@@ -16,14 +16,15 @@ LEVELS = ("error", "warning", "note")
 
 
 @dataclass
-class Case:
+class DatasetFinding:
     """A finding and the ids of the rows it applies to."""
 
-    finding: Finding
+    finding: TrainingFault
     rows: list[str] = field(default_factory=list)
 
 
-def _add(cases: dict[str, Case], row: Row, finding: Finding) -> None:
-    case = cases.setdefault(finding.code, Case(finding))
+def add_finding(findings: dict[str, DatasetFinding], row: Row, finding: TrainingFault) -> None:
+    """Add a row to the finding of its code."""
+    case = findings.setdefault(finding.code, DatasetFinding(finding))
     if not case.rows or case.rows[-1] != row["id"]:
         case.rows.append(row["id"])

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llmworks.core.types import Json
-from llmworks.data.faults.case import Case, _add
+from llmworks.data.faults.case import DatasetFinding, add_finding
 from llmworks.data.store.rows import Row
-from llmworks.tokenize.chat.template_faults import Finding
+from llmworks.tokenize.chat.template_faults import TrainingFault
 
-FEWEST, BIASED = 20, 0.7  # length bias is reported from this many pairs and above this share
+MIN_PAIRS, MAX_LONGER_FRACTION = 20, 0.7  # length bias is reported from this many pairs and above this share
 
 if TYPE_CHECKING:
     pass
 
 
-LEAKED = 20  # shorter answers may occur in their prompt by chance
+MIN_LEAKED_CHARACTERS = 20  # shorter answers may occur in their prompt by chance
 
 
 OTHER_TURN = re.compile(
@@ -26,16 +26,16 @@ OTHER_TURN = re.compile(
 )
 
 
-def among(rows: Sequence[Row], pairs: bool, cases: dict[str, Case]) -> None:
+def check_rows(rows: Sequence[Row], pairs: bool, findings: dict[str, DatasetFinding]) -> None:
     """Find faults across rows: duplicate conversations, contradicting answers, pairs with identical sides."""
     seen: dict[str, str] = {}
     answers: dict[str, tuple[str, str]] = {}
     for row in rows:
         if pairs and row["chosen"] == row["rejected"]:
-            _add(
-                cases,
+            add_finding(
+                findings,
                 row,
-                Finding(
+                TrainingFault(
                     "equal-sides",
                     "error",
                     "chosen and rejected are identical",
@@ -45,10 +45,10 @@ def among(rows: Sequence[Row], pairs: bool, cases: dict[str, Case]) -> None:
         turns = row.get("messages") or [*row["prompt"], *row["chosen"]]
         whole = json.dumps([turns, row.get("rejected"), row.get("tools")], sort_keys=True)
         if whole in seen:
-            _add(
-                cases,
+            add_finding(
+                findings,
                 row,
-                Finding(
+                TrainingFault(
                     "twice",
                     "warning",
                     "duplicate row",
@@ -57,24 +57,29 @@ def among(rows: Sequence[Row], pairs: bool, cases: dict[str, Case]) -> None:
             )
             continue
         seen[whole] = row["id"]
-        asked, said = json.dumps([turns[:-1], row.get("tools")], sort_keys=True), json.dumps(turns[-1], sort_keys=True)
-        if not pairs and answers.setdefault(asked, (said, row["id"]))[0] != said:
-            _add(cases, row, Finding("contradiction", "note", "the same question has different answers", ""))
+        prompt, answer = (
+            json.dumps([turns[:-1], row.get("tools")], sort_keys=True),
+            json.dumps(turns[-1], sort_keys=True),
+        )
+        if not pairs and answers.setdefault(prompt, (answer, row["id"]))[0] != answer:
+            add_finding(
+                findings, row, TrainingFault("contradiction", "note", "the same question has different answers", "")
+            )
 
 
-def of_pairs(rows: Sequence[Row], cases: dict[str, Case]) -> None:
+def check_pairs(rows: Sequence[Row], findings: dict[str, DatasetFinding]) -> None:
     """Find faults of preference pairs: contradicting pairs, answers contained in their prompt, length bias."""
     preferred: dict[str, str] = {}
-    longer = [row for row in rows if _length(row["chosen"]) > _length(row["rejected"])]
+    longer = [row for row in rows if _content_length(row["chosen"]) > _content_length(row["rejected"])]
     for row in rows:
         prompt, good, bad = (
             json.dumps([row[side], row.get("tools")], sort_keys=True) for side in ("prompt", "chosen", "rejected")
         )
         if good != bad and preferred.get(f"{prompt}{bad}{good}"):
-            _add(
-                cases,
+            add_finding(
+                findings,
                 row,
-                Finding(
+                TrainingFault(
                     "contradictory-pairs",
                     "error",
                     "another pair has the same two answers with the preference reversed",
@@ -82,13 +87,13 @@ def of_pairs(rows: Sequence[Row], cases: dict[str, Case]) -> None:
                 ),
             )
         preferred[f"{prompt}{good}{bad}"] = row["id"]
-        asked = "\n".join(m["content"] or "" for m in row["prompt"])
-        said = "\n".join(m["content"] or "" for m in row["chosen"]).strip()
-        if len(said) >= LEAKED and said in asked:
-            _add(
-                cases,
+        prompt_text = "\n".join(m["content"] or "" for m in row["prompt"])
+        answer = "\n".join(m["content"] or "" for m in row["chosen"]).strip()
+        if len(answer) >= MIN_LEAKED_CHARACTERS and answer in prompt_text:
+            add_finding(
+                findings,
                 row,
-                Finding(
+                TrainingFault(
                     "answer-in-prompt",
                     "warning",
                     "the prompt contains the chosen answer",
@@ -96,17 +101,19 @@ def of_pairs(rows: Sequence[Row], cases: dict[str, Case]) -> None:
                 ),
             )
     share = len(longer) / max(1, len(rows))
-    if len(rows) >= FEWEST and share > BIASED:
-        ratio = sum(_length(row["chosen"]) for row in rows) / max(1, sum(_length(row["rejected"]) for row in rows))
-        finding = Finding(
+    if len(rows) >= MIN_PAIRS and share > MAX_LONGER_FRACTION:
+        ratio = sum(_content_length(row["chosen"]) for row in rows) / max(
+            1, sum(_content_length(row["rejected"]) for row in rows)
+        )
+        finding = TrainingFault(
             "length-bias",
             "warning",
             f"the chosen answer is longer in {share:.0%} of the pairs, {ratio:.1f} times as long on average",
             "the model learns to write longer answers: balance the pairs by length",
         )
         for row in longer:
-            _add(cases, row, finding)
+            add_finding(findings, row, finding)
 
 
-def _length(turns: Sequence[Json]) -> int:
+def _content_length(turns: Sequence[Json]) -> int:
     return sum(len(m.get("content") or "") for m in turns)

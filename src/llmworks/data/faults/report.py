@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from llmworks.core.artifact import Adapter, Dataset, Model, Report, Tokenizer
 from llmworks.core.context import Context
-from llmworks.data.faults.case import Case
+from llmworks.data.faults.case import DatasetFinding
 from llmworks.tokenize import view
-from llmworks.tokenize.chat.templates import Rendered
+from llmworks.tokenize.chat.templates import RenderedConversation
 
 FIRST, SHOWN = 2, 5  # first rows shown; rows listed for each finding, and shown because of one
 
@@ -22,16 +22,17 @@ def write_report(
     model: Model | Adapter | Tokenizer,
     data: Dataset,
     tokenizer: Any,
-    found: list[Case],
-    drawn: list[tuple[str, Rendered]],
+    findings: list[DatasetFinding],
+    samples: list[tuple[str, RenderedConversation]],
     counts: dict[str, int],
 ) -> Report:
     """Write the findings as an HTML page, terminal text and metrics."""
-    errors, warnings = (sum(case.finding.level == level for case in found) for level in ("error", "warning"))
+    errors, warnings = (sum(case.finding.level == level for case in findings) for level in ("error", "warning"))
     report = ctx.report
     report.title = f"{data.name} for {model.name}"
-    report.lead = (
-        f"{_count(errors, 'error')}, {_count(warnings, 'warning')} in {_count(counts['rows'], 'row')};"
+    report.subtitle = (
+        f"{_format_count(errors, 'error')}, {_format_count(warnings, 'warning')} in"
+        f" {_format_count(counts['rows'], 'row')};"
         f" {counts['learned']:,} of {counts['tokens']:,} tokens are trained on."
     )
     report.data = {
@@ -42,21 +43,21 @@ def write_report(
             {
                 "code": c.finding.code,
                 "level": c.finding.level,
-                "what": c.finding.what,
+                "what": c.finding.message,
                 "fix": c.finding.fix,
                 "rows": len(c.rows),
                 "examples": c.rows[:SHOWN],
             }
-            for c in found
+            for c in findings
         ],
     }
-    _describe_findings(found, report)
+    _add_findings_table(findings, report)
     page = view.STYLE + "".join(
-        f"<p class=note>{html.escape(id)}</p>{view.as_html(tokenizer, r.ids, r.mask)}" for id, r in drawn
+        f"<p class=note>{html.escape(id)}</p>{view.format_html(tokenizer, r.ids, r.mask)}" for id, r in samples
     )
-    plain = "\n\n".join(f"{id}\n{view.as_plain(tokenizer, r.ids, r.mask)}" for id, r in drawn)
-    if drawn:
-        report.drawing(
+    plain = "\n\n".join(f"{id}\n{view.format_plain(tokenizer, r.ids, r.mask)}" for id, r in samples)
+    if samples:
+        report.add_drawing(
             "Loss mask",
             page,
             text=(
@@ -65,50 +66,56 @@ def write_report(
             ),
             plain=plain,
         )
-    _write_terminal(report, found, drawn, tokenizer)
-    about = {"failed": f"{_count(errors, 'error')}: training on this data would damage the model"} if errors else {}
+    _write_terminal(report, findings, samples, tokenizer)
+    about = (
+        {"failed": f"{_format_count(errors, 'error')}: training on this data would damage the model"} if errors else {}
+    )
     return Report(ctx.out, metrics={"errors": errors, "warnings": warnings, **counts}, about=about)
 
 
-def _describe_findings(found: list[Case], report: ReportBuilder) -> None:
+def _add_findings_table(findings: list[DatasetFinding], report: ReportBuilder) -> None:
     """Add the table of findings, or state that there are none."""
-    if found:
+    if findings:
         rows = [
             (
                 c.finding.level,
                 c.finding.code,
-                c.finding.what,
+                c.finding.message,
                 len(c.rows) or "template",
                 ", ".join(c.rows[:SHOWN]),
                 c.finding.fix,
             )
-            for c in found
+            for c in findings
         ]
-        report.table("Findings", ("level", "code", "problem", "rows", "examples", "fix"), rows)
+        report.add_table("Findings", ("level", "code", "problem", "rows", "examples", "fix"), rows)
     else:
-        report.text(
+        report.add_text(
             "Findings",
             "None: the chat template renders the rows faithfully, and every answer ends with a trained stop token.",
         )
 
 
 def _write_terminal(
-    report: ReportBuilder, found: list[Case], drawn: list[tuple[str, Rendered]], tokenizer: Any
+    report: ReportBuilder,
+    findings: list[DatasetFinding],
+    samples: list[tuple[str, RenderedConversation]],
+    tokenizer: Any,
 ) -> None:
     """Write the findings as colored terminal text."""
-    colours = {"error": "\x1b[31m", "warning": "\x1b[33m", "note": "\x1b[36m"}
-    lines = [report.lead]
+    colors = {"error": "\x1b[31m", "warning": "\x1b[33m", "note": "\x1b[36m"}
+    lines = [report.subtitle]
     lines += [
-        f"{colours[c.finding.level]}{c.finding.level:<7}\x1b[0m {c.finding.code}: {c.finding.what}"
-        + (f" [{_count(len(c.rows), 'row')}: {', '.join(c.rows[:3])}]" if c.rows else "")
+        f"{colors[c.finding.level]}{c.finding.level:<7}\x1b[0m {c.finding.code}: {c.finding.message}"
+        + (f" [{_format_count(len(c.rows), 'row')}: {', '.join(c.rows[:3])}]" if c.rows else "")
         + (f"\n        → {c.finding.fix}" if c.finding.fix else "")
-        for c in found
+        for c in findings
     ]
     lines += [
-        f"\n{id}, tokens trained on in green:\n{view.as_ansi(tokenizer, r.ids, r.mask)}" for id, r in drawn[:FIRST]
+        f"\n{id}, tokens trained on in green:\n{view.format_ansi(tokenizer, r.ids, r.mask)}"
+        for id, r in samples[:FIRST]
     ]
     report.terminal = "\n".join(lines)
 
 
-def _count(number: int, what: str) -> str:
+def _format_count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"

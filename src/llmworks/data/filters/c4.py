@@ -13,8 +13,8 @@ import numpy as np
 from pydantic import Field
 
 from llmworks.core.artifact import Config
-from llmworks.data.filters.rules import Bound, Judgement, judge
-from llmworks.data.filters.words import Words
+from llmworks.data.filters.rules import FilterDecisions, ThresholdRule, apply_rules
+from llmworks.data.filters.words import WordVocabulary
 
 CITATIONS = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
 ENDS = (".", "?", "!", '"', "'")
@@ -37,19 +37,19 @@ class C4(Config):
     min_num_sentences: int = Field(5, ge=0, description="drop documents with fewer sentences after line filtering")
 
 
-def c4(config: C4, texts: list[str], words: Words) -> tuple[list[str], Judgement, Counter[str]]:
+def filter_c4(config: C4, texts: list[str], words: WordVocabulary) -> tuple[list[str], FilterDecisions, Counter[str]]:
     """Filter texts; returns (texts with the lines that pass, decisions, dropped lines by reason)."""
     kept, reasons, sentences = [], [], []
     dropped: Counter[str] = Counter()
     for text in texts:
-        lines, reason, count = _lines(config, text, words, dropped)
+        lines, reason, count = _filter_lines(config, text, words, dropped)
         kept.append("\n".join(lines).strip())
         reasons.append(reason)
         sentences.append(count)
-    judged = judge(
+    decisions = apply_rules(
         len(texts),
         [
-            Bound(
+            ThresholdRule(
                 "c4: too few sentences",
                 "sentences (counted up to the bound)",
                 np.array(sentences),
@@ -58,11 +58,11 @@ def c4(config: C4, texts: list[str], words: Words) -> tuple[list[str], Judgement
             )
         ],
     )
-    judged.reasons = [first or second for first, second in zip(reasons, judged.reasons, strict=True)]
-    return kept, judged, dropped
+    decisions.reasons = [first or second for first, second in zip(reasons, decisions.reasons, strict=True)]
+    return kept, decisions, dropped
 
 
-def _lines(config: C4, text: str, words: Words, dropped: Counter[str]) -> tuple[list[str], str, int]:
+def _filter_lines(config: C4, text: str, words: WordVocabulary, dropped: Counter[str]) -> tuple[list[str], str, int]:
     """Return (lines that pass, drop reason of the whole text or "", sentence count up to the bound)."""
     kept: list[str] = []
     sentences = 0
@@ -93,6 +93,6 @@ def _lines(config: C4, text: str, words: Words, dropped: Counter[str]) -> tuple[
             dropped["c4: policy"] += 1
             continue
         if sentences < config.min_num_sentences:
-            sentences += words.sentences(line)
+            sentences += words.count_sentences(line)
         kept.append(line)
     return kept, "", sentences

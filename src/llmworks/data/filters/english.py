@@ -57,7 +57,7 @@ def _contractions() -> dict[str, tuple[str, ...]]:
 
 
 @functools.cache
-def exceptions() -> dict[str, tuple[str, ...]]:
+def tokenizer_exceptions() -> dict[str, tuple[str, ...]]:
     """Return the tokenizer exceptions: unsplit abbreviations, contractions, times of day."""
     table = _contractions()
     for word in DROPPED_G.split():
@@ -85,35 +85,35 @@ POSSESSIVE = ("'s", "'S", "’s", "’S")
 DOLLARS = ("US$", "C$", "A$")
 
 
-def lower(char: str) -> bool:
+def is_lower(char: str) -> bool:
     """Return whether a character is a lowercase letter, or a letter of a script without case."""
     return char.isalpha() and not char.isupper()
 
 
-def upper(char: str) -> bool:
+def is_upper(char: str) -> bool:
     """Return whether a character is an uppercase letter, or a letter of a script without case."""
     return char.isalpha() and not char.islower()
 
 
-def icon(char: str) -> bool:
+def is_icon(char: str) -> bool:
     """Return whether a character is a pictograph or another non-currency, non-math symbol (category So)."""
     return char > "\x7f" and unicodedata.category(char) == "So"
 
 
-def prefix(text: str) -> int:
+def prefix_length(text: str) -> int:
     """Return the length of the prefix that is a token of its own (0 = none)."""
     if text.startswith("……"):
         return 2
     if text.startswith(".."):
         return len(text) - len(text.lstrip("."))
-    if text[0] in BEGINS or icon(text[0]):
+    if text[0] in BEGINS or is_icon(text[0]):
         return 1
     if text[0] == "+":
         return 0 if text[1:2] in DIGITS and text[1:2] else 1
     return next((len(mark) for mark in DOLLARS if text.startswith(mark)), 0)
 
 
-def suffix(text: str) -> int:
+def suffix_length(text: str) -> int:
     """Return the length of the longest suffix that is a token of its own (0 = none)."""
     last = text[-1]
     if last == ".":
@@ -121,17 +121,17 @@ def suffix(text: str) -> int:
         if dots > 1:
             return dots
         before = text[-2:-1]
-        if before and (before in BEFORE_STOP or lower(before)):
+        if before and (before in BEFORE_STOP or is_lower(before)):
             return 1
         if before.upper() in "CFK" and text[-3:-2] == "°":
             return 1
-        return 1 if len(text) > 2 and upper(before) and upper(text[-3]) else 0
+        return 1 if len(text) > 2 and is_upper(before) and is_upper(text[-3]) else 0
     if text.endswith(("……", *POSSESSIVE)):
         return 2
     for size in (4, 3, 2, 1):
         if len(text) > size and text[-size - 1] in DIGITS and text[-size:] in AFTER_NUMBER:
             return size
-    if last in ENDS or icon(last):
+    if last in ENDS or is_icon(last):
         return 1
     return 1 if last == "+" and text[-2:-1] in DIGITS and len(text) > 1 else 0
 
@@ -173,35 +173,35 @@ WHOLE = re.compile(r"[\w()\[\]{}&#$%!?;'\"`@|\\]+", re.ASCII)  # contains no inf
 
 def split_chunk(chunk: str) -> tuple[str, ...]:
     """Split a chunk without whitespace into tokens."""
-    special = exceptions()
+    special = tokenizer_exceptions()
     if chunk in special:
         return special[chunk]
     if PLAIN.fullmatch(chunk):  # fast path: most chunks
         word, mark = (chunk, "") if chunk[-1].isalpha() else (chunk[:-1], chunk[-1])
         if word in special:
-            return _again((*special[word], *mark))
+            return _reapply_exceptions((*special[word], *mark))
         return (word, mark) if mark else (word,)
     wrapped = WRAPPED.fullmatch(chunk)
     if wrapped:
         begins, core, ends, stop = wrapped.groups("")
-        return _again((*begins, *_middle(core), *ends, *stop))
-    before, rest, after = _affixes(chunk, special)
-    return _again((*before, *_middle(rest), *after))
+        return _reapply_exceptions((*begins, *_split_middle(core), *ends, *stop))
+    before, rest, after = _strip_affixes(chunk, special)
+    return _reapply_exceptions((*before, *_split_middle(rest), *after))
 
 
-def _affixes(chunk: str, special: Container[str]) -> tuple[list[str], str, list[str]]:
+def _strip_affixes(chunk: str, special: Container[str]) -> tuple[list[str], str, list[str]]:
     """Strip affixes; returns (prefix tokens, rest, suffix tokens). Stops when the rest is an exception."""
     before: list[str] = []
     after: list[str] = []
     rest, last = chunk, 0
     while rest and len(rest) != last and rest not in special:
         last = len(rest)
-        start = prefix(rest)
+        start = prefix_length(rest)
         if start and rest[start:] in special:
             before.append(rest[:start])
             rest = rest[start:]
             break
-        size = suffix(rest[start:]) if start < len(rest) else 0
+        size = suffix_length(rest[start:]) if start < len(rest) else 0
         if size and rest[:-size] in special:
             after.append(rest[-size:])
             rest = rest[:-size]
@@ -216,12 +216,12 @@ def _affixes(chunk: str, special: Container[str]) -> tuple[list[str], str, list[
     return before, rest, after[::-1]
 
 
-def _again(words: tuple[str, ...]) -> tuple[str, ...]:
+def _reapply_exceptions(words: tuple[str, ...]) -> tuple[str, ...]:
     """Reapply exceptions to split tokens: single tokens, or adjacent tokens that together form an exception.
 
     The longest match wins.
     """
-    special, begins = divided()
+    special, begins = split_exceptions()
     if special.keys().isdisjoint(words) and not any(one + two[0] in begins for one, two in pairwise(words)):
         return words
     found: list[str] = []
@@ -249,26 +249,26 @@ def _again(words: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @functools.cache
-def divided() -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
+def split_exceptions() -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
     """Return (exceptions that the rules would split, the only ones to reapply; their prefixes from 2 characters on)."""
     table = {
         chunk: parts
-        for chunk, parts in exceptions().items()
-        if prefix(chunk) or suffix(chunk) or _divided(chunk) != (chunk,)
+        for chunk, parts in tokenizer_exceptions().items()
+        if prefix_length(chunk) or suffix_length(chunk) or _split_infixes(chunk) != (chunk,)
     }
     return table, frozenset(chunk[:size] for chunk in table for size in range(2, len(chunk) + 1))
 
 
-def _middle(rest: str) -> tuple[str, ...]:
+def _split_middle(rest: str) -> tuple[str, ...]:
     """Split the rest between prefixes and suffixes at infixes, unless it is a URL."""
     if not rest:
         return ()
-    if rest in exceptions():
-        return exceptions()[rest]
-    return _divided(rest)
+    if rest in tokenizer_exceptions():
+        return tokenizer_exceptions()[rest]
+    return _split_infixes(rest)
 
 
-def _divided(rest: str) -> tuple[str, ...]:
+def _split_infixes(rest: str) -> tuple[str, ...]:
     if not rest:
         return ()
     if WHOLE.fullmatch(rest) or ("." in rest and _is_url(rest)):
@@ -276,7 +276,7 @@ def _divided(rest: str) -> tuple[str, ...]:
     parts: list[str] = []
     start = 0
     for match in INFIX.finditer(rest):
-        if match.start() == 0 or not _divides(match, rest):
+        if match.start() == 0 or not _is_split_point(match, rest):
             continue
         if match.start() != start:
             parts.append(rest[start : match.start()])
@@ -289,14 +289,14 @@ def _divided(rest: str) -> tuple[str, ...]:
 
 def _is_url(text: str) -> bool:
     match = URL.fullmatch(text)
-    return match is not None and (match["top"] is None or all(map(lower, match["top"])))
+    return match is not None and (match["top"] is None or all(map(is_lower, match["top"])))
 
 
-def _divides(match: re.Match[str], text: str) -> bool:
+def _is_split_point(match: re.Match[str], text: str) -> bool:
     """Return whether an infix match splits: a period splits only between a lowercase and an uppercase letter."""
     if match["icon"]:
-        return icon(match["icon"])
+        return is_icon(match["icon"])
     if match["stop"]:
         before, after = text[match.start() - 1], text[match.end()]
-        return (before in QUOTES or lower(before)) and (after in QUOTES or upper(after))
+        return (before in QUOTES or is_lower(before)) and (after in QUOTES or is_upper(after))
     return True

@@ -9,8 +9,8 @@ import numpy as np
 from pydantic import Field
 
 from llmworks.core.artifact import Config
-from llmworks.data.filters.gopher import repeats
-from llmworks.data.filters.rules import Bound, Judgement, judge, share
+from llmworks.data.filters.gopher import count_duplicates
+from llmworks.data.filters.rules import FilterDecisions, ThresholdRule, apply_rules, safe_ratio
 from llmworks.data.filters.words import TERMINAL, Array
 
 TERMINALS = tuple(sorted(TERMINAL))
@@ -26,38 +26,40 @@ class FineWeb(Config):
     new_line_ratio: float = Field(0.3, ge=0, description="maximum ratio of newlines to words")
 
 
-def fineweb(config: FineWeb, texts: list[str], counts: Array) -> Judgement:
+def filter_fineweb(config: FineWeb, texts: list[str], counts: Array) -> FilterDecisions:
     """Apply the filter to texts; `counts` are their word counts."""
-    rows = [_line_shares(text, config.short_line_length) for text in texts]
+    rows = [_line_fractions(text, config.short_line_length) for text in texts]
     punctuated, short, repeated, breaks = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
-    judged = judge(
+    decisions = apply_rules(
         len(texts),
         [
-            Bound(
+            ThresholdRule(
                 "fineweb: lines without punctuation",
                 "lines that end in punctuation",
                 punctuated,
                 1,
                 low=config.line_punct_thr,
             ),
-            Bound("fineweb: short lines", "short lines", short, 1, high=config.short_line_thr),
-            Bound(
+            ThresholdRule("fineweb: short lines", "short lines", short, 1, high=config.short_line_thr),
+            ThresholdRule(
                 "fineweb: repeated lines",
                 "characters in lines that occurred before",
                 repeated,
                 0.1,
                 high=config.char_duplicates_ratio,
             ),
-            Bound("fineweb: a list", "line breaks per word", share(breaks, counts), 0.6, high=config.new_line_ratio),
+            ThresholdRule(
+                "fineweb: a list", "line breaks per word", safe_ratio(breaks, counts), 0.6, high=config.new_line_ratio
+            ),
         ],
     )
-    judged.reasons = [
-        "fineweb: empty" if not text.strip() else reason for text, reason in zip(texts, judged.reasons, strict=True)
+    decisions.reasons = [
+        "fineweb: empty" if not text.strip() else reason for text, reason in zip(texts, decisions.reasons, strict=True)
     ]
-    return judged
+    return decisions
 
 
-def _line_shares(text: str, short_line: int) -> tuple[float, float, float, int]:
+def _line_fractions(text: str, short_line: int) -> tuple[float, float, float, int]:
     """Compute fractions of punctuated lines, short lines and duplicate-line characters, and the newline count."""
     lines = [line for line in text.split("\n") if line and not line.isspace()]
     if not lines:
@@ -67,6 +69,6 @@ def _line_shares(text: str, short_line: int) -> tuple[float, float, float, int]:
     return (
         ends / len(lines),
         sum(len(line) <= short_line for line in lines) / len(lines),
-        repeats(lines)[1] / (len(text) - breaks),
+        count_duplicates(lines)[1] / (len(text) - breaks),
         breaks,
     )

@@ -13,8 +13,8 @@ import numpy as np
 from pydantic import Field
 
 from llmworks.core.artifact import Config
-from llmworks.data.filters.rules import Bound, Judgement, judge, share
-from llmworks.data.filters.words import Array, Batch, Words
+from llmworks.data.filters.rules import FilterDecisions, ThresholdRule, apply_rules, safe_ratio
+from llmworks.data.filters.words import Array, WordBatch, WordVocabulary
 
 Runs = tuple[Array, Array]
 PARAGRAPHS = re.compile(r"\n{2,}")
@@ -58,50 +58,60 @@ class GopherRepetition(Config):
     dup_10_grams: float = Field(0.1, ge=0, description="characters in duplicate 10-grams")
 
 
-def gopher_quality(config: GopherQuality, batch: Batch, words: Words) -> Judgement:
+def filter_gopher_quality(config: GopherQuality, batch: WordBatch, words: WordVocabulary) -> FilterDecisions:
     """Apply the quality filter to a batch."""
     ids, count = batch.ids, batch.counts
     real = words.symbol[ids] == 0
-    real_count = batch.sums(real)
-    length = share(batch.sums(np.where(real, words.length[ids], 0)), real_count)
+    real_count = batch.sum_per_text(real)
+    length = safe_ratio(batch.sum_per_text(np.where(real, words.length[ids], 0)), real_count)
     length[real_count == 0] = np.nan  # undefined mean passes
     stops = np.zeros(len(batch.texts))
     flags = words.stop[ids]
     for bit in range(8):
-        stops += batch.sums(flags & (1 << bit)) > 0
-    marks = [_marks(text) for text in batch.texts]
+        stops += batch.sum_per_text(flags & (1 << bit)) > 0
+    marks = [_count_marks(text) for text in batch.texts]
     hashes, ellipses, bullets, trailing = (np.array(column, dtype=float) for column in zip(*marks, strict=True))
     c = config
-    return judge(
+    return apply_rules(
         len(batch.texts),
         [
-            Bound("gopher: too few words", "words", real_count, 2000, low=c.min_doc_words),
-            Bound("gopher: too many words", "words", real_count, 2000, high=c.max_doc_words),
-            Bound("gopher: words too short", "mean word length", length, 12, low=c.min_avg_word_length),
-            Bound("gopher: words too long", "mean word length", length, 12, high=c.max_avg_word_length),
-            Bound("gopher: hash signs", "hash signs per word", share(hashes, count), 0.2, high=c.max_symbol_word_ratio),
-            Bound("gopher: ellipses", "ellipses per word", share(ellipses, count), 0.2, high=c.max_symbol_word_ratio),
-            Bound("gopher: bullets", "lines that begin with a bullet", bullets, 1, high=c.max_bullet_lines_ratio),
-            Bound(
+            ThresholdRule("gopher: too few words", "words", real_count, 2000, low=c.min_doc_words),
+            ThresholdRule("gopher: too many words", "words", real_count, 2000, high=c.max_doc_words),
+            ThresholdRule("gopher: words too short", "mean word length", length, 12, low=c.min_avg_word_length),
+            ThresholdRule("gopher: words too long", "mean word length", length, 12, high=c.max_avg_word_length),
+            ThresholdRule(
+                "gopher: hash signs",
+                "hash signs per word",
+                safe_ratio(hashes, count),
+                0.2,
+                high=c.max_symbol_word_ratio,
+            ),
+            ThresholdRule(
+                "gopher: ellipses", "ellipses per word", safe_ratio(ellipses, count), 0.2, high=c.max_symbol_word_ratio
+            ),
+            ThresholdRule(
+                "gopher: bullets", "lines that begin with a bullet", bullets, 1, high=c.max_bullet_lines_ratio
+            ),
+            ThresholdRule(
                 "gopher: lines end in ellipses",
                 "lines that end with an ellipsis",
                 trailing,
                 1,
                 high=c.max_ellipsis_lines_ratio,
             ),
-            Bound(
+            ThresholdRule(
                 "gopher: words without letters",
                 "words with a letter",
-                share(batch.sums(words.alpha[ids]), count),
+                safe_ratio(batch.sum_per_text(words.alpha[ids]), count),
                 1,
                 low=c.min_alpha_words_ratio,
             ),
-            Bound("gopher: few stop words", "kinds of stop words", stops, 8, low=c.min_stop_words),
+            ThresholdRule("gopher: few stop words", "kinds of stop words", stops, 8, low=c.min_stop_words),
         ],
     )
 
 
-def _marks(text: str) -> tuple[int, int, float, float]:
+def _count_marks(text: str) -> tuple[int, int, float, float]:
     """Count hash signs, ellipses, and the fractions of lines that start with a bullet and that end with an ellipsis."""
     ellipses = text.count("...") + text.count("…")
     bullets = trailing = 0.0
@@ -112,18 +122,18 @@ def _marks(text: str) -> tuple[int, int, float, float]:
     return text.count("#"), ellipses, bullets, trailing
 
 
-def gopher_repetition(config: GopherRepetition, batch: Batch, words: Words) -> Judgement:
+def filter_gopher_repetition(config: GopherRepetition, batch: WordBatch, words: WordVocabulary) -> FilterDecisions:
     """Apply the repetition filter to a batch.
 
     Values of n-grams certainly below their bound are upper bounds, not exact fractions.
     """
     c = config
     total = np.array([len(text) for text in batch.texts], dtype=float)
-    bounds = _line_bounds(batch, c)
+    bounds = _line_rules(batch, c)
     for n, limit in ((2, c.top_2_grams), (3, c.top_3_grams), (4, c.top_4_grams)):
-        value = share(top_characters(batch, words, n), total)
+        value = safe_ratio(count_top_ngram_characters(batch, words, n), total)
         bounds.append(
-            Bound(f"gopher: one {n}-gram repeated", f"characters in the top {n}-gram", value, 0.4, high=limit)
+            ThresholdRule(f"gopher: one {n}-gram repeated", f"characters in the top {n}-gram", value, 0.4, high=limit)
         )
         # characters covered by repeated n-grams bound the exact count, and that of longer n-grams, from above;
         # documents that are already dropped are not counted
@@ -135,44 +145,44 @@ def gopher_repetition(config: GopherRepetition, batch: Batch, words: Words) -> J
         c.dup_9_grams,
         c.dup_10_grams,
     )
-    fine = ~np.any([bound.fails() for bound in bounds], axis=0)
+    fine = ~np.any([bound.find_failures() for bound in bounds], axis=0)
     value = np.ones(len(batch.texts))
     for n, limit in zip(range(5, 11), limits, strict=True):
         suspects = np.flatnonzero(fine & (value > limit)) if n > 5 else np.arange(len(batch.texts))
         some = batch.select(suspects) if n > 5 else batch
-        runs = equal_runs(some, n)
-        value[suspects] = share(_covered(some, words, n, runs), total[suspects])
+        runs = group_equal_ngrams(some, n)
+        value[suspects] = safe_ratio(_count_covered_characters(some, words, n, runs), total[suspects])
         above = fine[suspects] & (value[suspects] > limit)
         counted = value.copy()
-        counted[suspects[above]] = share(
-            repeated_characters(some, words, n, runs, above)[above], total[suspects[above]]
+        counted[suspects[above]] = safe_ratio(
+            count_duplicate_ngram_characters(some, words, n, runs, above)[above], total[suspects[above]]
         )
         bounds.append(
-            Bound(f"gopher: repeated {n}-grams", f"characters in repeated {n}-grams", counted, 0.4, high=limit)
+            ThresholdRule(f"gopher: repeated {n}-grams", f"characters in repeated {n}-grams", counted, 0.4, high=limit)
         )
-        fine &= ~bounds[-1].fails()
-    judged = judge(len(batch.texts), bounds)
-    judged.reasons = [
-        "gopher: empty" if not text else reason for text, reason in zip(batch.texts, judged.reasons, strict=True)
+        fine &= ~bounds[-1].find_failures()
+    decisions = apply_rules(len(batch.texts), bounds)
+    decisions.reasons = [
+        "gopher: empty" if not text else reason for text, reason in zip(batch.texts, decisions.reasons, strict=True)
     ]
-    return judged
+    return decisions
 
 
-def _line_bounds(batch: Batch, c: GopherRepetition) -> list[Bound]:
+def _line_rules(batch: WordBatch, c: GopherRepetition) -> list[ThresholdRule]:
     """Return the rules for duplicate paragraphs and lines."""
-    parts = [_repeated_parts(text) for text in batch.texts]
+    parts = [_duplicate_fractions(text) for text in batch.texts]
     paragraphs, paragraph_characters, lines, line_characters = (np.array(column) for column in zip(*parts, strict=True))
     bounds = [
-        Bound("gopher: repeated paragraphs", "repeated paragraphs", paragraphs, 1, high=c.dup_para_frac),
-        Bound(
+        ThresholdRule("gopher: repeated paragraphs", "repeated paragraphs", paragraphs, 1, high=c.dup_para_frac),
+        ThresholdRule(
             "gopher: characters in repeated paragraphs",
             "characters in repeated paragraphs",
             paragraph_characters,
             1,
             high=c.dup_para_char_frac,
         ),
-        Bound("gopher: repeated lines", "repeated lines", lines, 1, high=c.dup_line_frac),
-        Bound(
+        ThresholdRule("gopher: repeated lines", "repeated lines", lines, 1, high=c.dup_line_frac),
+        ThresholdRule(
             "gopher: characters in repeated lines",
             "characters in repeated lines",
             line_characters,
@@ -183,21 +193,21 @@ def _line_bounds(batch: Batch, c: GopherRepetition) -> list[Bound]:
     return bounds
 
 
-def _repeated_parts(text: str) -> tuple[float, float, float, float]:
+def _duplicate_fractions(text: str) -> tuple[float, float, float, float]:
     """Compute fractions of duplicate paragraphs, their characters, duplicate lines and their characters."""
     size = len(text) or 1
     stripped = text.strip()
     paragraphs = PARAGRAPHS.split(stripped) if "\n\n" in stripped else [stripped]
-    repeated, characters = repeats(paragraphs)
+    repeated, characters = count_duplicates(paragraphs)
     lines = [
         line for line in text.split("\n") if line
     ]  # as re.split(r"\n+"), which yields an empty string at an end with a newline
     lines = [""] * text.startswith("\n") + lines + [""] * text.endswith("\n") if lines else ["", ""]
-    repeated_lines, line_characters = repeats(lines) if len(lines) > 1 else (0, 0)
+    repeated_lines, line_characters = count_duplicates(lines) if len(lines) > 1 else (0, 0)
     return repeated / len(paragraphs), characters / size, repeated_lines / len(lines), line_characters / size
 
 
-def repeats(parts: Sequence[str]) -> tuple[int, int]:
+def count_duplicates(parts: Sequence[str]) -> tuple[int, int]:
     """Count duplicate parts (after the first occurrence), and their characters."""
     if len(set(parts)) == len(parts):
         return 0, 0
@@ -211,10 +221,10 @@ def repeats(parts: Sequence[str]) -> tuple[int, int]:
     return count, characters
 
 
-def top_characters(batch: Batch, words: Words, n: int) -> Array:
+def count_top_ngram_characters(batch: WordBatch, words: WordVocabulary, n: int) -> Array:
     """Count characters of each text in all occurrences of its most frequent n-gram; ties go to the first."""
     result = np.zeros(len(batch.texts))
-    places, begins = equal_runs(batch, n)
+    places, begins = group_equal_ngrams(batch, n)
     counts = np.diff(np.append(begins, len(places)))
     often = np.flatnonzero(counts > 1)
     sums = np.concatenate(([0], np.cumsum(words.length[batch.ids], dtype=np.int64)))
@@ -233,7 +243,9 @@ def top_characters(batch: Batch, words: Words, n: int) -> Array:
     return result
 
 
-def repeated_characters(batch: Batch, words: Words, n: int, runs: Runs, chosen: Array) -> Array:
+def count_duplicate_ngram_characters(
+    batch: WordBatch, words: WordVocabulary, n: int, runs: Runs, chosen: Array
+) -> Array:
     """Count characters of each chosen text in duplicate n-grams, left to right; a duplicate skips all its words.
 
     Only n-grams that occur more than once in their text are visited; others cannot contribute.
@@ -262,7 +274,7 @@ def repeated_characters(batch: Batch, words: Words, n: int, runs: Runs, chosen: 
     return result
 
 
-def _covered(batch: Batch, words: Words, n: int, runs: Runs) -> Array:
+def _count_covered_characters(batch: WordBatch, words: WordVocabulary, n: int, runs: Runs) -> Array:
     """Count characters of each text covered by duplicate n-grams: an upper bound for duplicate n-grams of this size
     or longer.
     """
@@ -271,10 +283,10 @@ def _covered(batch: Batch, words: Words, n: int, runs: Runs) -> Array:
     before[begins] = False
     again = places[before]
     hit = np.bincount(again, minlength=len(batch.ids) + 1) - np.bincount(again + n, minlength=len(batch.ids) + 1)
-    return batch.sums(np.where(np.cumsum(hit[:-1]) > 0, words.length[batch.ids], 0)).astype(float)
+    return batch.sum_per_text(np.where(np.cumsum(hit[:-1]) > 0, words.length[batch.ids], 0)).astype(float)
 
 
-def equal_runs(batch: Batch, n: int) -> Runs:
+def group_equal_ngrams(batch: WordBatch, n: int) -> Runs:
     """Group equal n-grams; returns (positions, sorted so that equal n-grams of one text are adjacent; group starts).
 
     Most unique n-grams are skipped: a count table over the top hash bits leaves few of them to sort.

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from llmworks.core.artifact import Config
-from llmworks.data.filters.rules import Bound, Judgement, judge
+from llmworks.data.filters.rules import FilterDecisions, ThresholdRule, apply_rules
 
 LETTERS = re.compile(r"[^\W\d_]")
 DIGITS = re.compile(r"\d")
@@ -28,27 +28,27 @@ class Instruction(Config):
     max_character_run: int = Field(100, gt=0, description="maximum run of the same character")
 
 
-def instruction(config: Instruction, texts: list[str]) -> Judgement:
+def filter_instructions(config: Instruction, texts: list[str]) -> FilterDecisions:
     """Apply the filter to texts."""
     size = np.array([len(text) for text in texts], dtype=float)
     inked = np.maximum(1, size - [len(SPACE.findall(text)) for text in texts])
     digits = np.array([len(DIGITS.findall(text)) for text in texts])
     letters = np.array([len(LETTERS.findall(text)) for text in texts])
     runs = np.array([max((len(match.group()) for match in RUN.finditer(text)), default=0) for text in texts])
-    return judge(
+    return apply_rules(
         len(texts),
         [
-            Bound("instruction: too short", "characters", size, 4000, low=config.min_characters),
-            Bound("instruction: too long", "characters", size, 4000, high=config.max_characters),
-            Bound(
+            ThresholdRule("instruction: too short", "characters", size, 4000, low=config.min_characters),
+            ThresholdRule("instruction: too long", "characters", size, 4000, high=config.max_characters),
+            ThresholdRule(
                 "instruction: symbols",
                 "share of symbols",
                 (inked - digits - letters) / inked,
                 1,
                 high=config.max_symbol_ratio,
             ),
-            Bound("instruction: digits", "share of digits", digits / inked, 1, high=config.max_digit_ratio),
-            Bound(
+            ThresholdRule("instruction: digits", "share of digits", digits / inked, 1, high=config.max_digit_ratio),
+            ThresholdRule(
                 "instruction: one character repeated",
                 "longest run of one character",
                 runs,

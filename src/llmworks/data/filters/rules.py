@@ -14,7 +14,7 @@ BINS = 40
 
 
 @dataclass(frozen=True)
-class Bound:
+class ThresholdRule:
     """A threshold rule: texts whose `value` is below `low` or above `high` are dropped for `reason` (None = no bound).
 
     `top` is the upper end of the histogram; larger values are counted in its last bin.
@@ -27,7 +27,7 @@ class Bound:
     low: float | None = None
     high: float | None = None
 
-    def fails(self) -> Array:
+    def find_failures(self) -> Array:
         """Return a boolean mask of the texts that break the rule."""
         broken = np.zeros(len(self.value), dtype=bool)
         if self.low is not None:
@@ -38,19 +38,19 @@ class Bound:
 
 
 @dataclass
-class Judgement:
+class FilterDecisions:
     """Filter decisions: the first broken rule of each text ("" = none), and a histogram of every rule's values."""
 
     reasons: list[str]
     histograms: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def judge(count: int, bounds: Sequence[Bound]) -> Judgement:
+def apply_rules(count: int, rules: Sequence[ThresholdRule]) -> FilterDecisions:
     """Apply rules in order to `count` texts."""
     reasons = np.full(count, "", dtype=object)
     histograms: dict[str, dict[str, Any]] = {}
-    for bound in bounds:
-        reasons[(reasons == "") & bound.fails()] = bound.reason
+    for bound in rules:
+        reasons[(reasons == "") & bound.find_failures()] = bound.reason
         histogram = histograms.setdefault(
             bound.label, {"counts": [0] * BINS, "top": bound.top, "low": None, "high": None}
         )
@@ -59,9 +59,9 @@ def judge(count: int, bounds: Sequence[Bound]) -> Judgement:
             histogram["counts"] = np.bincount(places, minlength=BINS).tolist()
         histogram["low"] = bound.low if bound.low is not None else histogram["low"]
         histogram["high"] = bound.high if bound.high is not None else histogram["high"]
-    return Judgement(reasons.tolist(), histograms)
+    return FilterDecisions(reasons.tolist(), histograms)
 
 
-def share(part: Array, whole: Array) -> Array:
+def safe_ratio(part: Array, whole: Array) -> Array:
     """Compute `part / whole`, 0 where `whole` is 0."""
     return np.divide(part, whole, out=np.zeros(len(whole)), where=whole != 0)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from llmworks.data.filters.english import split_chunk
 
 Array = npt.NDArray[Any]
-LIMIT = 400_000  # cached chunks
+MAX_CHUNKS = 400_000  # cached chunks
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 SENTENCE_ENDS = frozenset(
     "!.?։؟۔܀܁܂߹।॥၊။።፧፨᙮᜵᜶᠃᠉᥄᥅᪨᪩᪪᪫᭚᭛᭞᭟᰻᰼᱾᱿‼‽⁇⁈⁉⸮⸼꓿꘎꘏꛳꛷꡶꡷꣎꣏꤯꧈꧉꩝꩞꩟꫰꫱꯫﹒﹖﹗！．？𐩖𐩗𑁇𑁈𑂾𑂿𑃀𑃁𑅁𑅂𑅃𑇅𑇆𑇍𑇞𑇟𑈸𑈹𑈻𑈼𑊩𑑋𑑌"
@@ -37,7 +37,7 @@ END, PUNCTUATION, WORD = 0, 1, 2  # word kinds for the sentence splitter
 
 
 @dataclass(frozen=True)
-class Batch:
+class WordBatch:
     """A batch of texts and their word ids: text `i` has `ids[starts[i]:starts[i + 1]]`."""
 
     texts: list[str]
@@ -54,35 +54,35 @@ class Batch:
         """Index of the text that each word belongs to."""
         return np.repeat(np.arange(len(self.texts)), self.counts)
 
-    def select(self, chosen: Array) -> Batch:
+    def select(self, chosen: Array) -> WordBatch:
         """Select texts by index."""
         parts = [self.ids[self.starts[i] : self.starts[i + 1]] for i in chosen]
         ids = np.concatenate(parts) if parts else self.ids[:0]
-        return Batch(
+        return WordBatch(
             [self.texts[i] for i in chosen],
             ids,
             np.concatenate(([0], np.cumsum([len(p) for p in parts], dtype=np.int64))).astype(np.int64),
         )
 
-    def sums(self, values: Array) -> Array:
+    def sum_per_text(self, values: Array) -> Array:
         """Sum a per-word value over each text."""
         total = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
         return total[self.starts[1:]] - total[self.starts[:-1]]
 
 
-class _Chunks(dict[str, tuple[int, ...]]):
+class _ChunkCache(dict[str, tuple[int, ...]]):
     """Cache of chunk -> word ids; a missing chunk is tokenized."""
 
     def __init__(self) -> None:
-        self.numbers: dict[str, int] = {}
+        self.word_ids: dict[str, int] = {}
         self.words: list[str] = []
 
     def __missing__(self, chunk: str) -> tuple[int, ...]:
         ids = []
         for word in split_chunk(chunk):
-            number = self.numbers.get(word)
+            number = self.word_ids.get(word)
             if number is None:
-                number = self.numbers[word] = len(self.words)
+                number = self.word_ids[word] = len(self.words)
                 self.words.append(word)
             ids.append(number)
         found = tuple(ids)
@@ -91,39 +91,39 @@ class _Chunks(dict[str, tuple[int, ...]]):
         return found
 
 
-class Words:
+class WordVocabulary:
     """Word tokenizer with a vocabulary; the arrays hold features of each word, indexed by word id."""
 
     def __init__(self) -> None:
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
-        self.chunks = _Chunks()
-        self._known = 0
+    def _reset(self) -> None:
+        self.chunks = _ChunkCache()
+        self._num_described = 0
         self.length = self.symbol = self.alpha = self.stop = np.zeros(0, np.int32)
         self.kinds = bytearray()
 
-    def encode(self, texts: Sequence[str]) -> Batch:
+    def encode(self, texts: Sequence[str]) -> WordBatch:
         """Tokenize texts. Word ids are valid until the next call that clears a too large vocabulary."""
-        if len(self.chunks) > LIMIT:
-            self._forget()
+        if len(self.chunks) > MAX_CHUNKS:
+            self._reset()
         flat: list[int] = []
         starts = [0]
         for text in texts:
             flat.extend(self._ids(text))
             starts.append(len(flat))
-        self._describe()
-        return Batch(list(texts), np.array(flat, dtype=np.int32), np.array(starts, dtype=np.int64))
+        self._update_features()
+        return WordBatch(list(texts), np.array(flat, dtype=np.int32), np.array(starts, dtype=np.int64))
 
     def _ids(self, text: str) -> Iterable[int]:
         return chain.from_iterable(map(self.chunks.__getitem__, text.split()))
 
-    def _describe(self) -> None:
+    def _update_features(self) -> None:
         """Extend the feature arrays with new words."""
-        new = self.chunks.words[self._known :]
+        new = self.chunks.words[self._num_described :]
         if not new:
             return
-        self._known += len(new)
+        self._num_described += len(new)
 
         def extended(array: Array, values: list[int]) -> Array:
             return np.concatenate((array, np.array(values, dtype=np.int32)))
@@ -132,17 +132,17 @@ class Words:
         self.symbol = extended(self.symbol, [not w.isalnum() and all(c in SYMBOLS for c in w) for w in new])
         self.alpha = extended(self.alpha, [w.isalpha() or any(c.isalpha() for c in w) for w in new])
         self.stop = extended(self.stop, [1 << STOP_WORDS.index(w) if w in STOP_WORDS else 0 for w in new])
-        self.kinds.extend(map(kind_of, new))
+        self.kinds.extend(map(classify_word, new))
 
-    def sentences(self, text: str) -> int:
+    def count_sentences(self, text: str) -> int:
         """Count the sentences of a line: a sentence starts at the first word after a sentence-final mark."""
         ids = list(self._ids(text))
-        self._describe()
+        self._update_features()
         kinds = bytes(map(self.kinds.__getitem__, ids)).translate(None, bytes([PUNCTUATION]))
         return 1 + kinds.count(bytes([END, WORD]))
 
 
-def kind_of(word: str) -> int:
+def classify_word(word: str) -> int:
     """Classify a word as sentence-final punctuation (END), other punctuation (PUNCTUATION), or neither (WORD)."""
     if word in SENTENCE_ENDS:
         return END

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def best_fit(lengths: Sequence[int] | Any, capacity: int, seed: int) -> tuple[Any, Any]:
+def pack_best_fit(lengths: Sequence[int] | Any, capacity: int, seed: int) -> tuple[Any, Any]:
     """Pack sequences; returns (order, ends): sequence indices row by row, and where in `order` each row ends.
 
     Rows, and sequences of equal length, are shuffled by the seed.

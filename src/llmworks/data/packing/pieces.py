@@ -15,34 +15,34 @@ from typing import Any, NamedTuple
 from llmworks.core.errors import ModelError, RequestError
 from llmworks.core.types import ROLES, Json, messages_from_json
 from llmworks.data.store.parts import Span
-from llmworks.data.store.rows import row_tables, table_rows
+from llmworks.data.store.rows import iter_table_rows, read_row_tables
 from llmworks.tokenize.chat.encode import ConversationEncoder
-from llmworks.tokenize.chat.named import Template, use_template
+from llmworks.tokenize.chat.named import Template, set_template
 from llmworks.tokenize.load import load_tokenizer
 
-NOTHING = "no assistant token to train on"
+NO_TRAINABLE_TOKENS = "no assistant token to train on"
 
 
 @dataclass(frozen=True)
-class How:
+class TokenizationSettings:
     """Tokenization settings: tokenizer directory, chat template, maximum sequence length, and tokens before and after a
     document.
     """
 
     tokenizer: Path
     template: Template
-    longest: int
-    before: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
-    control: bool = False  # whether control tokens are allowed in message content
+    max_length: int
+    prefix_ids: tuple[int, ...] = ()
+    suffix_ids: tuple[int, ...] = ()
+    allow_control_tokens: bool = False  # whether control tokens are allowed in message content
 
 
 @dataclass
-class Pieces:
+class TokenizedSequences:
     """Tokenized sequences of one part. `learned` (the loss mask) stays empty for documents: every token counts."""
 
     tokens: array[int] = field(default_factory=lambda: array("I"))
-    learned: bytearray = field(default_factory=bytearray)
+    loss_mask: bytearray = field(default_factory=bytearray)
     lengths: array[int] = field(default_factory=lambda: array("q"))
     origins: array[int] = field(default_factory=lambda: array("q"))
     rejected: list[Json] = field(default_factory=list)
@@ -53,8 +53,8 @@ class Pieces:
         self.lengths.append(len(ids))
         self.origins.append(origin)
         if mask:
-            self.learned += mask
-            self.learned[-len(mask)] = 0
+            self.loss_mask += mask
+            self.loss_mask[-len(mask)] = 0
 
     def reject(self, origin: int, id: str, reason: str) -> None:
         """Record a rejected row."""
@@ -68,7 +68,7 @@ class Pieces:
             ("tokens", self.tokens, np.uint32),
             ("lengths", self.lengths, np.int64),
             ("origins", self.origins, np.int64),
-            ("learned", self.learned, np.uint8),
+            ("learned", self.loss_mask, np.uint8),
         ):
             np.save(
                 folder / f"{name}.npy", np.frombuffer(values, dtype=kind) if len(values) else np.zeros(0, dtype=kind)
@@ -80,87 +80,87 @@ class Pieces:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(how: How) -> ConversationEncoder:
+def _encoder(settings: TokenizationSettings) -> ConversationEncoder:
     """Load the encoder, once in each worker."""
-    tokenizer = load_tokenizer(how.tokenizer)
-    use_template(tokenizer, how.template)
-    return ConversationEncoder(tokenizer, frozen=True, strict=not how.control)
+    tokenizer = load_tokenizer(settings.tokenizer)
+    set_template(tokenizer, settings.template)
+    return ConversationEncoder(tokenizer, frozen=True, strict=not settings.allow_control_tokens)
 
 
-def encode_chats(how: How, part: Span, folder: Path) -> Json:
+def encode_chats(settings: TokenizationSettings, part: Span, folder: Path) -> Json:
     """Tokenize one part of a dataset of conversations.
 
     A row that is too long, has no trainable token, or fails to render is rejected, never truncated.
 
     So is one with a control token in message content, unless `how` allows it.
     """
-    encoder = _encoder(how)
-    pieces = Pieces()
+    encoder = _encoder(settings)
+    sequences = TokenizedSequences()
     uses: set[str] = set()
     origin = part.row
-    for table in row_tables(part.file, "chat", part.first, part.last):
-        for row in _rows(table):
+    for table in read_row_tables(part.file, "chat", part.first, part.last):
+        for row in _iter_rows(table):
             try:
-                if isinstance(row, Plain):
-                    uses |= _uses(row.roles)
+                if isinstance(row, PlainConversation):
+                    uses |= _template_features(row.roles)
                     ids, mask = encoder.encode_plain(row.roles, row.contents)
                 else:
                     messages = messages_from_json(row["messages"])
-                    uses |= _uses(tuple(m.role for m in messages)) | (
+                    uses |= _template_features(tuple(m.role for m in messages)) | (
                         {"tools"} if row["tools"] or any(m.tool_calls for m in messages) else set()
                     )
                     ids, mask = encoder.encode(messages, row["tools"])
                 reason = (
                     f"longer than max_length ({len(ids)} tokens)"
-                    if len(ids) > how.longest
-                    else NOTHING
+                    if len(ids) > settings.max_length
+                    else NO_TRAINABLE_TOKENS
                     if mask.find(1, 1) < 0
                     else ""
                 )
             except (RequestError, ModelError, ValueError) as error:
                 ids, mask, reason = [], b"", str(error)
             if reason:
-                pieces.reject(origin, row.id if isinstance(row, Plain) else row["id"], reason)
+                sequences.reject(origin, row.id if isinstance(row, PlainConversation) else row["id"], reason)
             else:
-                pieces.add(origin, ids, mask)
+                sequences.add(origin, ids, mask)
             origin += 1
-    pieces.write(folder)
+    sequences.write(folder)
     return {
-        "pieces": len(pieces.lengths),
-        "tokens": len(pieces.tokens),
-        "rejected": len(pieces.rejected),
-        "largest": max(pieces.tokens, default=0),
+        "pieces": len(sequences.lengths),
+        "tokens": len(sequences.tokens),
+        "rejected": len(sequences.rejected),
+        "largest": max(sequences.tokens, default=0),
         "uses": dict.fromkeys(sorted(uses), 1),
     }
 
 
-def encode_documents(how: How, part: Span, folder: Path) -> Json:
+def encode_documents(settings: TokenizationSettings, part: Span, folder: Path) -> Json:
     """Tokenize one part of a dataset of documents; long documents are split.
 
     Control tokens in the text are encoded as plain text.
     """
-    encoder = _encoder(how)
-    pieces = Pieces()
+    encoder = _encoder(settings)
+    sequences = TokenizedSequences()
     for origin, document in enumerate(part.documents(), part.row):
-        ids = [*how.before, *encoder.text(document.text), *how.after]
-        if len(ids) == len(how.before) + len(how.after):
-            pieces.reject(origin, document.id, "empty")
+        ids = [*settings.prefix_ids, *encoder.encode_document(document.text), *settings.suffix_ids]
+        if len(ids) == len(settings.prefix_ids) + len(settings.suffix_ids):
+            sequences.reject(origin, document.id, "empty")
             continue
-        pieces.add(origin, ids[: how.longest])
+        sequences.add(origin, ids[: settings.max_length])
         for start in range(
-            how.longest - 1, len(ids) - 1, how.longest - 1
+            settings.max_length - 1, len(ids) - 1, settings.max_length - 1
         ):  # chunks overlap by one token, masked in the second, so that no token is lost from the loss
-            pieces.add(origin, ids[start : start + how.longest])
-    pieces.write(folder)
+            sequences.add(origin, ids[start : start + settings.max_length])
+    sequences.write(folder)
     return {
-        "pieces": len(pieces.lengths),
-        "tokens": len(pieces.tokens),
-        "rejected": len(pieces.rejected),
-        "largest": max(pieces.tokens, default=0),
+        "pieces": len(sequences.lengths),
+        "tokens": len(sequences.tokens),
+        "rejected": len(sequences.rejected),
+        "largest": max(sequences.tokens, default=0),
     }
 
 
-class Plain(NamedTuple):
+class PlainConversation(NamedTuple):
     """A conversation that has only roles and contents."""
 
     id: str
@@ -169,12 +169,12 @@ class Plain(NamedTuple):
 
 
 @functools.cache
-def _known(roles: tuple[str, ...]) -> bool:
+def _has_known_roles(roles: tuple[str, ...]) -> bool:
     return set(roles).issubset(ROLES)
 
 
 @functools.cache
-def _uses(roles: tuple[str, ...]) -> set[str]:
+def _template_features(roles: tuple[str, ...]) -> set[str]:
     return (
         ({"system"} if "system" in roles else set())
         | ({"results"} if "tool" in roles else set())
@@ -182,7 +182,7 @@ def _uses(roles: tuple[str, ...]) -> set[str]:
     )
 
 
-def _rows(table: Any) -> Iterator[Plain | Json]:
+def _iter_rows(table: Any) -> Iterator[PlainConversation | Json]:
     """Yield a table's rows; rows without tools, calls, names and weights are read by columns, which is much faster."""
     import numpy as np
 
@@ -212,7 +212,7 @@ def _rows(table: Any) -> Iterator[Plain | Json]:
         bounds = offsets.tolist()
         for i, simple in enumerate(plain.tolist()):
             turns_of = tuple(roles[bounds[i] : bounds[i + 1]])
-            if simple and _known(turns_of):
-                yield Plain(ids[i], turns_of, contents[bounds[i] : bounds[i + 1]])
+            if simple and _has_known_roles(turns_of):
+                yield PlainConversation(ids[i], turns_of, contents[bounds[i] : bounds[i + 1]])
             else:
-                yield next(table_rows(batch.slice(i, 1), "chat"))
+                yield next(iter_table_rows(batch.slice(i, 1), "chat"))

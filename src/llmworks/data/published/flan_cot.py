@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llmworks.core.errors import DataError
 from llmworks.core.types import Message, messages_to_json
-from llmworks.data.store.jsonl import Rejected
+from llmworks.data.store.jsonl import RejectedRows
 from llmworks.data.store.rows import Row
 
 EXAMPLE = re.compile(r"^Q:\s*(.*?)^A:\s*(.*?)(?=^Q:|\Z)", re.MULTILINE | re.DOTALL)
@@ -22,7 +22,7 @@ ANSWER = re.compile(r"The answer is \(([A-Z])\)\.?\s*\Z")
 OPTION = re.compile(r"\(([A-Z])\)")
 
 
-def rows(path: Path, rejected: Rejected) -> list[Row]:
+def rows(path: Path, rejected: RejectedRows) -> list[Row]:
     """Read chat rows: question with options, reasoning ending in the answer letter.
 
     The letter is the row's `answer`, the subject its `group`.
@@ -42,15 +42,15 @@ def rows(path: Path, rejected: Rejected) -> list[Row]:
             examples = EXAMPLE.findall(text)
             if not examples:
                 rejected.add(file.name, line, "no example (lines beginning with Q: and A:)", text)
-            for number, (asked, said) in enumerate(examples, 1):
-                asked, said = asked.strip(), said.strip()
-                letter = ANSWER.search(said)
-                if letter is None or letter[1] not in OPTION.findall(asked):
+            for number, (question, answer) in enumerate(examples, 1):
+                question, answer = question.strip(), answer.strip()
+                letter = ANSWER.search(answer)
+                if letter is None or letter[1] not in OPTION.findall(question):
                     rejected.add(
-                        file.name, line, "an example's answer is not one of its options", f"Q: {asked}\nA: {said}"
+                        file.name, line, "an example's answer is not one of its options", f"Q: {question}\nA: {answer}"
                     )
                     continue
-                turns = (Message("user", asked), Message("assistant", said))
+                turns = (Message("user", question), Message("assistant", answer))
                 extra = {"fields": {"subject": subject}}
                 found.append(
                     {

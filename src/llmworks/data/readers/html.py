@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 from llmworks.core.errors import MissingDependency
-from llmworks.data.readers.text import NotText, decode
+from llmworks.data.readers.text import NotTextError, decode_document
 
-Part = Literal["main", "all"]
+HtmlContent = Literal["main", "all"]
 
 
-def page_text(data: bytes, part: Part) -> tuple[str, str]:
+def extract_page_text(data: bytes, content: HtmlContent) -> tuple[str, str]:
     """Extract (text, title) from an HTML page; the text is empty when there is no content.
 
     NotText for bytes that are not HTML.
@@ -23,15 +23,15 @@ def page_text(data: bytes, part: Part) -> tuple[str, str]:
 
     tree = trafilatura.load_html(data)
     if tree is None:
-        text, _ = decode(data)
+        text, _ = decode_document(data)
         tree = trafilatura.load_html(text)
         if tree is None:
-            raise NotText("not an HTML page")
+            raise NotTextError("not an HTML page")
     title = " ".join(
         "".join(node.itertext()) for node in tree.iter("title") if isinstance(node, etree._Element)
     ).strip()
-    if part == "all":
+    if content == "all":
         return trafilatura.html2txt(tree).strip(), title
         # no metadata: trafilatura's date extraction depends on today's date
-    found = trafilatura.extract(tree, include_comments=False, include_tables=True, with_metadata=False)
-    return (found or "").strip(), title
+    extracted = trafilatura.extract(tree, include_comments=False, include_tables=True, with_metadata=False)
+    return (extracted or "").strip(), title

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from llmworks.core.documents import Unusable
+from llmworks.core.documents import RejectedInput
 from llmworks.core.errors import MissingDependency
 from llmworks.core.types import Document
-from llmworks.data.readers.source import Source
-from llmworks.data.readers.text import read_limited, too_long
+from llmworks.data.readers.source import InputFile
+from llmworks.data.readers.text import read_limited, size_limit_reason
 
 
-def read_pdf(source: Source, limit: int) -> Iterator[Document | Unusable]:
+def read_pdf(source: InputFile, limit: int) -> Iterator[Document | RejectedInput]:
     """Read one document: the text of all pages, separated by empty lines."""
     try:
         import pypdfium2
@@ -23,24 +23,24 @@ def read_pdf(source: Source, limit: int) -> Iterator[Document | Unusable]:
     with source.open() as stream:
         data = read_limited(stream, limit)
     if data is None:
-        yield Unusable(source.name, 0, too_long(limit))
+        yield RejectedInput(source.name, 0, size_limit_reason(limit))
         return
     try:
         pdf = pypdfium2.PdfDocument(data)
     except pypdfium2.PdfiumError as error:
         locked = getattr(error, "err_code", None) == pypdfium2.raw.FPDF_ERR_PASSWORD
-        yield Unusable(source.name, 0, "an encrypted PDF" if locked else f"a broken PDF ({error})")
+        yield RejectedInput(source.name, 0, "an encrypted PDF" if locked else f"a broken PDF ({error})")
         return
     try:
         pages = [_page_text(pdf, index) for index in range(len(pdf))]
     except pypdfium2.PdfiumError as error:
-        yield Unusable(source.name, 0, f"a broken PDF ({error})")
+        yield RejectedInput(source.name, 0, f"a broken PDF ({error})")
         return
     finally:
         pdf.close()
     text = "\n\n".join(page for page in pages if page)
     if not text:
-        yield Unusable(source.name, 0, "a PDF without a text layer")
+        yield RejectedInput(source.name, 0, "a PDF without a text layer")
         return
     yield Document(source.name, text, source.name, {"pages": len(pages)})
 

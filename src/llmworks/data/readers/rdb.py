@@ -10,20 +10,20 @@ import struct
 import zlib
 from collections.abc import Iterator
 
-from llmworks.core.documents import Unusable
+from llmworks.core.documents import RejectedInput
 from llmworks.core.types import Document
-from llmworks.data.readers.source import Source
-from llmworks.data.readers.text import read_limited, too_long
+from llmworks.data.readers.source import InputFile
+from llmworks.data.readers.text import read_limited, size_limit_reason
 
 STRINGS, STRING, MISSING = 16, 9, 0xFFFFFFFF  # SEXP types STRSXP and CHARSXP, the length of NA
 
 
-def read_rdb(source: Source, limit: int) -> Iterator[Document | Unusable]:
+def read_rdb(source: InputFile, limit: int) -> Iterator[Document | RejectedInput]:
     """Read one document per object that is a character vector."""
     with source.open() as stream:
         data = read_limited(stream, limit)
     if data is None:
-        yield Unusable(source.name, 0, too_long(limit))
+        yield RejectedInput(source.name, 0, size_limit_reason(limit))
         return
     at = number = 0
     while at + 4 < len(data):
@@ -32,21 +32,21 @@ def read_rdb(source: Source, limit: int) -> Iterator[Document | Unusable]:
         try:
             value = unpack.decompress(data[at + 4 :], limit)
         except zlib.error as error:
-            yield Unusable(source.name, number, f"the rest of the file is not an R database ({error})")
+            yield RejectedInput(source.name, number, f"the rest of the file is not an R database ({error})")
             return
         if not unpack.eof:
-            yield Unusable(source.name, number, "truncated, or longer than max_document_mb")
+            yield RejectedInput(source.name, number, "truncated, or longer than max_document_mb")
             return
         at = len(data) - len(unpack.unused_data)
         try:
-            lines = strings(value)
+            lines = parse_strings(value)
         except (struct.error, ValueError) as error:
-            yield Unusable(source.name, number, f"an object that is not a character vector ({error})")
+            yield RejectedInput(source.name, number, f"an object that is not a character vector ({error})")
             continue
         yield Document(f"{source.name}#{number}", "\n".join(lines), source.name)
 
 
-def strings(value: bytes) -> list[str]:
+def parse_strings(value: bytes) -> list[str]:
     """Parse the elements of a serialized character vector.
 
     ValueError for anything else, struct.error when it is truncated.

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from llmworks.core.documents import Unusable
+from llmworks.core.documents import RejectedInput
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 BROKEN = (
@@ -42,7 +42,7 @@ class TooLarge(Exception):
 
 
 @dataclass
-class Meter:
+class ByteMeter:
     """Byte budget of the decompressed contents of one compressed file or archive."""
 
     limit: int
@@ -55,10 +55,10 @@ class Meter:
             raise TooLarge(f"expands to more than {self.limit >> 20} MB")
 
 
-class Metered(io.RawIOBase):
+class MeteredStream(io.RawIOBase):
     """A stream whose bytes are counted by a meter. Closing it closes the underlying streams."""
 
-    def __init__(self, meter: Meter, *streams: IO[bytes]) -> None:
+    def __init__(self, meter: ByteMeter, *streams: IO[bytes]) -> None:
         self.meter, self.streams = meter, streams
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ class Metered(io.RawIOBase):
 
 
 @dataclass(frozen=True)
-class Source:
+class InputFile:
     """One file or archive member. `open` returns a fresh stream (for an archive member only once)."""
 
     name: str
@@ -100,54 +100,58 @@ class Source:
 def find_files(root: Path, skip: Callable[[Path], bool] = lambda path: False) -> list[Path]:
     """Find every file below a directory (or the file itself), sorted by name, without hidden files and manifests."""
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    return [p for p in files if not _hidden(name_of(root, p)) and name_of(root, p) != "manifest.json" and not skip(p)]
+    return [
+        p
+        for p in files
+        if not _is_hidden(relative_name(root, p)) and relative_name(root, p) != "manifest.json" and not skip(p)
+    ]
 
 
-def name_of(root: Path, path: Path) -> str:
+def relative_name(root: Path, path: Path) -> str:
     """Return a file's name as recorded in documents: its path relative to `root`."""
     return path.relative_to(root.parent if root.is_file() else root).as_posix()
 
 
-def source(root: Path, path: Path) -> Source:
+def make_input_file(root: Path, path: Path) -> InputFile:
     """Wrap a file below `root` as a source."""
-    return Source(name_of(root, path), lambda: path.open("rb"), path)
+    return InputFile(relative_name(root, path), lambda: path.open("rb"), path)
 
 
-def expand(source: Source, limit: int, depth: int = 0) -> Iterator[Source | Unusable]:
+def expand_archives(source: InputFile, limit: int, depth: int = 0) -> Iterator[InputFile | RejectedInput]:
     """Yield the source itself, or its contents when it is compressed or an archive.
 
     `limit`: maximum number of decompressed bytes.
     """
-    return _expand(source, Meter(limit), depth)
+    return _expand_metered(source, ByteMeter(limit), depth)
 
 
-def _expand(source: Source, meter: Meter, depth: int) -> Iterator[Source | Unusable]:
+def _expand_metered(source: InputFile, meter: ByteMeter, depth: int) -> Iterator[InputFile | RejectedInput]:
     name = source.name.lower()
     if name.endswith(COMPRESSED):
-        source = _decompressed(source, meter)
+        source = _decompress(source, meter)
     if source.suffix not in (".zip", ".tar", ".tgz"):
         yield source
         return
     if depth >= DEPTH:
-        yield Unusable(source.name, 0, f"archives nested more than {DEPTH} deep")
+        yield RejectedInput(source.name, 0, f"archives nested more than {DEPTH} deep")
         return
     members = _zip_members if source.suffix == ".zip" else _tar_members
     try:
         for member in members(source, meter):
-            if isinstance(member, Unusable):
+            if isinstance(member, RejectedInput):
                 yield member
             else:
-                yield from _expand(member, meter, depth + 1)
+                yield from _expand_metered(member, meter, depth + 1)
     except TooLarge as error:
-        yield Unusable(source.name, 0, str(error))
+        yield RejectedInput(source.name, 0, str(error))
     except BROKEN as error:
-        yield Unusable(source.name, 0, f"a broken archive ({error})")
+        yield RejectedInput(source.name, 0, f"a broken archive ({error})")
 
 
-def _decompressed(source: Source, meter: Meter) -> Source:
+def _decompress(source: InputFile, meter: ByteMeter) -> InputFile:
     suffix = PurePosixPath(source.name.lower()).suffix
 
-    def opened() -> IO[bytes]:
+    def open_stream() -> IO[bytes]:
         raw = source.open()
         stream: Any
         if suffix == ".gz":
@@ -160,17 +164,17 @@ def _decompressed(source: Source, meter: Meter) -> Source:
             import zstandard
 
             stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True)
-        return _buffered(meter, stream, raw)
+        return _open_metered(meter, stream, raw)
 
-    return Source(source.name, opened)
+    return InputFile(source.name, open_stream)
 
 
-def _buffered(meter: Meter, *streams: IO[bytes]) -> IO[bytes]:
+def _open_metered(meter: ByteMeter, *streams: IO[bytes]) -> IO[bytes]:
     """Wrap streams in a metered, buffered one; the first is read from, the others are closed with it."""
-    return io.BufferedReader(Metered(meter, *streams), 1 << 16)
+    return io.BufferedReader(MeteredStream(meter, *streams), 1 << 16)
 
 
-def seekable(source: Source) -> IO[bytes]:
+def open_seekable(source: InputFile) -> IO[bytes]:
     """Open a seekable stream: the file itself, or a temporary copy.
 
     Raises whatever reading the source raises.
@@ -185,31 +189,31 @@ def seekable(source: Source) -> IO[bytes]:
     return copy
 
 
-def _zip_members(source: Source, meter: Meter) -> Iterator[Source | Unusable]:
-    with seekable(source) as stream, zipfile.ZipFile(stream) as archive:
+def _zip_members(source: InputFile, meter: ByteMeter) -> Iterator[InputFile | RejectedInput]:
+    with open_seekable(source) as stream, zipfile.ZipFile(stream) as archive:
         for info in sorted(archive.infolist(), key=lambda i: i.filename):
-            if info.is_dir() or _hidden(info.filename):
+            if info.is_dir() or _is_hidden(info.filename):
                 continue
             name = f"{source.name}!{info.filename}"
             if info.flag_bits & 1:
-                yield Unusable(name, 0, "encrypted")
+                yield RejectedInput(name, 0, "encrypted")
                 continue
-            yield Source(name, lambda info=info: _buffered(meter, archive.open(info)))  # type: ignore[misc]
+            yield InputFile(name, lambda info=info: _open_metered(meter, archive.open(info)))  # type: ignore[misc]
 
 
-def _tar_members(source: Source, meter: Meter) -> Iterator[Source | Unusable]:
+def _tar_members(source: InputFile, meter: ByteMeter) -> Iterator[InputFile | RejectedInput]:
     with (
         source.open() as stream,
         tarfile.open(fileobj=stream, mode="r|gz" if source.suffix == ".tgz" else "r|") as archive,
     ):
         for info in archive:
-            if not info.isfile() or _hidden(info.name):
+            if not info.isfile() or _is_hidden(info.name):
                 continue
             member = archive.extractfile(info)
             if member is not None:
                 name = f"{source.name}!{info.name}"
-                yield Source(name, lambda member=member: _buffered(meter, member))  # type: ignore[misc]
+                yield InputFile(name, lambda member=member: _open_metered(meter, member))  # type: ignore[misc]
 
 
-def _hidden(name: str) -> bool:
+def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") and part not in (".", "..") for part in PurePosixPath(name).parts)

@@ -15,61 +15,65 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
-from llmworks.core.documents import Unusable
+from llmworks.core.documents import RejectedInput
 from llmworks.core.types import Document
-from llmworks.data.readers.source import Source, seekable
-from llmworks.data.readers.text import SAMPLE, NotText, encoding_of, read_limited, too_long
+from llmworks.data.readers.source import InputFile, open_seekable
+from llmworks.data.readers.text import SAMPLE, NotTextError, detect_encoding, read_limited, size_limit_reason
 
 
 @dataclass(frozen=True)
-class Fields:
+class TableFields:
     """Field mapping: the text field, the id field ("" = use the row number), the text size limit in bytes, and the
     metadata fields to keep (None = all).
     """
 
     text: str
     id: str
-    limit: int
+    max_bytes: int
     keep: frozenset[str] | None = None
 
 
-def row_document(row: Mapping[str, Any], source: str, number: int, fields: Fields) -> Document | Unusable:
+def row_to_document(row: Mapping[str, Any], source: str, number: int, fields: TableFields) -> Document | RejectedInput:
     """Convert a row to a document, or to the reason it is rejected. `number` counts from 1."""
     text = row.get(fields.text)
     if fields.text not in row:
-        return Unusable(source, number, f"no field {fields.text!r} (it has {', '.join(map(str, row))})", _shown(row))
+        return RejectedInput(
+            source, number, f"no field {fields.text!r} (it has {', '.join(map(str, row))})", _preview(row)
+        )
     if not isinstance(text, str):
-        return Unusable(source, number, f"field {fields.text!r} is not a string ({type(text).__name__})", _shown(row))
+        return RejectedInput(
+            source, number, f"field {fields.text!r} is not a string ({type(text).__name__})", _preview(row)
+        )
     if not text.strip():
-        return Unusable(source, number, "empty", _shown(row))
+        return RejectedInput(source, number, "empty", _preview(row))
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
-        return Unusable(source, number, "a lone surrogate, which is not valid text", ascii(text[:2000]))
-    if size > fields.limit:
-        return Unusable(source, number, too_long(fields.limit), text[:2000])
-    given = row.get(fields.id) if fields.id else None
-    if fields.id and given is None:
-        return Unusable(source, number, f"no field {fields.id!r} for the id", _shown(row))
+        return RejectedInput(source, number, "a lone surrogate, which is not valid text", ascii(text[:2000]))
+    if size > fields.max_bytes:
+        return RejectedInput(source, number, size_limit_reason(fields.max_bytes), text[:2000])
+    id_value = row.get(fields.id) if fields.id else None
+    if fields.id and id_value is None:
+        return RejectedInput(source, number, f"no field {fields.id!r} for the id", _preview(row))
     keep = row.keys() - {fields.text, fields.id} if fields.keep is None else fields.keep
-    metadata = {str(k): plain(v) for k, v in row.items() if k in keep and v is not None}
-    return Document(str(given) if fields.id else f"{source}#{number}", text, source, metadata)
+    metadata = {str(k): to_json_value(v) for k, v in row.items() if k in keep and v is not None}
+    return Document(str(id_value) if fields.id else f"{source}#{number}", text, source, metadata)
 
 
-def _shown(row: Mapping[str, Any]) -> str:
-    return json.dumps({str(k): plain(v) for k, v in row.items()}, ensure_ascii=False)[:2000]
+def _preview(row: Mapping[str, Any]) -> str:
+    return json.dumps({str(k): to_json_value(v) for k, v in row.items()}, ensure_ascii=False)[:2000]
 
 
-def plain(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """Convert a value of a row to plain JSON."""
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else str(value)
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): to_json_value(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [to_json_value(v) for v in value]
     if isinstance(value, (datetime.date, datetime.time, datetime.datetime)):
         return value.isoformat()
     if isinstance(value, bytes):
@@ -77,7 +81,7 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, decimal.Decimal) else repr(value)
 
 
-def lines(stream: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | None]]:
+def iter_lines(stream: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | None]]:
     """Yield (number, line), with None for a line of more than `limit` bytes, which is skipped without buffering it."""
     number = 0
     while line := stream.readline(limit + 1):
@@ -90,59 +94,61 @@ def lines(stream: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | None]]:
             yield number, line
 
 
-def read_jsonl_rows(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
+def read_jsonl_rows(source: InputFile, fields: TableFields) -> Iterator[Document | RejectedInput]:
     """Read one document per line."""
     with source.open() as stream:
-        for number, line in lines(stream, fields.limit * 2):  # JSON escapes can double the size
+        for number, line in iter_lines(stream, fields.max_bytes * 2):  # JSON escapes can double the size
             if line is None:
-                yield Unusable(source.name, number, too_long(fields.limit))
+                yield RejectedInput(source.name, number, size_limit_reason(fields.max_bytes))
             elif line.strip():
                 yield _json_row(line, source.name, number, fields)
 
 
-def _json_row(line: bytes, name: str, number: int, fields: Fields) -> Document | Unusable:
+def _json_row(line: bytes, name: str, number: int, fields: TableFields) -> Document | RejectedInput:
     try:
         row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
-        return Unusable(name, number, f"not UTF-8 (byte {error.start})", line.decode("utf-8", "replace")[:2000])
+        return RejectedInput(name, number, f"not UTF-8 (byte {error.start})", line.decode("utf-8", "replace")[:2000])
     except (ValueError, RecursionError) as error:
-        return Unusable(name, number, f"not JSON ({error})", line.decode("utf-8", "replace")[:2000])
+        return RejectedInput(name, number, f"not JSON ({error})", line.decode("utf-8", "replace")[:2000])
     if not isinstance(row, dict):
-        return Unusable(name, number, "not a JSON object", line.decode("utf-8", "replace")[:2000])
-    return row_document(row, name, number, fields)
+        return RejectedInput(name, number, "not a JSON object", line.decode("utf-8", "replace")[:2000])
+    return row_to_document(row, name, number, fields)
 
 
-def read_json(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
+def read_json(source: InputFile, fields: TableFields) -> Iterator[Document | RejectedInput]:
     """Read one document per object from a file that is an object or a list of objects. The whole file is loaded."""
     with source.open() as stream:
-        data = read_limited(stream, fields.limit)
+        data = read_limited(stream, fields.max_bytes)
     if data is None:
-        yield Unusable(source.name, 0, too_long(fields.limit) + "; convert it to JSONL, which is read line by line")
+        yield RejectedInput(
+            source.name, 0, size_limit_reason(fields.max_bytes) + "; convert it to JSONL, which is read line by line"
+        )
         return
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        yield Unusable(source.name, 0, f"not JSON ({error})")
+        yield RejectedInput(source.name, 0, f"not JSON ({error})")
         return
     rows = value if isinstance(value, list) else [value]
     for number, row in enumerate(rows, 1):
         if isinstance(row, dict):
-            yield row_document(row, source.name, number, fields)
+            yield row_to_document(row, source.name, number, fields)
         else:
-            yield Unusable(source.name, number, "not a JSON object", str(row)[:2000])
+            yield RejectedInput(source.name, number, "not a JSON object", str(row)[:2000])
 
 
-def read_csv(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
+def read_csv(source: InputFile, fields: TableFields) -> Iterator[Document | RejectedInput]:
     """Read one document per row; the first row is the header."""
     with source.open() as stream:
         head = stream.read(SAMPLE)
     with source.open() as stream:
         try:
-            encoding = encoding_of(head)
-        except NotText as error:
-            yield Unusable(source.name, 0, str(error))
+            encoding = detect_encoding(head)
+        except NotTextError as error:
+            yield RejectedInput(source.name, 0, str(error))
             return
-        previous = csv.field_size_limit(fields.limit)
+        previous = csv.field_size_limit(fields.max_bytes)
         try:
             table = csv.DictReader(
                 io.TextIOWrapper(stream, encoding, newline=""),
@@ -151,44 +157,44 @@ def read_csv(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
             )
             names = table.fieldnames or []
             if fields.text not in names:
-                yield Unusable(source.name, 1, f"no field {fields.text!r} (it has {', '.join(names)[:200]})")
+                yield RejectedInput(source.name, 1, f"no field {fields.text!r} (it has {', '.join(names)[:200]})")
                 return
             for number, row in enumerate(table, 1):
                 if None in row or None in row.values():
-                    yield Unusable(
+                    yield RejectedInput(
                         source.name,
                         number,
                         f"number of fields differs from the header ({len(names)})",
                         str(list(row.values()))[:2000],
                     )
                 else:
-                    yield row_document(row, source.name, number, fields)
+                    yield row_to_document(row, source.name, number, fields)
         except (csv.Error, UnicodeDecodeError) as error:
-            yield Unusable(source.name, table.line_num, f"the rest of the table cannot be read ({error})")
+            yield RejectedInput(source.name, table.line_num, f"the rest of the table cannot be read ({error})")
         finally:
             csv.field_size_limit(previous)
 
 
-def read_parquet(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
+def read_parquet(source: InputFile, fields: TableFields) -> Iterator[Document | RejectedInput]:
     """Read one document per row, in batches."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with seekable(source) as stream:
+    with open_seekable(source) as stream:
         try:
             with pq.ParquetFile(stream) as table:
                 yield from _arrow_rows(
                     (b for b in table.iter_batches(batch_size=256)), table.schema_arrow.names, source.name, fields
                 )
         except (pa.ArrowException, OSError) as error:
-            yield Unusable(source.name, 0, f"not readable as Parquet ({str(error).splitlines()[0]})")
+            yield RejectedInput(source.name, 0, f"not readable as Parquet ({str(error).splitlines()[0]})")
 
 
-def read_arrow(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
+def read_arrow(source: InputFile, fields: TableFields) -> Iterator[Document | RejectedInput]:
     """Read one document per row of an Arrow stream or file."""
     import pyarrow as pa
 
-    with seekable(source) as stream:
+    with open_seekable(source) as stream:
         try:
             try:
                 table: Any = pa.ipc.open_stream(stream)
@@ -199,15 +205,17 @@ def read_arrow(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
                 batches = (table.get_batch(i) for i in range(table.num_record_batches))
             yield from _arrow_rows(batches, table.schema.names, source.name, fields)
         except (pa.ArrowException, OSError) as error:
-            yield Unusable(source.name, 0, f"not readable as Arrow ({str(error).splitlines()[0]})")
+            yield RejectedInput(source.name, 0, f"not readable as Arrow ({str(error).splitlines()[0]})")
 
 
-def _arrow_rows(batches: Iterable[Any], names: list[str], source: str, fields: Fields) -> Iterator[Document | Unusable]:
+def _arrow_rows(
+    batches: Iterable[Any], names: list[str], source: str, fields: TableFields
+) -> Iterator[Document | RejectedInput]:
     if fields.text not in names:
-        yield Unusable(source, 0, f"no field {fields.text!r} (it has {', '.join(names)})")
+        yield RejectedInput(source, 0, f"no field {fields.text!r} (it has {', '.join(names)})")
         return
     number = 0
     for batch in batches:
         for row in batch.to_pylist():
             number += 1
-            yield row_document(row, source, number, fields)
+            yield row_to_document(row, source, number, fields)

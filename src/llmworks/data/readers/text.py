@@ -7,9 +7,9 @@ import unicodedata
 from collections.abc import Iterator
 from typing import IO
 
-from llmworks.core.documents import Unusable
+from llmworks.core.documents import RejectedInput
 from llmworks.core.types import Document
-from llmworks.data.readers.source import Source
+from llmworks.data.readers.source import InputFile
 
 SAMPLE = 1 << 16
 BOMS = (
@@ -32,11 +32,11 @@ MARKS = frozenset("\xa0“”„‘’‚–—…•·€£¥«»‹›§©®�
 _CONTROL = frozenset(range(32)) - frozenset(b"\t\n\r\f\x08\x1b")
 
 
-class NotText(ValueError):
+class NotTextError(ValueError):
     """Bytes that are not text in any supported encoding."""
 
 
-def encoding_of(data: bytes) -> str:
+def detect_encoding(data: bytes) -> str:
     """Detect the encoding from the beginning of a text. NotText for binary data."""
     for bom, name in BOMS:
         if data.startswith(bom):
@@ -46,32 +46,32 @@ def encoding_of(data: bytes) -> str:
     except UnicodeDecodeError:
         pass
     else:
-        if _binary(data):
-            raise NotText("binary data, not text")
+        if _is_binary(data):
+            raise NotTextError("binary data, not text")
         return "utf-8"
-    if _binary(data):
-        raise NotText("binary data, not text")
-    return _guess(data)
+    if _is_binary(data):
+        raise NotTextError("binary data, not text")
+    return _detect_legacy_encoding(data)
 
 
-def _guess(data: bytes) -> str:
+def _detect_legacy_encoding(data: bytes) -> str:
     """Detect the most likely encoding from the non-ASCII lines; ASCII lines carry no evidence."""
     from charset_normalizer import from_bytes
 
-    telling = b"\n".join(line for line in data.splitlines() if not line.isascii())
-    first = next(i for i, byte in enumerate(telling) if byte > 127)
-    sample = telling[max(0, first - 1000) : first + SAMPLE]
+    non_ascii = b"\n".join(line for line in data.splitlines() if not line.isascii())
+    first = next(i for i, byte in enumerate(non_ascii) if byte > 127)
+    sample = non_ascii[max(0, first - 1000) : first + SAMPLE]
     best = from_bytes(sample).best()
     if best is None:
-        raise NotText("text in an unknown encoding")
+        raise NotTextError("text in an unknown encoding")
     if not any("LATIN" in unicodedata.name(char, "") for char in str(best) if char > "\x7f"):
         return best.encoding
-    covered = {encoding: _covered(sample, encoding) for encoding in LETTERS}
+    covered = {encoding: _covered_fraction(sample, encoding) for encoding in LETTERS}
     likeliest = max(covered, key=lambda encoding: covered[encoding])
     return likeliest if covered[likeliest] > 0.9 else best.encoding
 
 
-def _covered(data: bytes, encoding: str) -> float:
+def _covered_fraction(data: bytes, encoding: str) -> float:
     """Return the fraction of non-ASCII characters that the best-matching language of an encoding uses."""
     try:
         beyond = [char for char in data.decode(encoding).lower() if char > "\x7f" and char not in MARKS]
@@ -87,7 +87,7 @@ def _covered(data: bytes, encoding: str) -> float:
     )
 
 
-def _binary(data: bytes) -> bool:
+def _is_binary(data: bytes) -> bool:
     return b"\0" in data or sum(byte in _CONTROL for byte in data) > len(data) / 100
 
 
@@ -103,41 +103,41 @@ def read_limited(stream: IO[bytes], limit: int) -> bytes | None:
     return b"".join(blocks)
 
 
-def decode(data: bytes) -> tuple[str, str]:
+def decode_document(data: bytes) -> tuple[str, str]:
     """Decode a whole document to (text, encoding). NotText for binary data."""
-    encoding = encoding_of(data[:SAMPLE])
+    encoding = detect_encoding(data[:SAMPLE])
     try:
         return data.decode(encoding), encoding
     except UnicodeDecodeError:  # the sample was ASCII, the rest is not UTF-8
-        if _binary(data):
-            raise NotText("binary data, not text") from None
-        encoding = _guess(data)
+        if _is_binary(data):
+            raise NotTextError("binary data, not text") from None
+        encoding = _detect_legacy_encoding(data)
         try:
             return data.decode(encoding), encoding
         except UnicodeDecodeError:
-            raise NotText("text in an unknown encoding") from None
+            raise NotTextError("text in an unknown encoding") from None
 
 
-def too_long(limit: int) -> str:
+def size_limit_reason(limit: int) -> str:
     """Return the reject reason for a document above the size limit."""
     return f"longer than {limit >> 20} MB (max_document_mb)"
 
 
-def read_text(source: Source, limit: int) -> Iterator[Document | Unusable]:
+def read_text(source: InputFile, limit: int) -> Iterator[Document | RejectedInput]:
     """Read one document: the whole file, with line ends normalized."""
     with source.open() as stream:
         data = read_limited(stream, limit)
     if data is None:
-        yield Unusable(source.name, 0, too_long(limit))
+        yield RejectedInput(source.name, 0, size_limit_reason(limit))
         return
     try:
-        text, encoding = decode(data)
-    except NotText as error:
-        yield Unusable(source.name, 0, str(error))
+        text, encoding = decode_document(data)
+    except NotTextError as error:
+        yield RejectedInput(source.name, 0, str(error))
         return
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
-        yield Unusable(source.name, 0, "empty")
+        yield RejectedInput(source.name, 0, "empty")
         return
     yield Document(
         source.name, text, source.name, {} if encoding in ("utf-8", "utf-8-sig", "ascii") else {"encoding": encoding}

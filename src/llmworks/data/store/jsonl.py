@@ -15,7 +15,7 @@ from llmworks.core.errors import DataError
 
 
 @dataclass
-class Rejected:
+class RejectedRows:
     """Rejected rows with their location and reason."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -25,7 +25,7 @@ class Rejected:
         kept = {"text": content[:2000]} if isinstance(content, str) else {"row": content}
         self.rows.append({"file": file, "line": line, "reason": reason, **kept})
 
-    def write(self, out: Path, say: Callable[[str], None]) -> None:
+    def write(self, out: Path, log: Callable[[str], None]) -> None:
         """Write `rejected.jsonl` when there are rejected rows, and log their count and the first reason."""
         if not self.rows:
             return
@@ -35,13 +35,13 @@ class Rejected:
             errors="backslashreplace",
         )
         first = self.rows[0]
-        say(
+        log(
             f"{len(self.rows):,} row{'s' if len(self.rows) > 1 else ''} rejected, see rejected.jsonl; the first:"
             f" {first['file']} line {first['line']}: {first['reason']}"
         )
 
 
-def read_jsonl(path: Path, rejected: Rejected) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: Path, rejected: RejectedRows) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, object) for every valid line. DataError for a missing or empty file."""
     if not path.exists():
         raise DataError(f"{path}: no such file")

@@ -27,21 +27,21 @@ class PackedRow:
     """
 
     ids: Any
-    learned: Any
-    positions: Any
-    segments: Any
+    loss_mask: Any
+    position_ids: Any
+    segment_ids: Any
     origins: Any
 
 
 @dataclass(frozen=True)
-class Place:
+class ReadPosition:
     """Position of a data reader: all readers together have read `row` rows of `epoch`."""
 
     epoch: int = 0
     row: int = 0
 
 
-class Packed:
+class PackedDataset:
     """A packed dataset: random access to its rows."""
 
     def __init__(self, dataset: Dataset) -> None:
@@ -74,15 +74,15 @@ class Packed:
         )
 
 
-def read(
-    packed: Packed,
+def read_packed(
+    packed: PackedDataset,
     seed: int,
     *,
-    start: Place | None = None,
+    start: ReadPosition | None = None,
     epochs: int | None = None,
     reader: int = 0,
     readers: int = 1,
-) -> Iterator[tuple[Place, PackedRow]]:
+) -> Iterator[tuple[ReadPosition, PackedRow]]:
     """Yield rows shuffled by seed and epoch, each with the position to resume from after it.
 
     Each of several readers gets every `readers`-th row; remaining rows at the end of an epoch are skipped, so that all
@@ -90,19 +90,19 @@ def read(
     """
     import numpy as np
 
-    place = start or Place()
+    position = start or ReadPosition()
     if len(packed) < readers:
         raise DataError(f"{len(packed)} packed rows are too few for {readers} readers")
-    while epochs is None or place.epoch < epochs:
-        order = np.random.default_rng([seed, place.epoch]).permutation(len(packed))
-        while place.row + readers <= len(packed):
-            row = packed[int(order[place.row + reader])]
-            place = replace(place, row=place.row + readers)
-            yield place, row
-        place = Place(place.epoch + 1)
+    while epochs is None or position.epoch < epochs:
+        order = np.random.default_rng([seed, position.epoch]).permutation(len(packed))
+        while position.row + readers <= len(packed):
+            row = packed[int(order[position.row + reader])]
+            position = replace(position, row=position.row + readers)
+            yield position, row
+        position = ReadPosition(position.epoch + 1)
 
 
-def stack(rows: Sequence[PackedRow], length: int, pad: int = 0) -> dict[str, Any]:
+def collate_packed(rows: Sequence[PackedRow], length: int, pad: int = 0) -> dict[str, Any]:
     """Collate rows into a batch of arrays [rows, length]: input_ids, position_ids, segment_ids, learned (loss mask).
 
     Padding is a segment of its own (-1) and masked from the loss.
@@ -120,9 +120,9 @@ def stack(rows: Sequence[PackedRow], length: int, pad: int = 0) -> dict[str, Any
         n = len(row.ids)
         for name, values in (
             ("input_ids", row.ids),
-            ("position_ids", row.positions),
-            ("segment_ids", row.segments),
-            ("learned", row.learned),
+            ("position_ids", row.position_ids),
+            ("segment_ids", row.segment_ids),
+            ("learned", row.loss_mask),
         ):
             batch[name][i, :n] = values
         batch["position_ids"][i, n:] = np.arange(length - n)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from llmworks.core.artifact import Dataset
 from llmworks.core.context import Context
-from llmworks.core.documents import COLUMNS, open_shard, read_tables, shard_files, table_documents
+from llmworks.core.documents import COLUMNS, iterate_documents, list_shards, open_shard, read_tables
 from llmworks.core.types import Document, Json
 
 PART_BYTES = 8 << 20
@@ -44,15 +44,17 @@ class Span:
     def documents(self) -> Iterator[Document]:
         """Read the documents."""
         for table in self.tables():
-            yield from table_documents(table)
+            yield from iterate_documents(table)
 
 
-def spans(dataset: Dataset, part_bytes: int = PART_BYTES) -> list[Span]:
+def plan_spans(dataset: Dataset, part_bytes: int = PART_BYTES) -> list[Span]:
     """Split a dataset of documents into parts of about `part_bytes`. DataError when it holds no documents."""
-    return file_spans(shard_files(dataset), open_shard, part_bytes)
+    return plan_file_spans(list_shards(dataset), open_shard, part_bytes)
 
 
-def file_spans(files: Sequence[Path], open_file: Callable[[Path], Any], part_bytes: int = PART_BYTES) -> list[Span]:
+def plan_file_spans(
+    files: Sequence[Path], open_file: Callable[[Path], Any], part_bytes: int = PART_BYTES
+) -> list[Span]:
     """Split Parquet files into parts of about `part_bytes`."""
     found: list[Span] = []
     row = 0
@@ -70,20 +72,20 @@ def file_spans(files: Sequence[Path], open_file: Callable[[Path], Any], part_byt
 
 
 @dataclass(frozen=True)
-class Done:
+class PartResults:
     """Outputs of all parts: folders and summaries, in part order."""
 
     folders: list[Path]
     summaries: list[Json]
 
-    def total(self, key: str) -> Counter[str]:
+    def sum_counters(self, key: str) -> Counter[str]:
         """Sum the counters under `key` of all summaries."""
         counts: Counter[str] = Counter()
         for summary in self.summaries:
             counts.update(summary.get(key, {}))
         return counts
 
-    def sum(self, key: str) -> int:
+    def sum_values(self, key: str) -> int:
         """Sum the numbers under `key` of all summaries."""
         return sum(summary.get(key, 0) for summary in self.summaries)
 
@@ -103,10 +105,10 @@ class Done:
                     target = out / below / f"part-{numbers[str(below)]:05d}.parquet"
                     target.parent.mkdir(parents=True, exist_ok=True)
                     numbers[str(below)] += 1
-                    link(file, target)
+                    link_or_copy(file, target)
 
 
-def link(file: Path, target: Path) -> None:
+def link_or_copy(file: Path, target: Path) -> None:
     """Hard-link a file to `target`, or copy it where links are not possible."""
     try:
         target.hardlink_to(file)
@@ -114,7 +116,7 @@ def link(file: Path, target: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def work(ctx: Context, label: str, function: Work[Part], parts: Sequence[Part]) -> Done:
+def process_parts(ctx: Context, label: str, function: Work[Part], parts: Sequence[Part]) -> PartResults:
     """Process every part that is not done yet, on the context's worker pool.
 
     `function(part, folder)` is a module-level function or a partial of one, and returns a JSON object.
@@ -123,15 +125,15 @@ def work(ctx: Context, label: str, function: Work[Part], parts: Sequence[Part]) 
     folders = [ctx.scratch / f"{label}-{plan}" / f"{i:06d}" for i in range(len(parts))]
     left = [i for i, folder in enumerate(folders) if not (folder / SUMMARY).exists()]
     if len(left) < len(parts):
-        ctx.progress.say(f"{label}: resuming, {len(parts) - len(left)} of {len(parts)} parts are already done")
+        ctx.progress.log(f"{label}: resuming, {len(parts) - len(left)} of {len(parts)} parts are already done")
     with ctx.progress.bar(label, len(parts), "parts") as bar:
         bar.resume(len(parts) - len(left))
-        for _ in ctx.pool.map(partial(_do, function), [(parts[i], folders[i]) for i in left]):
+        for _ in ctx.pool.map(partial(_process_part, function), [(parts[i], folders[i]) for i in left]):
             bar.advance()
-    return Done(folders, [json.loads((folder / SUMMARY).read_text(encoding="utf-8")) for folder in folders])
+    return PartResults(folders, [json.loads((folder / SUMMARY).read_text(encoding="utf-8")) for folder in folders])
 
 
-def _do(function: Work[Part], unit: tuple[Part, Path]) -> None:
+def _process_part(function: Work[Part], unit: tuple[Part, Path]) -> None:
     part, folder = unit
     if (folder / SUMMARY).exists():  # done by a worker pool that died before reporting it
         return

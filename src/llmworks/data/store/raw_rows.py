@@ -9,19 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from llmworks.core.documents import Unusable
+from llmworks.core.documents import RejectedInput
 from llmworks.core.errors import DataError
 from llmworks.core.types import Json
-from llmworks.data.readers.source import BROKEN, expand, find_files, seekable, source
-from llmworks.data.readers.tables import lines, plain
-from llmworks.data.store.jsonl import Rejected
+from llmworks.data.readers.source import BROKEN, expand_archives, find_files, make_input_file, open_seekable
+from llmworks.data.readers.tables import iter_lines, to_json_value
+from llmworks.data.store.jsonl import RejectedRows
 
 LIMIT = 64 << 20  # maximum bytes of one row
 EXPANDED = 1 << 36
 KNOWN = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv")
 
 
-def raw_rows(path: Path, rejected: Rejected) -> Iterator[tuple[str, int, Json]]:
+def read_raw_rows(path: Path, rejected: RejectedRows) -> Iterator[tuple[str, int, Json]]:
     """Yield (file, row number from 1, row).
 
     Rows that are not objects are rejected. DataError for an unsupported file type, or when there are no files.
@@ -32,8 +32,8 @@ def raw_rows(path: Path, rejected: Rejected) -> Iterator[tuple[str, int, Json]]:
             continue
         if file.stat().st_size == 0:
             raise DataError(f"{file}: is empty")
-        for item in expand(source(path, file), EXPANDED):
-            if isinstance(item, Unusable):
+        for item in expand_archives(make_input_file(path, file), EXPANDED):
+            if isinstance(item, RejectedInput):
                 rejected.add(item.file, item.line, item.reason, item.text)
                 continue
             if item.suffix not in KNOWN:
@@ -41,7 +41,7 @@ def raw_rows(path: Path, rejected: Rejected) -> Iterator[tuple[str, int, Json]]:
                     f"{item.name}: unsupported file type; supported are {', '.join(KNOWN)}, compressed or not"
                 )
             count += 1
-            for number, row in _rows(item, rejected):
+            for number, row in _read_rows(item, rejected):
                 if isinstance(row, dict):
                     yield item.name, number, row
                 else:
@@ -50,7 +50,7 @@ def raw_rows(path: Path, rejected: Rejected) -> Iterator[tuple[str, int, Json]]:
         raise DataError(f"{path}: has no conversation files ({', '.join(KNOWN)})")
 
 
-def _rows(item: Any, rejected: Rejected) -> Iterator[tuple[int, Any]]:
+def _read_rows(item: Any, rejected: RejectedRows) -> Iterator[tuple[int, Any]]:
     import pyarrow as pa
 
     try:
@@ -70,9 +70,9 @@ def _rows(item: Any, rejected: Rejected) -> Iterator[tuple[int, Any]]:
                 )
                 yield from enumerate(table, 1)
         else:
-            with seekable(item) as stream:
+            with open_seekable(item) as stream:
                 yield from enumerate(
-                    (without_nulls(row) for batch in _batches(stream, item.suffix) for row in batch.to_pylist()), 1
+                    (drop_nulls(row) for batch in _batches(stream, item.suffix) for row in batch.to_pylist()), 1
                 )
     except (ValueError, csv.Error, pa.ArrowException, *BROKEN) as error:
         raise DataError(
@@ -80,8 +80,8 @@ def _rows(item: Any, rejected: Rejected) -> Iterator[tuple[int, Any]]:
         ) from None
 
 
-def _json_lines(stream: IO[bytes], name: str, rejected: Rejected) -> Iterator[tuple[int, Any]]:
-    for number, line in lines(stream, LIMIT):
+def _json_lines(stream: IO[bytes], name: str, rejected: RejectedRows) -> Iterator[tuple[int, Any]]:
+    for number, line in iter_lines(stream, LIMIT):
         if line is None:
             rejected.add(name, number, f"longer than {LIMIT >> 20} MB", "")
         elif line.strip():
@@ -112,8 +112,8 @@ def _batches(stream: IO[bytes], suffix: str) -> Iterator[Any]:
         yield from (opened.get_batch(i) for i in range(opened.num_record_batches))
 
 
-def without_nulls(value: Any) -> Any:
+def drop_nulls(value: Any) -> Any:
     """Convert a table row to plain JSON without nulls: a table fills fields that a row does not have with null."""
     if isinstance(value, dict):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None}
-    return [without_nulls(v) for v in value] if isinstance(value, list) else plain(value)
+        return {k: drop_nulls(v) for k, v in value.items() if v is not None}
+    return [drop_nulls(v) for v in value] if isinstance(value, list) else to_json_value(value)

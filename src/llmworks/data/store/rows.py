@@ -20,7 +20,7 @@ from llmworks.tokenize.chat.templates import flatten_tools
 Row = dict[str, Any]
 GROUP_ROWS = 4096  # rows of one row group, the smallest unit of parallel processing
 TURNS = {"chat": ("messages",), "preference": ("prompt", "chosen", "rejected")}
-WHAT = {"chat": "conversations", "preference": "preference pairs"}
+KIND_NAMES = {"chat": "conversations", "preference": "preference pairs"}
 
 
 def _schema(kind: str) -> Any:
@@ -94,24 +94,24 @@ def read_preference(dataset: Dataset) -> list[Row]:
     return _read(dataset, "preference")
 
 
-def flat_messages(row: Row) -> tuple[Message, ...]:
+def flatten_messages(row: Row) -> tuple[Message, ...]:
     """Return a chat row's messages with tools in the system turn and calls as text, for templates without tools."""
     return flatten_tools(messages_from_json(row["messages"]), row.get("tools") or ())
 
 
-def schema_of(dataset: Dataset) -> str:
+def detect_schema(dataset: Dataset) -> str:
     """Detect the schema of a dataset from its columns: "chat", "preference", or "" for anything else."""
-    names = _columns(dataset)
+    names = _column_names(dataset)
     return next((kind for kind, turns in TURNS.items() if set(turns) <= names), "")
 
 
-def converted(dataset: Dataset) -> str:
+def detect_full_schema(dataset: Dataset) -> str:
     """Detect the schema as `schema_of`, but require every column of the schema, not only the turns."""
-    names = _columns(dataset)
+    names = _column_names(dataset)
     return next((kind for kind in TURNS if set(_schema(kind).names) <= names), "")
 
 
-def _columns(dataset: Dataset) -> set[str]:
+def _column_names(dataset: Dataset) -> set[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -122,11 +122,13 @@ def _columns(dataset: Dataset) -> set[str]:
         return set()  # reported when the rows are read
 
 
-def row_files(dataset: Dataset, kind: str) -> list[Path]:
+def list_row_files(dataset: Dataset, kind: str) -> list[Path]:
     """List the Parquet files of a dataset of "chat" or "preference" rows. DataError when there are none."""
     files = sorted(dataset.path.glob("*.parquet")) if dataset.path.is_dir() else []
     if not files:
-        raise DataError(f"{dataset.path}: has no Parquet files of {WHAT[kind]}; create them with the stage data.chat")
+        raise DataError(
+            f"{dataset.path}: has no Parquet files of {KIND_NAMES[kind]}; create them with the stage data.chat"
+        )
     return files
 
 
@@ -144,12 +146,13 @@ def open_rows(file: Path, kind: str) -> Any:
     if missing:
         opened.close()
         raise DataError(
-            f"{file}: has no column {missing[0]!r}, so it holds no {WHAT[kind]}; create them with the stage data.chat"
+            f"{file}: has no column {missing[0]!r}, so it holds no {KIND_NAMES[kind]}; create them with the stage"
+            " data.chat"
         )
     return opened
 
 
-def row_tables(file: Path, kind: str, first: int = 0, last: int | None = None) -> Iterator[Any]:
+def read_row_tables(file: Path, kind: str, first: int = 0, last: int | None = None) -> Iterator[Any]:
     """Read a file's row groups from `first` to `last` (exclusive) as tables, one at a time."""
     import pyarrow as pa
 
@@ -161,12 +164,13 @@ def row_tables(file: Path, kind: str, first: int = 0, last: int | None = None) -
                 raise DataError(f"{file}: row group {group} cannot be read ({str(error).splitlines()[0]})") from None
 
 
-def table_rows(table: Any, kind: str) -> Iterator[Row]:
+def iter_table_rows(table: Any, kind: str) -> Iterator[Row]:
     """Convert a table to rows. DataError for a row without turns in a required column."""
     for row in table.to_pylist():
         if any(row[name] is None or None in row[name] for name in TURNS[kind]):
             raise DataError(
-                f"row {row['id']!r}: {' or '.join(TURNS[kind])} is empty; create {WHAT[kind]} with the stage data.chat"
+                f"row {row['id']!r}: {' or '.join(TURNS[kind])} is empty; create {KIND_NAMES[kind]} with the stage"
+                " data.chat"
             )
         turns = {name: [{k: v for k, v in turn.items() if v is not None} for turn in row[name]] for name in TURNS[kind]}
         try:
@@ -177,7 +181,7 @@ def table_rows(table: Any, kind: str) -> Iterator[Row]:
             }
         except ValueError as error:
             raise DataError(
-                f"row {row['id']!r}: tools, answer or extra is not JSON ({error}); create {WHAT[kind]} with the"
+                f"row {row['id']!r}: tools, answer or extra is not JSON ({error}); create {KIND_NAMES[kind]} with the"
                 " stage data.chat"
             ) from None
         yield {**row, **turns, **loaded}
@@ -185,7 +189,10 @@ def table_rows(table: Any, kind: str) -> Iterator[Row]:
 
 def _read(dataset: Dataset, kind: str) -> list[Row]:
     rows = [
-        row for file in row_files(dataset, kind) for table in row_tables(file, kind) for row in table_rows(table, kind)
+        row
+        for file in list_row_files(dataset, kind)
+        for table in read_row_tables(file, kind)
+        for row in iter_table_rows(table, kind)
     ]
     ids = [row["id"] for row in rows]
     if len(set(ids)) < len(ids):

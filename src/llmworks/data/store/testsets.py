@@ -8,50 +8,53 @@ from typing import Any
 from llmworks.core.artifact import Dataset
 from llmworks.core.documents import read_documents
 from llmworks.core.errors import DataError
-from llmworks.data.store.rows import schema_of
+from llmworks.data.store.rows import detect_schema
 
 RAW = (".jsonl", ".ndjson", ".json")
 LIMIT = 64 << 20
 
 
-def test_rows(dataset: Dataset) -> Iterator[tuple[str, str]]:
+def read_eval_rows(dataset: Dataset) -> Iterator[tuple[str, str]]:
     """Yield (id, text) of every row: for a conversation all turns and the answer, for a JSON row all its strings.
 
     Errors: DataError for a dataset of another schema, or without rows.
     """
     count = 0
-    for id, text in _rows(dataset):
+    for id, text in _read_texts(dataset):
         count += 1
         yield id, text
     if not count:
         raise DataError(f"{dataset.name}: has no rows to compare")
 
 
-def _rows(dataset: Dataset) -> Iterator[tuple[str, str]]:
-    schema = (dataset.manifest.about.get("schema") if dataset.manifest else None) or schema_of(dataset)
+def _read_texts(dataset: Dataset) -> Iterator[tuple[str, str]]:
+    schema = (dataset.manifest.about.get("schema") if dataset.manifest else None) or detect_schema(dataset)
     parquet = dataset.path.is_dir() and any(dataset.path.glob("*.parquet"))
     if parquet and schema == "chat":
-        from llmworks.data.store.rows import flat_messages, read_chat
+        from llmworks.data.store.rows import flatten_messages, read_chat
 
         for row in read_chat(dataset):
-            yield row["id"], "\n".join([*(m.content for m in flat_messages(row) if m.content), *strings(row["answer"])])
+            yield (
+                row["id"],
+                "\n".join([*(m.content for m in flatten_messages(row) if m.content), *collect_strings(row["answer"])]),
+            )
     elif parquet:
         for document in read_documents(dataset):
             yield document.id, document.text
     else:
-        yield from _raw(dataset)
+        yield from _read_raw_texts(dataset)
 
 
-def _raw(dataset: Dataset) -> Iterator[tuple[str, str]]:
+def _read_raw_texts(dataset: Dataset) -> Iterator[tuple[str, str]]:
     import json
 
-    from llmworks.core.documents import Unusable
-    from llmworks.data.readers.source import expand, find_files, source
-    from llmworks.data.readers.tables import lines
+    from llmworks.core.documents import RejectedInput
+    from llmworks.data.readers.source import expand_archives, find_files, make_input_file
+    from llmworks.data.readers.tables import iter_lines
 
     for file in find_files(dataset.path):
-        for item in expand(source(dataset.path, file), 1 << 30):
-            if isinstance(item, Unusable) or item.suffix not in RAW:
+        for item in expand_archives(make_input_file(dataset.path, file), 1 << 30):
+            if isinstance(item, RejectedInput) or item.suffix not in RAW:
                 raise DataError(
                     f"{file}: only documents, conversations and JSON rows can be compared; create documents with the"
                     " stage data.read"
@@ -63,18 +66,20 @@ def _raw(dataset: Dataset) -> Iterator[tuple[str, str]]:
                         rows: list[Any] = value if isinstance(value, list) else [value]
                     else:
                         rows = [
-                            json.loads(line) for _, line in lines(stream, LIMIT) if line is not None and line.strip()
+                            json.loads(line)
+                            for _, line in iter_lines(stream, LIMIT)
+                            if line is not None and line.strip()
                         ]
                 except ValueError as error:
                     raise DataError(f"{file}: not JSON ({error})") from None
             for number, row in enumerate(rows, 1):
-                yield f"{item.name}#{number}", "\n".join(strings(row))
+                yield f"{item.name}#{number}", "\n".join(collect_strings(row))
 
 
-def strings(value: Any) -> list[str]:
+def collect_strings(value: Any) -> list[str]:
     """Collect every string in a JSON value, without keys."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
-    return [text for item in value for text in strings(item)] if isinstance(value, list) else []
+    return [text for item in value for text in collect_strings(item)] if isinstance(value, list) else []

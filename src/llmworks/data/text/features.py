@@ -14,24 +14,26 @@ from typing import Any
 
 import numpy as np
 
-from llmworks.data.text.hashing import Array, Hashed, hash_words, shingles
+from llmworks.data.text.hashing import Array, TextHashes, hash_shingles, hash_words
 
 BITS = 20  # features: 2**BITS
 CHARACTERS = 20_000  # of each text that are used
 
 
-def features(column: Any) -> Any:
+def hash_features(column: Any) -> Any:
     """Return the CSR feature matrix [texts, 2**BITS] of a string column."""
     import pyarrow.compute as pc
     from scipy.sparse import vstack
 
-    return vstack([_rows(words) for words in hash_words(pc.utf8_slice_codeunits(column, 0, CHARACTERS))], format="csr")
+    return vstack(
+        [_feature_rows(words) for words in hash_words(pc.utf8_slice_codeunits(column, 0, CHARACTERS))], format="csr"
+    )
 
 
-def _rows(words: Hashed) -> Any:
+def _feature_rows(words: TextHashes) -> Any:
     from scipy.sparse import csr_matrix
 
-    pairs = shingles(words, 2)
+    pairs = hash_shingles(words, 2)
     mask = np.uint64((1 << BITS) - 1)
     owner = np.concatenate((words.owner, pairs.owner)).astype(np.uint64)
     keys = (owner << np.uint64(BITS)) | (np.concatenate((words.values, pairs.values)) & mask)
@@ -45,59 +47,61 @@ def _rows(words: Hashed) -> Any:
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearClassifier:
     """Logistic regression classifier: probability that a text belongs to the positive class."""
 
     weights: Array
     bias: float
 
-    def chances(self, column: Any) -> Array:
+    def predict_proba(self, column: Any) -> Array:
         """Return the positive-class probability of every text, between 0 and 1."""
-        return chances(self, features(column))
+        return predict_probabilities(self, hash_features(column))
 
     def save(self, path: Path) -> None:
         """Save the weights to an npz file."""
         np.savez(path, weights=self.weights, bias=self.bias)
 
     @staticmethod
-    def load(path: Path) -> Linear:
+    def load(path: Path) -> LinearClassifier:
         """Load the weights from an npz file."""
         with np.load(path) as saved:
-            return Linear(saved["weights"], float(saved["bias"]))
+            return LinearClassifier(saved["weights"], float(saved["bias"]))
 
 
-def chances(model: Linear, matrix: Any) -> Array:
+def predict_probabilities(model: LinearClassifier, matrix: Any) -> Array:
     """Compute positive-class probabilities of a feature matrix (sigmoid of the logits)."""
-    found: Array = 1 / (1 + np.exp(-(matrix @ model.weights + model.bias)))
-    return found
+    probabilities: Array = 1 / (1 + np.exp(-(matrix @ model.weights + model.bias)))
+    return probabilities
 
 
-def fit(matrix: Any, labels: Array, strength: float, seed: int) -> Linear:
+def fit_classifier(matrix: Any, labels: Array, c: float, seed: int) -> LinearClassifier:
     """Fit a logistic regression with an L2 penalty (scikit-learn) and balanced class weights."""
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(C=strength, class_weight="balanced", max_iter=300, random_state=seed)
+    model = LogisticRegression(C=c, class_weight="balanced", max_iter=300, random_state=seed)
     model.fit(matrix, labels)
-    return Linear(model.coef_[0].astype(np.float32), float(model.intercept_[0]))
+    return LinearClassifier(model.coef_[0].astype(np.float32), float(model.intercept_[0]))
 
 
-def telling(model: Linear, texts: list[str], count: int) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
+def top_terms(
+    model: LinearClassifier, texts: list[str], count: int
+) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
     """Return (terms with the largest positive weights, with the largest negative ones) among unigrams and bigrams."""
     import re
 
     import pyarrow as pa
 
-    known: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for text in texts:
         words = re.findall(r"[0-9a-z\x80-\U0010ffff]+", text[:CHARACTERS].lower())
         for term in (*words, *(f"{a} {b}" for a, b in pairwise(words))):
-            known[term] = known.get(term, 0) + 1
-    terms = [term for term, n in known.items() if n >= 5]
+            counts[term] = counts.get(term, 0) + 1
+    terms = [term for term, n in counts.items() if n >= 5]
     column = pa.array(terms)
     weights: list[float] = []
     mask = np.uint64((1 << BITS) - 1)
     for block in hash_words(column):
-        pairs = shingles(block, 2)
+        pairs = hash_shingles(block, 2)
         for i in range(len(block)):
             numbers = block[i] if len(block[i]) == 1 else pairs[i]
             weights.append(float(model.weights[int(numbers[0] & mask)]) if len(numbers) else 0.0)

@@ -22,7 +22,7 @@ BLOCK = 1 << 17  # bytes of text hashed together; fits in the CPU cache
 
 
 @dataclass(frozen=True)
-class Hashed:
+class TextHashes:
     """Hashes of a batch of texts: text `i` has `values[starts[i]:starts[i + 1]]`."""
 
     values: Array
@@ -46,7 +46,7 @@ class Hashed:
 
 
 @functools.cache
-def _tables() -> tuple[Array, Array]:
+def _byte_tables() -> tuple[Array, Array]:
     """Return (a random number for each byte, 0 for separators; whether a byte is part of a word).
 
     Uppercase letters have the numbers of lowercase ones.
@@ -71,7 +71,7 @@ def _powers(size: int) -> tuple[Array, Array]:
         return np.multiply.accumulate(ups), np.multiply.accumulate(downs)
 
 
-def mix(values: Array) -> Array:
+def mix_bits(values: Array) -> Array:
     """Mix the bits of 64-bit hashes (the MurmurHash3 finalizer)."""
     with np.errstate(over="ignore"):
         values = values ^ (values >> np.uint64(33))
@@ -82,12 +82,12 @@ def mix(values: Array) -> Array:
     return values
 
 
-def hash_words(column: Any) -> Iterator[Hashed]:
+def hash_words(column: Any) -> Iterator[TextHashes]:
     """Yield word hashes of a string column (Arrow array or chunked array), a block of rows at a time, in order."""
     import pyarrow as pa
 
-    for chunk in _pieces(column.chunks if isinstance(column, pa.ChunkedArray) else [column]):
-        data, offsets = _bytes(chunk)
+    for chunk in _slice_chunks(column.chunks if isinstance(column, pa.ChunkedArray) else [column]):
+        data, offsets = _fold_case(chunk)
         first = 0
         while first < len(chunk):
             # as many rows as fit in a block, at least one
@@ -97,7 +97,7 @@ def hash_words(column: Any) -> Iterator[Hashed]:
             first = last
 
 
-def _pieces(chunks: list[Any]) -> Iterator[Any]:
+def _slice_chunks(chunks: list[Any]) -> Iterator[Any]:
     """Yield slices of about PIECE bytes, which bounds the copies that case folding makes."""
     for chunk in chunks:
         rows = max(1, PIECE * len(chunk) // max(1, chunk.nbytes))
@@ -105,7 +105,7 @@ def _pieces(chunks: list[Any]) -> Iterator[Any]:
             yield chunk.slice(first, rows)
 
 
-def _bytes(chunk: Any) -> tuple[Array, Array]:
+def _fold_case(chunk: Any) -> tuple[Array, Array]:
     """Return (bytes, offsets) of a string array, non-ASCII text lowercased; the byte table folds ASCII letters."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -118,8 +118,8 @@ def _bytes(chunk: Any) -> tuple[Array, Array]:
     return view, np.frombuffer(offsets, dtype=np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
 
 
-def _hash_block(data: Array, offsets: Array) -> Hashed:
-    numbers, inside = _tables()
+def _hash_block(data: Array, offsets: Array) -> TextHashes:
+    numbers, inside = _byte_tables()
     size = 1 << max(17, len(data).bit_length())  # few distinct sizes, so cached powers are reused
     ups, downs = _powers(size)
     part = inside[data]
@@ -139,10 +139,10 @@ def _hash_block(data: Array, offsets: Array) -> Hashed:
         below = np.where(first > 0, running[first - 1], np.uint64(0)) if len(first) else np.zeros(0, np.uint64)
         values = (running[last - 1] - below) * downs[first]
     starts = np.searchsorted(first, offsets, side="left")
-    return Hashed(mix(values), starts)
+    return TextHashes(mix_bits(values), starts)
 
 
-def shingles(words: Hashed, n: int) -> Hashed:
+def hash_shingles(words: TextHashes, n: int) -> TextHashes:
     """Hash the word n-grams (shingles) of each text; a text of fewer than `n` words has one shingle of all words."""
     counts = words.counts
     many = np.maximum(counts - n + 1, np.minimum(counts, 1))
@@ -151,7 +151,7 @@ def shingles(words: Hashed, n: int) -> Hashed:
     with np.errstate(over="ignore"):
         full = np.zeros(max(size, 0), dtype=np.uint64)
         for i in range(n):
-            full += words.values[i : i + max(size, 0)] * _coefficient(i)
+            full += words.values[i : i + max(size, 0)] * _position_multiplier(i)
         values = np.zeros(starts[-1], dtype=np.uint64)
         long = counts >= n
         owner = words.owner
@@ -160,21 +160,21 @@ def shingles(words: Hashed, n: int) -> Hashed:
             values[np.repeat(long, many)] = full[places]
         for index in np.flatnonzero((counts > 0) & ~long):
             own = words[int(index)]
-            values[starts[index]] = sum((own[i] * _coefficient(i) for i in range(len(own))), np.uint64(0))
-    return Hashed(mix(values), starts)
+            values[starts[index]] = sum((own[i] * _position_multiplier(i) for i in range(len(own))), np.uint64(0))
+    return TextHashes(mix_bits(values), starts)
 
 
 @functools.cache
-def _coefficient(index: int) -> Any:
+def _position_multiplier(index: int) -> Any:
     """Return an odd multiplier for a position in a shingle, so that word order matters."""
-    return mix(np.array([index * 2 + 1], dtype=np.uint64))[0] | np.uint64(1)
+    return mix_bits(np.array([index * 2 + 1], dtype=np.uint64))[0] | np.uint64(1)
 
 
-def unique(hashed: Hashed) -> Hashed:
+def unique_hashes(hashes: TextHashes) -> TextHashes:
     """Reduce each text's hashes to a sorted set of 32-bit hashes."""
-    keys = (hashed.owner.astype(np.uint64) << np.uint64(32)) | (hashed.values >> np.uint64(32))
+    keys = (hashes.owner.astype(np.uint64) << np.uint64(32)) | (hashes.values >> np.uint64(32))
     keys.sort()
     if len(keys):
         keys = keys[np.concatenate(([True], keys[1:] != keys[:-1]))]
-    starts = np.searchsorted(keys, np.arange(len(hashed) + 1, dtype=np.uint64) << np.uint64(32))
-    return Hashed(keys.astype(np.uint32), starts)
+    starts = np.searchsorted(keys, np.arange(len(hashes) + 1, dtype=np.uint64) << np.uint64(32))
+    return TextHashes(keys.astype(np.uint32), starts)

@@ -14,23 +14,23 @@ from typing import Any
 from llmworks.core.types import Json
 from llmworks.data.store.rows import Row
 
-SHARES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-VALUES = 12  # of a field that are reported
-SAMPLED = 2000  # rows whose language is identified
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+MAX_FIELD_VALUES = 12  # of a field that are reported
+LANGUAGE_SAMPLES = 2000  # rows whose language is identified
 
 
-def turns_of(row: Row) -> list[Json]:
+def get_turns(row: Row) -> list[Json]:
     """Return all turns of a row; for a preference pair prompt, chosen, then rejected."""
     return list(row["messages"]) if "messages" in row else [*row["prompt"], *row["chosen"], *row["rejected"]]
 
 
-def question_of(row: Row) -> str:
+def get_question(row: Row) -> str:
     """Return the user turns of a row as text, lowercased, with whitespace collapsed."""
     turns = row["prompt"] if "prompt" in row else [m for m in row["messages"] if m["role"] != "assistant"]
     return " ".join("\n".join(m.get("content") or "" for m in turns if m["role"] != "system").lower().split())
 
 
-def describe(rows: Sequence[Row], identify: Callable[[str], tuple[str, float]] | None = None) -> Json:
+def compute_statistics(rows: Sequence[Row], identify: Callable[[str], tuple[str, float]] | None = None) -> Json:
     """Compute counts and quantiles.
 
     `identify` returns (code, score) of a text's language; for large datasets only every n-th row is identified.
@@ -39,40 +39,42 @@ def describe(rows: Sequence[Row], identify: Callable[[str], tuple[str, float]] |
     turns: Counter[int] = Counter()
     roles: Counter[str] = Counter()
     whole: Counter[str] = Counter()
-    asked: Counter[str] = Counter()
+    questions: Counter[str] = Counter()
     fields: dict[str, Counter[str]] = {}
     for row in rows:
-        messages = turns_of(row)
+        messages = get_turns(row)
         turns[len(messages)] += 1
         roles.update(m["role"] for m in messages)
         for m in messages:
             lengths.setdefault(m["role"], []).append(len(m.get("content") or ""))
         whole[hashlib.md5(json.dumps([messages, row.get("tools")], sort_keys=True).encode()).hexdigest()] += 1
-        asked[question_of(row)] += 1
-        for name, value in tags(row).items():
+        questions[get_question(row)] += 1
+        for name, value in get_tags(row).items():
             fields.setdefault(name, Counter())[value] += 1
-    every = max(1, len(rows) // SAMPLED)
-    languages = Counter(identify(_words(row))[0] or "none" for row in rows[::every]) if identify else Counter[str]()
+    every = max(1, len(rows) // LANGUAGE_SAMPLES)
+    languages = (
+        Counter(identify(_content_text(row))[0] or "none" for row in rows[::every]) if identify else Counter[str]()
+    )
     return {
         "rows": len(rows),
         "turns": dict(sorted(turns.items())),
         "roles": dict(roles.most_common()),
         "lengths": {role: quantiles(sizes) for role, sizes in lengths.items()},
         "with_tools": sum(bool(row.get("tools")) for row in rows),
-        "with_calls": sum(any(m.get("tool_calls") for m in turns_of(row)) for row in rows),
-        "with_system": sum(turns_of(row)[:1] != [] and turns_of(row)[0]["role"] == "system" for row in rows),
+        "with_calls": sum(any(m.get("tool_calls") for m in get_turns(row)) for row in rows),
+        "with_system": sum(get_turns(row)[:1] != [] and get_turns(row)[0]["role"] == "system" for row in rows),
         "same_rows": sum(n - 1 for n in whole.values()),
-        "same_questions": sum(n - 1 for n in asked.values()),
+        "same_questions": sum(n - 1 for n in questions.values()),
         "languages": dict(languages.most_common(20)),
         "fields": {
-            name: dict(counts.most_common(VALUES))
+            name: dict(counts.most_common(MAX_FIELD_VALUES))
             for name, counts in fields.items()
-            if 1 < len(counts) <= max(VALUES, len(rows) // 10)
+            if 1 < len(counts) <= max(MAX_FIELD_VALUES, len(rows) // 10)
         },
     }
 
 
-def tags(row: Row) -> dict[str, str]:
+def get_tags(row: Row) -> dict[str, str]:
     """Return a row's short extra fields outside the schema, by which rows can be grouped."""
     found = {"shape": str(row["extra"]["shape"])} if row.get("extra", {}).get("shape") else {}
     for name, value in (row.get("extra") or {}).get("fields", {}).items():
@@ -87,22 +89,22 @@ def quantiles(sizes: Sequence[int]) -> dict[str, int]:
     """Compute quantiles of sizes."""
     import numpy as np
 
-    return {f"{share:.0%}": int(np.quantile(np.array(sizes), share)) for share in SHARES}
+    return {f"{share:.0%}": int(np.quantile(np.array(sizes), share)) for share in QUANTILES}
 
 
-def _words(row: Row) -> str:
-    return " ".join(str(m.get("content") or "") for m in turns_of(row) if m["role"] != "system")
+def _content_text(row: Row) -> str:
+    return " ".join(str(m.get("content") or "") for m in get_turns(row) if m["role"] != "system")
 
 
-def repeated(rows: Sequence[Row]) -> tuple[set[str], set[str]]:
+def find_duplicates(rows: Sequence[Row]) -> tuple[set[str], set[str]]:
     """Return (ids of duplicated rows, ids of rows whose question is duplicated)."""
     whole: dict[str, list[str]] = {}
-    asked: dict[str, list[str]] = {}
+    questions: dict[str, list[str]] = {}
     for row in rows:
-        whole.setdefault(json.dumps([turns_of(row), row.get("tools")], sort_keys=True), []).append(row["id"])
-        asked.setdefault(question_of(row), []).append(row["id"])
+        whole.setdefault(json.dumps([get_turns(row), row.get("tools")], sort_keys=True), []).append(row["id"])
+        questions.setdefault(get_question(row), []).append(row["id"])
 
-    def several(found: dict[str, list[Any]]) -> set[str]:
+    def duplicated_ids(found: dict[str, list[Any]]) -> set[str]:
         return {id for ids in found.values() if len(ids) > 1 for id in ids}
 
-    return several(whole), several(asked)
+    return duplicated_ids(whole), duplicated_ids(questions)

@@ -7,50 +7,50 @@ from collections.abc import Sequence
 import regex as expressions
 
 from llmworks.core.errors import UserError
-from llmworks.evaluate.protocol.task import Step
-from llmworks.score.extract import code_block, final_answer
+from llmworks.evaluate.protocol.task import FilterStep
+from llmworks.score.extract import extract_code_block, extract_final_answer
 
 SECONDS = 2.0  # timeout of one pattern on one answer
 
 
-class Slow(Exception):
+class PatternTimeout(Exception):
     """Timeout of a pattern on an answer; counts as no match."""
 
 
-def extract(steps: Sequence[Step], said: str) -> str:
+def extract(steps: Sequence[FilterStep], text: str) -> str:
     """Apply the filter steps in order. Raises Slow when a pattern times out."""
     for step in steps:
-        said = _apply(step, said)
-    return said
+        text = _apply(step, text)
+    return text
 
 
-def _apply(step: Step, said: str) -> str:
+def _apply(step: FilterStep, text: str) -> str:
     if step.how == "strip":
-        return said.strip()
+        return text.strip()
     if step.how == "lower":
-        return said.lower()
+        return text.lower()
     if step.how == "upper":
-        return said.upper()
+        return text.upper()
     if step.how == "first_line":
-        return said.strip().split("\n", 1)[0].strip()
+        return text.strip().split("\n", 1)[0].strip()
     if step.how == "final_answer":
-        return final_answer(said)
+        return extract_final_answer(text)
     if step.how == "code":
-        return code_block(said, "python", "py", "python3")
-    return match(step, said)
+        return extract_code_block(text, "python", "py", "python3")
+    return find_match(step, text)
 
 
-def match(step: Step, said: str) -> str:
+def find_match(step: FilterStep, text: str) -> str:
     """Return the picked match of a pattern, stripped: its first group that matched, or the whole match."""
     try:
-        found = expressions.findall(step.pattern, said, timeout=SECONDS)
+        matches = expressions.findall(step.pattern, text, timeout=SECONDS)
     except TimeoutError:
-        raise Slow(f"the pattern timed out after {SECONDS:g} s") from None
+        raise PatternTimeout(f"the pattern timed out after {SECONDS:g} s") from None
     except expressions.error as error:
         raise UserError(f"extract: {step.pattern!r} is not a valid regular expression ({error})") from None
-    if not -len(found) <= step.pick < len(found):
+    if not -len(matches) <= step.pick < len(matches):
         return step.fallback
-    picked = found[step.pick]
+    picked = matches[step.pick]
     if isinstance(picked, tuple):
         picked = next((group for group in picked if group), step.fallback)
     return str(picked).strip()

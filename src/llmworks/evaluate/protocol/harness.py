@@ -19,8 +19,8 @@ KINDS = {
     "loglikelihood_rolling": "perplexity",
     "generate_until": "generate",
 }
-LENGTH = 256  # default max_gen_toks
-PLAIN = {  # fields that do not change the requests here
+DEFAULT_MAX_TOKENS = 256  # default max_gen_toks
+IGNORED_FIELDS = {  # fields that do not change the requests here
     "tag",
     "task_alias",
     "group",
@@ -37,7 +37,7 @@ PLAIN = {  # fields that do not change the requests here
     "fewshot_split",
     "repeats",
 }
-READ = {
+SUPPORTED_FIELDS = {
     "task",
     "output_type",
     "doc_to_text",
@@ -73,14 +73,14 @@ METRICS = {
 }
 
 
-def load_yaml(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
+def load_yaml(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Load a task file with its includes.
 
     Functions that it names are kept as a marker, to be rejected where they matter.
     """
     import yaml
 
-    if path.resolve() in within:
+    if path.resolve() in including:
         raise UserError(f"{path}: includes itself")
 
     class Loader(yaml.SafeLoader):
@@ -104,7 +104,7 @@ def load_yaml(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
         raise UserError(f"{path}: include must be a file name or a list of file names")
     for name in reversed(includes):
-        values = {**load_yaml(path.parent / name, (*within, path.resolve())), **values}
+        values = {**load_yaml(path.parent / name, (*including, path.resolve())), **values}
     return values
 
 
@@ -114,10 +114,10 @@ class _Function(str):
 
 def from_harness(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Convert a harness task to Task fields. UserError for Python code and unsupported fields."""
-    for field, given in values.items():
-        if _has_function(given):
+    for field, value in values.items():
+        if _has_function(value):
             raise UserError(f"{path}: {field} is a Python function, which is not supported; write it as a template")
-        if field not in READ | PLAIN:
+        if field not in SUPPORTED_FIELDS | IGNORED_FIELDS:
             raise UserError(f"{path}: the lm-evaluation-harness field {field!r} is not supported")
     kind = KINDS.get(str(values.get("output_type", "generate_until")))
     if kind is None:
@@ -135,10 +135,10 @@ def from_harness(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "before_answer": values.get("target_delimiter", " "),
         "between": between,
         "prefix": values.get("gen_prefix") or "",
-        "shots": _shots(values, path),
-        "metrics": _metrics(values, kind, path),
-        "extract": _extract(values, path),
-        **_data(values, path),
+        "shots": _convert_fewshot(values, path),
+        "metrics": _convert_metrics(values, kind, path),
+        "extract": _convert_filters(values, path),
+        **_convert_dataset(values, path),
     }
     if kind == "perplexity":
         out |= {"question": str(values.get("doc_to_target", "")), "answer": ""}
@@ -157,7 +157,7 @@ def from_harness(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
         sampled = bool(generation.get("do_sample", float(generation.get("temperature", 0) or 0) > 0))
         out |= {
             "stop": [until] if isinstance(until, str) else list(until),
-            "max_tokens": int(generation.get("max_gen_toks") or generation.get("max_new_tokens") or LENGTH),
+            "max_tokens": int(generation.get("max_gen_toks") or generation.get("max_new_tokens") or DEFAULT_MAX_TOKENS),
             "top_p": float(generation.get("top_p", 1.0)) if sampled else 1.0,
             "samples": int(values.get("repeats") or 1),
         }
@@ -178,7 +178,7 @@ def _has_function(value: Any) -> bool:
     )
 
 
-def _shots(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _convert_fewshot(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     config = dict(values.get("fewshot_config") or {})
     unknown = set(config) - {"sampler", "samples", "split"}
     if unknown:
@@ -189,7 +189,7 @@ def _shots(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {"count": int(values.get("num_fewshot") or 0), "choose": choose, "rows": config.get("samples") or []}
 
 
-def _metrics(values: Mapping[str, Any], kind: str, path: Path) -> list[dict[str, Any]]:
+def _convert_metrics(values: Mapping[str, Any], kind: str, path: Path) -> list[dict[str, Any]]:
     default = {
         "choice": ["acc", "acc_norm"],
         "likelihood": ["perplexity", "acc"],
@@ -208,11 +208,11 @@ def _metrics(values: Mapping[str, Any], kind: str, path: Path) -> list[dict[str,
     return out
 
 
-def _extract(values: Mapping[str, Any], path: Path) -> dict[str, list[dict[str, Any]]]:
+def _convert_filters(values: Mapping[str, Any], path: Path) -> dict[str, list[dict[str, Any]]]:
     out: dict[str, list[dict[str, Any]]] = {}
-    for way in values.get("filter_list") or []:
+    for filter_spec in values.get("filter_list") or []:
         steps: list[dict[str, Any]] = []
-        for item in way.get("filter", []):
+        for item in filter_spec.get("filter", []):
             function = item.get("function")
             if function == "regex":
                 steps.append(
@@ -230,11 +230,11 @@ def _extract(values: Mapping[str, Any], path: Path) -> dict[str, list[dict[str, 
                     f"{path}: filter_list: the filter {function!r} is not supported; supported: regex, take_first,"
                     f" {', '.join(FILTERS)}"
                 )
-        out["" if way.get("name") in (None, "none") else str(way["name"])] = steps
+        out["" if filter_spec.get("name") in (None, "none") else str(filter_spec["name"])] = steps
     return out or {"": []}
 
 
-def _data(values: Mapping[str, Any], path: Path) -> dict[str, str]:
+def _convert_dataset(values: Mapping[str, Any], path: Path) -> dict[str, str]:
     """Return references of the evaluated rows and the few-shot rows: local files, or a Hub dataset with its splits."""
     source, options = str(values.get("dataset_path") or ""), dict(values.get("dataset_kwargs") or {})
     test = str(values.get("test_split") or values.get("validation_split") or "")
@@ -243,12 +243,12 @@ def _data(values: Mapping[str, Any], path: Path) -> dict[str, str]:
     if source in ("json", "csv", "parquet"):
         named = files if isinstance(files, dict) else {test or "train": files}
         base = Path(str(options.get("data_dir") or ""))
-        found = {
+        paths = {
             split: str(base / (file[0] if isinstance(file, list) else str(file)))
             for split, file in named.items()
             if file
         }
-        return {"data": found.get(test, ""), "examples": found.get(shots, "") if shots != test else ""}
+        return {"data": paths.get(test, ""), "examples": paths.get(shots, "") if shots != test else ""}
     if not source:
         return {}
     name = str(values.get("dataset_name") or "")

@@ -37,15 +37,15 @@ def load_task(name: str) -> Task:
                 + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(task_names())}, or a YAML file")
             )
         text = resources.files("llmworks.evaluate").joinpath("tasks", f"{name}.yaml").read_text(encoding="utf-8")
-        return checked(name, yaml.safe_load(text))
+        return validate_task(name, yaml.safe_load(text))
     from llmworks.evaluate.protocol.harness import from_harness, load_yaml
 
     path = Path(name)
     values = load_yaml(path)
     if "task" not in values and "output_type" not in values:
-        return beside(checked(name, values), path)
+        return resolve_data_paths(validate_task(name, values), path)
     try:
-        return beside(checked(name, from_harness(values, path)), path)
+        return resolve_data_paths(validate_task(name, from_harness(values, path)), path)
     except (
         TypeError,
         ValueError,
@@ -59,7 +59,7 @@ def load_task(name: str) -> Task:
         ) from None
 
 
-def beside(task: Task, path: Path) -> Task:
+def resolve_data_paths(task: Task, path: Path) -> Task:
     """Resolve the task's data files relative to its own file, independent of the current directory."""
     found = {
         field: str(path.parent / ref)
@@ -69,9 +69,9 @@ def beside(task: Task, path: Path) -> Task:
     return task.model_copy(update=found) if found else task
 
 
-def checked(name: str, values: Any) -> Task:
+def validate_task(name: str, values: Any) -> Task:
     """Validate a task from parsed YAML. UserError naming the first invalid field."""
-    from llmworks.evaluate.statistics.metrics import check_measure
+    from llmworks.evaluate.statistics.metrics import check_metric
 
     if not isinstance(values, dict):
         raise UserError(f"{name}: must be a mapping of a task's fields")
@@ -80,14 +80,14 @@ def checked(name: str, values: Any) -> Task:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        said = str(first["msg"]).removeprefix("Value error, ")
+        message = str(first["msg"]).removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where, Task.model_fields, n=1)
-            said = f"unknown field {where!r}" + (
-                f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(Task.model_fields)}"
+            close_matches = difflib.get_close_matches(where, Task.model_fields, n=1)
+            message = f"unknown field {where!r}" + (
+                f", did you mean {close_matches[0]!r}?" if close_matches else f"; known: {', '.join(Task.model_fields)}"
             )
             where = ""
-        raise UserError(f"{name}: {f'{where}: ' if where else ''}{said}") from None
+        raise UserError(f"{name}: {f'{where}: ' if where else ''}{message}") from None
     for measure in task.metrics:
-        check_measure(task.kind, measure, name)
+        check_metric(task.kind, measure, name)
     return task

@@ -17,14 +17,14 @@ from llmworks.core.artifact import Dataset
 from llmworks.core.errors import DataError, UserError
 from llmworks.core.types import Message
 from llmworks.data.readers.source import find_files
-from llmworks.data.store.jsonl import Rejected
-from llmworks.data.store.raw_rows import raw_rows
-from llmworks.data.store.rows import flat_messages, read_chat
+from llmworks.data.store.jsonl import RejectedRows
+from llmworks.data.store.raw_rows import read_raw_rows
+from llmworks.data.store.rows import flatten_messages, read_chat
 from llmworks.evaluate.protocol.task import Task
-from llmworks.evaluate.protocol.templates import listed, text, value
+from llmworks.evaluate.protocol.templates import render_list, render_string, render_value
 
 Row = dict[str, Any]
-NAMES = ("id", "task_id", "question_id", "key")  # fields that may hold a row's id
+ID_FIELDS = ("id", "task_id", "question_id", "key")  # fields that may hold a row's id
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def read_rows(task: Task, data: Dataset, split: str) -> list[Row]:
     if task.rows == "chat":
         rows = read_chat(data)
     else:
-        rejected = Rejected()
-        rows = [row for file in _files(data.path, split) for _, _, row in raw_rows(file, rejected)]
+        rejected = RejectedRows()
+        rows = [row for file in _files(data.path, split) for _, _, row in read_raw_rows(file, rejected)]
         if rejected.rows:
             first = rejected.rows[0]
             raise DataError(
@@ -71,18 +71,18 @@ def read_rows(task: Task, data: Dataset, split: str) -> list[Row]:
     return rows
 
 
-def kept(task: Task, rows: Sequence[Row], name: str) -> list[Row]:
+def filter_rows(task: Task, rows: Sequence[Row], name: str) -> list[Row]:
     """Filter the rows by the task's `only`. DataError when none are left."""
-    found = (
-        [row for row in rows if text(task.only, row).strip() not in ("", "False", "0", "None")]
+    passing = (
+        [row for row in rows if render_string(task.only, row).strip() not in ("", "False", "0", "None")]
         if task.only
         else list(rows)
     )
-    if not found:
+    if not passing:
         raise DataError(
             f"{name}: none of the {len(rows)} rows passes the filter of task {task.name!r} (`only`: {task.only})"
         )
-    return found
+    return passing
 
 
 def _files(path: Path, split: str) -> list[Path]:
@@ -96,32 +96,32 @@ def _files(path: Path, split: str) -> list[Path]:
 
 def _with_ids(rows: list[Row]) -> list[Row]:
     """Add an id to each row: its own where unique, else its row number."""
-    for name in NAMES:
+    for name in ID_FIELDS:
         ids = [str(row[name]) for row in rows if isinstance(row.get(name), (str, int))]
         if len(ids) == len(rows) == len(set(ids)):
             return [{**row, "id": id} for row, id in zip(rows, ids, strict=True)]
     return [{**row, "id": str(number)} for number, row in enumerate(rows, 1)]
 
 
-def one_side(rows: Sequence[Row], side: str, task: Task) -> list[Row]:
+def select_half(rows: Sequence[Row], side: str, task: Task) -> list[Row]:
     """Return one half of the rows, split by a hash of their content, not by ids or order; rows of one group, and
     identical rows, are in the same half.
     """
     if side == "all":
         return list(rows)
-    found = [row for row in rows if side_of(row, text(task.group, row)) == side]
+    found = [row for row in rows if get_half(row, render_string(task.group, row)) == side]
     if not found:
         raise DataError(f"none of the {len(rows)} rows is in the half {side!r}; there are too few rows to split")
     return found
 
 
-def side_of(row: Row, group: str) -> str:
+def get_half(row: Row, group: str) -> str:
     """Return the row's half: "dev" or "test"."""
-    said = group or json.dumps({k: v for k, v in row.items() if k not in NAMES}, sort_keys=True, default=str)
-    return "dev" if hashlib.sha256(" ".join(said.lower().split()).encode()).digest()[0] % 2 else "test"
+    content = group or json.dumps({k: v for k, v in row.items() if k not in ID_FIELDS}, sort_keys=True, default=str)
+    return "dev" if hashlib.sha256(" ".join(content.lower().split()).encode()).digest()[0] % 2 else "test"
 
 
-def questions(task: Task, rows: Sequence[Row], pool: Sequence[Row], *, same_pool: bool) -> list[Question]:
+def build_questions(task: Task, rows: Sequence[Row], pool: Sequence[Row], *, same_pool: bool) -> list[Question]:
     """Convert all rows to questions.
 
     `pool`: rows to draw few-shot examples from; `same_pool`: it is the rows themselves, so a row must not be its own
@@ -129,19 +129,22 @@ def questions(task: Task, rows: Sequence[Row], pool: Sequence[Row], *, same_pool
 
     Errors: UserError for too few examples; DataError for a row without a right answer, or that does not fit a template.
     """
-    draw = _Draw(task, pool, same_pool)
+    sampler = FewShotSampler(task, pool, same_pool)
     conversations = task.rows == "chat" and not task.question
-    return [_chat_question(task, row, draw) if conversations else _question(task, row, draw) for row in rows]
+    return [
+        _build_chat_question(task, row, sampler) if conversations else _build_question(task, row, sampler)
+        for row in rows
+    ]
 
 
-def says_the_same(one: Row, other: Row) -> bool:
+def is_duplicate(one: Row, other: Row) -> bool:
     """Return whether two rows are equal except for their ids; neither may be the other's example."""
-    return one is other or {k: v for k, v in one.items() if k not in NAMES} == {
-        k: v for k, v in other.items() if k not in NAMES
+    return one is other or {k: v for k, v in one.items() if k not in ID_FIELDS} == {
+        k: v for k, v in other.items() if k not in ID_FIELDS
     }
 
 
-class _Draw:
+class FewShotSampler:
     """Sampler of few-shot examples.
 
     `each` samples as the lm-evaluation-harness does: one generator over all questions, one extra row where the
@@ -150,40 +153,40 @@ class _Draw:
 
     def __init__(self, task: Task, pool: Sequence[Row], same_pool: bool) -> None:
         self.task, self.shots = task, task.shots
-        self.extra = same_pool and not self.shots.rows  # the row itself may be drawn
+        self.may_draw_self = same_pool and not self.shots.rows  # the row itself may be drawn
         self.random = random.Random(self.shots.seed)
         self.pools: dict[str, list[Row]] = {}
-        self.drawn: dict[str, list[Row]] = {}
+        self.fixed_examples: dict[str, list[Row]] = {}
         for row in (self.shots.rows or pool) if self.shots.count else ():
             self.pools.setdefault(self._group(row), []).append(row)
 
     def _group(self, row: Row) -> str:
-        return text(self.task.group, row) if self.shots.same_group else ""
+        return render_string(self.task.group, row) if self.shots.same_group else ""
 
-    def examples(self, row: Row) -> list[Row]:
+    def sample(self, row: Row) -> list[Row]:
         """Sample few-shot examples for a row. UserError when there are too few."""
         if not self.shots.count:
             return []
-        group, count = self._group(row), self.shots.count + self.extra
+        group, count = self._group(row), self.shots.count + self.may_draw_self
         pool = self.pools.get(group, [])
         if len(pool) < count:
             where = f" of the group {group!r}" if self.shots.same_group else ""
             raise UserError(
                 f"num_fewshot is {self.shots.count}, but there are only {len(pool)} rows{where} to draw examples from"
-                + (", including the row itself" if self.extra else "")
+                + (", including the row itself" if self.may_draw_self else "")
             )
         if self.shots.choose == "each":
             found, more = self.random.sample(pool, count), self.random
         else:
-            if group not in self.drawn:
-                self.drawn[group] = (
+            if group not in self.fixed_examples:
+                self.fixed_examples[group] = (
                     pool[:count] if self.shots.choose == "first" else random.Random(self.shots.seed).sample(pool, count)
                 )
-            found, more = self.drawn[group], random.Random(self.shots.seed)
-        kept = [other for other in found if not says_the_same(other, row)][: self.shots.count]
+            found, more = self.fixed_examples[group], random.Random(self.shots.seed)
+        kept = [other for other in found if not is_duplicate(other, row)][: self.shots.count]
         if len(kept) == self.shots.count:
             return kept
-        rest = [other for other in pool if not says_the_same(other, row)]
+        rest = [other for other in pool if not is_duplicate(other, row)]
         if len(rest) < self.shots.count:
             raise UserError(
                 f"num_fewshot is {self.shots.count}, but only {len(rest)} of the rows to draw examples from differ from"
@@ -199,21 +202,21 @@ class _Draw:
         )
 
 
-def _question(task: Task, row: Row, draw: _Draw) -> Question:
+def _build_question(task: Task, row: Row, sampler: FewShotSampler) -> Question:
     if task.kind == "perplexity":
-        body = text(task.question, row)
+        body = render_string(task.question, row)
         if not body:
             raise DataError(f"row {row['id']!r}: has no text")
-        return Question(row["id"], row, text(task.group, row), body, plain=(body,))
-    examples = draw.examples(row)
-    contexts = listed(task.contexts, row) if task.contexts else [text(task.question, row)]
-    prefix = text(task.prefix, row)
-    choices = listed(task.choices, row) if task.choices else contexts
-    right = value(task.answer, row)
-    gold = gold_places(row, placed(task, row, right), choices) if task.kind == "choice" else ()
-    references = tuple(choices[i] for i in gold) if gold else _references(right)
+        return Question(row["id"], row, render_string(task.group, row), body, plain=(body,))
+    examples = sampler.sample(row)
+    contexts = render_list(task.contexts, row) if task.contexts else [render_string(task.question, row)]
+    prefix = render_string(task.prefix, row)
+    choices = render_list(task.choices, row) if task.choices else contexts
+    answer = render_value(task.answer, row)
+    gold = gold_indices(row, parse_gold(task, row, answer), choices) if task.kind == "choice" else ()
+    references = tuple(choices[i] for i in gold) if gold else _references(answer)
     if task.contexts:
-        ending = text(task.question, row)
+        ending = render_string(task.question, row)
         options: tuple[str, ...] = (ending,)
         if not ending:
             raise DataError(
@@ -222,21 +225,21 @@ def _question(task: Task, row: Row, draw: _Draw) -> Question:
     else:
         options = tuple(choices) if task.kind == "choice" else references if task.kind == "likelihood" else ()
     shown = contexts[0] if not task.contexts else " | ".join(contexts)
-    scored = row if not isinstance(right, Mapping) else {**row, "answer": right}
+    scored = row if not isinstance(answer, Mapping) else {**row, "answer": answer}
     plain: tuple[str, ...] = ()
     turns: tuple[tuple[Message, ...], ...] = ()
     if task.prompt == "plain":
-        front = _front(task, row, examples)
+        front = _build_fewshot_prefix(task, row, examples)
         plain = tuple(
-            front + context + (_space(task, context, prefix) if prefix else "") + prefix for context in contexts
+            front + context + (_get_delimiter(task, context, prefix) if prefix else "") + prefix for context in contexts
         )
     else:
-        before = _turns(task, row, examples)
+        before = _build_fewshot_turns(task, row, examples)
         turns = tuple((*before, Message("user", context)) for context in contexts)
     return Question(
         row["id"],
         scored,
-        text(task.group, row),
+        render_string(task.group, row),
         shown,
         plain,
         turns,
@@ -248,11 +251,11 @@ def _question(task: Task, row: Row, draw: _Draw) -> Question:
     )
 
 
-def _chat_question(task: Task, row: Row, draw: _Draw) -> Question:
-    before = tuple(m for example in draw.examples(row) for m in _conversation(example))
+def _build_chat_question(task: Task, row: Row, sampler: FewShotSampler) -> Question:
+    before = tuple(m for example in sampler.sample(row) for m in _conversation(example))
     messages = _conversation(row)
     reference = messages[-1].content
-    description = text(task.description, row)
+    description = render_string(task.description, row)
     system = (Message("system", description),) if description else ()
     return Question(
         row["id"],
@@ -266,7 +269,7 @@ def _chat_question(task: Task, row: Row, draw: _Draw) -> Question:
 
 def _conversation(row: Row) -> tuple[Message, ...]:
     try:
-        messages = flat_messages(row)
+        messages = flatten_messages(row)
     except ValueError as error:
         raise DataError(f"row {row['id']!r}: {error}") from None
     if len(messages) < 2 or messages[-1].role != "assistant":
@@ -274,15 +277,15 @@ def _conversation(row: Row) -> tuple[Message, ...]:
     return messages
 
 
-def placed(task: Task, row: Row, right: Any) -> Any:
+def parse_gold(task: Task, row: Row, right: Any) -> Any:
     """Return the right answer; digits written by a template are an index, whatever the choices are named, as in the
     lm-evaluation-harness.
     """
-    written = isinstance(right, str) and isinstance(task.answer, str) and task.answer not in row
-    return int(right) if written and right.isdecimal() and len(right) < 10 else right
+    is_template_output = isinstance(right, str) and isinstance(task.answer, str) and task.answer not in row
+    return int(right) if is_template_output and right.isdecimal() and len(right) < 10 else right
 
 
-def gold_places(row: Row, right: Any, choices: Sequence[str]) -> tuple[int, ...]:
+def gold_indices(row: Row, right: Any, choices: Sequence[str]) -> tuple[int, ...]:
     """Return the indices of the right choices, given as indices, texts, or a list of either.
 
     DataError when one is not among the choices.
@@ -312,52 +315,59 @@ def _references(right: Any) -> tuple[str, ...]:
     return tuple(str(item) for item in right) if isinstance(right, list) else (str(right),)
 
 
-def _example(task: Task, row: Row) -> tuple[str, str]:
+def _build_example(task: Task, row: Row) -> tuple[str, str]:
     """Return (question, answer) of a few-shot example."""
-    prefix = text(task.prefix, row)
+    prefix = render_string(task.prefix, row)
     if task.contexts:
         contexts, place = (
-            listed(task.contexts, row),
-            gold_places(row, placed(task, row, value(task.answer, row)), listed(task.contexts, row))[0],
+            render_list(task.contexts, row),
+            gold_indices(row, parse_gold(task, row, render_value(task.answer, row)), render_list(task.contexts, row))[
+                0
+            ],
         )
-        return contexts[place], _joined(prefix, text(task.question, row), " ")
+        return contexts[place], _join(prefix, render_string(task.question, row), " ")
     if task.example_answer:
-        answer = text(task.example_answer, row)
+        answer = render_string(task.example_answer, row)
     else:
-        right = value(task.answer, row)
+        right = render_value(task.answer, row)
         if isinstance(right, Mapping):
             raise UserError(f"{task.name}: few-shot examples need `example_answer`, because `answer` is a mapping")
         if task.choices and (task.kind == "choice" or isinstance(right, int)):
-            choices = listed(task.choices, row)
-            right = choices[gold_places(row, placed(task, row, right), choices)[0]]
+            choices = render_list(task.choices, row)
+            right = choices[gold_indices(row, parse_gold(task, row, right), choices)[0]]
         answer = str(right[0] if isinstance(right, list) else right)
-    return text(task.question, row), _joined(prefix, answer, " ")
+    return render_string(task.question, row), _join(prefix, answer, " ")
 
 
-def _front(task: Task, row: Row, examples: Sequence[Row]) -> str:
+def _build_fewshot_prefix(task: Task, row: Row, examples: Sequence[Row]) -> str:
     """Build the description and few-shot examples of a plain prompt."""
-    out = text(task.description, row)
+    out = render_string(task.description, row)
     for example in examples:
-        asked, answered = _example(task, example)
-        prefix = text(task.prefix, example)
-        out += asked + (_space(task, asked, prefix) if prefix else task.before_answer) + answered + task.between
+        example_question, example_answer = _build_example(task, example)
+        prefix = render_string(task.prefix, example)
+        out += (
+            example_question
+            + (_get_delimiter(task, example_question, prefix) if prefix else task.before_answer)
+            + example_answer
+            + task.between
+        )
     return out
 
 
-def _turns(task: Task, row: Row, examples: Sequence[Row]) -> tuple[Message, ...]:
-    description = text(task.description, row)
+def _build_fewshot_turns(task: Task, row: Row, examples: Sequence[Row]) -> tuple[Message, ...]:
+    description = render_string(task.description, row)
     out = [Message("system", description)] if description else []
     for example in examples:
-        asked, answered = _example(task, example)
-        out += [Message("user", asked), Message("assistant", answered)]
+        example_question, example_answer = _build_example(task, example)
+        out += [Message("user", example_question), Message("assistant", example_answer)]
     return tuple(out)
 
 
-def _space(task: Task, before: str, after: str) -> str:
+def _get_delimiter(task: Task, before: str, after: str) -> str:
     return "" if not before or before[-1].isspace() or after[0].isspace() else task.before_answer
 
 
-def _joined(first: str, second: str, between: str) -> str:
+def _join(first: str, second: str, between: str) -> str:
     if not first or not second:
         return first or second
     return first + second if first[-1].isspace() or second[0].isspace() else first + between + second

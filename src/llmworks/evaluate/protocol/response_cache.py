@@ -16,13 +16,13 @@ from typing import Any
 REVISION = 1  # version of engine behavior; raise it to invalidate all cached responses
 
 
-class Memory:
+class ResponseCache:
     """Cached results by key, of one model on one engine."""
 
     def __init__(self, folder: Path, model: str, engine: str) -> None:
         self.file = folder / f"asked-{model[:16]}-{engine}-{REVISION}.jsonl"
 
-    def recall(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+    def get(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Look up these keys. Lines truncated by an interruption are skipped."""
         wanted, found = set(keys), {}
         if self.file.exists():
@@ -36,11 +36,11 @@ class Memory:
                         found[key] = value
         return found
 
-    def add(self, findings: Mapping[str, Mapping[str, Any]]) -> None:
+    def add(self, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Append results; safe for concurrent processes."""
-        if not findings:
+        if not results:
             return
         with self.file.open("ab") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
-            text = "".join(json.dumps([key, dict(value)], ensure_ascii=False) + "\n" for key, value in findings.items())
+            text = "".join(json.dumps([key, dict(value)], ensure_ascii=False) + "\n" for key, value in results.items())
             stream.write(b"\n" + text.encode("utf-8", "replace"))  # a new line first: the last one may be truncated

@@ -16,10 +16,10 @@ from pydantic import Field, field_validator, model_validator
 from llmworks.core.artifact import Config
 
 Kind = Literal["choice", "likelihood", "perplexity", "generate"]
-Steps = Literal["regex", "strip", "lower", "upper", "first_line", "final_answer", "code"]
+FilterFunction = Literal["regex", "strip", "lower", "upper", "first_line", "final_answer", "code"]
 
 
-class Shots(Config):
+class FewShotConfig(Config):
     """Few-shot examples before a question."""
 
     count: int = Field(0, ge=0, le=100, description="number of few-shot examples")
@@ -35,10 +35,10 @@ class Shots(Config):
     rows: list[dict[str, Any]] = Field([], description="the examples themselves, where no dataset has them")
 
 
-class Step(Config):
+class FilterStep(Config):
     """One filter step from the generated text to the answer."""
 
-    how: Steps = Field(
+    how: FilterFunction = Field(
         description=(
             "`regex`: a match of `pattern`; `strip` whitespace; `lower`, `upper` case; `first_line`; `final_answer`:"
             " after `Answer:`, `####` or boxed; `code`: the last fenced block"
@@ -49,7 +49,7 @@ class Step(Config):
     fallback: str = Field("[invalid]", description="the answer where nothing matched")
 
 
-class Measure(Config):
+class MetricSpec(Config):
     """A metric and its options."""
 
     name: str = Field(description="name of a metric or of a score function")
@@ -119,7 +119,7 @@ class Task(Config):
         " ", description="between question and answer in plain prompts (lm-eval's target_delimiter)"
     )
     between: str = Field("\n\n", description="between few-shot examples in plain prompts (lm-eval's fewshot_delimiter)")
-    shots: Shots = Field(Shots(), description="few-shot examples")
+    shots: FewShotConfig = Field(FewShotConfig(), description="few-shot examples")
     prompt: Literal["plain", "chat"] = Field(
         "chat", description="`plain`: text that the model continues; `chat`: turns in the model's chat template"
     )
@@ -128,11 +128,11 @@ class Task(Config):
     temperature: float = Field(0.0, ge=0, description="sampling temperature; 0 = greedy decoding")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling, where temperature is above 0")
     samples: int = Field(1, gt=0, le=1000, description="completions per question; more than one requires a temperature")
-    extract: dict[str, list[Step]] = Field(
+    extract: dict[str, list[FilterStep]] = Field(
         {"": []},
         description="answer extraction: named filters, each a list of steps; every metric is reported for each filter",
     )
-    metrics: list[Measure] = Field(description="metrics to report; the first is the score")
+    metrics: list[MetricSpec] = Field(description="metrics to report; the first is the score")
     group: str = Field(
         "", description="template of the cluster that a row belongs to: confidence intervals resample whole groups"
     )

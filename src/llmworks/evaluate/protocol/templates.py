@@ -20,7 +20,7 @@ NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 @cache
-def _environment() -> Any:
+def _create_environment() -> Any:
     from jinja2 import StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
 
@@ -32,11 +32,11 @@ def _environment() -> Any:
 
 
 @cache
-def _compiled(template: str) -> Any:
-    return _environment().from_string(template)
+def _compile(template: str) -> Any:
+    return _create_environment().from_string(template)
 
 
-def fill(template: str, row: Mapping[str, Any]) -> Any:
+def render(template: str, row: Mapping[str, Any]) -> Any:
     """Render a template from a row; the name of a field returns that field's value, of whatever type.
 
     DataError naming row and template.
@@ -50,7 +50,7 @@ def fill(template: str, row: Mapping[str, Any]) -> Any:
             f"row {row.get('id', '?')!r}: has no field {template!r}; fields: {', '.join(sorted(map(str, row)))[:160]}"
         )
     try:
-        return _compiled(template).render(**row)
+        return _compile(template).render(**row)
     except Exception as error:  # a template is a program and may fail in any way
         raise DataError(
             f"row {row.get('id', '?')!r}: the template {template[:60]!r} cannot be rendered"
@@ -58,13 +58,13 @@ def fill(template: str, row: Mapping[str, Any]) -> Any:
         ) from None
 
 
-def text(template: str, row: Mapping[str, Any]) -> str:
+def render_string(template: str, row: Mapping[str, Any]) -> str:
     """Render a template as text."""
-    value = fill(template, row) if template else ""
-    return _whole(value if isinstance(value, str) else str(value), row)
+    value = render(template, row) if template else ""
+    return _check_encodable(value if isinstance(value, str) else str(value), row)
 
 
-def _whole(text: str, row: Mapping[str, Any]) -> str:
+def _check_encodable(text: str, row: Mapping[str, Any]) -> str:
     """Check that a text can be encoded as UTF-8. DataError for lone surrogates, as in broken exports."""
     try:
         text.encode()
@@ -75,40 +75,44 @@ def _whole(text: str, row: Mapping[str, Any]) -> str:
     return text
 
 
-def listed(template: str | list[str], row: Mapping[str, Any]) -> list[str]:
+def render_list(template: str | list[str], row: Mapping[str, Any]) -> list[str]:
     """Render a list of strings: given as is, a field of the row, or a Python or JSON list that a template writes.
 
     DataError for anything else.
     """
     if isinstance(template, list):
         return template
-    value = fill(template, row)
-    value = _literal(value) if isinstance(value, str) else value
+    value = render(template, row)
+    value = _parse_literal(value) if isinstance(value, str) else value
     if not isinstance(value, list) or not value or not all(isinstance(v, (str, int, float)) for v in value):
         raise DataError(
             f"row {row.get('id', '?')!r}: {template[:60]!r} must give a list of strings, but gives {str(value)[:60]!r}"
         )
-    return [_whole(str(v), row) for v in value]
+    return [_check_encodable(str(v), row) for v in value]
 
 
-def value(template: Any, row: Mapping[str, Any]) -> Any:
+def render_value(template: Any, row: Mapping[str, Any]) -> Any:
     """Render a template and parse lists; of a mapping, render all its templates."""
     if isinstance(template, dict):
         return {
-            key: value(item, row) if isinstance(item, dict) else fill(item, row) if isinstance(item, str) else item
+            key: render_value(item, row)
+            if isinstance(item, dict)
+            else render(item, row)
+            if isinstance(item, str)
+            else item
             for key, item in template.items()
         }
     if not isinstance(template, str):
         return template
-    found = fill(template, row) if template else ""
+    found = render(template, row) if template else ""
     if isinstance(found, str) and template not in row and len(found) >= 2 and found[0] == "[" and found[-1] == "]":
-        read = _literal(found)
+        read = _parse_literal(found)
         return read if isinstance(read, list) else found
     return found
 
 
-def _literal(written: str) -> Any:
+def _parse_literal(text: str) -> Any:
     try:
-        return ast.literal_eval(written)
+        return ast.literal_eval(text)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return written
+        return text

@@ -12,7 +12,7 @@ from llmworks.evaluate.protocol.task import Task
 
 def to_harness(task: Task) -> dict[str, Any]:
     """Convert a task to the harness's YAML fields. UserError for what it cannot express."""
-    _refuse_unwritable(task)
+    _check_exportable(task)
     unknown = [m.name for m in task.metrics if m.name not in METRICS]
     if unknown:
         raise UserError(
@@ -32,9 +32,9 @@ def to_harness(task: Task) -> dict[str, Any]:
         "target_delimiter": task.before_answer,
         "fewshot_delimiter": task.between,
         "num_fewshot": task.shots.count,
-        "metric_list": [_metric(m.model_dump()) for m in task.metrics],
+        "metric_list": [_export_metric(m.model_dump()) for m in task.metrics],
         "metadata": {"version": 1.0},
-        **_source(task),
+        **_export_dataset(task),
     }
     if task.kind == "perplexity":
         out |= {"doc_to_text": "", "doc_to_target": task.question}
@@ -62,14 +62,14 @@ def to_harness(task: Task) -> dict[str, Any]:
             out["filter_list"] = [
                 {
                     "name": name or "none",
-                    "filter": [*map(_filter, (s.model_dump() for s in steps)), {"function": "take_first"}],
+                    "filter": [*map(_export_filter, (s.model_dump() for s in steps)), {"function": "take_first"}],
                 }
                 for name, steps in task.extract.items()
             ]
     return out
 
 
-def _refuse_unwritable(task: Task) -> None:
+def _check_exportable(task: Task) -> None:
     """Raise UserError for what the harness's YAML cannot express."""
     if task.rows == "chat" or task.contexts or isinstance(task.answer, dict) or task.group:
         what = (
@@ -86,7 +86,7 @@ def _refuse_unwritable(task: Task) -> None:
         raise UserError(f"{task.name}: {what} cannot be exported to the lm-evaluation-harness without Python code")
 
 
-def _metric(measure: Mapping[str, Any]) -> dict[str, Any]:
+def _export_metric(measure: Mapping[str, Any]) -> dict[str, Any]:
     lower = measure["name"] in (
         "perplexity",
         "word_perplexity",
@@ -113,7 +113,7 @@ def _metric(measure: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _filter(step: Mapping[str, Any]) -> dict[str, Any]:
+def _export_filter(step: Mapping[str, Any]) -> dict[str, Any]:
     if step["how"] == "regex":
         return {
             "function": "regex",
@@ -127,7 +127,7 @@ def _filter(step: Mapping[str, Any]) -> dict[str, Any]:
     return {"function": names[step["how"]]}
 
 
-def _source(task: Task) -> dict[str, Any]:
+def _export_dataset(task: Task) -> dict[str, Any]:
     if task.data.startswith("hf:datasets/"):
         owner, _, rest = task.data.removeprefix("hf:datasets/").partition("/")
         name, _, config = rest.partition("/")

@@ -34,7 +34,7 @@ def weighted_kappa(a: Sequence[float], b: Sequence[float]) -> float:
     return 1 - observed / chance if chance else float("nan")
 
 
-def merged(first: str, swapped: str) -> str:
+def merge_verdicts(first: str, swapped: str) -> str:
     """Merge the verdicts of both answer orders into "A", "B" or "C" (tie); a verdict that changes with the order is a
     tie.
 
@@ -43,7 +43,7 @@ def merged(first: str, swapped: str) -> str:
     return first if first == swapped else "C"
 
 
-def position(firsts: Sequence[str], swapped: Sequence[str]) -> Mapping[str, float]:
+def position_bias(firsts: Sequence[str], swapped: Sequence[str]) -> Mapping[str, float]:
     """Return shares of pairs: `consistent` in both orders; `prefers_first`, `prefers_second`: position bias, where the
     answer in that position won in both orders.
     """
@@ -54,13 +54,13 @@ def position(firsts: Sequence[str], swapped: Sequence[str]) -> Mapping[str, floa
     return {"consistent": same / n, "prefers_first": first / n, "prefers_second": second / n}
 
 
-def length(verdicts: Sequence[str], lengths: Sequence[tuple[int, int]]) -> tuple[float, int]:
+def length_bias(verdicts: Sequence[str], lengths: Sequence[tuple[int, int]]) -> tuple[float, int]:
     """Return (share of decided pairs of unequal length won by the longer answer, number of such pairs)."""
     decided = [(v, a, b) for v, (a, b) in zip(verdicts, lengths, strict=True) if v in ("A", "B") and a != b]
     return (sum((v == "A") == (a > b) for v, a, b in decided) / len(decided) if decided else float("nan")), len(decided)
 
 
-def majority(votes: Sequence[str]) -> str:
+def majority_vote(votes: Sequence[str]) -> str:
     """Return the majority verdict; "C" (tie) where there is none."""
     counted = Counter(votes).most_common(2)
     return counted[0][0] if len(counted) == 1 or counted[0][1] > counted[1][1] else "C"

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-RESAMPLES, DRAWS = 10_000, 20_000_000  # cap on draws in total: many samples need fewer resamples
+RESAMPLES, MAX_DRAWS = 10_000, 20_000_000  # cap on draws in total: many samples need fewer resamples
 Value = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
-class Interval:
+class MetricInterval:
     """A value with its 95% confidence interval."""
 
     value: float
@@ -25,7 +25,7 @@ class Interval:
     high: float
 
 
-def grouped(numbers: Any, groups: Sequence[str]) -> Any:
+def sum_by_group(numbers: Any, groups: Sequence[str]) -> Any:
     """Sum rows [samples, k] by group: [groups, k]. A row without a group (empty name) is its own."""
     import numpy as np
 
@@ -39,7 +39,7 @@ def grouped(numbers: Any, groups: Sequence[str]) -> Any:
     return out
 
 
-def resampled(numbers: Any, seed: int, resamples: int) -> Any:
+def bootstrap_sums(numbers: Any, seed: int, resamples: int) -> Any:
     """Compute sums [resamples, k] over draws with replacement of the rows of `numbers` [n, k], in batches to bound
     memory.
     """
@@ -54,7 +54,7 @@ def resampled(numbers: Any, seed: int, resamples: int) -> Any:
     return np.concatenate(parts)
 
 
-def tails(n: int) -> tuple[float, float]:
+def expanded_percentiles(n: int) -> tuple[float, float]:
     """Return the percentiles of a 95% interval, widened for n draws by Student's t relative to the normal (expanded
     percentile interval).
     """
@@ -62,11 +62,11 @@ def tails(n: int) -> tuple[float, float]:
 
     if n < 2:
         return 0.0, 100.0
-    low = NormalDist().cdf(-student(n - 1) * (n / (n - 1)) ** 0.5)
+    low = NormalDist().cdf(-t_quantile(n - 1) * (n / (n - 1)) ** 0.5)
     return 100 * low, 100 * (1 - low)
 
 
-def student(degrees: int) -> float:
+def t_quantile(degrees: int) -> float:
     """Compute the 97.5% quantile of Student's t (Cornish-Fisher expansion, Abramowitz & Stegun 26.7.5; exact for 1 and
     2 degrees of freedom).
     """
@@ -83,26 +83,26 @@ def student(degrees: int) -> float:
     )
 
 
-def interval(
+def bootstrap_interval(
     numbers: Any, value: Value, *, groups: Sequence[str] = (), seed: int = 0, resamples: int = RESAMPLES
-) -> Interval:
+) -> MetricInterval:
     """Compute a metric over samples with its 95% bootstrap interval.
 
     `numbers` [samples, k] are summed over samples (and groups); `value` maps the sums to the metric.
     """
     import numpy as np
 
-    data = grouped(numbers, groups)
-    drawn = value(resampled(data, seed, min(resamples, max(1000, DRAWS // len(data)))))
-    low, high = np.nanpercentile(drawn, tails(len(data)))
-    return Interval(float(value(data.sum(axis=0))), float(low), float(high))
+    data = sum_by_group(numbers, groups)
+    resampled_values = value(bootstrap_sums(data, seed, min(resamples, max(1000, MAX_DRAWS // len(data)))))
+    low, high = np.nanpercentile(resampled_values, expanded_percentiles(len(data)))
+    return MetricInterval(float(value(data.sum(axis=0))), float(low), float(high))
 
 
 def mean_interval(
     values: Sequence[float], *, groups: Sequence[str] = (), seed: int = 0, resamples: int = RESAMPLES
-) -> Interval:
+) -> MetricInterval:
     """Compute the mean of per-sample scores and its 95% interval."""
-    return interval(
+    return bootstrap_interval(
         [(v, 1.0) for v in values],
         lambda sums: sums[..., 0] / sums[..., 1],
         groups=groups,
@@ -112,19 +112,19 @@ def mean_interval(
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedDifference:
     """The mean difference b - a over paired samples, its 95% interval, and the shares of resamples on either side of
     zero.
     """
 
-    difference: Interval
+    difference: MetricInterval
     p_not_better: float
     p_not_worse: float
 
 
 def paired_difference(
     a: Sequence[float], b: Sequence[float], *, groups: Sequence[str] = (), seed: int = 0, resamples: int = RESAMPLES
-) -> Paired:
+) -> PairedDifference:
     """Compute the paired bootstrap of b - a: paired samples are drawn together.
 
     p_not_better is the share of resamples with a difference <= 0.
@@ -132,23 +132,29 @@ def paired_difference(
     import numpy as np
 
     delta = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
-    data = grouped(np.stack([delta, np.ones_like(delta)], axis=1), groups)
-    drawn = resampled(data, seed, resamples)
+    data = sum_by_group(np.stack([delta, np.ones_like(delta)], axis=1), groups)
+    drawn = bootstrap_sums(data, seed, resamples)
     drawn = drawn[:, 0] / drawn[:, 1]
-    low, high = np.percentile(drawn, tails(len(data)))
-    return Paired(
-        Interval(float(delta.mean()), float(low), float(high)), float((drawn <= 0).mean()), float((drawn >= 0).mean())
+    low, high = np.percentile(drawn, expanded_percentiles(len(data)))
+    return PairedDifference(
+        MetricInterval(float(delta.mean()), float(low), float(high)),
+        float((drawn <= 0).mean()),
+        float((drawn >= 0).mean()),
     )
 
 
-def certain(found: Interval, draws: int) -> Interval:
+def exact_interval(interval: MetricInterval, draws: int) -> MetricInterval:
     """Replace the zero-width bootstrap interval of a share that is 0 or 1 in all draws by the exact binomial interval
     (Clopper & Pearson 1934).
     """
-    if found.low == found.high == found.value and found.value in (0.0, 1.0) and draws:
+    if interval.low == interval.high == interval.value and interval.value in (0.0, 1.0) and draws:
         reach = 0.025 ** (1 / draws)
-        return Interval(found.value, reach, 1.0) if found.value else Interval(found.value, 0.0, 1 - reach)
-    return found
+        return (
+            MetricInterval(interval.value, reach, 1.0)
+            if interval.value
+            else MetricInterval(interval.value, 0.0, 1 - reach)
+        )
+    return interval
 
 
 def sign_flip(
@@ -163,33 +169,33 @@ def sign_flip(
 
     import numpy as np
 
-    delta = grouped(np.stack([np.asarray(b, dtype=float) - np.asarray(a, dtype=float)], axis=1), groups)[:, 0]
+    delta = sum_by_group(np.stack([np.asarray(b, dtype=float) - np.asarray(a, dtype=float)], axis=1), groups)[:, 0]
     delta = delta[np.abs(delta) > 1e-12]
     if not len(delta):
         return 1.0
-    seen = abs(float(delta.sum())) - 1e-9
+    observed = abs(float(delta.sum())) - 1e-9
     if len(delta) <= 12:
         signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(delta))))
-        return float((np.abs(signs @ delta) >= seen).mean())
+        return float((np.abs(signs @ delta) >= observed).mean())
     signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(flips, len(delta)))
-    return float((1 + (np.abs(signs @ delta) >= seen).sum()) / (1 + flips))
+    return float((1 + (np.abs(signs @ delta) >= observed).sum()) / (1 + flips))
 
 
-def holm(chances: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p-values for multiple testing, controlling the family-wise error rate (Holm 1979)."""
-    order = sorted(range(len(chances)), key=lambda i: chances[i])
-    out, highest = [0.0] * len(chances), 0.0
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    out, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(chances) - rank) * chances[i]))
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
         out[i] = highest
     return out
 
 
-def detectable(spread: float, samples: int) -> float:
+def minimum_detectable_effect(standard_deviation: float, samples: int) -> float:
     """Compute the smallest difference that a two-sided test at 5% detects with 80% power, given the standard deviation
     of per-sample scores.
 
     Source: (1.96 + 0.84) * sd / sqrt(n), Cohen 1988, chapter 2; for two independent runs of n samples each,
     `standard_deviation` is sqrt(2) * sd.
     """
-    return float((1.959963984540054 + 0.8416212335729143) * spread / max(1, samples) ** 0.5)
+    return float((1.959963984540054 + 0.8416212335729143) * standard_deviation / max(1, samples) ** 0.5)

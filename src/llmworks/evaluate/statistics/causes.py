@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Run = Mapping[str, Any]
+RunData = Mapping[str, Any]
 IGNORED = {"what", "data", "examples"}  # fields of a task that affect neither prompts nor scores
-CLOSE = 0.1  # nats between the best two options, below which rounding may decide
+CLOSE_CALL_NATS = 0.1  # nats between the best two options, below which rounding may decide
 
 CAUSES = {
     "worked examples": "the few-shot examples or their number differ",
@@ -26,12 +26,12 @@ CAUSES = {
     "stop string": "one answer ended at a stop string that the other run does not have",
     "end token": "one answer ended at a stop token that the other run does not have",
     "sampling": "answers are sampled, not greedy",
-    "close call": f"the best two options are less than {CLOSE:g} nats apart: rounding may decide",
+    "close call": f"the best two options are less than {CLOSE_CALL_NATS:g} nats apart: rounding may decide",
     "numbers": "the same prompt tokens, but the model's logits differ: other weights or precision",
 }
 
 
-def cause(a: Run, b: Run, left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
+def find_cause(a: RunData, b: RunData, left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
     """Return the first cause found for a sample on which two runs differ."""
     one, other = a["definition"], b["definition"]
     if left.get("asked") != right.get("asked"):
@@ -39,21 +39,21 @@ def cause(a: Run, b: Run, left: Mapping[str, Any], right: Mapping[str, Any]) -> 
             return "worked examples"
         return "prompt style" if one["prompt"] != other["prompt"] else "prompt text"
     if left.get("read") and right.get("read") and left["read"] != right["read"]:
-        return _reading(a["protocol"], b["protocol"], left, right)
+        return _explain_tokens(a["protocol"], b["protocol"], left, right)
     if "refused" in (left.get("finish"), right.get("finish")):
         return "refused"
     if one["kind"] == "choice":
-        return _choosing(left, right)
+        return _explain_choice(left, right)
     if one["kind"] != "generate":
         return "numbers"
     if left["text"] == right["text"]:
         return "normalisation"
     if one["temperature"] or other["temperature"]:
         return "sampling"
-    return _ending(a, b, left, right)
+    return _explain_text(a, b, left, right)
 
 
-def _reading(a: Run, b: Run, left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
+def _explain_tokens(a: RunData, b: RunData, left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
     """Explain why the same text was tokenized differently."""
     if a.get("bos") != b.get("bos") or a.get("beginning") != b.get("beginning"):
         return "beginning token"
@@ -62,14 +62,18 @@ def _reading(a: Run, b: Run, left: Mapping[str, Any], right: Mapping[str, Any]) 
     return "truncation" if left.get("cut") != right.get("cut") or a.get("window") != b.get("window") else "tokenizer"
 
 
-def _choosing(left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
+def _explain_choice(left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
     """Explain why another option was chosen."""
     if left.get("chosen") == right.get("chosen"):
         return "normalisation"
-    return "close call" if min(margin(left["logprobs"]), margin(right["logprobs"])) < CLOSE else "numbers"
+    return (
+        "close call"
+        if min(compute_margin(left["logprobs"]), compute_margin(right["logprobs"])) < CLOSE_CALL_NATS
+        else "numbers"
+    )
 
 
-def _ending(a: Run, b: Run, left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
+def _explain_text(a: RunData, b: RunData, left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
     """Explain why another text was generated."""
     (short, _), (long, _) = sorted(((left, a), (right, b)), key=lambda pair: len(pair[0]["text"]))
     if long["text"].startswith(short["text"].rstrip()):
@@ -82,13 +86,13 @@ def _ending(a: Run, b: Run, left: Mapping[str, Any], right: Mapping[str, Any]) -
     return "numbers"
 
 
-def margin(logprobs: Sequence[float]) -> float:
+def compute_margin(logprobs: Sequence[float]) -> float:
     """Compute the margin between the best two, in nats."""
     best = sorted(logprobs, reverse=True)
     return best[0] - best[1] if len(best) > 1 else float("inf")
 
 
-def settings(a: Run, b: Run) -> list[tuple[str, str, str]]:
+def list_setting_differences(a: RunData, b: RunData) -> list[tuple[str, str, str]]:
     """List (setting, before, after) for all differing settings that affect prompts or scores."""
     out: list[tuple[str, str, str]] = []
     for part, skip in (("definition", IGNORED), ("protocol", {"rows", "asked"})):
@@ -99,7 +103,7 @@ def settings(a: Run, b: Run) -> list[tuple[str, str, str]]:
     return list(dict.fromkeys(out))
 
 
-def changes(a: Run, b: Run) -> list[str]:
+def list_changes(a: RunData, b: RunData) -> list[str]:
     """List what a person changed between two runs: the model, the engine and its precision, fields of the task.
 
     Consequences of those, such as the chat template, are not counted.

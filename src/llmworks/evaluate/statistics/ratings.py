@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SCALE, CENTRE = 400 / math.log(10), 1000.0
+SCALE, CENTER = 400 / math.log(10), 1000.0
 RIDGE = 1e-3  # ridge (L2) penalty, in votes: keeps ratings finite where a model wins all its votes
 
 
@@ -30,7 +30,7 @@ class Vote:
     question: str = ""
 
 
-def style_of(a: int, b: int) -> float:
+def relative_length(a: int, b: int) -> float:
     """Compute the relative length difference of two answers: (a - b) / (a + b), from -1 to 1."""
     return (a - b) / (a + b) if a + b else 0.0
 
@@ -61,11 +61,11 @@ def bradley_terry(votes: Sequence[Vote], models: int, weights: Any = None, *, st
         strength = strength + step
         if float(np.abs(step).max()) < 1e-9:
             break
-    ratings = CENTRE + SCALE * (strength[:models] - strength[:models].mean())
+    ratings = CENTER + SCALE * (strength[:models] - strength[:models].mean())
     return ratings, float(strength[models]) if style else 0.0
 
 
-def resampled(
+def bootstrap_ratings(
     votes: Sequence[Vote], models: int, *, style: bool = False, seed: int = 0, resamples: int = 500
 ) -> tuple[Any, int]:
     """Bootstrap the ratings: (ratings [resamples, models], number of independent draws); votes on one question are
@@ -87,19 +87,19 @@ def resampled(
     return drawn, len(names)
 
 
-def intervals(drawn: Any, count: int) -> tuple[Any, Any]:
+def percentile_interval(resampled_values: Any, count: int) -> tuple[Any, Any]:
     """Return the 95% interval (low, high) of resampled values [resamples, ...] of `count` independent draws."""
     import numpy as np
 
-    from llmworks.evaluate.statistics.bootstrap import tails
+    from llmworks.evaluate.statistics.bootstrap import expanded_percentiles
 
-    low, high = np.percentile(drawn, tails(count), axis=0)
+    low, high = np.percentile(resampled_values, expanded_percentiles(count), axis=0)
     return low, high
 
 
 def elo(votes: Sequence[Vote], models: int, k: float = 4.0) -> list[float]:
     """Compute Elo ratings over the votes in order, all starting at 1000."""
-    ratings = [CENTRE] * models
+    ratings = [CENTER] * models
     for vote in votes:
         expected = 1 / (1 + 10 ** ((ratings[vote.b] - ratings[vote.a]) / 400))
         ratings[vote.a] += k * (vote.won - expected)

@@ -12,10 +12,10 @@ from llmworks.core.artifact import Model
 from llmworks.core.errors import ModelError
 from llmworks.core.types import Message
 from llmworks.tokenize.chat.templates import encode, render_text
-from llmworks.tokenize.load import load_tokenizer, quiet_transformers, read_json
+from llmworks.tokenize.load import load_tokenizer, read_json, silence_transformers
 
 
-def is_reward(model: Model) -> bool:
+def is_reward_model(model: Model) -> bool:
     """Return whether a model's directory holds a sequence classifier."""
     config = model.path / "config.json"
     return (
@@ -25,19 +25,19 @@ def is_reward(model: Model) -> bool:
     )
 
 
-class Reward:
+class RewardJudge:
     """A loaded reward model."""
 
     def __init__(self, path: Path) -> None:
         from transformers import AutoModelForSequenceClassification
 
-        quiet_transformers()
+        silence_transformers()
         self.model = AutoModelForSequenceClassification.from_pretrained(path).eval()
         if self.model.config.num_labels != 1:
             raise ModelError(f"{path}: has {self.model.config.num_labels} outputs, but a reward model must have one")
         self.tokenizer = load_tokenizer(path)
 
-    def of(self, prompt: Sequence[Message], answer: str) -> float:
+    def score(self, prompt: Sequence[Message], answer: str) -> float:
         """Compute the reward of an answer to a conversation; larger is better, unbounded."""
         import torch
 

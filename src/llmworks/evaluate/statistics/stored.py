@@ -11,19 +11,19 @@ from llmworks.core.artifact import Report
 from llmworks.core.errors import DataError
 
 
-class _Open(BaseModel):
+class _StoredModel(BaseModel):
     """Base model: present fields must have these types; extra fields are allowed."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
 
-class _Value(_Open):
+class _StoredInterval(_StoredModel):
     value: float
     low: float
     high: float
 
 
-class _Sample(_Open):
+class _StoredSample(_StoredModel):
     id: str
     question: str = ""
     group: str = ""
@@ -42,7 +42,7 @@ class _Sample(_Open):
     answers: dict[str, list[str]] = {}
 
 
-class _Evaluation(_Open):
+class _StoredEvaluation(_StoredModel):
     task: str = ""
     model: str = ""
     metric: str = ""
@@ -51,11 +51,11 @@ class _Evaluation(_Open):
     better: Literal["higher", "lower"] = "higher"
     protocol: dict[str, Any] = {}
     definition: dict[str, Any] = {}
-    intervals: dict[str, _Value] = {}
-    samples: list[_Sample] = []
+    intervals: dict[str, _StoredInterval] = {}
+    samples: list[_StoredSample] = []
 
 
-WHOLE = ("task", "model", "metric", "shots", "percent", "better", "protocol", "definition", "intervals", "samples")
+ALL_FIELDS = ("task", "model", "metric", "shots", "percent", "better", "protocol", "definition", "intervals", "samples")
 
 
 def read_evaluation(report: Report, *needs: str, of_samples: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def read_evaluation(report: Report, *needs: str, of_samples: tuple[str, ...] = (
             " run the evaluation again"
         )
     try:
-        _Evaluation.model_validate(data)
+        _StoredEvaluation.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(

@@ -12,7 +12,7 @@ from llmworks.core.types import Json
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORM: Any = {
+JSON_STYLE: Any = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
@@ -29,7 +29,7 @@ def check_schema(schema: Json) -> None:
         raise RequestError(f"this is not a valid JSON schema: {error.message}") from None
 
 
-class Grammars:
+class GrammarCompiler:
     """Compiles schemas for one tokenizer. `vocabulary`: size of the logits, which may exceed the tokenizer's."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[int], vocabulary: int) -> None:
@@ -38,28 +38,30 @@ class Grammars:
         self.vocabulary = vocabulary
         self.tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=sorted(stops))
 
-    def start(self, schema: Json) -> Grammar:
+    def compile(self, schema: Json) -> GrammarState:
         """Return the initial state of one completion. RequestError for an invalid or unsupported schema."""
         from llguidance import LLMatcher
 
         try:
             matcher = LLMatcher(
-                self.tokenizer, LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=FORM), log_level=0
+                self.tokenizer,
+                LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_STYLE),
+                log_level=0,
             )
         except ValueError as error:
             raise RequestError(f"the JSON schema cannot be enforced: {' '.join(str(error).split())[:200]}") from None
         if matcher.is_error():
             raise RequestError(f"the JSON schema cannot be enforced: {' '.join(matcher.get_error().split())[:200]}")
-        return Grammar(matcher, self.vocabulary)
+        return GrammarState(matcher, self.vocabulary)
 
 
-class Grammar:
+class GrammarState:
     """State of one completion in its grammar."""
 
     def __init__(self, matcher: Any, vocabulary: int) -> None:
         self.matcher, self.vocabulary = matcher, vocabulary
 
-    def allow(self, logits: Tensor) -> Tensor:
+    def mask_logits(self, logits: Tensor) -> Tensor:
         """Return logits [vocabulary] with -inf for every token that may not come next."""
         import numpy as np
         import torch
@@ -69,6 +71,6 @@ class Grammar:
         )
         return logits.masked_fill(torch.from_numpy(bits == 0), float("-inf"))
 
-    def take(self, token: int) -> None:
+    def advance(self, token: int) -> None:
         """Advance by a generated token."""
         self.matcher.consume_token(token)

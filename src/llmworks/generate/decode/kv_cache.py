@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 64  # tokens of space reserved ahead
+RESERVED_TOKENS = 64  # tokens of space reserved ahead
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -39,7 +39,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     @staticmethod
     def _reserve(old: Tensor | None, new: Tensor, length: int) -> Tensor:
         rows, heads, added, dim = new.shape
-        buffer = torch.empty(rows, heads, length + added + ROOM, dim, dtype=new.dtype, device=new.device)
+        buffer = torch.empty(rows, heads, length + added + RESERVED_TOKENS, dim, dtype=new.dtype, device=new.device)
         if length and old is not None:
             buffer[:, :, :length] = old
         return buffer
@@ -55,12 +55,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.buffers = None
 
 
-def cache_for(model: Any) -> Any:
+def create_cache(model: Any) -> Any:
     """Return an empty cache for a model: its own type if it has one, else a growing KV cache."""
-    return model.new_cache() if hasattr(model, "new_cache") else growing_cache()
+    return model.new_cache() if hasattr(model, "new_cache") else create_growing_cache()
 
 
-def growing_cache() -> DynamicCache:
+def create_growing_cache() -> DynamicCache:
     """Return an empty cache that creates a growing layer for every attention layer."""
     cache = DynamicCache()
     cache.layer_class_to_replicate = GrowingLayer

@@ -10,7 +10,7 @@ from llmworks.generate.decode.grammar import check_schema
 from llmworks.tokenize.chat.templates import render_prompt
 
 
-def ids_of_request(request: Request, tokenizer: Any, longest: int, name: str, *, tools: bool) -> list[int]:
+def render_prompt_ids(request: Request, tokenizer: Any, context_length: int, name: str, *, tools: bool) -> list[int]:
     """Return the prompt's token ids.
 
     RequestError for tools that the chat template ignores, an empty request, an invalid schema, or a prompt that fills
@@ -26,6 +26,6 @@ def ids_of_request(request: Request, tokenizer: Any, longest: int, name: str, *,
     if request.schema is not None:
         check_schema(request.schema)
     ids = list(request.ids) or list(render_prompt(tokenizer, request.messages, tools=request.tools))
-    if len(ids) >= longest:
-        raise RequestError(f"the prompt has {len(ids)} tokens, the context of {name} is {longest} here")
+    if len(ids) >= context_length:
+        raise RequestError(f"the prompt has {len(ids)} tokens, the context of {name} is {context_length} here")
     return ids

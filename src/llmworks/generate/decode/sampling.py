@@ -25,7 +25,9 @@ def filter_top_p(logits: Tensor, p: float) -> Tensor:
     return torch.empty_like(logits).scatter_(-1, index, ordered)
 
 
-def choose(logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> int:
+def sample_token(
+    logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
+) -> int:
     """Sample one token from one row of logits [vocabulary]."""
     if temperature <= 0:
         return int(logits.argmax())

@@ -11,7 +11,7 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     return (text[:at], True) if at >= 0 else (text, False)
 
 
-def safe_length(text: str, stop: Sequence[str]) -> int:
+def displayable_length(text: str, stop: Sequence[str]) -> int:
     """Return how many characters can be shown.
 
     Excluded: the possible start of a stop string, and a character whose bytes are incomplete.

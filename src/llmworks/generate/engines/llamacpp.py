@@ -18,14 +18,14 @@ from typing import Any
 
 from llmworks.core.errors import EngineError, ModelError, RequestError
 from llmworks.core.types import Completion, Delta, FinishReason, Request, Scored
-from llmworks.generate.decode.grammar import FORM
-from llmworks.generate.decode.prompt import ids_of_request
-from llmworks.generate.decode.scoring import check_score, scored
+from llmworks.generate.decode.grammar import JSON_STYLE
+from llmworks.generate.decode.prompt import render_prompt_ids
+from llmworks.generate.decode.scoring import check_score, score_logits
 from llmworks.generate.decode.stopping import cut_at_stop
-from llmworks.generate.remote.parallel import Answered, each_in_threads, in_order
-from llmworks.model.from_gguf import metadata, open_reader
-from llmworks.model.gguf.tokenizer import tokenizer_of
-from llmworks.tokenize.chat.templates import renders_tools
+from llmworks.generate.remote.parallel import IndexedResult, collect_in_order, generate_in_threads
+from llmworks.model.from_gguf import open_reader, read_metadata
+from llmworks.model.gguf.tokenizer import build_transformers_tokenizer
+from llmworks.tokenize.chat.templates import can_render_tools
 
 SLOTS = 4
 SLOT_TOKENS = 2048
@@ -38,15 +38,15 @@ class LlamaCppEngine:
     def __init__(
         self, path: Path, *, name: str = "", threads: int | None = None, slots: int = SLOTS, adapter: Path | None = None
     ) -> None:
-        meta = metadata(open_reader(path))  # reports a broken file before native code reads it
+        meta = read_metadata(open_reader(path))  # reports a broken file before native code reads it
         self.path, self.name = path, name or path.stem
         self.threads = threads or int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1)
         self.slots, self.adapter = slots, adapter
-        self.tokenizer = tokenizer_of(meta)
-        self.stops = stop_ids_of(meta)
+        self.tokenizer = build_transformers_tokenizer(meta)
+        self.stops = get_stop_ids(meta)
         trained = int(meta.get(f"{meta.get('general.architecture')}.context_length", SLOT_TOKENS))
         self.context = min(trained, SLOT_TOKENS)
-        tools = {"tools"} if self.tokenizer.chat_template and renders_tools(self.tokenizer) else set()
+        tools = {"tools"} if self.tokenizer.chat_template and can_render_tools(self.tokenizer) else set()
         self.can = frozenset(
             {"ids", "schema", "parallel", *(() if adapter else ("score", "logits")), *tools}
         )  # the scoring context does not load adapters
@@ -54,7 +54,7 @@ class LlamaCppEngine:
         self._scorer: Any = None
         self._lock = threading.Lock()
 
-    def _generator(self) -> Any:
+    def _open_generator(self) -> Any:
         with self._lock:
             if self._server is None:
                 import xllamacpp
@@ -74,35 +74,35 @@ class LlamaCppEngine:
                 p.n_gpu_layers, p.port, p.ctx_shift = 0, 0, False
                 if self.adapter is not None:
                     p.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(self.adapter), 1.0)]
-                with _silence():
+                with _silence_output():
                     self._server = xllamacpp.Server(p)
             return self._server
 
     def prompt_ids(self, request: Request) -> list[int]:
         """Return the request's prompt as token ids. RequestError for an unsupported request."""
-        return ids_of_request(request, self.tokenizer, self.context, self.name, tools="tools" in self.can)
+        return render_prompt_ids(request, self.tokenizer, self.context, self.name, tools="tools" in self.can)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Return the completions of all requests in order, `slots` computed in parallel."""
-        return in_order(self.each(requests), len(requests))
+        return collect_in_order(self.each(requests), len(requests))
 
-    def each(self, requests: Sequence[Request]) -> Iterator[Answered]:
+    def each(self, requests: Sequence[Request]) -> Iterator[IndexedResult]:
         """Yield completions as they finish, `slots` computed in parallel."""
-        return each_in_threads(self._answer, requests, self.slots)
+        return generate_in_threads(self._complete, requests, self.slots)
 
-    def _answer(self, request: Request) -> Completion:
-        prompt, server = self.prompt_ids(request), self._generator()
-        reply = server.handle_completions(self._body(prompt, request))
-        choice = _choice(reply, self.name)
-        told, logprobs = _sampled(choice)
-        ids = self._without_stop([int(i) for i in reply["__verbose"]["tokens"]])
-        logprobs = logprobs[: len(ids)] if told[: len(ids)] == ids else self._logprobs(prompt, ids)
+    def _complete(self, request: Request) -> Completion:
+        prompt, server = self.prompt_ids(request), self._open_generator()
+        reply = server.handle_completions(self._build_body(prompt, request))
+        choice = _get_choice(reply, self.name)
+        sampled_ids, logprobs = _get_sampled(choice)
+        ids = self._strip_stop([int(i) for i in reply["__verbose"]["tokens"]])
+        logprobs = logprobs[: len(ids)] if sampled_ids[: len(ids)] == ids else self._compute_logprobs(prompt, ids)
         text, stopped = cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), request.sampling.stop)
-        return Completion(text, _finish(choice, stopped), tuple(ids), tuple(logprobs), len(prompt), len(ids))
+        return Completion(text, _map_finish_reason(choice, stopped), tuple(ids), tuple(logprobs), len(prompt), len(ids))
 
     def next_tokens(self, ids: Sequence[int], count: int) -> dict[int, float]:
         """Return the `count` most probable next tokens with their log-probabilities."""
-        reply = self._generator().handle_completions(
+        reply = self._open_generator().handle_completions(
             {
                 "prompt": list(ids),
                 "n_predict": 1,
@@ -112,24 +112,24 @@ class LlamaCppEngine:
                 "cache_prompt": False,
             }
         )
-        content = (_choice(reply, self.name).get("logprobs") or {}).get("content") or []
+        content = (_get_choice(reply, self.name).get("logprobs") or {}).get("content") or []
         if not content:
             raise EngineError(f"{self.name}: llama.cpp returned no log-probabilities")
         return {int(one["id"]): float(one["logprob"]) for one in content[0]["top_logprobs"]}
 
-    def _without_stop(self, ids: list[int]) -> list[int]:
+    def _strip_stop(self, ids: list[int]) -> list[int]:
         while ids and ids[-1] in self.stops:
             ids = ids[:-1]
         return ids
 
-    def _logprobs(self, prompt: list[int], ids: list[int]) -> list[float]:
+    def _compute_logprobs(self, prompt: list[int], ids: list[int]) -> list[float]:
         """Compute log-probabilities with the scorer.
 
         llama.cpp reports tokens that share one character as one token.
         """
         return list(self.score([[*prompt, *ids]], [len(prompt)])[0].logprobs) if ids else []
 
-    def _body(self, prompt: list[int], request: Request) -> dict[str, Any]:
+    def _build_body(self, prompt: list[int], request: Request) -> dict[str, Any]:
         s = request.sampling
         body: dict[str, Any] = {
             "prompt": prompt,
@@ -151,13 +151,13 @@ class LlamaCppEngine:
         if s.seed is not None:
             body["seed"] = s.seed
         if request.schema is not None:
-            body["json_schema"] = {**request.schema, "x-guidance": FORM}
+            body["json_schema"] = {**request.schema, "x-guidance": JSON_STYLE}
         return body
 
     def stream(self, request: Request) -> Iterator[Delta]:
         """Stream one completion; closing the iterator stops decoding at the next token."""
         prompt = self.prompt_ids(request)
-        server = self._generator()
+        server = self._open_generator()
         pieces: queue.Queue[Any] = queue.Queue()
         cancelled = threading.Event()
 
@@ -167,7 +167,7 @@ class LlamaCppEngine:
 
         def run() -> None:
             try:
-                server.handle_completions({**self._body(prompt, request), "stream": True}, receive)
+                server.handle_completions({**self._build_body(prompt, request), "stream": True}, receive)
                 pieces.put(None)
             except Exception as error:  # re-raised by the reader below
                 pieces.put(error)
@@ -181,8 +181,8 @@ class LlamaCppEngine:
             while (piece := pieces.get()) is not None:
                 if isinstance(piece, Exception):
                     raise EngineError(f"{self.name}: llama.cpp failed: {piece}") from None
-                choice = _choice(piece, self.name)
-                new_ids, new_logprobs = _sampled(choice)
+                choice = _get_choice(piece, self.name)
+                new_ids, new_logprobs = _get_sampled(choice)
                 ids, logprobs = ids + new_ids, logprobs + new_logprobs
                 if choice.get("text"):
                     text += choice["text"]
@@ -192,10 +192,15 @@ class LlamaCppEngine:
                     whole = count == len(
                         ids
                     )  # else some characters took several tokens, of which only the last is reported
-                    kept = self._without_stop(ids) if whole else []
+                    kept = self._strip_stop(ids) if whole else []
                     count -= len(ids) - len(kept) if whole else 0
                     done = Completion(
-                        text, _finish(choice, False), tuple(kept), tuple(logprobs[: len(kept)]), len(prompt), count
+                        text,
+                        _map_finish_reason(choice, False),
+                        tuple(kept),
+                        tuple(logprobs[: len(kept)]),
+                        len(prompt),
+                        count,
                     )
                     yield Delta("", done)
                     return
@@ -210,19 +215,19 @@ class LlamaCppEngine:
         """
         begins = begins or [1] * len(ids)
         check_score(ids, begins, SCORE_TOKENS, self.name)
-        with self._lock, _silence():
+        with self._lock, _silence_output():
             scorer = self._open_scorer()
             out: dict[int, Scored] = {}
             for i in sorted(range(len(ids)), key=lambda i: tuple(ids[i])):
-                rows = scorer.rows(ids[i][:-1], begins[i] - 1)
-                out[i] = scored(rows, ids[i][begins[i] - 1 :], 1)
+                rows = scorer.compute_logits(ids[i][:-1], begins[i] - 1)
+                out[i] = score_logits(rows, ids[i][begins[i] - 1 :], 1)
         return [out[i] for i in range(len(ids))]
 
     def _open_scorer(self) -> Any:
-        from llmworks.generate.engines.llamacpp_scorer import Scorer
+        from llmworks.generate.engines.llamacpp_scorer import LlamaCppScorer
 
         if self._scorer is None:
-            self._scorer = Scorer(self.path, SCORE_TOKENS, self.threads)
+            self._scorer = LlamaCppScorer(self.path, SCORE_TOKENS, self.threads)
         return self._scorer
 
     def logits(self, ids: Sequence[int]) -> Any:
@@ -231,8 +236,8 @@ class LlamaCppEngine:
 
         if len(ids) > SCORE_TOKENS:
             raise RequestError(f"{len(ids)} tokens to score, {self.name} scores at most {SCORE_TOKENS} per sequence")
-        with self._lock, _silence():
-            return np.stack(self._open_scorer().rows(ids, 0))
+        with self._lock, _silence_output():
+            return np.stack(self._open_scorer().compute_logits(ids, 0))
 
     def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """Raise RequestError: a causal model's hidden states are not good sentence embeddings."""
@@ -240,12 +245,12 @@ class LlamaCppEngine:
 
     def close(self) -> None:
         """Stop the server and free the model."""
-        with _silence():
+        with _silence_output():
             self._server = None
             self._scorer = None
 
 
-def stop_ids_of(meta: dict[str, Any]) -> list[int]:
+def get_stop_ids(meta: dict[str, Any]) -> list[int]:
     """Return the end-of-turn token ids in GGUF metadata."""
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
     ids = sorted({int(meta[key]) for key in keys if key in meta})
@@ -254,7 +259,7 @@ def stop_ids_of(meta: dict[str, Any]) -> list[int]:
     return ids
 
 
-def _choice(reply: Any, name: str) -> dict[str, Any]:
+def _get_choice(reply: Any, name: str) -> dict[str, Any]:
     if not isinstance(reply, dict) or not reply.get("choices"):
         message = reply.get("error", reply.get("message", reply)) if isinstance(reply, dict) else reply
         raise EngineError(f"{name}: llama.cpp returned {str(message)[:200]}")
@@ -262,17 +267,17 @@ def _choice(reply: Any, name: str) -> dict[str, Any]:
     return choice
 
 
-def _finish(choice: dict[str, Any], stopped: bool) -> FinishReason:
+def _map_finish_reason(choice: dict[str, Any], stopped: bool) -> FinishReason:
     return "length" if choice["finish_reason"] == "length" and not stopped else "stop"
 
 
-def _sampled(choice: dict[str, Any]) -> tuple[list[int], list[float]]:
+def _get_sampled(choice: dict[str, Any]) -> tuple[list[int], list[float]]:
     content = (choice.get("logprobs") or {}).get("content") or []
     return [int(t["id"]) for t in content], [float(t["logprob"]) for t in content]
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def _silence_output() -> Iterator[None]:
     """Suppress native output to stdout and stderr."""
     import sys
 

@@ -16,20 +16,22 @@ from torch import Tensor
 from llmworks.core.errors import RequestError
 from llmworks.core.types import Completion, Delta, FinishReason, Json, Request, Scored
 from llmworks.generate.decode import prefix_tree as tree
-from llmworks.generate.decode.grammar import Grammar, Grammars
-from llmworks.generate.decode.kv_cache import cache_for
-from llmworks.generate.decode.prompt import ids_of_request
-from llmworks.generate.decode.sampling import choose
-from llmworks.generate.decode.scoring import check_score, scored
-from llmworks.generate.decode.stopping import cut_at_stop, safe_length
-from llmworks.generate.remote.parallel import Answered, in_order
+from llmworks.generate.decode.grammar import GrammarCompiler, GrammarState
+from llmworks.generate.decode.kv_cache import create_cache
+from llmworks.generate.decode.prompt import render_prompt_ids
+from llmworks.generate.decode.sampling import sample_token
+from llmworks.generate.decode.scoring import check_score, score_logits
+from llmworks.generate.decode.stopping import cut_at_stop, displayable_length
+from llmworks.generate.remote.parallel import IndexedResult, collect_in_order
 from llmworks.model.io.load import load_model
-from llmworks.tokenize.chat.templates import renders_tools
-from llmworks.tokenize.load import load_tokenizer, stop_ids
+from llmworks.tokenize.chat.templates import can_render_tools
+from llmworks.tokenize.load import get_stop_ids, load_tokenizer
 
 BATCH_ROWS = 64
 SHARED_PREFIX_MIN = 16
-IDLE_SHARE = 0.25  # finished rows are removed once they are this share of the batch: removal copies the cache
+MAX_FINISHED_FRACTION = (
+    0.25  # finished rows are removed once they are this share of the batch: removal copies the cache
+)
 
 
 class TorchEngine:
@@ -37,9 +39,9 @@ class TorchEngine:
 
     def __init__(self, model: Any, tokenizer: Any, stops: Sequence[int], name: str) -> None:
         self.model, self.tokenizer, self.stops, self.name = model, tokenizer, frozenset(stops), name
-        tools = {"tools"} if tokenizer.chat_template and renders_tools(tokenizer) else set()
+        tools = {"tools"} if tokenizer.chat_template and can_render_tools(tokenizer) else set()
         self.can = frozenset({"score", "logits", "ids", "schema", *tools})
-        self._grammars: Grammars | None = None
+        self._grammars: GrammarCompiler | None = None
 
     @classmethod
     def open(cls, path: Path, *, adapter: Path | None = None, name: str = "") -> TorchEngine:
@@ -51,16 +53,16 @@ class TorchEngine:
         model: Any = load_model(path, low_bit=adapter is None)
         source = path
         if adapter is not None:
-            from llmworks.model.lora.fold import fold_into, weights_of
-            from llmworks.model.lora.soft_prompt import is_soft, prompted
+            from llmworks.model.lora.fold import make_weight_lookup, merge_adapter_into
+            from llmworks.model.lora.soft_prompt import attach_soft_prompt, is_soft_prompt
 
-            if is_soft(adapter):
-                model = prompted(model, adapter)
+            if is_soft_prompt(adapter):
+                model = attach_soft_prompt(model, adapter)
             else:
-                fold_into(weights_of(model), adapter)
+                merge_adapter_into(make_weight_lookup(model), adapter)
             source = adapter if (adapter / "tokenizer.json").exists() else path
         tokenizer = load_tokenizer(source)
-        return cls(model, tokenizer, stop_ids(path, tokenizer), name or path.name)
+        return cls(model, tokenizer, get_stop_ids(path, tokenizer), name or path.name)
 
     @property
     def device(self) -> torch.device:
@@ -71,62 +73,64 @@ class TorchEngine:
     @property
     def context(self) -> int:
         """Maximum number of prompt and completion tokens together."""
-        return int(self.model.config.max_position_embeddings) - getattr(self.model, "virtual", 0)
+        return int(self.model.config.max_position_embeddings) - getattr(self.model, "num_virtual_tokens", 0)
 
-    def grammar(self, schema: Json) -> Grammar:
+    def grammar(self, schema: Json) -> GrammarState:
         """Return the grammar state of a completion constrained to a JSON schema.
 
         RequestError for a schema that cannot be enforced.
         """
         if self._grammars is None:
-            self._grammars = Grammars(self.tokenizer, sorted(self.stops), int(self.model.config.vocab_size))
-        return self._grammars.start(schema)
+            self._grammars = GrammarCompiler(self.tokenizer, sorted(self.stops), int(self.model.config.vocab_size))
+        return self._grammars.compile(schema)
 
     def prompt_ids(self, request: Request) -> list[int]:
         """Return the request's prompt as token ids. RequestError for an unsupported request."""
-        return ids_of_request(request, self.tokenizer, self.context, self.name, tools="tools" in self.can)
+        return render_prompt_ids(request, self.tokenizer, self.context, self.name, tools="tools" in self.can)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Return the completions of all requests, in order."""
-        return in_order(self.each(requests), len(requests))
+        return collect_in_order(self.each(requests), len(requests))
 
-    def each(self, requests: Sequence[Request]) -> Iterator[Answered]:
+    def each(self, requests: Sequence[Request]) -> Iterator[IndexedResult]:
         """Yield completions batch by batch; prompts of similar length share a batch."""
-        rows: dict[int, _Row] = {}
+        rows: dict[int, _Sequence] = {}
         for i, request in enumerate(requests):
             try:
-                rows[i] = _Row(self, request)
+                rows[i] = _Sequence(self, request)
             except RequestError as error:
                 yield i, error
         order = sorted(rows, key=lambda i: len(rows[i].prompt))
         for start in range(0, len(order), BATCH_ROWS):
             chunk = order[start : start + BATCH_ROWS]
-            yield from zip(chunk, self._batch([rows[i] for i in chunk]), strict=True)
+            yield from zip(chunk, self._decode_batch([rows[i] for i in chunk]), strict=True)
 
-    def _batch(self, rows: list[_Row]) -> list[Completion]:
+    def _decode_batch(self, rows: list[_Sequence]) -> list[Completion]:
         active = list(range(len(rows)))
         with torch.inference_mode():
-            logits, cache, attention, positions = self._prefill([row.prompt for row in rows])
+            logits, cache, attention_mask, positions = self._prefill([row.prompt for row in rows])
             while True:
-                tokens = [rows[r].take(logits[i]) if rows[r].finish is None else 0 for i, r in enumerate(active)]
+                tokens = [
+                    rows[r].append_token(logits[i]) if rows[r].finish is None else 0 for i, r in enumerate(active)
+                ]
                 keep = [i for i, r in enumerate(active) if rows[r].finish is None]
                 if not keep:
                     break
-                if len(keep) <= len(active) * (1 - IDLE_SHARE):
+                if len(keep) <= len(active) * (1 - MAX_FINISHED_FRACTION):
                     index = torch.tensor(keep, device=positions.device)
                     cache.batch_select_indices(index)
-                    attention, positions = attention[index], positions[index]
+                    attention_mask, positions = attention_mask[index], positions[index]
                     active, tokens = [active[i] for i in keep], [tokens[i] for i in keep]
-                attention = torch.cat([attention, attention.new_ones(len(active), 1)], dim=1)
+                attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(active), 1)], dim=1)
                 positions = positions + 1
-                logits = self._forward(torch.tensor(tokens)[:, None], cache, positions[:, None], attention)
+                logits = self._forward(torch.tensor(tokens)[:, None], cache, positions[:, None], attention_mask)
         return [row.completion() for row in rows]
 
-    def _forward(self, ids: Tensor, cache: Any, positions: Tensor | None, attention: Tensor | None) -> Tensor:
+    def _forward(self, ids: Tensor, cache: Any, positions: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """Return logits [rows, vocabulary] after the last of `ids` [rows, length]; updates the KV cache."""
         out = self.model(
             input_ids=ids.to(self.device),
-            attention_mask=attention,
+            attention_mask=attention_mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -137,11 +141,11 @@ class TorchEngine:
 
     def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, Any, Tensor, Tensor]:
         """Prefill the prompts: (logits [rows, vocabulary], cache, attention mask, position of the last token)."""
-        cache = cache_for(self.model)
-        alone = list(dict.fromkeys(map(tuple, prompts)))
-        if len(alone) < len(prompts):  # several completions of one prompt: prefill it once
-            logits, cache, mask, last = self._prefill([list(prompt) for prompt in alone])
-            index = torch.tensor([alone.index(tuple(prompt)) for prompt in prompts], device=mask.device)
+        cache = create_cache(self.model)
+        unique_prompts = list(dict.fromkeys(map(tuple, prompts)))
+        if len(unique_prompts) < len(prompts):  # several completions of one prompt: prefill it once
+            logits, cache, mask, last = self._prefill([list(prompt) for prompt in unique_prompts])
+            index = torch.tensor([unique_prompts.index(tuple(prompt)) for prompt in prompts], device=mask.device)
             cache.batch_select_indices(index)
             return logits[index.cpu()], cache, mask[index], last[index]
         shared = 0
@@ -164,14 +168,14 @@ class TorchEngine:
 
     def stream(self, request: Request) -> Iterator[Delta]:
         """Stream one completion token by token; closing the iterator stops it."""
-        row = _Row(self, request)
+        row = _Sequence(self, request)
         shown = 0
         with torch.inference_mode():
             logits, cache, _, position = self._prefill([row.prompt])
         while True:
-            token = row.take(logits[0])
+            token = row.append_token(logits[0])
             text = row.text()
-            end = len(text) if row.finish else max(shown, safe_length(text, request.sampling.stop))
+            end = len(text) if row.finish else max(shown, displayable_length(text, request.sampling.stop))
             if row.finish:
                 yield Delta(text[shown:], row.completion())
                 return
@@ -189,10 +193,11 @@ class TorchEngine:
         """
         begins = begins or [1] * len(ids)
         check_score(ids, begins, self.context, self.name)
-        if tree.fits(self.model, max(map(len, ids), default=0)):
-            return tree.score(self.model, cache_for(self.model), ids, begins)
+        if tree.supports_tree_attention(self.model, max(map(len, ids), default=0)):
+            return tree.score_sequences(self.model, create_cache(self.model), ids, begins)
         return [
-            scored(self.logits(sequence[:-1]), sequence, begin) for sequence, begin in zip(ids, begins, strict=True)
+            score_logits(self.logits(sequence[:-1]), sequence, begin)
+            for sequence, begin in zip(ids, begins, strict=True)
         ]
 
     def logits(self, ids: Sequence[int]) -> Any:
@@ -215,7 +220,7 @@ class TorchEngine:
         self.model = None
 
 
-class _Row:
+class _Sequence:
     """One sequence being decoded: samples from logits, collects ids, detects the end."""
 
     def __init__(self, engine: TorchEngine, request: Request) -> None:
@@ -234,30 +239,30 @@ class _Row:
             else:
                 self.generator.manual_seed(self.sampling.seed)
 
-    def take(self, logits: Tensor) -> int:
+    def append_token(self, logits: Tensor) -> int:
         """Sample the next token from logits [vocabulary] and check whether it ends the completion."""
         s = self.sampling
-        allowed = logits if self.grammar is None else self.grammar.allow(logits)
-        token = choose(allowed, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, generator=self.generator)
+        allowed = logits if self.grammar is None else self.grammar.mask_logits(logits)
+        token = sample_token(allowed, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, generator=self.generator)
         if self.grammar is not None:
-            self.grammar.take(token)
+            self.grammar.advance(token)
         if token in self.engine.stops:
             self.finish, self.ended = "stop", token
             return token
         self.ids.append(token)
         self.logprobs.append(float(logits[token] - logits.logsumexp(dim=-1)))
-        if s.stop and cut_at_stop(self._decoded(), s.stop)[1]:
+        if s.stop and cut_at_stop(self._decode(), s.stop)[1]:
             self.finish = "stop"
         elif len(self.ids) >= self.limit:
             self.finish = "length"
         return token
 
-    def _decoded(self) -> str:
+    def _decode(self) -> str:
         return str(self.engine.tokenizer.decode(self.ids, skip_special_tokens=True))
 
     def text(self) -> str:
         """Return the text so far, cut at a stop string."""
-        return cut_at_stop(self._decoded(), self.sampling.stop)[0]
+        return cut_at_stop(self._decode(), self.sampling.stop)[0]
 
     def completion(self) -> Completion:
         """Return the finished completion."""

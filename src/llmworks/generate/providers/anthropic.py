@@ -10,11 +10,20 @@ from typing import Any
 
 from llmworks.core.errors import EngineError, RequestError
 from llmworks.core.types import Completion, Json, Message, Request
-from llmworks.generate.providers.protocol import Call, Passing, count, finish, functions, named, without_system, written
+from llmworks.generate.providers.protocol import (
+    PartialToolCall,
+    TransientError,
+    add_call_ids,
+    map_finish_reason,
+    render_tool_calls,
+    split_system,
+    sum_usage,
+    unwrap_functions,
+)
 
 VERSION, VERSION_WITH_SAMPLING = "2026-10-21", "2023-06-01"
 INPUT = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
-PASSES = {
+RETRYABLE_ERRORS = {
     "overloaded_error",
     "rate_limit_error",
     "api_error",
@@ -29,35 +38,38 @@ class Anthropic:
     """
 
     key = "ANTHROPIC_API_KEY"
-    plain = True
+    omit_sampling = True
     can = frozenset({"tools", "schema"})
 
-    def headers(self, key: str, *, plain: bool) -> dict[str, str]:
+    def build_headers(self, key: str, *, omit_sampling: bool) -> dict[str, str]:
         """Return the key header and the API version: the newest one that accepts what is sent."""
-        return {"anthropic-version": VERSION if plain else VERSION_WITH_SAMPLING, **({"x-api-key": key} if key else {})}
+        return {
+            "anthropic-version": VERSION if omit_sampling else VERSION_WITH_SAMPLING,
+            **({"x-api-key": key} if key else {}),
+        }
 
-    def address(self, model: str, *, stream: bool) -> str:
+    def path(self, model: str, *, stream: bool) -> str:
         """Return the path, which is the same for all models."""
         return "/messages"
 
-    def body(self, model: str, request: Request, *, stream: bool, plain: bool) -> Json:
+    def build_body(self, model: str, request: Request, *, stream: bool, omit_sampling: bool) -> Json:
         """Build the request: the system prompt as its own field, turns as content blocks.
 
         Newer models accept only one of temperature and top_p: top_p is sent where it is not 1.
         """
         s = request.sampling
-        system, turns = without_system(request.messages)
+        system, turns = split_system(request.messages)
         if not turns:
             raise RequestError("the request has only a system message; this API needs a user message")
         body: Json = {
             "model": model,
             "max_tokens": s.max_tokens,
-            "messages": _merged([_turn(m) for m in named(turns)]),
+            "messages": _merge_turns([_convert_turn(m) for m in add_call_ids(turns)]),
             "stream": stream,
         }
         if system:
             body["system"] = system
-        if not plain:
+        if not omit_sampling:
             body |= {
                 "temperature": s.temperature,
                 **({"top_p": s.top_p} if s.top_p < 1 else {}),
@@ -72,20 +84,20 @@ class Anthropic:
                     **({"description": f["description"]} if f.get("description") else {}),
                     "input_schema": f.get("parameters") or {"type": "object", "properties": {}},
                 }
-                for f in functions(request.tools)
+                for f in unwrap_functions(request.tools)
             ]
         if request.schema is not None:
             body["output_config"] = {"format": {"type": "json_schema", "schema": request.schema}}
         return body
 
-    def read(self, reply: Json) -> Completion:
+    def parse_reply(self, reply: Json) -> Completion:
         """Return all text blocks, then the tool calls."""
         blocks = reply["content"]
         text = "".join(str(b["text"]) for b in blocks if b["type"] == "text")
-        calls = [Call(str(b["name"]), b["input"]) for b in blocks if b["type"] == "tool_use"]
-        return _completion(text + written(calls), reply["stop_reason"], reply.get("usage") or {})
+        calls = [PartialToolCall(str(b["name"]), b["input"]) for b in blocks if b["type"] == "tool_use"]
+        return _build_completion(text + render_tool_calls(calls), reply["stop_reason"], reply.get("usage") or {})
 
-    def stream(self) -> AnthropicStream:
+    def new_stream(self) -> AnthropicStream:
         """Return a reader for one stream."""
         return AnthropicStream()
 
@@ -93,11 +105,11 @@ class Anthropic:
         """Return False: this API has no alternative form."""
         return False
 
-    def embedding(self, model: str, texts: Sequence[str]) -> tuple[str, Json]:
+    def build_embedding_request(self, model: str, texts: Sequence[str]) -> tuple[str, Json]:
         """Raise RequestError: not offered."""
         raise RequestError("this API has no embeddings")
 
-    def vectors(self, reply: Json) -> list[list[float]]:
+    def parse_embeddings(self, reply: Json) -> list[list[float]]:
         """Raise RequestError: not offered."""
         raise RequestError("this API has no embeddings")
 
@@ -110,22 +122,22 @@ class AnthropicStream:
 
     def __init__(self) -> None:
         self.text = ""
-        self.calls: dict[int, Call] = {}
+        self.calls: dict[int, PartialToolCall] = {}
         self.reason: Any = None
         self.usage: Json = {}
-        self.whole = False
+        self.complete = False
 
-    def take(self, event: Json) -> str:
+    def read_event(self, event: Json) -> str:
         """Return the text of a text_delta."""
         kind = event["type"]
         if kind == "error":
             error = event["error"]
-            said = f"{error.get('type')}: {error.get('message')}"
-            raise Passing(said) if error.get("type") in PASSES else EngineError(said)
+            message = f"{error.get('type')}: {error.get('message')}"
+            raise TransientError(message) if error.get("type") in RETRYABLE_ERRORS else EngineError(message)
         if kind == "message_start":
             self.usage |= event["message"].get("usage") or {}
         elif kind == "content_block_start" and event["content_block"]["type"] == "tool_use":
-            self.calls[int(event["index"])] = Call(str(event["content_block"]["name"]))
+            self.calls[int(event["index"])] = PartialToolCall(str(event["content_block"]["name"]))
         elif kind == "content_block_delta":
             delta = event["delta"]
             if delta["type"] == "input_json_delta":
@@ -137,18 +149,18 @@ class AnthropicStream:
             self.reason = event["delta"].get("stop_reason") or self.reason
             self.usage |= {k: v for k, v in (event.get("usage") or {}).items() if v is not None}
         elif kind == "message_stop":
-            self.whole = True
+            self.complete = True
         return ""
 
-    def end(self) -> tuple[str, Completion]:
+    def finish(self) -> tuple[str, Completion]:
         """Return (tool calls, whole completion)."""
-        if not self.whole:
-            raise Passing("the stream ended without message_stop")
-        calls = written([call for _, call in sorted(self.calls.items())])
-        return calls, _completion(self.text + calls, self.reason, self.usage)
+        if not self.complete:
+            raise TransientError("the stream ended without message_stop")
+        calls = render_tool_calls([call for _, call in sorted(self.calls.items())])
+        return calls, _build_completion(self.text + calls, self.reason, self.usage)
 
 
-def _turn(message: Message) -> Json:
+def _convert_turn(message: Message) -> Json:
     if message.role == "tool":
         return {
             "role": "user",
@@ -159,7 +171,7 @@ def _turn(message: Message) -> Json:
     return {"role": message.role, "content": blocks}
 
 
-def _merged(turns: list[Json]) -> list[Json]:
+def _merge_turns(turns: list[Json]) -> list[Json]:
     """Merge consecutive turns of one role: results of parallel calls must arrive in one turn."""
     out: list[Json] = []
     for turn in turns:
@@ -170,6 +182,8 @@ def _merged(turns: list[Json]) -> list[Json]:
     return out
 
 
-def _completion(text: str, reason: Any, usage: Json) -> Completion:
-    why = finish(reason, ["max_tokens", "model_context_window_exceeded"], ["refusal"])
-    return Completion(text, why, prompt_tokens=count(usage, *INPUT), completion_tokens=count(usage, "output_tokens"))
+def _build_completion(text: str, reason: Any, usage: Json) -> Completion:
+    why = map_finish_reason(reason, ["max_tokens", "model_context_window_exceeded"], ["refusal"])
+    return Completion(
+        text, why, prompt_tokens=sum_usage(usage, *INPUT), completion_tokens=sum_usage(usage, "output_tokens")
+    )

@@ -6,27 +6,35 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmworks.core.types import Completion, Json, Request, messages_to_json
-from llmworks.generate.providers.protocol import Call, Passing, count, finish, functions, named, written
+from llmworks.generate.providers.protocol import (
+    PartialToolCall,
+    TransientError,
+    add_call_ids,
+    map_finish_reason,
+    render_tool_calls,
+    sum_usage,
+    unwrap_functions,
+)
 
-AGAIN = ("ERROR", "TIMEOUT")
+RETRYABLE_REASONS = ("ERROR", "TIMEOUT")
 
 
 class Cohere:
     """Messages are OpenAI's; sampling parameters have other names."""
 
     key = "CO_API_KEY"
-    plain = False
+    omit_sampling = False
     can = frozenset({"tools", "schema", "embed"})
 
-    def headers(self, key: str, *, plain: bool) -> dict[str, str]:
+    def build_headers(self, key: str, *, omit_sampling: bool) -> dict[str, str]:
         """Return the key as a bearer token."""
         return {"Authorization": f"Bearer {key}"} if key else {}
 
-    def address(self, model: str, *, stream: bool) -> str:
+    def path(self, model: str, *, stream: bool) -> str:
         """Return the path, which is the same for all models."""
         return "/chat"
 
-    def body(self, model: str, request: Request, *, stream: bool, plain: bool) -> Json:
+    def build_body(self, model: str, request: Request, *, stream: bool, omit_sampling: bool) -> Json:
         """Build the request with temperature, `p` and `k`; `k` 0 is off there too.
 
         The API defaults p to 0.75 and caps it at 0.99, which is sent for 1.
@@ -34,10 +42,10 @@ class Cohere:
         s = request.sampling
         messages = [
             {k: v for k, v in m.items() if k != "name" and (k != "content" or v or not m.get("tool_calls"))}
-            for m in messages_to_json(named(request.messages))
+            for m in messages_to_json(add_call_ids(request.messages))
         ]
         body: Json = {"model": model, "messages": messages, "max_tokens": s.max_tokens, "stream": stream}
-        if not plain:
+        if not omit_sampling:
             body |= {
                 "temperature": s.temperature,
                 "k": s.top_k,
@@ -48,26 +56,26 @@ class Cohere:
         if s.stop:
             body["stop_sequences"] = list(s.stop)
         if request.tools:
-            body["tools"] = [{"type": "function", "function": function} for function in functions(request.tools)]
+            body["tools"] = [{"type": "function", "function": function} for function in unwrap_functions(request.tools)]
         if request.schema is not None:
             body["response_format"] = {"type": "json_object", "schema": request.schema}
         return body
 
-    def read(self, reply: Json) -> Completion:
+    def parse_reply(self, reply: Json) -> Completion:
         """Return the message's text blocks, then the tool calls."""
         message, reason = reply["message"], reply["finish_reason"]
-        if reason in AGAIN:
-            raise Passing(f"the completion ended with the reason {reason}")
+        if reason in RETRYABLE_REASONS:
+            raise TransientError(f"the completion ended with the reason {reason}")
         text = "".join(
             str(block["text"]) for block in message.get("content") or [] if block.get("type", "text") == "text"
         )
         calls = [
-            Call(str(call["function"]["name"]), call["function"].get("arguments"))
+            PartialToolCall(str(call["function"]["name"]), call["function"].get("arguments"))
             for call in message.get("tool_calls") or []
         ]
-        return _completion(text + written(calls), reason, reply.get("usage"))
+        return _build_completion(text + render_tool_calls(calls), reason, reply.get("usage"))
 
-    def stream(self) -> CohereStream:
+    def new_stream(self) -> CohereStream:
         """Return a reader for one stream."""
         return CohereStream()
 
@@ -75,7 +83,7 @@ class Cohere:
         """Return False: this API has no alternative form."""
         return False
 
-    def embedding(self, model: str, texts: Sequence[str]) -> tuple[str, Json]:
+    def build_embedding_request(self, model: str, texts: Sequence[str]) -> tuple[str, Json]:
         """Build a request of the embed API; input type clustering, since no text is a search query."""
         return "/embed", {
             "model": model,
@@ -85,7 +93,7 @@ class Cohere:
             "truncate": "NONE",
         }
 
-    def vectors(self, reply: Json) -> list[list[float]]:
+    def parse_embeddings(self, reply: Json) -> list[list[float]]:
         """Return the float32 vectors."""
         return [[float(x) for x in vector] for vector in reply["embeddings"]["float"]]
 
@@ -95,11 +103,11 @@ class CohereStream:
 
     def __init__(self) -> None:
         self.text = ""
-        self.calls: dict[int, Call] = {}
+        self.calls: dict[int, PartialToolCall] = {}
         self.reason: Any = None
         self.usage: Any = None
 
-    def take(self, event: Json) -> str:
+    def read_event(self, event: Json) -> str:
         """Return the text of a content-delta, without thinking."""
         kind = event["type"]
         if kind == "content-delta":
@@ -108,30 +116,32 @@ class CohereStream:
             return new
         if kind == "tool-call-start":
             function = event["delta"]["message"]["tool_calls"]["function"]
-            self.calls[int(event["index"])] = Call(str(function["name"]), function.get("arguments") or "")
+            self.calls[int(event["index"])] = PartialToolCall(str(function["name"]), function.get("arguments") or "")
         elif kind == "tool-call-delta":
             self.calls[int(event["index"])].arguments += event["delta"]["message"]["tool_calls"]["function"][
                 "arguments"
             ]
         elif kind == "message-end":
             self.reason, self.usage = event["delta"]["finish_reason"], event["delta"].get("usage")
-            if self.reason in AGAIN:
-                raise Passing(str(event["delta"].get("error") or f"the stream ended with the reason {self.reason}"))
+            if self.reason in RETRYABLE_REASONS:
+                raise TransientError(
+                    str(event["delta"].get("error") or f"the stream ended with the reason {self.reason}")
+                )
         return ""
 
-    def end(self) -> tuple[str, Completion]:
+    def finish(self) -> tuple[str, Completion]:
         """Return (tool calls, whole completion)."""
         if not self.reason:
-            raise Passing("the stream ended without message-end")
-        calls = written([call for _, call in sorted(self.calls.items())])
-        return calls, _completion(self.text + calls, self.reason, self.usage)
+            raise TransientError("the stream ended without message-end")
+        calls = render_tool_calls([call for _, call in sorted(self.calls.items())])
+        return calls, _build_completion(self.text + calls, self.reason, self.usage)
 
 
-def _completion(text: str, reason: Any, usage: Any) -> Completion:
+def _build_completion(text: str, reason: Any, usage: Any) -> Completion:
     tokens = (usage or {}).get("tokens")
     return Completion(
         text,
-        finish(reason, ["MAX_TOKENS"], ["ERROR_TOXIC"]),
-        prompt_tokens=count(tokens, "input_tokens"),
-        completion_tokens=count(tokens, "output_tokens"),
+        map_finish_reason(reason, ["MAX_TOKENS"], ["ERROR_TOXIC"]),
+        prompt_tokens=sum_usage(tokens, "input_tokens"),
+        completion_tokens=sum_usage(tokens, "output_tokens"),
     )

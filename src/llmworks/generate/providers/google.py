@@ -7,7 +7,16 @@ from typing import Any
 
 from llmworks.core.errors import RequestError
 from llmworks.core.types import Completion, Json, Message, Request
-from llmworks.generate.providers.protocol import Call, Passing, count, finish, functions, named, without_system, written
+from llmworks.generate.providers.protocol import (
+    PartialToolCall,
+    TransientError,
+    add_call_ids,
+    map_finish_reason,
+    render_tool_calls,
+    split_system,
+    sum_usage,
+    unwrap_functions,
+)
 
 FILTERED = (
     "SAFETY",
@@ -21,7 +30,14 @@ FILTERED = (
     "IMAGE_RECITATION",
     "MODEL_ARMOR",
 )
-ENDED = ("STOP", "MAX_TOKENS", "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS", *FILTERED)
+FINISH_REASONS = (
+    "STOP",
+    "MAX_TOKENS",
+    "MALFORMED_FUNCTION_CALL",
+    "UNEXPECTED_TOOL_CALL",
+    "TOO_MANY_TOOL_CALLS",
+    *FILTERED,
+)
 OUTPUT = ("candidatesTokenCount", "thoughtsTokenCount")
 
 
@@ -29,25 +45,25 @@ class Google:
     """The Gemini API. Thinking that a model returns is not part of its completion, but is billed."""
 
     key = "GEMINI_API_KEY"
-    plain = False
+    omit_sampling = False
     can = frozenset({"tools", "schema", "embed"})
 
-    def headers(self, key: str, *, plain: bool) -> dict[str, str]:
+    def build_headers(self, key: str, *, omit_sampling: bool) -> dict[str, str]:
         """Return the key header; the key must not be in the URL."""
         return {"x-goog-api-key": key} if key else {}
 
-    def address(self, model: str, *, stream: bool) -> str:
+    def path(self, model: str, *, stream: bool) -> str:
         """Return the path, which contains the model."""
         return f"/models/{model}:" + ("streamGenerateContent?alt=sse" if stream else "generateContent")
 
-    def body(self, model: str, request: Request, *, stream: bool, plain: bool) -> Json:
+    def build_body(self, model: str, request: Request, *, stream: bool, omit_sampling: bool) -> Json:
         """Build the request: the system prompt as its own field, turns as parts of the user and the model."""
         s = request.sampling
-        system, turns = without_system(request.messages)
+        system, turns = split_system(request.messages)
         if not turns:
             raise RequestError("the request has only a system message; this API needs a user message")
         config: Json = {"maxOutputTokens": s.max_tokens}
-        if not plain:
+        if not omit_sampling:
             config |= {"temperature": s.temperature, "topP": s.top_p, **({"topK": s.top_k} if s.top_k else {})}
         if s.seed is not None:
             config["seed"] = s.seed
@@ -55,20 +71,23 @@ class Google:
             config["stopSequences"] = list(s.stop)
         if request.schema is not None:
             config |= {"responseMimeType": "application/json", "responseJsonSchema": request.schema}
-        body: Json = {"contents": _merged([_turn(m) for m in named(turns)]), "generationConfig": config}
+        body: Json = {
+            "contents": _merge_turns([_convert_turn(m) for m in add_call_ids(turns)]),
+            "generationConfig": config,
+        }
         if system:
             body["systemInstruction"] = {"parts": [{"text": system}]}
         if request.tools:
-            body["tools"] = [{"functionDeclarations": [_declaration(f) for f in functions(request.tools)]}]
+            body["tools"] = [{"functionDeclarations": [_declare_function(f) for f in unwrap_functions(request.tools)]}]
         return body
 
-    def read(self, reply: Json) -> Completion:
+    def parse_reply(self, reply: Json) -> Completion:
         """Return the first candidate; a blocked prompt gives a filtered completion."""
         stream = GoogleStream()
-        stream.take(reply)
-        return stream.end()[1]
+        stream.read_event(reply)
+        return stream.finish()[1]
 
-    def stream(self) -> GoogleStream:
+    def new_stream(self) -> GoogleStream:
         """Return a reader for one stream."""
         return GoogleStream()
 
@@ -76,13 +95,13 @@ class Google:
         """Return False: this API has no alternative form."""
         return False
 
-    def embedding(self, model: str, texts: Sequence[str]) -> tuple[str, Json]:
+    def build_embedding_request(self, model: str, texts: Sequence[str]) -> tuple[str, Json]:
         """Build one batch request for all texts."""
         return f"/models/{model}:batchEmbedContents", {
             "requests": [{"model": f"models/{model}", "content": {"parts": [{"text": text}]}} for text in texts]
         }
 
-    def vectors(self, reply: Json) -> list[list[float]]:
+    def parse_embeddings(self, reply: Json) -> list[list[float]]:
         """Return the values of each embedding."""
         return [[float(x) for x in item["values"]] for item in reply["embeddings"]]
 
@@ -92,11 +111,11 @@ class GoogleStream:
 
     def __init__(self) -> None:
         self.text = ""
-        self.calls: list[Call] = []
+        self.calls: list[PartialToolCall] = []
         self.reason: Any = None
         self.usage: Any = None
 
-    def take(self, event: Json) -> str:
+    def read_event(self, event: Json) -> str:
         """Return the text of the new parts, without thinking."""
         self.usage = event.get("usageMetadata") or self.usage
         blocked = (event.get("promptFeedback") or {}).get("blockReason")
@@ -107,32 +126,34 @@ class GoogleStream:
         for candidate in (event.get("candidates") or [])[:1]:
             for part in (candidate.get("content") or {}).get("parts") or []:
                 if "functionCall" in part:
-                    self.calls.append(Call(str(part["functionCall"]["name"]), part["functionCall"].get("args")))
+                    self.calls.append(
+                        PartialToolCall(str(part["functionCall"]["name"]), part["functionCall"].get("args"))
+                    )
                 elif not part.get("thought"):
                     new += part.get("text") or ""
             self.reason = candidate.get("finishReason") or self.reason
         self.text += new
         return new
 
-    def end(self) -> tuple[str, Completion]:
+    def finish(self) -> tuple[str, Completion]:
         """Return (tool calls, whole completion)."""
-        if self.reason not in ENDED:
-            raise Passing(
+        if self.reason not in FINISH_REASONS:
+            raise TransientError(
                 f"the stream ended with the reason {self.reason}"
                 if self.reason
                 else "the stream ended without a finish reason"
             )
-        calls = written(self.calls)
-        why = finish(self.reason, ["MAX_TOKENS"], FILTERED)
+        calls = render_tool_calls(self.calls)
+        why = map_finish_reason(self.reason, ["MAX_TOKENS"], FILTERED)
         return calls, Completion(
             self.text + calls,
             why,
-            prompt_tokens=count(self.usage, "promptTokenCount"),
-            completion_tokens=count(self.usage, *OUTPUT),
+            prompt_tokens=sum_usage(self.usage, "promptTokenCount"),
+            completion_tokens=sum_usage(self.usage, *OUTPUT),
         )
 
 
-def _declaration(function: Json) -> Json:
+def _declare_function(function: Json) -> Json:
     return {
         "name": function["name"],
         **({"description": function["description"]} if function.get("description") else {}),
@@ -140,7 +161,7 @@ def _declaration(function: Json) -> Json:
     }
 
 
-def _turn(message: Message) -> Json:
+def _convert_turn(message: Message) -> Json:
     if message.role == "tool":
         return {
             "role": "user",
@@ -151,7 +172,7 @@ def _turn(message: Message) -> Json:
     return {"role": "model" if message.role == "assistant" else "user", "parts": parts}
 
 
-def _merged(turns: list[Json]) -> list[Json]:
+def _merge_turns(turns: list[Json]) -> list[Json]:
     """Merge consecutive turns of one role: results of parallel calls must arrive in one turn."""
     out: list[Json] = []
     for turn in turns:

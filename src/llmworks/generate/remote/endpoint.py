@@ -107,17 +107,17 @@ def parse_remote(ref: str) -> tuple[str, str, RemoteOptions]:
         raise UserError(f"{ref}: option {field!r}: {first['msg']}") from None
 
 
-def api_of(url: str, options: RemoteOptions) -> Api:
+def get_api(url: str, options: RemoteOptions) -> Api:
     """Return the API a server speaks."""
     return options.api or HOSTS.get(urlsplit(url).hostname or "", "openai")
 
 
-def identity(url: str, model: str, options: RemoteOptions) -> str:
+def get_remote_identity(url: str, model: str, options: RemoteOptions) -> str:
     """Return the string that identifies a remote model."""
     return f"{url}#{model}" + (f"?sampling={options.sampling}" if options.sampling else "")
 
 
-def api_key(url: str, options: RemoteOptions, usual: str) -> str:
+def get_api_key(url: str, options: RemoteOptions, default_variable: str) -> str:
     """Return the key to send, or ""; `usual` is the API's default variable.
 
     UserError when the variable named in the options is not set.
@@ -126,7 +126,7 @@ def api_key(url: str, options: RemoteOptions, usual: str) -> str:
         if not os.environ.get(options.key):
             raise UserError(f"{url}: the environment variable {options.key} is not set; put the API key there")
         return os.environ[options.key]
-    return os.environ.get(usual, "") if _is_safe(url) else ""
+    return os.environ.get(default_variable, "") if _is_safe(url) else ""
 
 
 def _is_safe(url: str) -> bool:

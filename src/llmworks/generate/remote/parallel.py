@@ -10,12 +10,16 @@ from typing import Any
 from llmworks.core.errors import LlmworksError
 from llmworks.core.types import Completion, Request
 
-Answered = tuple[int, Completion | LlmworksError]
+IndexedResult = tuple[int, Completion | LlmworksError]
 
 
-def each_in_threads(
-    answer: Callable[[Request], Completion], requests: Sequence[Request], threads: int, *, leave: bool = False
-) -> Iterator[Answered]:
+def generate_in_threads(
+    generate: Callable[[Request], Completion],
+    requests: Sequence[Request],
+    threads: int,
+    *,
+    abandon_running: bool = False,
+) -> Iterator[IndexedResult]:
     """Yield (index, completion or the error of that request) as they finish.
 
     Closing the iterator, or an interrupt, starts no further request. Running requests are then waited for, unless
@@ -34,7 +38,7 @@ def each_in_threads(
             except queue.Empty:
                 return
             try:
-                done.put((place, answer(request)))
+                done.put((place, generate(request)))
             except BaseException as error:
                 done.put((place, error))
 
@@ -43,17 +47,17 @@ def each_in_threads(
         worker.start()
     try:
         for _ in requests:
-            place, found = _wait(done)
+            place, found = _wait_for_item(done)
             if isinstance(found, BaseException) and not isinstance(found, LlmworksError):
                 raise found
             yield place, found
     finally:
         over.set()
-        for worker in workers if not leave else ():
+        for worker in workers if not abandon_running else ():
             worker.join()
 
 
-def _wait(done: queue.SimpleQueue[Any]) -> Any:
+def _wait_for_item(done: queue.SimpleQueue[Any]) -> Any:
     """Return the next item. Polls: a signal that arrives just before a blocking wait would be handled only after it."""
     while True:
         try:
@@ -62,7 +66,7 @@ def _wait(done: queue.SimpleQueue[Any]) -> Any:
             continue
 
 
-def in_order(answers: Iterable[Answered], count: int) -> list[Completion]:
+def collect_in_order(answers: Iterable[IndexedResult], count: int) -> list[Completion]:
     """Return all completions in the order of their requests; raise the first error."""
     found = dict(answers)
     done: list[Completion] = []

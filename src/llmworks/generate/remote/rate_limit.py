@@ -17,7 +17,7 @@ MINUTE = 60.0
 FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0
 
 
-class Pace:
+class RateLimiter:
     """Sliding window over the last minute's requests and tokens (limit 0: none)."""
 
     def __init__(self, requests: int = 0, tokens: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -27,26 +27,26 @@ class Pace:
         self._not_before = 0.0
         self._closed = threading.Event()
 
-    def go(self, tokens: int) -> list[float]:
+    def acquire(self, tokens: int) -> list[float]:
         """Wait until a request of about this many tokens may be sent; return the entry for `settle`.
 
         EngineError when closed meanwhile.
         """
         while True:
             with self._lock:
-                delay = self._delay(tokens)
+                delay = self._compute_delay(tokens)
                 if delay <= 0:
                     entry = [self._clock(), float(tokens)]
                     self._recent.append(entry)
                     return entry
             self.sleep(delay)
 
-    def settle(self, entry: list[float], tokens: int) -> None:
+    def correct_usage(self, entry: list[float], tokens: int) -> None:
         """Correct a request's tokens to the actual usage."""
         with self._lock:
             entry[1] = float(tokens)
 
-    def hold(self, seconds: float) -> None:
+    def pause(self, seconds: float) -> None:
         """Block all requests for this many seconds, as the server asked."""
         with self._lock:
             self._not_before = max(self._not_before, self._clock() + seconds)
@@ -60,7 +60,7 @@ class Pace:
         """Wake all waiting threads."""
         self._closed.set()
 
-    def _delay(self, tokens: int) -> float:
+    def _compute_delay(self, tokens: int) -> float:
         """Return the seconds until a request may be sent; the lock is held."""
         now = self._clock()
         while self._recent and self._recent[0][0] <= now - MINUTE:
@@ -80,6 +80,6 @@ class Pace:
         return 0.0
 
 
-def back_off(attempt: int) -> float:
+def compute_backoff(attempt: int) -> float:
     """Return the seconds before the next attempt: exponential backoff with jitter."""
     return float(min(LONGEST_DELAY, FIRST_DELAY * 2**attempt) * random.uniform(0.5, 1.0))

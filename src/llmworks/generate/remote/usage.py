@@ -14,7 +14,7 @@ MILLION = 1_000_000
 
 
 @dataclass
-class Account:
+class UsageMeter:
     """Prices are per million tokens, in any currency; `budget` is the maximum cost (0: no limit)."""
 
     input_price: float = 0.0
@@ -29,9 +29,9 @@ class Account:
     @property
     def cost(self) -> float:
         """Cost so far."""
-        return self.price(self.prompt_tokens, self.completion_tokens)
+        return self.compute_cost(self.prompt_tokens, self.completion_tokens)
 
-    def price(self, prompt_tokens: int, completion_tokens: int) -> float:
+    def compute_cost(self, prompt_tokens: int, completion_tokens: int) -> float:
         """Return the cost of these tokens."""
         return (prompt_tokens * self.input_price + completion_tokens * self.output_price) / MILLION
 
@@ -42,12 +42,12 @@ class Account:
             self.prompt_tokens += prompt_tokens
             self.completion_tokens += completion_tokens
 
-    def retry(self) -> None:
+    def count_retry(self) -> None:
         """Count a retry."""
         with self._lock:
             self.retries += 1
 
-    def check(self) -> None:
+    def check_budget(self) -> None:
         """Raise EngineError when the budget is spent."""
         if self.budget and self.cost >= self.budget:
             raise EngineError(

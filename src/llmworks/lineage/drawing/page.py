@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from llmworks.lineage.drawing.formats import COLORS, draw_svg
-from llmworks.lineage.family import Family, Node
+from llmworks.lineage.family import Family, LineageNode
 
 STYLE = "\n" + Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 SCRIPT = "\n" + Path(__file__).with_name("page.js").read_text(encoding="utf-8")
 
 
-def draw_page(family: Family, title: str, licences: Mapping[str, str], warnings: Sequence[str]) -> str:
+def draw_page(family: Family, title: str, licenses: Mapping[str, str], warnings: Sequence[str]) -> str:
     """Render the page. `licenses`: by digest; `warnings`: lines above the drawing."""
-    data = {digest: _known(family, node, licences) for digest, node in family.nodes.items()}
+    data = {digest: _collect_details(family, node, licenses) for digest, node in family.nodes.items()}
     kinds = [kind for kind in COLORS if any(node.kind == kind for node in family.nodes.values())]
-    key = (
+    legend = (
         "".join(f'<span><i style="border-color:{COLORS[kind]}"></i>{kind}</span>' for kind in kinds)
         + "<span>solid: reproducible; dashed: declared; dotted: claimed by a file, or inferred from weights</span>"
     )
-    warned = (
+    warning_block = (
         f'<div class="warn">{"".join(f"<div>{html.escape(line)}</div>" for line in warnings)}</div>' if warnings else ""
     )
     script = json.dumps(data, ensure_ascii=False, sort_keys=True).replace("<", "\\u003c")
@@ -36,13 +36,13 @@ def draw_page(family: Family, title: str, licences: Mapping[str, str], warnings:
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
         f"<body><header><h1>{html.escape(title)}</h1><p>{len(family.nodes)} artifacts</p>"
         '<input type="search" placeholder="search names, stages, digests" aria-label="search">'
-        f'<button id="fit">fit</button><div class="key">{key}</div></header>{warned}'
+        f'<button id="fit">fit</button><div class="key">{legend}</div></header>{warning_block}'
         f'<main><div id="view">{draw_svg(family)}</div><aside></aside></main>'
         f'<script type="application/json" id="data">{script}</script><script>{SCRIPT}</script></body></html>\n'
     )
 
 
-def _known(family: Family, node: Node, licences: Mapping[str, str]) -> dict[str, Any]:
+def _collect_details(family: Family, node: LineageNode, licences: Mapping[str, str]) -> dict[str, Any]:
     """Collect a node's details for the page and its searchable text."""
     manifest = node.artifact.manifest if node.artifact is not None else None
     facts: dict[str, Any] = {

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from llmworks.core.errors import ModelError
-from llmworks.merge.plan.layout import Layout
-from llmworks.merge.plan.plan import BLOCK, Job
-from llmworks.model.io.safetensors_io import BYTES
+from llmworks.merge.plan.layout import CheckpointLayout
+from llmworks.merge.plan.plan import BLOCK, TensorJob
+from llmworks.model.io.safetensors_io import DTYPE_BYTES
 
 EXPONENTS: dict[str, tuple[Any, int]] = {
     "BF16": (np.uint16, 0x7F80),
@@ -27,31 +27,33 @@ EXPONENTS: dict[str, tuple[Any, int]] = {
 }
 
 
-def is_copy(job: Job, models: Mapping[str, Layout]) -> bool:
+def is_copy(job: TensorJob, models: Mapping[str, CheckpointLayout]) -> bool:
     """Return whether a tensor has one source of the same dtype and no parameters."""
-    if len(job.sources) != 1 or any(value is not None for value in (*job.shared.values(), *job.each[0].values())):
+    if len(job.sources) != 1 or any(
+        value is not None for value in (*job.tensor_parameters.values(), *job.input_parameters[0].values())
+    ):
         return False
     model, tensor = job.sources[0]
     return models[model].places[tensor].dtype == job.dtype == job.out_dtype
 
 
-def copies(job: Job, models: Mapping[str, Layout]) -> Iterator[Callable[[], memoryview]]:
+def iter_copied_blocks(job: TensorJob, models: Mapping[str, CheckpointLayout]) -> Iterator[Callable[[], memoryview]]:
     """Yield functions that read a tensor's bytes, block after block."""
     (model, tensor), shards = job.sources[0], models[job.sources[0][0]].shards
-    count = shards.places[tensor].count
+    count = shards.locations[tensor].num_elements
 
     def piece(first: int) -> memoryview:
-        octets: Any = np.empty(min(BLOCK, count - first) * BYTES[job.dtype], np.uint8)
+        octets: Any = np.empty(min(BLOCK, count - first) * DTYPE_BYTES[job.dtype], np.uint8)
         shards.read(tensor, first, memoryview(octets))
-        if not finite(octets, job.dtype):
-            raise ModelError(broken(model, tensor))
+        if not is_finite(octets, job.dtype):
+            raise ModelError(format_nonfinite_message(model, tensor))
         return memoryview(octets)
 
     for first in range(0, count, BLOCK):
         yield lambda first=first: piece(first)  # type: ignore[misc]
 
 
-def finite(octets: Any, dtype: str) -> bool:
+def is_finite(octets: Any, dtype: str) -> bool:
     """Return whether the values hold neither NaN nor infinite values."""
     if dtype not in EXPONENTS or not len(octets):
         return True
@@ -59,6 +61,6 @@ def finite(octets: Any, dtype: str) -> bool:
     return int((octets.view(kind) & kind(exponent)).max()) < exponent
 
 
-def broken(model: str, tensor: str) -> str:
+def format_nonfinite_message(model: str, tensor: str) -> str:
     """Return the error message for a tensor with NaN or infinite values."""
     return f"{model}: {tensor} holds NaN or infinite values"

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from llmworks.merge.plan.plan import BLOCK
 
-Piece = Callable[[Sequence[Tensor], int], Tensor]  # (blocks of all inputs, block index) -> block of the result
+BlockFunction = Callable[[Sequence[Tensor], int], Tensor]  # (blocks of all inputs, block index) -> block of the result
 
 
 @dataclass(frozen=True)
-class Group:
+class TensorGroup:
     """`base`: index of the base model's input; `tensor_parameters`, `input_parameters`: parameters of the tensor and of
     each input.
 
@@ -33,43 +33,43 @@ class Group:
     shape: tuple[int, ...]
     dtype: torch.dtype
     base: int | None
-    shared: Mapping[str, Any]
-    each: Sequence[Mapping[str, Any]]
+    tensor_parameters: Mapping[str, Any]
+    input_parameters: Sequence[Mapping[str, Any]]
     read: Callable[[int, int], list[Tensor]]
     seed: int = 0
     notes: dict[str, int] = field(default_factory=dict)
 
     @property
-    def count(self) -> int:
+    def numel(self) -> int:
         """Return the number of elements."""
         return torch.Size(self.shape).numel()
 
     @property
-    def others(self) -> list[int]:
+    def non_base_inputs(self) -> list[int]:
         """Return the indices of the inputs other than the base."""
-        return [at for at in range(len(self.each)) if at != self.base]
+        return [at for at in range(len(self.input_parameters)) if at != self.base]
 
-    def weights(self, name: str = "weight") -> list[float]:
+    def get_parameter(self, name: str = "weight") -> list[float]:
         """Return a parameter of each input other than the base."""
-        return [float(self.each[at][name]) for at in self.others]
+        return [float(self.input_parameters[at][name]) for at in self.non_base_inputs]
 
     @property
-    def pieces(self) -> int:
+    def num_blocks(self) -> int:
         """Return the number of blocks."""
-        return -(-self.count // BLOCK)
+        return -(-self.numel // BLOCK)
 
-    def blocks(self) -> Iterator[list[Tensor]]:
+    def iter_blocks(self) -> Iterator[list[Tensor]]:
         """Yield all inputs, block after block."""
-        for start in range(0, self.count, BLOCK):
-            yield self.read(start, min(BLOCK, self.count - start))
+        for start in range(0, self.numel, BLOCK):
+            yield self.read(start, min(BLOCK, self.numel - start))
 
-    def generator(self, source: int, block: int) -> torch.Generator:
+    def make_generator(self, source: int, block: int) -> torch.Generator:
         """Return a random generator for a block of an input, seeded by seed, tensor, input and block alone, so that
         it is the same in each pass and on any number of threads.
         """
         return torch.Generator().manual_seed(self._seed(source, block))
 
-    def words(self, source: int, block: int, count: int) -> Any:
+    def random_words(self, source: int, block: int, count: int) -> Any:
         """Return random 64-bit words as a numpy array, seeded the same way; from a small fast generator
         (Doty-Humphrey's SFC64), whose stream numpy guarantees.
         """
@@ -80,8 +80,8 @@ class Group:
         return int.from_bytes(digest[:7], "little")
 
 
-def deltas(group: Group, blocks: Sequence[Tensor]) -> list[Tensor]:
+def task_vectors(group: TensorGroup, blocks: Sequence[Tensor]) -> list[Tensor]:
     """Return the task vectors: differences of the inputs from the base."""
     assert group.base is not None
     base = blocks[group.base]
-    return [blocks[at] - base for at in group.others]
+    return [blocks[at] - base for at in group.non_base_inputs]

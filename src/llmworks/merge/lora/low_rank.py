@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def factors(change: Tensor, rank: int, kept: float = 1.0) -> tuple[Tensor, Tensor, float]:
+def low_rank_factors(change: Tensor, rank: int, min_energy: float = 1.0) -> tuple[Tensor, Tensor, float]:
     """Return (A [r, in], B [out, r], relative error) with B A the best approximation of a change [out, in] in the
     Frobenius norm (Eckart and Young 1936).
 
@@ -22,7 +22,7 @@ def factors(change: Tensor, rank: int, kept: float = 1.0) -> tuple[Tensor, Tenso
     if total == 0:
         return torch.zeros(1, change.shape[1]), torch.zeros(change.shape[0], 1), 0.0
     sums = values.cumsum(0)
-    enough = int((sums < kept * total * (1 - 1e-12)).sum()) + 1
+    enough = int((sums < min_energy * total * (1 - 1e-12)).sum()) + 1
     chosen = max(1, min(rank, enough, int((values > total * 1e-15).sum())))
     left = vectors[:, :chosen]
     right = left.T @ matrix

@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-from llmworks.merge.execute.tensor_group import Group, Piece
-from llmworks.merge.methods.ranks import chosen, ranks_of, sums_of
-from llmworks.merge.methods.task_arithmetic import added, check
+from llmworks.merge.execute.tensor_group import BlockFunction, TensorGroup
+from llmworks.merge.methods.ranks import compute_rescale_factors, select_changes, select_ranks
+from llmworks.merge.methods.task_arithmetic import add_task_vectors, check_weights
 
 
-def breadcrumbs(group: Group) -> Piece:
+def breadcrumbs(group: TensorGroup) -> BlockFunction:
     """Merge by breadcrumbs. `density`: fraction of changes that is kept; `gamma`: fraction of largest changes
     dropped.
     """
-    return _crumbs(group, elect=False)
+    return _breadcrumbs(group, elect=False)
 
 
-def breadcrumbs_ties(group: Group) -> Piece:
+def breadcrumbs_ties(group: TensorGroup) -> BlockFunction:
     """Merge by breadcrumbs with TIES sign election."""
-    return _crumbs(group, elect=True)
+    return _breadcrumbs(group, elect=True)
 
 
-def _crumbs(group: Group, *, elect: bool) -> Piece:
-    check(group)
-    kept = ranks_of(
+def _breadcrumbs(group: TensorGroup, *, elect: bool) -> BlockFunction:
+    check_weights(group)
+    masks = select_ranks(
         group,
         [
-            _middle(density, gamma, group.count)
-            for density, gamma in zip(group.weights("density"), group.weights("gamma"), strict=True)
+            _get_rank_range(density, gamma, group.numel)
+            for density, gamma in zip(group.get_parameter("density"), group.get_parameter("gamma"), strict=True)
         ],
-        upward=True,
+        ascending=True,
     )
-    factors = sums_of(group, kept)
+    factors = compute_rescale_factors(group, masks)
 
-    return lambda blocks, number: added(group, blocks, chosen(group, blocks, kept, factors, number), elect=elect)
+    return lambda blocks, number: add_task_vectors(
+        group, blocks, select_changes(group, blocks, masks, factors, number), elect=elect
+    )
 
 
-def _middle(density: float, gamma: float, count: int) -> tuple[int, int] | None:
+def _get_rank_range(density: float, gamma: float, count: int) -> tuple[int, int] | None:
     """Return (number of smallest changes dropped, number kept after them); fewer of the largest are dropped if the
     density requires it. None: all are kept.
     """

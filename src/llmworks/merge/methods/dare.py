@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmworks.merge.execute.tensor_group import Group, Piece, deltas
-from llmworks.merge.methods.task_arithmetic import added, check, kept
+from llmworks.merge.execute.tensor_group import BlockFunction, TensorGroup, task_vectors
+from llmworks.merge.methods.task_arithmetic import add_task_vectors, apply_bit_mask, check_weights
 
-PLACES = 15  # maximum binary digits of a density
+MAX_BINARY_DIGITS = 15  # maximum binary digits of a density
 
 
 @dataclass(frozen=True)
-class Dropped:
+class DropMask:
     """The random mask of an input's kept changes."""
 
-    group: Group
-    source: int
+    group: TensorGroup
+    input_index: int
     density: float
 
     def mask(self, number: int, count: int) -> Tensor:
@@ -37,45 +37,47 @@ class Dropped:
         number is below it if its digit is 0 or its lower digits are below; where the digit is 0, if its digit is 0 and
         its lower digits are below.
         """
-        share, places = round(self.density * (1 << PLACES)), PLACES
-        if share == 1 << PLACES:
+        share, places = round(self.density * (1 << MAX_BINARY_DIGITS)), MAX_BINARY_DIGITS
+        if share == 1 << MAX_BINARY_DIGITS:
             return torch.full((count,), -1, dtype=torch.int8)
         while places > 1 and not share & 1:
             share, places = share >> 1, places - 1
         size = -(-count // 64)
         below: Any = np.zeros(size, np.uint64)
-        for place, zero in enumerate(self.group.words(self.source, number, places * size).reshape(places, size)):
+        for place, zero in enumerate(
+            self.group.random_words(self.input_index, number, places * size).reshape(places, size)
+        ):
             (np.bitwise_or if share >> place & 1 else np.bitwise_and)(below, zero, out=below)
         return torch.from_numpy(
             np.unpackbits(below.view(np.uint8), count=count, bitorder="little").view(np.int8)
         ).neg_()
 
 
-def dare_linear(group: Group) -> Piece:
+def dare_linear(group: TensorGroup) -> BlockFunction:
     """Merge by DARE: weighted sum of the kept changes. `density`: fraction that is kept."""
-    return _dropped(group, elect=False)
+    return _dare(group, elect=False)
 
 
-def dare_ties(group: Group) -> Piece:
+def dare_ties(group: TensorGroup) -> BlockFunction:
     """Merge by DARE with TIES sign election."""
-    return _dropped(group, elect=True)
+    return _dare(group, elect=True)
 
 
-def _dropped(group: Group, *, elect: bool) -> Piece:
-    check(group)
-    densities = group.weights("density")
+def _dare(group: TensorGroup, *, elect: bool) -> BlockFunction:
+    check_weights(group)
+    densities = group.get_parameter("density")
     drops = [
-        None if density >= 1 else Dropped(group, at, max(0.0, density))
-        for at, density in zip(group.others, densities, strict=True)
+        None if density >= 1 else DropMask(group, at, max(0.0, density))
+        for at, density in zip(group.non_base_inputs, densities, strict=True)
     ]
-    larger = [1 / density if group.shared["rescale"] and 0 < density < 1 else 1.0 for density in densities]
+    rescale = [1 / density if group.tensor_parameters["rescale"] and 0 < density < 1 else 1.0 for density in densities]
 
     def piece(blocks: Sequence[Tensor], number: int) -> Tensor:
-        changes = deltas(group, blocks)
+        changes = task_vectors(group, blocks)
         masked = [
-            change if drop is None else kept(change, drop.mask(number, change.numel()))
+            change if drop is None else apply_bit_mask(change, drop.mask(number, change.numel()))
             for change, drop in zip(changes, drops, strict=True)
         ]
-        return added(group, blocks, masked, elect=elect, larger=larger)
+        return add_task_vectors(group, blocks, masked, elect=elect, rescale=rescale)
 
     return piece

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from llmworks.core.errors import UserError
-from llmworks.merge.execute.tensor_group import Group, Piece
+from llmworks.merge.execute.tensor_group import BlockFunction, TensorGroup
 
 
-def linear(group: Group) -> Piece:
+def linear(group: TensorGroup) -> BlockFunction:
     """Return sum w x, divided by sum w if `normalize`; summed in fp32 at least. UserError for weights with zero sum."""
     wide = torch.float64 if group.dtype == torch.float64 else torch.float32
-    weights = torch.tensor([[float(one["weight"]) for one in group.each]], dtype=wide)
+    weights = torch.tensor([[float(one["weight"]) for one in group.input_parameters]], dtype=wide)
     total = weights.sum(dim=1)
-    if group.shared["normalize"] and not float(total.abs()) > 1e-12:
+    if group.tensor_parameters["normalize"] and not float(total.abs()) > 1e-12:
         raise UserError(
             f"linear: the weights of {group.name} sum to zero, so their mean is undefined; change them, or set"
             " normalize: false"
@@ -26,7 +26,7 @@ def linear(group: Group) -> Piece:
         made = torch.zeros_like(blocks[0], dtype=wide)
         for block, weight in zip(blocks, weights[0], strict=True):
             made.addcmul_(block, weight)
-        if group.shared["normalize"]:
+        if group.tensor_parameters["normalize"]:
             made.div_(total)
         return made
 

@@ -10,20 +10,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmworks.merge.execute.tensor_group import Group, Piece
+from llmworks.merge.execute.tensor_group import BlockFunction, TensorGroup
 
 
-def model_stock(group: Group) -> Piece:
+def model_stock(group: TensorGroup) -> BlockFunction:
     """Merge by Model Stock. `filter_wise`: an interpolation ratio for each row, instead of one for the tensor."""
-    rows = group.shared["filter_wise"] and len(group.shape) > 1
+    rows = group.tensor_parameters["filter_wise"] and len(group.shape) > 1
 
     def piece(blocks: Sequence[Tensor], _: int) -> Tensor:
         assert group.base is not None
-        base, *tuned = (blocks[at].view(group.shape) if rows else blocks[at] for at in (group.base, *group.others))
-        apart = [one - base for one in tuned]
+        base, *tuned = (
+            blocks[at].view(group.shape) if rows else blocks[at] for at in (group.base, *group.non_base_inputs)
+        )
+        task_vectors = [one - base for one in tuned]
         cosines = []
-        for at, one in enumerate(apart):
-            for other in apart[at + 1 :]:
+        for at, one in enumerate(task_vectors):
+            for other in task_vectors[at + 1 :]:
                 lengths = torch.norm(one, dim=-1) * torch.norm(other, dim=-1)
                 cosines.append(((one * other).sum(dim=-1) / lengths.clamp(min=1e-6)).clamp(-1, 1))
         cosine, count = torch.stack(cosines).mean(dim=0).unsqueeze(-1), len(tuned)

@@ -11,33 +11,33 @@ import torch
 from torch import Tensor
 
 from llmworks.core.errors import UserError
-from llmworks.merge.execute.tensor_group import Group, Piece
+from llmworks.merge.execute.tensor_group import BlockFunction, TensorGroup
 
 
-def multislerp(group: Group) -> Piece:
+def multislerp(group: TensorGroup) -> BlockFunction:
     """Merge by Multi-SLERP. `weight`: of each model; `normalize_weights`: scale the weights to sum to 1.
 
     UserError for vectors whose weighted mean is zero.
     """
 
     def piece(blocks: Sequence[Tensor], _: int) -> Tensor:
-        if len(group.others) == 1:
-            return blocks[group.others[0]]
+        if len(group.non_base_inputs) == 1:
+            return blocks[group.non_base_inputs[0]]
         base = None if group.base is None else blocks[group.base]
-        points = torch.stack([blocks[at] for at in group.others])
+        points = torch.stack([blocks[at] for at in group.non_base_inputs])
         if base is not None:
             points -= base
-        made = mean_on_sphere(points, group)
+        made = spherical_mean(points, group)
         return made if base is None else made + base
 
     return piece
 
 
-def mean_on_sphere(points: Tensor, group: Group) -> Tensor:
+def spherical_mean(points: Tensor, group: TensorGroup) -> Tensor:
     """Return the spherical mean of vectors [models, values]."""
-    tiny = group.shared["eps"]
-    weights = torch.tensor(group.weights(), dtype=points.dtype)
-    if group.shared["normalize_weights"]:
+    tiny = group.tensor_parameters["eps"]
+    weights = torch.tensor(group.get_parameter(), dtype=points.dtype)
+    if group.tensor_parameters["normalize_weights"]:
         total = weights.sum()
         if float(total) == 0:
             raise UserError(

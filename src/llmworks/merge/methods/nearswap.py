@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from llmworks.merge.execute.tensor_group import Group, Piece
+from llmworks.merge.execute.tensor_group import BlockFunction, TensorGroup
 
 
-def nearswap(group: Group) -> Piece:
+def nearswap(group: TensorGroup) -> BlockFunction:
     """Merge by NearSwap. `t`: similarity threshold; the interpolation ratio is t / |a - b|, at most 1."""
     assert group.base is not None
-    first, second, t = group.base, 1 - group.base, float(group.shared["t"])
+    first, second, t = group.base, 1 - group.base, float(group.tensor_parameters["t"])
 
     def piece(blocks: Sequence[Tensor], _: int) -> Tensor:
         a, b = blocks[first], blocks[second]

@@ -11,29 +11,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmworks.merge.execute.tensor_group import Group, Piece
+from llmworks.merge.execute.tensor_group import BlockFunction, TensorGroup
 
 TINY = 1e-8
 
 
-def nuslerp(group: Group) -> Piece:
+def nuslerp(group: TensorGroup) -> BlockFunction:
     """Merge by NuSLERP. `weight`: of the two models; their ratio is the interpolation ratio.
 
     `nuslerp_flatten`: the tensor is one vector; otherwise its rows are, or its columns with `nuslerp_row_wise`.
     """
-    first, second = group.weights()
+    first, second = group.get_parameter()
     total = first + second
     t = 0.5 if abs(total) < 1e-6 else second / total
-    shape, flat, turn = group.shape, group.shared["nuslerp_flatten"], group.shared["nuslerp_row_wise"]
+    shape, flat, turn = (
+        group.shape,
+        group.tensor_parameters["nuslerp_flatten"],
+        group.tensor_parameters["nuslerp_row_wise"],
+    )
 
     def piece(blocks: Sequence[Tensor], _: int) -> Tensor:
         base = None if group.base is None else blocks[group.base]
-        a, b = (blocks[at] if base is None else blocks[at] - base for at in group.others)
+        a, b = (blocks[at] if base is None else blocks[at] - base for at in group.non_base_inputs)
         if not flat:
             a, b = (one.view(shape) for one in (a, b))
             if turn:
                 a, b = (one.transpose(0, -1) for one in (a, b))
-        made = arc(t, a, b)
+        made = slerp_vectors(t, a, b)
         if turn and not flat:
             made = made.transpose(0, -1)
         made = made.reshape(-1)
@@ -42,7 +46,7 @@ def nuslerp(group: Group) -> Piece:
     return piece
 
 
-def arc(t: float, a: Tensor, b: Tensor) -> Tensor:
+def slerp_vectors(t: float, a: Tensor, b: Tensor) -> Tensor:
     """Interpolate spherically between vectors in the last dimension; linearly where they are parallel."""
     units = [one / torch.norm(one, dim=-1, keepdim=True).clamp(min=1e-7) for one in (a, b)]
     cosine = (units[0] * units[1]).sum(dim=-1, keepdim=True).clamp(-1, 1)

@@ -10,27 +10,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmworks.merge.execute.tensor_group import Group, Piece, deltas
+from llmworks.merge.execute.tensor_group import BlockFunction, TensorGroup, task_vectors
 
 
-def ram(group: Group) -> Piece:
+def ram(group: TensorGroup) -> BlockFunction:
     """Merge by RAM. `epsilon`: absolute value up to which a change counts as none."""
-    return lambda blocks, _: _merged(group, blocks, plus=False)
+    return lambda blocks, _: _ram(group, blocks, plus=False)
 
 
-def ramplus_tl(group: Group) -> Piece:
+def ramplus_tl(group: TensorGroup) -> BlockFunction:
     """Merge by RAM+: changes of only one model are scaled up by 1 + r times its ratio of shared to own changes, the
     ratio being at most `alpha`; tensor by tensor.
     """
-    return lambda blocks, _: _merged(group, blocks, plus=True)
+    return lambda blocks, _: _ram(group, blocks, plus=True)
 
 
-def _merged(group: Group, blocks: Sequence[Tensor], *, plus: bool) -> Tensor:
+def _ram(group: TensorGroup, blocks: Sequence[Tensor], *, plus: bool) -> Tensor:
     assert group.base is not None
     base = blocks[group.base]
-    if not group.others:
+    if not group.non_base_inputs:
         return base
-    changes, tiny = torch.stack(deltas(group, blocks)), group.shared["epsilon"]
+    changes, tiny = torch.stack(task_vectors(group, blocks)), group.tensor_parameters["epsilon"]
     made = changes.abs() > tiny
     counts = made.sum(dim=0, keepdim=True)
     shared, alone = counts > 1, counts == 1
@@ -38,6 +38,8 @@ def _merged(group: Group, blocks: Sequence[Tensor], *, plus: bool) -> Tensor:
     own = changes * alone
     if plus:
         ratio = (made & shared).sum(dim=1) / (made & alone).sum(dim=1).clamp(min=tiny)
-        own = own * (1 + group.shared["r"] * ratio.clamp(min=0, max=group.shared["alpha"])).unsqueeze(-1)
+        own = own * (
+            1 + group.tensor_parameters["r"] * ratio.clamp(min=0, max=group.tensor_parameters["alpha"])
+        ).unsqueeze(-1)
     merged: Tensor = base + (own + changes * shared / counts.clamp(min=1)).sum(dim=0)
     return merged

@@ -11,21 +11,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmworks.merge.execute.tensor_group import Group, Piece, deltas
+from llmworks.merge.execute.tensor_group import BlockFunction, TensorGroup, task_vectors
 
 
-def sce(group: Group) -> Piece:
+def sce(group: TensorGroup) -> BlockFunction:
     """Merge by SCE. `select_topk`: fraction that is kept of the changes with nonzero variance."""
-    share = group.shared["select_topk"]
+    share = group.tensor_parameters["select_topk"]
 
     def piece(blocks: Sequence[Tensor], _: int) -> Tensor:
         assert group.base is not None
         base = blocks[group.base]
-        if not group.others:
+        if not group.non_base_inputs:
             return base
-        changes = torch.stack(deltas(group, blocks))
+        changes = torch.stack(task_vectors(group, blocks))
         if share < 1:
-            changes = changes * selected(changes, share)
+            changes = changes * select_by_variance(changes, share)
         upward = changes.sum(dim=0) >= 0
         agree = torch.where(upward, changes > 0, changes < 0)
         sizes = changes.square().reshape(len(changes), -1).mean(dim=1)
@@ -37,7 +37,7 @@ def sce(group: Group) -> Piece:
     return piece
 
 
-def selected(changes: Tensor, share: float) -> Tensor:
+def select_by_variance(changes: Tensor, share: float) -> Tensor:
     """Return 1 where changes [models, values] vary most."""
     variance = torch.var(changes, dim=0, unbiased=False)
     made = torch.zeros_like(variance)

@@ -13,36 +13,36 @@ import torch
 from torch import Tensor
 
 from llmworks.core.errors import UserError
-from llmworks.merge.execute.copies import finite
-from llmworks.merge.execute.tensor_group import Group, Piece, deltas
-from llmworks.model.io.safetensors_io import FLOATS, TORCH
+from llmworks.merge.execute.copies import is_finite
+from llmworks.merge.execute.tensor_group import BlockFunction, TensorGroup, task_vectors
+from llmworks.model.io.safetensors_io import FLOAT_DTYPES, TORCH_DTYPES
 
-NAMES = {getattr(torch, TORCH[name]): name for name in FLOATS}
+NAMES = {getattr(torch, TORCH_DTYPES[name]): name for name in FLOAT_DTYPES}
 INTS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a float
 
 
-def task_arithmetic(group: Group) -> Piece:
+def task_arithmetic(group: TensorGroup) -> BlockFunction:
     """Return base + lambda sum w (x - base)."""
-    check(group)
-    return lambda blocks, _: added(group, blocks, deltas(group, blocks), elect=False)
+    check_weights(group)
+    return lambda blocks, _: add_task_vectors(group, blocks, task_vectors(group, blocks), elect=False)
 
 
-def check(group: Group) -> None:
+def check_weights(group: TensorGroup) -> None:
     """Check the weights: UserError if `normalize` would divide by zero."""
-    weights = group.weights()
-    if group.shared["normalize"] and weights and all(weight == 0 for weight in weights):
+    weights = group.get_parameter()
+    if group.tensor_parameters["normalize"] and weights and all(weight == 0 for weight in weights):
         raise UserError(
             f"{group.name}: all weights are zero, so their mean is undefined; change them, or set normalize: false"
         )
 
 
-def added(
-    group: Group,
+def add_task_vectors(
+    group: TensorGroup,
     blocks: Sequence[Tensor],
     changes: Sequence[Tensor],
     *,
     elect: bool,
-    larger: Sequence[float] | None = None,
+    rescale: Sequence[float] | None = None,
 ) -> Tensor:
     """Return a block of the base plus the weighted task vectors, which are changed in place.
 
@@ -53,40 +53,46 @@ def added(
     base = blocks[group.base]
     if not changes:
         return base
-    weights, once = torch.tensor(group.weights(), dtype=base.dtype), float(group.shared["lambda"])
-    factors = weights if larger is None else torch.tensor(group.weights()).mul(torch.tensor(larger)).to(base.dtype)
-    if larger is not None and float(factors.min()) == float(factors.max()) > 0 and not group.shared["normalize"]:
+    weights, once = torch.tensor(group.get_parameter(), dtype=base.dtype), float(group.tensor_parameters["lambda"])
+    factors = (
+        weights if rescale is None else torch.tensor(group.get_parameter()).mul(torch.tensor(rescale)).to(base.dtype)
+    )
+    if (
+        rescale is not None
+        and float(factors.min()) == float(factors.max()) > 0
+        and not group.tensor_parameters["normalize"]
+    ):
         once *= float(factors[0])  # random masks need not match mergekit bit for bit: one product serves all
     else:
         for change, factor in zip(changes, factors, strict=True):
             change.mul_(factor)
-    moved = total(changes)
-    divisor = _whole(weights)
+    moved = sum_rounded_once(changes)
+    divisor = _sum_weights(weights)
     if elect:
         sign = (
             moved.view(INTS[moved.element_size()]) & SIGN[moved.element_size()]
         )  # a sum is -0 only where all changes are 0
-        numbers = finite(moved.view(torch.uint8).numpy(), NAMES[moved.dtype])
+        numbers = is_finite(moved.view(torch.uint8).numpy(), NAMES[moved.dtype])
         changes = [
-            _positive(_turned(change, sign), numbers=numbers) for change in changes
+            _clamp_positive(_flip_sign(change, sign), on_bits=numbers) for change in changes
         ]  # those of the other sign become 0
-        moved = total(changes)
-        if group.shared["normalize"]:
-            moved, divisor = moved.clone() if len(changes) == 1 else moved, _agreeing(changes, weights)
-        moved = _turned(moved, sign)
-    if group.shared["normalize"]:
+        moved = sum_rounded_once(changes)
+        if group.tensor_parameters["normalize"]:
+            moved, divisor = moved.clone() if len(changes) == 1 else moved, _sum_agreeing_weights(changes, weights)
+        moved = _flip_sign(moved, sign)
+    if group.tensor_parameters["normalize"]:
         moved = moved / divisor
-    if larger is not None:
+    if rescale is not None:
         return torch.add(base, moved, alpha=once)
     if once != 1:
-        moved = moved * group.shared["lambda"]
+        moved = moved * group.tensor_parameters["lambda"]
     return base + moved
 
 
 SIGN = {2: -(1 << 15), 4: -(1 << 31), 8: -(1 << 63)}
 
 
-def total(parts: Sequence[Tensor]) -> Tensor:
+def sum_rounded_once(parts: Sequence[Tensor]) -> Tensor:
     """Return the sum of tensors, rounded once, as torch sums over a dimension."""
     if len(parts) < 3 or parts[0].element_size() > 2:
         made = parts[0]
@@ -99,33 +105,33 @@ def total(parts: Sequence[Tensor]) -> Tensor:
     return wide.to(parts[0].dtype)
 
 
-def kept(change: Tensor, mask: Tensor) -> Tensor:
+def apply_bit_mask(change: Tensor, mask: Tensor) -> Tensor:
     """Zero a change where the bit mask is not set, in place."""
     return (
         change.view(INTS[change.element_size()]).bitwise_and_(mask.to(INTS[change.element_size()])).view(change.dtype)
     )
 
 
-def _turned(change: Tensor, sign: Tensor) -> Tensor:
+def _flip_sign(change: Tensor, sign: Tensor) -> Tensor:
     """Flip the sign where a bit is set, in place."""
     return change.view(sign.dtype).bitwise_xor_(sign).view(change.dtype)
 
 
-def _positive(change: Tensor, *, numbers: bool) -> Tensor:
+def _clamp_positive(change: Tensor, *, on_bits: bool) -> Tensor:
     """Clamp below 0 to 0, in place; on the bits if there is no NaN, which that would lose."""
-    (change.view(INTS[change.element_size()]) if numbers else change).clamp_(min=0)
+    (change.view(INTS[change.element_size()]) if on_bits else change).clamp_(min=0)
     return change
 
 
-def _whole(weights: Tensor) -> Tensor:
+def _sum_weights(weights: Tensor) -> Tensor:
     """Return the sum of weights to divide by; 1 where it would be 0."""
     found = weights.sum()
     return torch.ones_like(found) if float(found.abs()) < 1e-8 else found
 
 
-def _agreeing(changes: Sequence[Tensor], weights: Tensor) -> Tensor:
+def _sum_agreeing_weights(changes: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Return the sum of weights of nonzero changes, for a block; 1 where it is 0."""
-    found = total([torch.sign(change) * weight for change, weight in zip(changes, weights, strict=True)])
+    found = sum_rounded_once([torch.sign(change) * weight for change, weight in zip(changes, weights, strict=True)])
     if bool((weights > 0).all()):
         return found.clamp_(
             min=float(weights.min())

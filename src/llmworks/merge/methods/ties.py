@@ -5,21 +5,25 @@ Yadav et al. 2023 (arXiv:2306.01708).
 
 from __future__ import annotations
 
-from llmworks.merge.execute.tensor_group import Group, Piece
-from llmworks.merge.methods.ranks import chosen, ranks_of, sums_of
-from llmworks.merge.methods.task_arithmetic import added, check
+from llmworks.merge.execute.tensor_group import BlockFunction, TensorGroup
+from llmworks.merge.methods.ranks import compute_rescale_factors, select_changes, select_ranks
+from llmworks.merge.methods.task_arithmetic import add_task_vectors, check_weights
 
 
-def ties(group: Group) -> Piece:
+def ties(group: TensorGroup) -> BlockFunction:
     """Merge by TIES. `density`: fraction of each model's changes that is kept, by magnitude."""
-    check(group)
-    kept = ranks_of(group, [_most(float(density), group.count) for density in group.weights("density")])
-    factors = sums_of(group, kept)
+    check_weights(group)
+    masks = select_ranks(
+        group, [_get_rank_range(float(density), group.numel) for density in group.get_parameter("density")]
+    )
+    factors = compute_rescale_factors(group, masks)
 
-    return lambda blocks, number: added(group, blocks, chosen(group, blocks, kept, factors, number), elect=True)
+    return lambda blocks, number: add_task_vectors(
+        group, blocks, select_changes(group, blocks, masks, factors, number), elect=True
+    )
 
 
-def _most(density: float, count: int) -> tuple[int, int] | None:
+def _get_rank_range(density: float, count: int) -> tuple[int, int] | None:
     """Return (number of largest changes dropped, number kept after them); None: all are kept."""
     if density >= 1:
         return None

@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from llmworks.merge.plan.config import Dtype, Ref, Written
+from llmworks.merge.plan.config import Dtype, Ref, YamlConfig
 
 
-class Expert(Written):
+class Expert(YamlConfig):
     """An expert of the mixture."""
 
     source_model: Ref = Field(description="the model that provides its feed-forward layers")
@@ -25,7 +25,7 @@ class Expert(Written):
     residual_scale: float | None = Field(None, description="factor on its down projection")
 
 
-class ExpertsConfig(Written):
+class ExpertsConfig(YamlConfig):
     """Config of `merge.experts`: mergekit-moe's keys."""
 
     base_model: Ref = Field(
@@ -72,11 +72,11 @@ class ExpertsConfig(Written):
             )
         return self
 
-    def named(self) -> list[str]:
+    def model_names(self) -> list[str]:
         """Return the names of models, each once, the base first."""
-        return list(dict.fromkeys([self.base_model, *(one.source_model for one in self.all())]))
+        return list(dict.fromkeys([self.base_model, *(one.source_model for one in self.iter_all_experts())]))
 
-    def all(self) -> Iterator[Expert]:
+    def iter_all_experts(self) -> Iterator[Expert]:
         """Yield the experts, then the shared one."""
         yield from self.experts
         yield from self.shared_experts or ()

@@ -11,22 +11,24 @@ from torch import Tensor
 
 from llmworks.core.errors import ModelError
 from llmworks.merge.moe.config import Expert, ExpertsConfig
-from llmworks.model.io.layer_reader import Source
+from llmworks.model.io.layer_reader import LayerReader
 from llmworks.tokenize.load import load_tokenizer
 
-Found = dict[str, Tensor]  # by prompt: [layers, hidden size]
+PromptStates = dict[str, Tensor]  # by prompt: [layers, hidden size]
 
 
-def gates(config: ExpertsConfig, base: Path, experts: Sequence[Expert], seed: int, layers: int, width: int) -> Tensor:
+def compute_router_rows(
+    config: ExpertsConfig, base: Path, experts: Sequence[Expert], seed: int, layers: int, hidden_size: int
+) -> Tensor:
     """Return router rows [layers, experts, hidden size], of norm 1 if they come from prompts. ModelError for a base
     without a tokenizer.
     """
     generator = torch.Generator().manual_seed(seed)
     if config.gate_mode == "random":
-        return torch.randn(layers, len(experts), width, generator=generator)
+        return torch.randn(layers, len(experts), hidden_size, generator=generator)
     if config.gate_mode == "uniform_random":
-        drawn: Tensor = torch.rand(layers, len(experts), width, generator=generator)
-        return drawn.mul_(2).sub_(1).mul_(width**-0.5)
+        uniform: Tensor = torch.rand(layers, len(experts), hidden_size, generator=generator)
+        return uniform.mul_(2).sub_(1).mul_(hidden_size**-0.5)
     tokenizer = load_tokenizer(base)
     prompts = list(
         dict.fromkeys(prompt for one in experts for prompt in [*one.positive_prompts, *one.negative_prompts])
@@ -38,23 +40,23 @@ def gates(config: ExpertsConfig, base: Path, experts: Sequence[Expert], seed: in
     empty = next((prompt for prompt, tokens in zip(prompts, ids, strict=True) if not tokens), None)
     if empty is not None:
         raise ModelError(f"the prompt {empty!r} has no tokens")
-    found = (
-        embedded(base, prompts, ids, layers)
+    states = (
+        embed_prompts(base, prompts, ids, layers)
         if config.gate_mode == "cheap_embed"
-        else hidden(base, prompts, ids, mean=config.gate_mode == "hidden_avg")
+        else get_hidden_states(base, prompts, ids, mean=config.gate_mode == "hidden_avg")
     )
     rows = []
     for one in experts:
-        row = at(found, one.positive_prompts, config) - (
-            at(found, one.negative_prompts, config) if one.negative_prompts else 0
+        row = get_mean_state(states, one.positive_prompts, config) - (
+            get_mean_state(states, one.negative_prompts, config) if one.negative_prompts else 0
         )
         rows.append(row / row.norm(dim=-1, keepdim=True).clamp(min=1e-8))
     return torch.stack(rows, dim=1)
 
 
-def at(found: Found, prompts: Sequence[str], config: ExpertsConfig) -> Tensor:
+def get_mean_state(states: PromptStates, prompts: Sequence[str], config: ExpertsConfig) -> Tensor:
     """Return the mean state of prompts [layers, hidden size]; of embeddings the sum, normalized."""
-    total: Tensor = torch.stack([found[prompt] for prompt in prompts]).sum(0)
+    total: Tensor = torch.stack([states[prompt] for prompt in prompts]).sum(0)
     return (
         total / total.norm(dim=-1, keepdim=True).clamp(min=1e-8)
         if config.gate_mode == "cheap_embed"
@@ -62,36 +64,36 @@ def at(found: Found, prompts: Sequence[str], config: ExpertsConfig) -> Tensor:
     )
 
 
-def embedded(base: Path, prompts: Sequence[str], ids: Sequence[Sequence[int]], layers: int) -> Found:
+def embed_prompts(base: Path, prompts: Sequence[str], ids: Sequence[Sequence[int]], layers: int) -> PromptStates:
     """Return the sum of token embeddings of each prompt, the same for all layers."""
-    embedding: Any = Source(base).frame().decoder.embedding
+    embedding: Any = LayerReader(base).load_without_blocks().decoder.embedding
     return {
         prompt: embedding(torch.tensor(list(tokens))).detach().float().sum(0).expand(layers, -1)
         for prompt, tokens in zip(prompts, ids, strict=True)
     }
 
 
-def hidden(base: Path, prompts: Sequence[str], ids: Sequence[Sequence[int]], *, mean: bool) -> Found:
+def get_hidden_states(base: Path, prompts: Sequence[str], ids: Sequence[Sequence[int]], *, mean: bool) -> PromptStates:
     """Return the input of each layer for each prompt: of the last token, or averaged over tokens."""
-    source = Source(base)
-    told: list[list[Tensor]] = [[] for _ in prompts]
+    source = LayerReader(base)
+    collected: list[list[Tensor]] = [[] for _ in prompts]
     with torch.inference_mode():
-        frame = source.frame()
+        frame = source.load_without_blocks()
         stack: Any = frame.decoder
         places = [torch.arange(len(tokens))[None] for tokens in ids]
         states = [
-            stack.begin(stack.embedding(torch.tensor([list(tokens)])), where)
+            stack.add_positions(stack.embedding(torch.tensor([list(tokens)])), where)
             for tokens, where in zip(ids, places, strict=True)
         ]
         for number in range(source.shape.num_hidden_layers):
-            for kept, state in zip(told, states, strict=True):
+            for kept, state in zip(collected, states, strict=True):
                 kept.append(state[0].mean(0) if mean else state[0, -1])
-            with source.only(stack, source.block(number)):
-                states = [stack.through(state, where) for state, where in zip(states, places, strict=True)]
-    return {prompt: torch.stack(kept).float() for prompt, kept in zip(prompts, told, strict=True)}
+            with source.mount_block(stack, source.load_block(number)):
+                states = [stack.run_blocks(state, where) for state, where in zip(states, places, strict=True)]
+    return {prompt: torch.stack(kept).float() for prompt, kept in zip(prompts, collected, strict=True)}
 
 
-def alike(rows: Tensor) -> list[int]:
+def find_similar_layers(rows: Tensor) -> list[int]:
     """Return the layers whose rows [layers, experts, hidden size] are so similar that the router can hardly choose:
     their condition number is above 5, as mergekit-moe warns.
     """

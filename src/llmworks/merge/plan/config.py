@@ -28,15 +28,15 @@ DTYPES = {
 }
 
 
-def _named(value: Any) -> Any:
+def _join_model_reference(value: Any) -> Any:
     """Return a model reference of mergekit's YAML as one string: PATH, PATH@REVISION, PATH+ADAPTER."""
     if isinstance(value, dict) and "model" in value and set(value) <= {"model", "lora"}:
-        parts = [_path(value["model"]), *([_path(value["lora"])] if value.get("lora") else [])]
+        parts = [_join_path(value["model"]), *([_join_path(value["lora"])] if value.get("lora") else [])]
         return "+".join(parts)
-    return _path(value) if isinstance(value, dict) and "path" in value else value
+    return _join_path(value) if isinstance(value, dict) and "path" in value else value
 
 
-def _path(value: Any) -> str:
+def _join_path(value: Any) -> str:
     if isinstance(value, dict) and set(value) <= {"path", "revision"} and "path" in value:
         return f"{value['path']}@{value['revision']}" if value.get("revision") else str(value["path"])
     if isinstance(value, str):
@@ -53,24 +53,24 @@ def _dtype(value: Any) -> Any:
     return name
 
 
-Ref = Annotated[str, BeforeValidator(_named), Field(min_length=1)]
+Ref = Annotated[str, BeforeValidator(_join_model_reference), Field(min_length=1)]
 Dtype = Annotated[str | None, BeforeValidator(_dtype)]
 Scalar = bool | int | float | str
-Whole = Annotated[int, Field(strict=True)]
+StrictInt = Annotated[int, Field(strict=True)]
 
 
-def without_none(value: Any) -> Any:
+def drop_none(value: Any) -> Any:
     """Drop a mapping's empty keys: `parameters:` without a value counts as absent."""
     return {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else value
 
 
-class Written(Config):
+class YamlConfig(Config):
     """A part of a YAML file, in which a key without a value counts as absent."""
 
     @model_validator(mode="before")
     @classmethod
     def _absent(cls, value: Any) -> Any:
-        return without_none(value)
+        return drop_none(value)
 
 
 class Condition(Config):
@@ -88,7 +88,7 @@ Setting = Condition | list[Condition] | Scalar | list[Scalar]
 Settings = dict[str, Setting]
 
 
-class InputModel(Written):
+class InputModel(YamlConfig):
     """A whole model as input."""
 
     model: Ref = Field(description="the model's name")
@@ -98,7 +98,7 @@ class InputModel(Written):
 class InputSlice(InputModel):
     """A range of layers of a model as input."""
 
-    layer_range: tuple[Whole, Whole] = Field(description="first layer, and last layer + 1")
+    layer_range: tuple[StrictInt, StrictInt] = Field(description="first layer, and last layer + 1")
 
     @model_validator(mode="after")
     def _order(self) -> InputSlice:
@@ -107,7 +107,7 @@ class InputSlice(InputModel):
         return self
 
 
-class OutputSlice(Written):
+class OutputSlice(YamlConfig):
     """Layers of the result, merged from the same number of layers of each source."""
 
     sources: list[InputSlice] = Field(min_length=1, description="layer ranges that are merged")
@@ -125,7 +125,7 @@ class OutputSlice(Written):
         return self
 
 
-class OutputModule(Written):
+class OutputModule(YamlConfig):
     """A submodule with its own stack of layers."""
 
     slices: list[OutputSlice] | None = Field(None, min_length=1, description="slices of layers, in order")
@@ -167,7 +167,7 @@ class TokenRule(Config):
     force: bool = Field(False, description="apply also to models that have the token")
 
 
-class TokenizerRule(Written):
+class TokenizerRule(YamlConfig):
     """The result's tokenizer."""
 
     source: Ref = Field("union", description="union of all vocabularies, base, or a model")
@@ -177,7 +177,7 @@ class TokenizerRule(Written):
     )
 
 
-class MergeConfig(Written):
+class MergeConfig(YamlConfig):
     """Config of `merge`: mergekit's keys, and the maximum file size."""
 
     merge_method: str = Field(
@@ -222,7 +222,7 @@ class MergeConfig(Written):
             raise ValueError("give tokenizer or tokenizer_source, not both")
         return self
 
-    def sources(self) -> Iterator[InputModel]:
+    def iter_inputs(self) -> Iterator[InputModel]:
         """Yield all models that are referred to, in order."""
         yield from self.models or ()
         for part in (self.modules or {}).values():
@@ -233,7 +233,7 @@ class MergeConfig(Written):
         ]:
             yield from one.sources
 
-    def named(self) -> list[str]:
+    def model_names(self) -> list[str]:
         """Return the names of models, each once, the base first."""
         bases = [
             self.base_model,
@@ -257,5 +257,5 @@ class MergeConfig(Written):
         ]
         others = [name for name in tokens if isinstance(name, str) and name not in ("union", "base")]
         return list(
-            dict.fromkeys(name for name in [*bases, *(source.model for source in self.sources()), *others] if name)
+            dict.fromkeys(name for name in [*bases, *(source.model for source in self.iter_inputs()), *others] if name)
         )

@@ -28,14 +28,16 @@ class Parameter:
     high: float = float("inf")
 
 
-def value_of(parameter: Parameter, sources: Iterable[Mapping[str, Setting]], tensor: str, t: float, where: str) -> Any:
+def evaluate_parameter(
+    parameter: Parameter, sources: Iterable[Mapping[str, Setting]], tensor: str, t: float, where: str
+) -> Any:
     """Return a parameter's value, from settings ordered from the most specific to the most general.
 
     UserError for a value of the wrong type, or if none is given and there is no default.
     """
     for settings in sources:
         if parameter.name in settings:
-            found = _evaluated(settings[parameter.name], tensor, t, parameter, where)
+            found = _evaluate(settings[parameter.name], tensor, t, parameter, where)
             if found is not None:
                 return found
     if parameter.default is REQUIRED:
@@ -43,7 +45,7 @@ def value_of(parameter: Parameter, sources: Iterable[Mapping[str, Setting]], ten
     return parameter.default
 
 
-def filters_of(settings: Mapping[str, Setting]) -> Iterable[str]:
+def iter_filters(settings: Mapping[str, Setting]) -> Iterable[str]:
     """Yield the name filters of settings."""
     for setting in settings.values():
         for one in setting if isinstance(setting, list) else [setting]:
@@ -51,16 +53,16 @@ def filters_of(settings: Mapping[str, Setting]) -> Iterable[str]:
                 yield str(one.filter)
 
 
-def _evaluated(setting: Setting, tensor: str, t: float, parameter: Parameter, where: str) -> Any:
+def _evaluate(setting: Setting, tensor: str, t: float, parameter: Parameter, where: str) -> Any:
     conditions = [setting] if isinstance(setting, Condition) else setting
     if not isinstance(conditions, list):
-        return _checked(conditions, parameter, where)
+        return _convert(conditions, parameter, where)
     if conditions and all(isinstance(one, Condition) for one in conditions):
         for one in conditions:
             if isinstance(one, Condition) and (one.filter in (None, "*") or str(one.filter) in tensor):
-                return _evaluated(one.value, tensor, t, parameter, where)
+                return _evaluate(one.value, tensor, t, parameter, where)
         return None
-    values = [_checked(one, parameter, where) for one in conditions]
+    values = [_convert(one, parameter, where) for one in conditions]
     if not values:
         return None
     at = t * (len(values) - 1)
@@ -71,7 +73,7 @@ def _evaluated(setting: Setting, tensor: str, t: float, parameter: Parameter, wh
     return (1 - share) * values[low] + share * values[high]
 
 
-def _checked(value: Any, parameter: Parameter, where: str) -> Any:
+def _convert(value: Any, parameter: Parameter, where: str) -> Any:
     try:
         if parameter.kind is bool:
             if isinstance(value, bool) or value in (0, 1):

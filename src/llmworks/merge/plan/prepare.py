@@ -6,18 +6,20 @@ from collections.abc import Mapping
 
 from llmworks.core.errors import ModelError
 from llmworks.merge.plan.config import MergeConfig, TokenizerRule
-from llmworks.merge.plan.layout import Layout
-from llmworks.merge.plan.plan import Plan, check, plan_of
-from llmworks.merge.vocabulary.vocabulary import Vocabulary, same_tokens, vocabulary_of
+from llmworks.merge.plan.layout import CheckpointLayout
+from llmworks.merge.plan.plan import MergePlan, check_models, plan_merge
+from llmworks.merge.vocabulary.vocabulary import MergedVocabulary, merge_vocabularies, require_same_tokens
 
 
-def prepared(config: MergeConfig, layouts: Mapping[str, Layout]) -> tuple[str, Vocabulary | None, Plan]:
+def prepare_merge(
+    config: MergeConfig, layouts: Mapping[str, CheckpointLayout]
+) -> tuple[str, MergedVocabulary | None, MergePlan]:
     """Return (the model that provides the config and all files but the weights, the vocabulary if it changes, the
     plan).
     """
-    check(config, layouts)
-    donor = config.base_model or config.named()[0]
-    kinds = {name: layout.kind for name, layout in layouts.items()}
+    check_models(config, layouts)
+    donor = config.base_model or config.model_names()[0]
+    kinds = {name: layout.architecture for name, layout in layouts.items()}
     if len(set(kinds.values())) > 1:
         raise ModelError(
             "models of different architectures cannot be merged:"
@@ -25,8 +27,8 @@ def prepared(config: MergeConfig, layouts: Mapping[str, Layout]) -> tuple[str, V
         )
     rule = config.tokenizer or (TokenizerRule(source=config.tokenizer_source) if config.tokenizer_source else None)
     if rule is None:
-        same_tokens(layouts)
-        return donor, None, plan_of(config, layouts)
+        require_same_tokens(layouts)
+        return donor, None, plan_merge(config, layouts)
     order = [donor, *(name for name in layouts if name != donor)]
-    vocabulary = vocabulary_of(rule, donor, order, layouts)
-    return donor, vocabulary, plan_of(config, layouts, vocabulary.rows)
+    vocabulary = merge_vocabularies(rule, donor, order, layouts)
+    return donor, vocabulary, plan_merge(config, layouts, vocabulary.rows)

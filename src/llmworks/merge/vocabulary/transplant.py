@@ -19,28 +19,34 @@ from torch.nn import functional as F
 from llmworks.core.artifact import Dataset, Model, Tokenizer
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError, LlmworksError, ModelError, RequestError
-from llmworks.data.conversations.training_rows import ids_of, training_rows
-from llmworks.merge.execute.run import write_config, written
-from llmworks.merge.execute.stream import Stream
+from llmworks.data.conversations.training_rows import read_training_rows, tokenize_row
+from llmworks.merge.execute.run import write_config, write_weights
+from llmworks.merge.execute.stream import MergeStream
 from llmworks.merge.plan.config import MergeConfig
-from llmworks.merge.plan.layout import layout_of
-from llmworks.merge.plan.plan import plan_of
+from llmworks.merge.plan.layout import read_layout
+from llmworks.merge.plan.plan import plan_merge
 from llmworks.merge.vocabulary.config import TransplantConfig
-from llmworks.merge.vocabulary.tokenizer_files import logits_at
-from llmworks.merge.vocabulary.vocabulary import TOKENIZER_FILES, Vocabulary, copy_tokenizer, definition_of, write_roles
-from llmworks.model.card import bases_of, front_of, plain, write
-from llmworks.model.io.safetensors_io import TORCH
-from llmworks.tokenize.bpe.fast import byte_characters
+from llmworks.merge.vocabulary.tokenizer_files import make_logits_function
+from llmworks.merge.vocabulary.vocabulary import (
+    TOKENIZER_FILES,
+    MergedVocabulary,
+    copy_tokenizer,
+    read_definition,
+    write_special_token_ids,
+)
+from llmworks.model.card import get_base_model_fields, get_front_matter, to_hub_name, write_model_card
+from llmworks.model.io.safetensors_io import TORCH_DTYPES
+from llmworks.tokenize.bpe.fast import get_byte_characters
 from llmworks.tokenize.chat import golden
-from llmworks.tokenize.load import ids_of as rows_of
-from llmworks.tokenize.load import load_tokenizer, read_json, stop_ids
+from llmworks.tokenize.load import count_embedding_rows as rows_of
+from llmworks.tokenize.load import get_stop_ids, load_tokenizer, read_json
 
 ROLES = ("bos", "eos", "pad", "unk")
-OWN = "model"  # the model's name in the plan
+MODEL_NAME = "model"  # the model's name in the plan
 
 
 @dataclass(frozen=True)
-class Mapped:
+class TokenMapping:
     """Where each new token's row comes from: the row of the same token (`same`), of the token of the same role
     (`role`), the mean of pieces (`pieces`); `lost`: no piece was found.
     """
@@ -66,7 +72,7 @@ def token_bytes(tokenizer: Any, definition: Mapping[str, Any]) -> dict[int, byte
         tokenizer.get_vocab(),
         "ByteLevel" in json.dumps([definition.get("pre_tokenizer"), definition.get("decoder")]),
     )
-    letters, found = byte_characters(), dict(added)
+    letters, found = get_byte_characters(), dict(added)
     for token, at in vocab.items():
         if at in added:
             continue
@@ -83,7 +89,7 @@ def token_bytes(tokenizer: Any, definition: Mapping[str, Any]) -> dict[int, byte
     return found
 
 
-def mapped(old: Any, new: Any, definitions: tuple[Mapping[str, Any], Mapping[str, Any]], rows: int) -> Mapped:
+def map_tokens(old: Any, new: Any, definitions: tuple[Mapping[str, Any], Mapping[str, Any]], rows: int) -> TokenMapping:
     """Map the ids of a tokenizer with `rows` embedding rows to those of another."""
     before, after = (token_bytes(one, definition) for one, definition in zip((old, new), definitions, strict=True))
     special = [
@@ -101,15 +107,15 @@ def mapped(old: Any, new: Any, definitions: tuple[Mapping[str, Any], Mapping[str
         elif roles.get(at) is not None:
             role[at] = int(roles[at])
         else:
-            parts = tuple(part for part in _pieces(old, data, by_bytes) if part < rows)
+            parts = tuple(part for part in _split_token(old, data, by_bytes) if part < rows)
             if parts:
                 pieces[at] = parts
             else:
                 lost.append(at)
-    return Mapped(same, role, pieces, tuple(lost))
+    return TokenMapping(same, role, pieces, tuple(lost))
 
 
-def _pieces(old: Any, data: bytes, by_bytes: Mapping[tuple[bytes, bool], int]) -> Sequence[int]:
+def _split_token(old: Any, data: bytes, by_bytes: Mapping[tuple[bytes, bool], int]) -> Sequence[int]:
     """Split a new token with the old tokenizer: its text, or, if it is not valid UTF-8, its single bytes."""
     try:
         found = list(old(data.decode(), add_special_tokens=False, split_special_tokens=True)["input_ids"])
@@ -129,92 +135,95 @@ def run(
         raise ModelError(
             f"{model.name}: is a {model.format} file; only a Hugging Face directory can be given another tokenizer"
         )
-    layout = layout_of(model.name, model.path)
-    if layout.embedding() is None:
-        raise ModelError(f"{model.name}: no embedding with {layout.vocabulary} rows was found")
+    layout = read_layout(model.name, model.path)
+    if layout.find_embedding() is None:
+        raise ModelError(f"{model.name}: no embedding with {layout.vocab_size} rows was found")
     old, new = load_tokenizer(model.path), load_tokenizer(tokenizer.path)
-    definitions = definition_of(layout), _definition(tokenizer.path)
-    found = mapped(old, new, definitions, layout.vocabulary)
+    definitions = read_definition(layout), _read_tokenizer_json(tokenizer.path)
+    mapping = map_tokens(old, new, definitions, layout.vocab_size)
     count = rows_of(new)
     take = np.full(count, -1, np.int64)
-    for at, row in {**found.same, **found.role}.items():
+    for at, row in {**mapping.same, **mapping.role}.items():
         take[at] = row
-    strange = next((row for row in take.tolist() if row >= layout.vocabulary), None)
+    strange = next((row for row in take.tolist() if row >= layout.vocab_size), None)
     if strange is not None:
         raise ModelError(
-            f"{model.name}: its tokenizer has an id {strange}, but its embedding only {layout.vocabulary} rows"
+            f"{model.name}: its tokenizer has an id {strange}, but its embedding only {layout.vocab_size} rows"
         )
-    spare = _fresh_rows(config, found)
-    vocabulary = Vocabulary(count, count, {OWN: take}, spare, tokenizer.path)
+    spare = _get_new_token_rows(config, mapping)
+    vocabulary = MergedVocabulary(count, count, {MODEL_NAME: take}, spare, tokenizer.path)
     merge = MergeConfig.model_validate(
-        {"merge_method": "passthrough", "models": [{"model": OWN}], "max_shard_size": config.max_shard_size}
+        {"merge_method": "passthrough", "models": [{"model": MODEL_NAME}], "max_shard_size": config.max_shard_size}
     )
-    plan = plan_of(merge, {OWN: layout}, count)
-    size = written(Stream(plan, {OWN: layout}, vocabulary, ctx.seed), config.max_shard_size, {OWN: layout}, ctx)
+    plan = plan_merge(merge, {MODEL_NAME: layout}, count)
+    size = write_weights(
+        MergeStream(plan, {MODEL_NAME: layout}, vocabulary, ctx.seed), config.max_shard_size, {MODEL_NAME: layout}, ctx
+    )
     write_config(merge, layout, plan, vocabulary, ctx.out)
     for name in TOKENIZER_FILES:
         (ctx.out / name).unlink(missing_ok=True)
     copy_tokenizer(tokenizer.path, ctx.out)
-    write_roles(ctx.out, new, tokenizer.path)
+    write_special_token_ids(ctx.out, new, tokenizer.path)
     metrics: dict[str, Any] = {
         "bytes": size,
         "vocabulary": count,
-        "same": len(found.same),
-        "by_role": len(found.role),
-        "by_pieces": len(found.pieces),
-        "lost": len(found.lost),
+        "same": len(mapping.same),
+        "by_role": len(mapping.role),
+        "by_pieces": len(mapping.pieces),
+        "lost": len(mapping.lost),
     }
     if data is not None:
-        rows = training_rows(data)[: config.eval_samples]
+        rows = read_training_rows(data)[: config.eval_samples]
         metrics |= {
-            "bits_per_byte_before": round(bits_a_byte(model.path, old, rows), 5),
-            "bits_per_byte": round(bits_a_byte(ctx.out, new, rows), 5),
+            "bits_per_byte_before": round(compute_bits_per_byte(model.path, old, rows), 5),
+            "bits_per_byte": round(compute_bits_per_byte(ctx.out, new, rows), 5),
         }
     out_tokenizer = load_tokenizer(ctx.out)
-    recorded = golden.record(out_tokenizer, stop_ids(ctx.out, out_tokenizer), logits_at(ctx.out))
-    _describe(config, model, tokenizer, found, old, new, metrics, ctx)
+    recorded = golden.record_golden(out_tokenizer, get_stop_ids(ctx.out, out_tokenizer), make_logits_function(ctx.out))
+    _write_report(config, model, tokenizer, mapping, old, new, metrics, ctx)
     return Model(
         ctx.out,
         golden=recorded,
         metrics=metrics,
-        about={"format": "hf", "method": "transplant", "dtype": TORCH[plan.jobs[0].out_dtype]},
+        about={"format": "hf", "method": "transplant", "dtype": TORCH_DTYPES[plan.jobs[0].out_dtype]},
     )
 
 
-def _fresh_rows(config: TransplantConfig, found: Mapped) -> dict[int, tuple[tuple[str, int], ...]]:
+def _get_new_token_rows(config: TransplantConfig, mapping: TokenMapping) -> dict[int, tuple[tuple[str, int], ...]]:
     """Return the rows of the old embedding whose mean initializes a new token."""
     spare = (
-        {at: tuple((OWN, part) for part in parts) for at, parts in found.pieces.items()}
+        {at: tuple((MODEL_NAME, part) for part in parts) for at, parts in mapping.pieces.items()}
         if config.approximation_method == "subword"
         else {}
     )
-    fresh = [*found.lost, *(found.pieces if config.approximation_method != "subword" else ())]
+    fresh = [*mapping.lost, *(mapping.pieces if config.approximation_method != "subword" else ())]
     if config.approximation_method != "zero" and fresh:
         spare |= dict.fromkeys(
-            fresh, tuple((OWN, row) for row in sorted(set(found.same.values()))[:: max(1, len(found.same) // 256)])
+            fresh,
+            tuple((MODEL_NAME, row) for row in sorted(set(mapping.same.values()))[:: max(1, len(mapping.same) // 256)]),
         )  # the mean of some hundreds of evenly spaced rows
     return spare
 
 
-def _definition(path: Path) -> dict[str, Any]:
+def _read_tokenizer_json(path: Path) -> dict[str, Any]:
     if not (path / "tokenizer.json").exists():
         raise ModelError(f"{path}: has no tokenizer.json")
     return read_json(path / "tokenizer.json")
 
 
-def bits_a_byte(path: Path, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> float:
+def compute_bits_per_byte(path: Path, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> float:
     """Compute a model's bits per byte on rows. DataError if no row can be tokenized."""
-    logits, loss, size = logits_at(path), 0.0, 0
+    logits, loss, size = make_logits_function(path), 0.0, 0
     refused: LlmworksError | None = None
     for row in rows:
         try:
-            ids = list(ids_of(tokenizer, dict(row))[0])[:512]
+            ids = list(tokenize_row(tokenizer, dict(row))[0])[:512]
         except (RequestError, ModelError) as error:
             refused = error
             continue
         if len(ids) > 1:
-            said = torch.as_tensor(np.asarray(logits(ids)))
-            loss += float(F.cross_entropy(said[:-1], torch.tensor(ids[1:]), reduction="sum"))
+            token_logits = torch.as_tensor(np.asarray(logits(ids)))
+            loss += float(F.cross_entropy(token_logits[:-1], torch.tensor(ids[1:]), reduction="sum"))
             size += len(
                 tokenizer.decode(ids[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False).encode()
             )
@@ -225,11 +234,11 @@ def bits_a_byte(path: Path, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -
     return loss / size / math.log(2)
 
 
-def _describe(
+def _write_report(
     config: TransplantConfig,
     model: Model,
     tokenizer: Model | Tokenizer,
-    found: Mapped,
+    mapping: TokenMapping,
     old: Any,
     new: Any,
     metrics: Mapping[str, Any],
@@ -237,50 +246,50 @@ def _describe(
 ) -> None:
     page = ctx.report
     page.title = f"{model.name} with the tokenizer of {tokenizer.name}"
-    told = (
+    bits_sentence = (
         f" Bits per byte: {metrics['bits_per_byte_before']:.3f} before, {metrics['bits_per_byte']:.3f} after."
         if "bits_per_byte" in metrics
         else ""
     )
     start = "the mean of their pieces" if config.approximation_method == "subword" else config.approximation_method
-    page.lead = (
+    page.subtitle = (
         f"Of {metrics['vocabulary']:,} tokens {metrics['same']:,} are the model's own, {metrics['by_role']:,} are"
         f" matched by role, {metrics['by_pieces']:,} are initialized to"
-        f" {start}.{told}"
+        f" {start}.{bits_sentence}"
     )
     names, letters = (
         {at: token for token, at in new.get_vocab().items()},
         {at: token for token, at in old.get_vocab().items()},
     )
-    shown = [*found.pieces.items()][:: max(1, len(found.pieces) // 40)][:40]
-    page.table(
+    shown = [*mapping.pieces.items()][:: max(1, len(mapping.pieces) // 40)][:40]
+    page.add_table(
         "Some new tokens",
         ("token", "pieces"),
         [(repr(names.get(at, "")), " ".join(repr(letters.get(part, "")) for part in parts)) for at, parts in shown],
     )
-    page.table(
+    page.add_table(
         "By role",
         ("token", "old token"),
-        [(repr(names.get(at, "")), repr(letters.get(row, ""))) for at, row in found.role.items()],
+        [(repr(names.get(at, "")), repr(letters.get(row, ""))) for at, row in mapping.role.items()],
     )
     page.data = dict(metrics)
     front = {
-        **front_of(model),
+        **get_front_matter(model),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        **bases_of([model], "finetune"),
+        **get_base_model_fields([model], "finetune"),
         "tags": ["tokenizer-transplant"],
     }
-    write(
+    write_model_card(
         ctx.out,
         front,
         [
-            f"# {plain(model.name)}-{plain(tokenizer.name)}-tokenizer",
+            f"# {to_hub_name(model.name)}-{to_hub_name(tokenizer.name)}-tokenizer",
             "",
-            page.lead,
+            page.subtitle,
             "",
             "Train it further before use.",
             "",
         ],
     )
-    ctx.progress.say(page.lead)
+    ctx.progress.log(page.subtitle)

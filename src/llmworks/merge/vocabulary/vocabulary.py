@@ -21,7 +21,7 @@ import numpy as np
 
 from llmworks.core.errors import ModelError, UserError
 from llmworks.merge.plan.config import ModelToken, TokenizerRule, Zero
-from llmworks.merge.plan.layout import Layout
+from llmworks.merge.plan.layout import CheckpointLayout
 from llmworks.tokenize.load import load_tokenizer, read_json
 
 TOKENIZER_FILES = (
@@ -37,7 +37,7 @@ TOKENIZER_FILES = (
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class MergedVocabulary:
     """The merged vocabulary: `rows` of the result's embedding, the first `tokens` of which belong to tokens.
 
     `source_rows`: by model, the row that each comes from, or -1; `substitutes`: for tokens a model lacks, the models'
@@ -46,21 +46,21 @@ class Vocabulary:
 
     tokens: int
     rows: int
-    take: Mapping[str, Any]
-    spare: Mapping[int, tuple[tuple[str, int], ...]]
+    source_rows: Mapping[str, Any]
+    substitutes: Mapping[int, tuple[tuple[str, int], ...]]
     source: Path
     definition: Mapping[str, Any] | None = field(
         default=None, repr=False
     )  # tokenizer.json's content, if it differs from the source's
 
-    def bare(self, models: Sequence[str]) -> list[int]:
+    def find_zero_rows(self, models: Sequence[str]) -> list[int]:
         """Return the tokens for which none of these models has a row or a substitute: they get zeros."""
         return [
             row
             for row in range(self.tokens)
-            if all(self.take[name][row] < 0 for name in models)
-            and self.spare.get(row)
-            and not any(name in models for name, _ in self.spare[row])
+            if all(self.source_rows[name][row] < 0 for name in models)
+            and self.substitutes.get(row)
+            and not any(name in models for name, _ in self.substitutes[row])
         ]
 
     def write(self, out: Path) -> None:
@@ -77,7 +77,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
             shutil.copyfile(source / name, out / name)
 
 
-def write_roles(out: Path, tokenizer: Any, source: Path) -> None:
+def write_special_token_ids(out: Path, tokenizer: Any, source: Path) -> None:
     """Write the ids of special tokens to the configs that have them; `generation_config.json` comes from the
     tokenizer's directory, if it has one.
     """
@@ -91,22 +91,22 @@ def write_roles(out: Path, tokenizer: Any, source: Path) -> None:
     if (source / "generation_config.json").exists():
         shutil.copyfile(source / "generation_config.json", generation)
     elif generation.exists():
-        said = read_json(generation)
-        said |= {
+        generation_config = read_json(generation)
+        generation_config |= {
             f"{role}_token_id": getattr(tokenizer, f"{role}_token_id")
             for role in ("bos", "eos", "pad")
-            if f"{role}_token_id" in said
+            if f"{role}_token_id" in generation_config
         }
-        generation.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        generation.write_text(json.dumps(generation_config, indent=2) + "\n", encoding="utf-8")
 
 
-def same_tokens(models: Mapping[str, Layout]) -> None:
+def require_same_tokens(models: Mapping[str, CheckpointLayout]) -> None:
     """Check that all models with a tokenizer have the same tokens with the same ids.
 
     ModelError that names a token with different ids in two models.
     """
     known = {
-        name: tokens_of(definition_of(layout), layout)
+        name: get_token_ids(read_definition(layout), layout)
         for name, layout in models.items()
         if (layout.path / "tokenizer.json").exists()
     }
@@ -122,16 +122,17 @@ def same_tokens(models: Mapping[str, Layout]) -> None:
             ),
             ("", (None, None)),
         )
-        told = " and ".join(
+        ids_by_model = " and ".join(
             f"{i} in {who}" if i is not None else f"none in {who}" for i, who in zip(ids, (first[0], name), strict=True)
         )
         raise ModelError(
-            f"the vocabularies of {first[0]} and {name} differ: the token {token!r} is {told}; rows of different"
+            f"the vocabularies of {first[0]} and {name} differ: the token {token!r} is {ids_by_model}; rows of"
+            " different"
             " tokens would be merged. Set tokenizer_source: union, base or a model"
         )
 
 
-def definition_of(layout: Layout) -> dict[str, Any]:
+def read_definition(layout: CheckpointLayout) -> dict[str, Any]:
     """Read tokenizer.json, without added tokens beyond the embedding's rows. ModelError if there is none."""
     if not (layout.path / "tokenizer.json").exists():
         raise ModelError(f"{layout.name}: has no tokenizer.json, which tokenizer_source requires")
@@ -149,18 +150,18 @@ def definition_of(layout: Layout) -> dict[str, Any]:
             f"{layout.path}/tokenizer.json: is not a valid tokenizer (it needs a model, and added_tokens with id and"
             " content); copy or download it again"
         )
-    definition["added_tokens"] = [one for one in added if not layout.vocabulary or one["id"] < layout.vocabulary]
+    definition["added_tokens"] = [one for one in added if not layout.vocab_size or one["id"] < layout.vocab_size]
     return definition
 
 
-def tokens_of(definition: Mapping[str, Any], layout: Layout) -> dict[str, int]:
+def get_token_ids(definition: Mapping[str, Any], layout: CheckpointLayout) -> dict[str, int]:
     """Return ids by token. ModelError for an unsupported kind of vocabulary."""
     found = definition["model"].get("vocab")
     if isinstance(found, list):  # Unigram: [token, score]
         found = {one[0]: at for at, one in enumerate(found)}
     if not isinstance(found, dict):
         raise ModelError(f"{layout.name}: tokenizer.json holds no supported vocabulary")
-    most = layout.vocabulary
+    most = layout.vocab_size
     return {
         token: at
         for token, at in {**found, **{one["content"]: one["id"] for one in definition["added_tokens"]}}.items()
@@ -168,22 +169,24 @@ def tokens_of(definition: Mapping[str, Any], layout: Layout) -> dict[str, int]:
     }
 
 
-def vocabulary_of(rule: TokenizerRule, base: str, order: Sequence[str], models: Mapping[str, Layout]) -> Vocabulary:
+def merge_vocabularies(
+    rule: TokenizerRule, base: str, order: Sequence[str], models: Mapping[str, CheckpointLayout]
+) -> MergedVocabulary:
     """Build the result's vocabulary and where its rows come from.
 
     Errors: UserError for rules with an unknown token or model; ModelError for tokenizers that cannot be combined.
     """
-    definitions = {name: definition_of(models[name]) for name in order}
-    known = {name: tokens_of(definition, models[name]) for name, definition in definitions.items()}
+    definitions = {name: read_definition(models[name]) for name in order}
+    known = {name: get_token_ids(definition, models[name]) for name, definition in definitions.items()}
     chosen = base if rule.source in ("union", "base") else rule.source
     definition = json.loads(json.dumps(definitions[chosen]))
     tokens = dict(known[chosen])
     if rule.source == "union":
         for name in order:
-            _join(definition, tokens, definitions[name], known[name], name)
+            _add_model_tokens(definition, tokens, definitions[name], known[name], name)
     for token in rule.tokens:
         if token not in tokens:
-            _add(
+            _add_token(
                 definition,
                 tokens,
                 token,
@@ -209,14 +212,14 @@ def vocabulary_of(rule: TokenizerRule, base: str, order: Sequence[str], models: 
             wanted is not None
             and wanted.token_id is not None
             and wanted.model in models
-            and not 0 <= wanted.token_id < models[wanted.model].vocabulary
+            and not 0 <= wanted.token_id < models[wanted.model].vocab_size
         ):
             raise UserError(
-                f"tokenizer.tokens.{token}: {wanted.model} has {models[wanted.model].vocabulary} rows, so no row for"
+                f"tokenizer.tokens.{token}: {wanted.model} has {models[wanted.model].vocab_size} rows, so no row for"
                 f" token {wanted.token_id}"
             )
     spare = {
-        row: _spare(token, rule, base, order, known)
+        row: _find_substitutes(token, rule, base, order, known)
         for token, row in tokens.items()
         if token in rule.tokens or any(take[name][row] < 0 for name in order)
     }
@@ -227,10 +230,10 @@ def vocabulary_of(rule: TokenizerRule, base: str, order: Sequence[str], models: 
     changed = tokens != known[chosen] or definition["added_tokens"] != read_json(
         models[chosen].path / "tokenizer.json"
     ).get("added_tokens", [])
-    return Vocabulary(count, rows, take, spare, models[chosen].path, definition if changed else None)
+    return MergedVocabulary(count, rows, take, spare, models[chosen].path, definition if changed else None)
 
 
-def _spare(
+def _find_substitutes(
     token: str, rule: TokenizerRule, base: str, order: Sequence[str], known: Mapping[str, Mapping[str, int]]
 ) -> tuple[tuple[str, int], ...]:
     """Return the substitute rows of a token for models that lack it: by its rule; of the only model that has it; of
@@ -261,7 +264,7 @@ def _spare(
     return tuple(having if len(having) < 2 or not of_base else of_base)
 
 
-def _join(
+def _add_model_tokens(
     definition: dict[str, Any], tokens: dict[str, int], other: Mapping[str, Any], known: Mapping[str, int], name: str
 ) -> None:
     """Add another model's tokens, in the order of their ids."""
@@ -273,10 +276,10 @@ def _join(
             " be extended by them; set tokenizer_source: base, or a model"
         )
     for _, token in fresh:
-        _add(definition, tokens, token, added.get(token))
+        _add_token(definition, tokens, token, added.get(token))
 
 
-def _add(definition: dict[str, Any], tokens: dict[str, int], token: str, added: Mapping[str, Any] | None) -> None:
+def _add_token(definition: dict[str, Any], tokens: dict[str, int], token: str, added: Mapping[str, Any] | None) -> None:
     """Add one token with the next id; also as an added token, matched before tokenization, if `added` describes it."""
     at = max(tokens.values()) + 1
     tokens[token] = at
@@ -291,7 +294,7 @@ def _add(definition: dict[str, Any], tokens: dict[str, int], token: str, added: 
         definition["added_tokens"].append({**added, "id": at})
 
 
-def check_written(out: Path, vocabulary: Vocabulary) -> None:
+def check_token_ids(out: Path, vocabulary: MergedVocabulary) -> None:
     """Check that the written tokenizer has the ids that rows were made for.
 
     ModelError that names a token with another id.

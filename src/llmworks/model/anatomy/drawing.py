@@ -23,7 +23,7 @@ class _Column:
     def middle(self) -> float:
         return self.x + LEFT + BOX / 2
 
-    def text(self, lines: list[str], *, bold: bool = False) -> None:
+    def add_text(self, lines: list[str], *, bold: bool = False) -> None:
         """Add lines without a box."""
         for line in lines:
             style = 'font-size="13" font-weight="600"' if bold else 'font-size="11.5"'
@@ -33,12 +33,12 @@ class _Column:
             self.y += 17
         self.y += 3
 
-    def arrow(self) -> None:
+    def add_arrow(self) -> None:
         """Add an arrow down to the next box."""
         self.parts.append(f'<path d="M{self.middle} {self.y}v{GAP - 4}" stroke="#475569" marker-end="url(#tip)"/>')
         self.y += GAP
 
-    def box(self, title: str, lines: list[str], tint: str) -> None:
+    def add_box(self, title: str, lines: list[str], tint: str) -> None:
         """Add a box for one part."""
         height = 22 + 14 * len(lines)
         self.parts.append(
@@ -56,9 +56,9 @@ class _Column:
             )
         self.y += height
 
-    def added(self, begin: float) -> None:
+    def add_residual(self, begin: float) -> None:
         """Add a residual connection that starts at `begin` and is summed here."""
-        self.arrow()
+        self.add_arrow()
         y, side = self.y + 9, self.x + LEFT - 22
         self.parts.append(
             f'<circle cx="{self.middle}" cy="{y}" r="9" fill="#fff" stroke="#475569"/><path d="M{self.middle - 5}'
@@ -71,7 +71,7 @@ class _Column:
         self.y += 18
 
 
-def _order(shape: Shape) -> list[str]:
+def _describe_positions(shape: Shape) -> list[str]:
     """Return the lines that describe the position encoding."""
     if shape.position_embedding_type != "rope":
         return [
@@ -91,17 +91,17 @@ def _order(shape: Shape) -> list[str]:
     )
 
 
-def _attention(shape: Shape) -> list[str]:
+def _describe_attention(shape: Shape) -> list[str]:
     kind = (
         "multi-head"
-        if shape.groups == shape.num_attention_heads
+        if shape.num_kv_heads == shape.num_attention_heads
         else "multi-query"
-        if shape.groups == 1
+        if shape.num_kv_heads == 1
         else "grouped-query"
     )
     lines = [
-        f"{shape.num_attention_heads} query heads of {shape.per_head}, {shape.groups} key-value ({kind})",
-        *(_order(shape) if shape.position_embedding_type in ("rope", "alibi") else []),
+        f"{shape.num_attention_heads} query heads of {shape.head_size}, {shape.num_kv_heads} key-value ({kind})",
+        *(_describe_positions(shape) if shape.position_embedding_type in ("rope", "alibi") else []),
     ]
     if shape.sliding_window:
         lines.append(
@@ -115,10 +115,10 @@ def _attention(shape: Shape) -> list[str]:
     return lines + (["QK-norm"] if shape.use_qk_norm else [])
 
 
-def _feed_forward(shape: Shape) -> tuple[str, list[str]]:
-    bend = {"silu": "SiLU", "gelu": "GELU", "gelu_pytorch_tanh": "GELU (tanh)"}[shape.hidden_act]
-    kind = {"silu": "SwiGLU"}.get(shape.hidden_act, "GeGLU") if shape.gated_mlp else bend
-    lines = [f"{shape.hidden_size:,} → {shape.inner:,} → {shape.hidden_size:,}, {kind}"]
+def _describe_feed_forward(shape: Shape) -> tuple[str, list[str]]:
+    activation = {"silu": "SiLU", "gelu": "GELU", "gelu_pytorch_tanh": "GELU (tanh)"}[shape.hidden_act]
+    kind = {"silu": "SwiGLU"}.get(shape.hidden_act, "GeGLU") if shape.gated_mlp else activation
+    lines = [f"{shape.hidden_size:,} → {shape.inner_size:,} → {shape.hidden_size:,}, {kind}"]
     return (
         (
             "Mixture of experts",
@@ -129,36 +129,36 @@ def _feed_forward(shape: Shape) -> tuple[str, list[str]]:
     )
 
 
-def _block(column: _Column, shape: Shape) -> None:
+def _draw_block(column: _Column, shape: Shape) -> None:
     norm = {"rms": "RMSNorm", "layer": "LayerNorm"}[shape.norm]
-    feed = _feed_forward(shape)
-    for title, lines, tint in (("Attention", _attention(shape), "attention"), (*feed, "feed")):
+    feed = _describe_feed_forward(shape)
+    for title, lines, tint in (("Attention", _describe_attention(shape), "attention"), (*feed, "feed")):
         begin = column.y + 4
-        column.arrow()
+        column.add_arrow()
         if shape.norm_position != "post":
-            column.box(norm, [], "norm")
-            column.arrow()
-        column.box(title, lines, tint)
+            column.add_box(norm, [], "norm")
+            column.add_arrow()
+        column.add_box(title, lines, tint)
         if shape.norm_position == "sandwich":
-            column.arrow()
-            column.box(norm, [], "norm")
-        column.added(begin)
+            column.add_arrow()
+            column.add_box(norm, [], "norm")
+        column.add_residual(begin)
         if shape.norm_position == "post":
-            column.arrow()
-            column.box(norm, [], "norm")
+            column.add_arrow()
+            column.add_box(norm, [], "norm")
 
 
-def _column(name: str, shape: Shape | RecurrentShape, x: float) -> _Column:
+def _draw_column(name: str, shape: Shape | RecurrentShape, x: float) -> _Column:
     width = shape.hidden_size if isinstance(shape, Shape) else shape.embedding_dim
     column = _Column(x, 6)
-    column.text([name], bold=True)
-    column.arrow()
-    column.box(
+    column.add_text([name], bold=True)
+    column.add_arrow()
+    column.add_box(
         "Embedding",
         [
             f"{shape.vocab_size:,} tokens → {width:,} dimensions",
             *(
-                _order(shape)
+                _describe_positions(shape)
                 if isinstance(shape, Shape) and shape.position_embedding_type not in ("rope", "alibi")
                 else []
             ),
@@ -168,7 +168,7 @@ def _column(name: str, shape: Shape | RecurrentShape, x: float) -> _Column:
     if isinstance(shape, Shape):
         top = column.y + 8
         column.y += 8
-        _block(column, shape)
+        _draw_block(column, shape)
         column.y += 10
         column.parts.insert(
             0,
@@ -180,25 +180,28 @@ def _column(name: str, shape: Shape | RecurrentShape, x: float) -> _Column:
             f" {shape.num_hidden_layers}</text>"
         )
         if shape.norm_position != "post":
-            column.arrow()
-            column.box({"rms": "RMSNorm", "layer": "LayerNorm"}[shape.norm], [], "norm")
+            column.add_arrow()
+            column.add_box({"rms": "RMSNorm", "layer": "LayerNorm"}[shape.norm], [], "norm")
     elif shape.rnn_type == "mlp":
-        column.arrow()
-        column.box(
+        column.add_arrow()
+        column.add_box(
             "Window",
-            [f"the last {shape.reach} tokens: {shape.reach * shape.embedding_dim:,} → {shape.inner:,}, tanh"],
+            [
+                f"the last {shape.window_tokens} tokens: {shape.window_tokens * shape.embedding_dim:,} →"
+                f" {shape.inner_size:,}, tanh"
+            ],
             "state",
         )
     else:
         for _ in range(shape.num_hidden_layers):
-            column.arrow()
-            column.box(
+            column.add_arrow()
+            column.add_box(
                 shape.rnn_type.upper(),
-                [f"{'two states' if shape.rnn_type == 'lstm' else 'state'} of {shape.inner:,} dimensions"],
+                [f"{'two states' if shape.rnn_type == 'lstm' else 'state'} of {shape.inner_size:,} dimensions"],
                 "state",
             )
-    column.arrow()
-    column.box(
+    column.add_arrow()
+    column.add_box(
         "Head",
         [f"{width:,} → {shape.vocab_size:,} logits" + (", tied to the embedding" if shape.tie_word_embeddings else "")],
         "table",
@@ -208,7 +211,7 @@ def _column(name: str, shape: Shape | RecurrentShape, x: float) -> _Column:
 
 def draw(shapes: dict[str, Shape | RecurrentShape]) -> str:
     """Draw models side by side as one SVG."""
-    columns = [_column(name, shape, i * WIDTH) for i, (name, shape) in enumerate(shapes.items())]
+    columns = [_draw_column(name, shape, i * WIDTH) for i, (name, shape) in enumerate(shapes.items())]
     wide, high = WIDTH * len(columns), max(column.y for column in columns) + 10
     tip = (
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7"'

@@ -29,8 +29,8 @@ OUTER_NAMES: tuple[tuple[str, str], ...] = (
 )
 
 BIAS_NAMES: tuple[tuple[str, str], ...] = tuple((f"attn_{x}.bias", f"self_attn.{x}_proj.bias") for x in "qkv")
-HEAD_NORMS = (("attn_q_norm.weight", "self_attn.q_norm.weight"), ("attn_k_norm.weight", "self_attn.k_norm.weight"))
-AROUND = (
+QK_NORMS = (("attn_q_norm.weight", "self_attn.q_norm.weight"), ("attn_k_norm.weight", "self_attn.k_norm.weight"))
+SANDWICH_NORMS = (
     ("post_attention_norm.weight", "post_attention_layernorm.weight"),
     ("ffn_norm.weight", "pre_feedforward_layernorm.weight"),
     ("post_ffw_norm.weight", "post_feedforward_layernorm.weight"),
@@ -38,32 +38,32 @@ AROUND = (
 
 
 @dataclass(frozen=True)
-class Layout:
+class GgufLayout:
     """Layout of one architecture: GGUF name, class in config.json, tensor names in a block (GGUF, Hugging Face).
 
     `interleaved`: rows of Q and K are in pairs; `unit_offset`: Hugging Face norm weights are those of GGUF minus one.
     """
 
     architecture: str
-    model: str
+    model_class: str
     names: tuple[tuple[str, str], ...]
     interleaved: bool = False
-    from_zero: bool = False
+    unit_offset: bool = False
 
 
 FUSED = (("attn_qkv.weight", "self_attn.qkv_proj.weight"), ("ffn_up.weight", "mlp.gate_up_proj.weight"))
-LAYOUTS: dict[str, Layout] = {  # by model_type
-    "llama": Layout("llama", "LlamaForCausalLM", BLOCK_NAMES, interleaved=True),
-    "mistral": Layout("llama", "MistralForCausalLM", BLOCK_NAMES, interleaved=True),
-    "qwen2": Layout("qwen2", "Qwen2ForCausalLM", (*BLOCK_NAMES, *BIAS_NAMES)),
-    "qwen3": Layout("qwen3", "Qwen3ForCausalLM", (*BLOCK_NAMES, *HEAD_NORMS)),
-    "gemma3_text": Layout(
+LAYOUTS: dict[str, GgufLayout] = {  # by model_type
+    "llama": GgufLayout("llama", "LlamaForCausalLM", BLOCK_NAMES, interleaved=True),
+    "mistral": GgufLayout("llama", "MistralForCausalLM", BLOCK_NAMES, interleaved=True),
+    "qwen2": GgufLayout("qwen2", "Qwen2ForCausalLM", (*BLOCK_NAMES, *BIAS_NAMES)),
+    "qwen3": GgufLayout("qwen3", "Qwen3ForCausalLM", (*BLOCK_NAMES, *QK_NORMS)),
+    "gemma3_text": GgufLayout(
         "gemma3",
         "Gemma3ForCausalLM",
-        (*(pair for pair in BLOCK_NAMES if pair[0] != "ffn_norm.weight"), *HEAD_NORMS, *AROUND),
-        from_zero=True,
+        (*(pair for pair in BLOCK_NAMES if pair[0] != "ffn_norm.weight"), *QK_NORMS, *SANDWICH_NORMS),
+        unit_offset=True,
     ),
-    "phi3": Layout(
+    "phi3": GgufLayout(
         "phi3",
         "Phi3ForCausalLM",
         (
@@ -76,13 +76,15 @@ LAYOUTS: dict[str, Layout] = {  # by model_type
         ),
     ),
 }
-KINDS = {layout.architecture: kind for kind, layout in reversed(LAYOUTS.items())}  # model_type by a file's architecture
+MODEL_TYPES = {
+    layout.architecture: kind for kind, layout in reversed(LAYOUTS.items())
+}  # model_type by a file's architecture
 
 # GGUF `tokenizer.ggml.token_type` values
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
-def to_gguf_name(name: str, kind: str = "llama") -> str | None:
+def to_gguf_name(name: str, model_type: str = "llama") -> str | None:
     """Return the GGUF name of a Hugging Face parameter, or None when the architecture's layout does not have it.
 
     Matrices have the same names in all architectures but phi3.
@@ -92,26 +94,26 @@ def to_gguf_name(name: str, kind: str = "llama") -> str | None:
             return gguf_name
     if name.startswith("model.layers."):
         index, _, rest = name.removeprefix("model.layers.").partition(".")
-        for gguf_name, hf_name in LAYOUTS[kind].names:
+        for gguf_name, hf_name in LAYOUTS[model_type].names:
             if rest == hf_name:
                 return f"blk.{index}.{gguf_name}"
     return None
 
 
-def to_hf_name(name: str, kind: str = "llama") -> str | None:
+def to_hf_name(name: str, model_type: str = "llama") -> str | None:
     """Return the Hugging Face name of a GGUF tensor, or None for derived data (such as `rope_freqs.weight`)."""
     for gguf_name, hf_name in OUTER_NAMES:
         if name == gguf_name:
             return hf_name
     if name.startswith("blk."):
         index, _, rest = name.removeprefix("blk.").partition(".")
-        for gguf_name, hf_name in LAYOUTS[kind].names:
+        for gguf_name, hf_name in LAYOUTS[model_type].names:
             if rest == gguf_name:
                 return f"model.layers.{index}.{hf_name}"
     return None
 
 
-def heads_of(name: str, heads: int, kv_heads: int) -> int | None:
+def get_interleaved_heads(name: str, heads: int, kv_heads: int) -> int | None:
     """Return the number of heads whose rows are interleaved in this tensor, or None for a tensor stored as it is."""
     if name.endswith(("attn_q.weight", "q_proj.weight")):
         return heads

@@ -12,17 +12,17 @@ from tokenizers.models import BPE
 from llmworks.core.errors import ModelError
 from llmworks.model.gguf.layout import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
-QWEN_WORDS = (
+QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LLAMA_WORDS = QWEN_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-PRE = ("smollm", "gpt-2", "qwen2", "llama-bpe")  # pre-tokenizers, as llama.cpp names them
+LLAMA_PATTERN = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+PRE_TOKENIZERS = ("smollm", "gpt-2", "qwen2", "llama-bpe")  # pre-tokenizers, as llama.cpp names them
 
 
-def pre_tokenizer_of(name: str) -> Any:
+def make_pre_tokenizer(name: str) -> Any:
     """Return the pre-tokenizer for byte-level BPE."""
     if name in ("qwen2", "llama-bpe"):
-        split = pre_tokenizers.Split(Regex(QWEN_WORDS if name == "qwen2" else LLAMA_WORDS), behavior="isolated")
+        split = pre_tokenizers.Split(Regex(QWEN_PATTERN if name == "qwen2" else LLAMA_PATTERN), behavior="isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     return (
@@ -35,18 +35,18 @@ def pre_tokenizer_of(name: str) -> Any:
 def write_tokenizer(meta: dict[str, Any], out: Path) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`."""
     build_tokenizer(meta).save(str(out / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer_options(meta)}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **build_tokenizer_options(meta)}
     (out / "tokenizer_config.json").write_text(
         json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
 
 
-def tokenizer_of(meta: dict[str, Any]) -> Any:
+def build_transformers_tokenizer(meta: dict[str, Any]) -> Any:
     """Build the transformers tokenizer, chat template included, from GGUF metadata without writing a file."""
     from transformers import PreTrainedTokenizerFast
 
     make: Any = PreTrainedTokenizerFast
-    return make(tokenizer_object=build_tokenizer(meta), **tokenizer_options(meta))
+    return make(tokenizer_object=build_tokenizer(meta), **build_tokenizer_options(meta))
 
 
 def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
@@ -57,7 +57,7 @@ def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
     kind = meta.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise ModelError(f"the GGUF tokenizer {kind!r} is not supported, only 'gpt2' and 'llama'")
-    tokenizer = _pieces(meta) if kind == "llama" else _bytes(meta)
+    tokenizer = _build_sentencepiece(meta) if kind == "llama" else _build_byte_level(meta)
     tokenizer.add_tokens(
         [
             AddedToken(token, special=one == CONTROL, normalized=False)
@@ -66,7 +66,7 @@ def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
         ]
     )
     bos = meta.get("tokenizer.ggml.bos_token_id")
-    if bos is not None and adds_bos(meta):
+    if bos is not None and is_bos_added(meta):
         token = meta["tokenizer.ggml.tokens"][int(bos)]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{token} $A", pair=f"{token} $A $B", special_tokens=[(token, int(bos))]
@@ -74,13 +74,13 @@ def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def adds_bos(meta: dict[str, Any]) -> bool:
+def is_bos_added(meta: dict[str, Any]) -> bool:
     """Return whether a BOS token is prepended; by default as in llama.cpp."""
     usual = meta.get("tokenizer.ggml.model") == "llama" or meta.get("tokenizer.ggml.pre") == "llama-bpe"
     return bool(meta.get("tokenizer.ggml.add_bos_token", usual))
 
 
-def _pieces(meta: dict[str, Any]) -> Tokenizer:
+def _build_sentencepiece(meta: dict[str, Any]) -> Tokenizer:
     """Build SentencePiece BPE: merges ranked by score, with byte fallback."""
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
     scores, types = meta["tokenizer.ggml.scores"], meta["tokenizer.ggml.token_type"]
@@ -118,24 +118,24 @@ def _pieces(meta: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _bytes(meta: dict[str, Any]) -> Tokenizer:
+def _build_byte_level(meta: dict[str, Any]) -> Tokenizer:
     """Build byte-level BPE."""
     pre = meta.get("tokenizer.ggml.pre", "default")
-    if pre not in PRE:
-        raise ModelError(f"the GGUF pre-tokenizer {pre!r} is not supported, only {', '.join(PRE)}")
+    if pre not in PRE_TOKENIZERS:
+        raise ModelError(f"the GGUF pre-tokenizer {pre!r} is not supported, only {', '.join(PRE_TOKENIZERS)}")
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(
         BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, ignore_merges=pre == "llama-bpe")
     )
-    tokenizer.pre_tokenizer = pre_tokenizer_of(pre)
+    tokenizer.pre_tokenizer = make_pre_tokenizer(pre)
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def tokenizer_options(meta: dict[str, Any]) -> dict[str, Any]:
+def build_tokenizer_options(meta: dict[str, Any]) -> dict[str, Any]:
     """Return special tokens, maximum length and chat template for `tokenizer_config.json`."""
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
     named = {
@@ -152,7 +152,7 @@ def tokenizer_options(meta: dict[str, Any]) -> dict[str, Any]:
     options |= {
         "model_max_length": int(meta[f"{meta['general.architecture']}.context_length"]),
         "clean_up_tokenization_spaces": False,
-        "add_bos_token": adds_bos(meta),
+        "add_bos_token": is_bos_added(meta),
     }
     if "tokenizer.chat_template" in meta:
         options["chat_template"] = meta["tokenizer.chat_template"]

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from llmworks.core.errors import ModelError
-from llmworks.core.memory import trim
-from llmworks.model.io.families import STANDARDS, shape_of, standard_of
-from llmworks.model.io.weights import Stored, check_weights, refuse_scorer
-from llmworks.model.lowbit.checkpoint import plain, round_inputs, weights
-from llmworks.model.lowbit.integer import Whole
-from llmworks.model.lowbit.linear import LowBitLinear, low_bit_layer, put
+from llmworks.core.memory import trim_heap
+from llmworks.model.io.families import STANDARD_ARCHITECTURES, find_standard, parse_shape
+from llmworks.model.io.weights import StoredTensors, check_weights, require_causal_model
+from llmworks.model.lowbit.checkpoint import apply_input_quantization, iter_weights, to_dense
+from llmworks.model.lowbit.integer import IntegerMatrix
+from llmworks.model.lowbit.linear import LowBitLinear, make_low_bit_layer, replace_linear
 from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.tokenize.load import read_json
 
 
 def to_standard(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     """Convert the decoder's tensors to the names and layout of an architecture."""
-    names = STANDARDS[kind].names
+    names = STANDARD_ARCHITECTURES[kind].names
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if kind == "gpt2" and (
@@ -48,7 +48,7 @@ def to_standard(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 def from_standard(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     """Invert `to_standard`. The mask buffers of old GPT-2 files are dropped."""
-    names = {theirs: ours for ours, theirs in STANDARDS[kind].names.items()}
+    names = {theirs: ours for ours, theirs in STANDARD_ARCHITECTURES[kind].names.items()}
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if kind == "gpt2":
@@ -71,9 +71,9 @@ def from_standard(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]
     return out
 
 
-def rename_of(kind: str) -> Callable[[str], str]:
+def make_rename(kind: str) -> Callable[[str], str]:
     """Return a function from the decoder's module names to an architecture's names ("": the same names)."""
-    names = STANDARDS[kind].names if kind else {}
+    names = STANDARD_ARCHITECTURES[kind].names if kind else {}
 
     def rename(name: str) -> str:
         dotted = f"{name}."
@@ -93,51 +93,51 @@ def load_decoder(path: Path, *, low_bit: bool = False) -> DecoderForCausalLM:
     of another shape, by name.
     """
     check_weights(path)
-    refuse_scorer(path)
+    require_causal_model(path)
     config = read_json(path / "config.json")
-    kind, shape = shape_of(config)
+    kind, shape = parse_shape(config)
     method = config.get("quantization_config")
     with torch.device("meta"):
         model = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found: dict[str, Any] = {}
+    expected_shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors: dict[str, Any] = {}
     quantized: set[str] = set()
-    for name, what in weights(Stored(path), method) if method else Stored(path).items():
+    for name, what in iter_weights(StoredTensors(path), method) if method else StoredTensors(path).items():
         if not isinstance(what, Tensor):
             quantized.add(name.removesuffix(".weight"))
-        whole = low_bit_layer(what) if low_bit and kind != "gpt2" and isinstance(what, Whole) else None
-        one: Any = whole or plain(what)
-        found |= from_standard({name: one}, kind) if kind else {name: one}
+        whole = make_low_bit_layer(what) if low_bit and kind != "gpt2" and isinstance(what, IntegerMatrix) else None
+        one: Any = whole or to_dense(what)
+        tensors |= from_standard({name: one}, kind) if kind else {name: one}
         if not isinstance(what, Tensor):
-            trim()  # else fragmentation from unpacking doubles the memory in use
-    if shape.tie_word_embeddings and "decoder.embedding.weight" in found:
-        check_tied(path, found)
-        found["head.weight"] = found["decoder.embedding.weight"]
+            trim_heap()  # else fragmentation from unpacking doubles the memory in use
+    if shape.tie_word_embeddings and "decoder.embedding.weight" in tensors:
+        check_tied_head(path, tensors)
+        tensors["head.weight"] = tensors["decoder.embedding.weight"]
     _check_shapes(
         path,
-        {name: what.shape if isinstance(what, LowBitLinear) else tuple(what.shape) for name, what in found.items()},
-        wanted,
+        {name: what.shape if isinstance(what, LowBitLinear) else tuple(what.shape) for name, what in tensors.items()},
+        expected_shapes,
     )
     model.load_state_dict(
-        {name: what for name, what in found.items() if isinstance(what, Tensor)}, assign=True, strict=False
+        {name: what for name, what in tensors.items() if isinstance(what, Tensor)}, assign=True, strict=False
     )
     if shape.tie_word_embeddings:
         model.head.weight = model.decoder.embedding.weight
-    for name, layer in found.items():
+    for name, layer in tensors.items():
         if isinstance(layer, LowBitLinear):
-            put(model, name.removesuffix(".weight"), layer)
+            replace_linear(model, name.removesuffix(".weight"), layer)
     model.train(False)
     if method:
-        round_inputs(model, method, rename_of(kind), quantized)
+        apply_input_quantization(model, method, make_rename(kind), quantized)
     return model
 
 
-def check_tied(path: Path, found: Mapping[str, Any]) -> None:
+def check_tied_head(path: Path, tensors: Mapping[str, Any]) -> None:
     """Check that a separate head in the files equals the embedding where the config ties them.
 
     ModelError where they differ, since programs disagree on which one to use.
     """
-    head, embedding = found.get("head.weight"), found["decoder.embedding.weight"]
+    head, embedding = tensors.get("head.weight"), tensors["decoder.embedding.weight"]
     if head is not None and head is not embedding and not (isinstance(head, Tensor) and torch.equal(head, embedding)):
         raise ModelError(
             f"{path}: config.json has tie_word_embeddings, but the files hold an embedding and a different head; set it"
@@ -145,11 +145,13 @@ def check_tied(path: Path, found: Mapping[str, Any]) -> None:
         )
 
 
-def _check_shapes(path: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], expected_shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     """Check that the weights match the config. ModelError for the first mismatch."""
     for problem, names in (
-        ("is missing", sorted(set(wanted) - set(found))),
-        ("has unexpected", sorted(set(found) - set(wanted))),
+        ("is missing", sorted(set(expected_shapes) - set(shapes))),
+        ("has unexpected", sorted(set(shapes) - set(expected_shapes))),
     ):
         if names:
             raise ModelError(
@@ -157,9 +159,9 @@ def _check_shapes(path: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapp
                 + (f" and {len(names) - 1} more" if len(names) > 1 else "")
                 + " (decoder tensor names); the weights and config.json do not match"
             )
-    for name, shape in wanted.items():
-        if found[name] != shape:
-            raise ModelError(f"{path}: {name} has shape {found[name]}, config.json requires {shape}")
+    for name, shape in expected_shapes.items():
+        if shapes[name] != shape:
+            raise ModelError(f"{path}: {name} has shape {shapes[name]}, config.json requires {shape}")
 
 
 def save_decoder(model: DecoderForCausalLM, out: Path, *, token_ids: Mapping[str, Any] | None = None) -> str:
@@ -170,7 +172,7 @@ def save_decoder(model: DecoderForCausalLM, out: Path, *, token_ids: Mapping[str
     """
     from safetensors.torch import save_file
 
-    kind = standard_of(model.shape)
+    kind = find_standard(model.shape)
     tensors = {
         name: tensor.detach().contiguous()
         for name, tensor in model.state_dict().items()
@@ -179,9 +181,9 @@ def save_decoder(model: DecoderForCausalLM, out: Path, *, token_ids: Mapping[str
     if kind:
         tensors = to_standard(tensors, kind)
         config = {
-            "architectures": [STANDARDS[kind].architecture],
+            "architectures": [STANDARD_ARCHITECTURES[kind].architecture],
             "model_type": kind,
-            **STANDARDS[kind].write(model.shape),
+            **STANDARD_ARCHITECTURES[kind].write(model.shape),
         }
     else:
         config = {

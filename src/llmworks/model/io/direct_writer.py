@@ -10,12 +10,12 @@ import os
 import shutil
 from pathlib import Path
 
-ALIGNED = 4096  # alignment of O_DIRECT writes, in the file and in memory
-ROOM = 4 << 20  # bytes per write
-DIRECT = getattr(os, "O_DIRECT", 0)
+ALIGNMENT = 4096  # alignment of O_DIRECT writes, in the file and in memory
+BUFFER_SIZE = 4 << 20  # bytes per write
+O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
-class Draft:
+class DirectWriter:
     """A file of `size` bytes that is written piece by piece.
 
     Nothing is guaranteed to be on disk before `finish`. OSError on creation when the disk has too little space.
@@ -24,14 +24,14 @@ class Draft:
     def __init__(self, path: Path, size: int) -> None:
         self._path, self._size = path, size
         self._filled = 0
-        self._room = mmap.mmap(-1, ROOM)  # page-aligned
-        self._view = memoryview(self._room)
+        self._buffer = mmap.mmap(-1, BUFFER_SIZE)  # page-aligned
+        self._view = memoryview(self._buffer)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._reserve()
-        if size >= ROOM:
-            self._past(True)
+        self._preallocate()
+        if size >= BUFFER_SIZE:
+            self._set_direct(True)
 
-    def _reserve(self) -> None:
+    def _preallocate(self) -> None:
         """Preallocate the file: a full disk is noticed early, and writing is cheaper than growing block by block.
 
         Not all file systems support it.
@@ -44,17 +44,17 @@ class Draft:
             os.posix_fallocate(self._file, 0, self._size)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                self.drop()
+                self.discard()
                 raise OSError(
                     error.errno,
                     "no space left" if error.errno != errno.EFBIG else "file too large for this file system",
                     str(self._path.parent),
                 ) from error
 
-    def _past(self, wanted: bool) -> bool:
+    def _set_direct(self, wanted: bool) -> bool:
         """Switch O_DIRECT on or off from here on; return whether it changed."""
         before = fcntl.fcntl(self._file, fcntl.F_GETFL)
-        after = before | DIRECT if wanted else before & ~DIRECT
+        after = before | O_DIRECT if wanted else before & ~O_DIRECT
         with contextlib.suppress(OSError):  # file systems without O_DIRECT
             fcntl.fcntl(self._file, fcntl.F_SETFL, after)
         return after != before
@@ -63,12 +63,12 @@ class Draft:
         """Append bytes."""
         left = memoryview(data)
         while left:
-            count = min(len(left), ROOM - self._filled)
+            count = min(len(left), BUFFER_SIZE - self._filled)
             self._view[self._filled : self._filled + count] = left[:count]
             self._filled += count
             left = left[count:]
-            if self._filled == ROOM:
-                self._flush(ROOM)
+            if self._filled == BUFFER_SIZE:
+                self._flush(BUFFER_SIZE)
 
     def _flush(self, count: int) -> None:
         """Write the buffered bytes."""
@@ -77,22 +77,22 @@ class Draft:
             try:
                 done = os.write(self._file, left)
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._past(False):
+                if error.errno != errno.EINVAL or not self._set_direct(False):
                     raise
                 continue
             left = left[done:]
-            if done % ALIGNED:
-                self._past(False)
+            if done % ALIGNMENT:
+                self._set_direct(False)
         self._filled = 0
 
     def finish(self) -> None:
         """Write the rest and sync the file to disk."""
-        self._past(False)
+        self._set_direct(False)
         self._flush(self._filled)
         os.fsync(self._file)
         self._close()
 
-    def drop(self) -> None:
+    def discard(self) -> None:
         """Delete the file."""
         self._path.unlink(missing_ok=True)
         self._close()
@@ -101,4 +101,4 @@ class Draft:
         os.close(self._file)
         with contextlib.suppress(BufferError):  # a failed write still references the view while its error is handled
             self._view.release()
-            self._room.close()
+            self._buffer.close()

@@ -52,8 +52,8 @@ GPT2_NAMES = {
     ".feed_forward.up.": ".mlp.c_fc.",
     ".feed_forward.down.": ".mlp.c_proj.",
 }
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
-OURS = {
+HF_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
+OWN_ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -63,17 +63,17 @@ OURS = {
 
 
 @dataclass(frozen=True)
-class Standard:
+class StandardArchitecture:
     """One architecture: its class in config.json, its tensor names, and functions that read and write its config."""
 
     architecture: str
     names: Mapping[str, str]
     read: Callable[[Json], Json]  # shape fields besides the common ones
     write: Callable[[Shape], Json]
-    is_shape: Callable[[Shape], bool]
+    matches: Callable[[Shape], bool]
 
 
-def _rope(config: Json, layers: str = "") -> Json:
+def _read_rope(config: Json, layers: str = "") -> Json:
     """Read the RoPE parameters of a config, in either of transformers' formats."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if layers and isinstance(given, dict) and layers in given:
@@ -110,7 +110,7 @@ def _rope(config: Json, layers: str = "") -> Json:
     return rope
 
 
-def _rope_out(rope: Rope, context: int) -> Json:
+def _write_rope(rope: Rope, context: int) -> Json:
     kinds = {"default": "default", "linear": "linear", "yarn": "yarn", "llama3": "llama3"}
     out: Json = {"rope_type": kinds[rope.rope_type], "rope_theta": rope.rope_theta}
     if rope.rope_type != "default":
@@ -129,41 +129,43 @@ SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"
 SAME = (*SIZES, "intermediate_size", "max_position_embeddings")
 
 
-def _common(config: Json) -> Json:
+def _read_common(config: Json) -> Json:
     """Read the fields that have the same names in all architectures but GPT-2."""
     heads = config["num_attention_heads"]
     activation = config.get("hidden_act") or config.get("hidden_activation")
-    if activation not in OURS:
-        raise ModelError(f"config.json: the activation {activation!r} is not supported; supported: {', '.join(OURS)}")
+    if activation not in OWN_ACTIVATIONS:
+        raise ModelError(
+            f"config.json: the activation {activation!r} is not supported; supported: {', '.join(OWN_ACTIVATIONS)}"
+        )
     return {name: config[name] for name in SAME} | {
         "num_key_value_heads": config.get("num_key_value_heads") or heads,
         "head_dim": config.get("head_dim") or 0,
         "norm_eps": config["rms_norm_eps"],
-        "hidden_act": OURS[activation],
+        "hidden_act": OWN_ACTIVATIONS[activation],
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
     }
 
 
-def _common_out(shape: Shape) -> Json:
+def _write_common(shape: Shape) -> Json:
     return {name: getattr(shape, name) for name in SAME} | {
-        "num_key_value_heads": shape.groups,
-        "head_dim": shape.per_head,
-        "intermediate_size": shape.inner,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_size,
+        "intermediate_size": shape.inner_size,
         "rms_norm_eps": shape.norm_eps,
-        "hidden_act": ACTIVATIONS[shape.hidden_act],
+        "hidden_act": HF_ACTIVATIONS[shape.hidden_act],
         "tie_word_embeddings": shape.tie_word_embeddings,
-        "rope_parameters": _rope_out(shape.rope_parameters, shape.max_position_embeddings),
+        "rope_parameters": _write_rope(shape.rope_parameters, shape.max_position_embeddings),
         "attention_dropout": 0.0,
     }
 
 
-def _llama(config: Json) -> Json:
+def _read_llama(config: Json) -> Json:
     if bool(config.get("attention_bias")) != bool(config.get("mlp_bias")):
         raise ModelError("config.json: attention_bias without mlp_bias (or the reverse) is not supported")
-    return {"rope_parameters": _rope(config), "bias": "all" if config.get("attention_bias") else "none"}
+    return {"rope_parameters": _read_rope(config), "bias": "all" if config.get("attention_bias") else "none"}
 
 
-def _windowed(config: Json) -> Json:
+def _read_sliding_window(config: Json) -> Json:
     """Read Qwen's sliding window, which only the later layers may have."""
     kinds = set(config.get("layer_types") or ())
     if len(kinds) > 1:
@@ -180,7 +182,7 @@ def _windowed_out(shape: Shape) -> Json:
     return {"use_sliding_window": bool(window), "sliding_window": window or None, "max_window_layers": 0}
 
 
-def _gemma(config: Json) -> Json:
+def _read_gemma(config: Json) -> Json:
     layers = config.get("layer_types") or []
     pattern = config.get("sliding_window_pattern") or (
         layers.index("full_attention") + 1 if "full_attention" in layers else 6
@@ -201,25 +203,26 @@ def _gemma(config: Json) -> Json:
         "attention_multiplier": float(config["query_pre_attn_scalar"]) ** -0.5,
         "sliding_window": config["sliding_window"],
         "global_attn_every_n_layers": pattern,
-        "rope_parameters": _rope(config, "full_attention"),
+        "rope_parameters": _read_rope(config, "full_attention"),
         "local_rope_theta": float(local.get("rope_theta") or config.get("rope_local_base_freq") or 10_000.0),
         "tie_word_embeddings": config.get("tie_word_embeddings", True),
     }
 
 
-def _gemma_out(shape: Shape) -> Json:
-    out = _common_out(shape)
+def _write_gemma(shape: Shape) -> Json:
+    out = _write_common(shape)
     return out | {
         "hidden_activation": out.pop("hidden_act"),
         "query_pre_attn_scalar": round(shape.attention_multiplier**-2)
         if shape.attention_multiplier
-        else shape.per_head,
+        else shape.head_size,
         "sliding_window": shape.sliding_window,
         "layer_types": [
-            "sliding_attention" if shape.window_of(i) else "full_attention" for i in range(shape.num_hidden_layers)
+            "sliding_attention" if shape.get_sliding_window(i) else "full_attention"
+            for i in range(shape.num_hidden_layers)
         ],
         "rope_parameters": {
-            "full_attention": _rope_out(shape.rope_parameters, shape.max_position_embeddings),
+            "full_attention": _write_rope(shape.rope_parameters, shape.max_position_embeddings),
             "sliding_attention": {
                 "rope_type": "default",
                 "rope_theta": shape.local_rope_theta or shape.rope_parameters.rope_theta,
@@ -228,7 +231,7 @@ def _gemma_out(shape: Shape) -> Json:
     }
 
 
-def _gpt2(config: Json) -> Json:
+def _read_gpt2(config: Json) -> Json:
     if (
         config.get("scale_attn_by_inverse_layer_idx")
         or not config.get("scale_attn_weights", True)
@@ -247,23 +250,23 @@ def _gpt2(config: Json) -> Json:
         "norm": "layer",
         "norm_eps": config["layer_norm_epsilon"],
         "position_embedding_type": "learned",
-        "hidden_act": OURS[config["activation_function"]],
+        "hidden_act": OWN_ACTIVATIONS[config["activation_function"]],
         "gated_mlp": False,
         "bias": "all",
         "tie_word_embeddings": config.get("tie_word_embeddings", True),
     }
 
 
-def _gpt2_out(shape: Shape) -> Json:
+def _write_gpt2(shape: Shape) -> Json:
     return {
         "vocab_size": shape.vocab_size,
         "n_embd": shape.hidden_size,
         "n_layer": shape.num_hidden_layers,
         "n_head": shape.num_attention_heads,
-        "n_inner": shape.inner,
+        "n_inner": shape.inner_size,
         "n_positions": shape.max_position_embeddings,
         "layer_norm_epsilon": shape.norm_eps,
-        "activation_function": {**ACTIVATIONS, "gelu_pytorch_tanh": "gelu_new"}[shape.hidden_act],
+        "activation_function": {**HF_ACTIVATIONS, "gelu_pytorch_tanh": "gelu_new"}[shape.hidden_act],
         "tie_word_embeddings": shape.tie_word_embeddings,
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,
@@ -271,7 +274,7 @@ def _gpt2_out(shape: Shape) -> Json:
     }
 
 
-def _usual(shape: Shape) -> bool:
+def _is_llama_like(shape: Shape) -> bool:
     """Return whether a shape has what Llama-like models share: pre-norm RMSNorm, RoPE, gated MLP, no experts."""
     plain = (
         shape.norm == "rms"
@@ -287,45 +290,45 @@ def _usual(shape: Shape) -> bool:
     )
 
 
-STANDARDS: dict[str, Standard] = {
-    "llama": Standard(
+STANDARD_ARCHITECTURES: dict[str, StandardArchitecture] = {
+    "llama": StandardArchitecture(
         "LlamaForCausalLM",
         LLAMA_NAMES,
-        _llama,
-        lambda s: _common_out(s) | {"attention_bias": s.bias == "all", "mlp_bias": s.bias == "all"},
-        lambda s: _usual(s) and s.bias in ("none", "all") and not s.use_qk_norm and not s.sliding_window,
+        _read_llama,
+        lambda s: _write_common(s) | {"attention_bias": s.bias == "all", "mlp_bias": s.bias == "all"},
+        lambda s: _is_llama_like(s) and s.bias in ("none", "all") and not s.use_qk_norm and not s.sliding_window,
     ),
-    "mistral": Standard(
+    "mistral": StandardArchitecture(
         "MistralForCausalLM",
         LLAMA_NAMES,
-        lambda c: {"rope_parameters": _rope(c), "sliding_window": c.get("sliding_window") or 0},
-        lambda s: _common_out(s) | {"sliding_window": s.sliding_window or None},
-        lambda s: _usual(s) and s.bias == "none" and not s.use_qk_norm,
+        lambda c: {"rope_parameters": _read_rope(c), "sliding_window": c.get("sliding_window") or 0},
+        lambda s: _write_common(s) | {"sliding_window": s.sliding_window or None},
+        lambda s: _is_llama_like(s) and s.bias == "none" and not s.use_qk_norm,
     ),
-    "qwen2": Standard(
+    "qwen2": StandardArchitecture(
         "Qwen2ForCausalLM",
         LLAMA_NAMES,
-        lambda c: {"rope_parameters": _rope(c), "bias": "qkv", **_windowed(c)},
-        lambda s: _common_out(s) | _windowed_out(s),
-        lambda s: _usual(s) and s.bias == "qkv" and not s.use_qk_norm,
+        lambda c: {"rope_parameters": _read_rope(c), "bias": "qkv", **_read_sliding_window(c)},
+        lambda s: _write_common(s) | _windowed_out(s),
+        lambda s: _is_llama_like(s) and s.bias == "qkv" and not s.use_qk_norm,
     ),
-    "qwen3": Standard(
+    "qwen3": StandardArchitecture(
         "Qwen3ForCausalLM",
         LLAMA_NAMES,
         lambda c: {
-            "rope_parameters": _rope(c),
+            "rope_parameters": _read_rope(c),
             "use_qk_norm": True,
             "bias": "qkv" if c.get("attention_bias") else "none",
-            **_windowed(c),
+            **_read_sliding_window(c),
         },
-        lambda s: _common_out(s) | {"attention_bias": False} | _windowed_out(s),
-        lambda s: _usual(s) and s.bias == "none" and s.use_qk_norm,
+        lambda s: _write_common(s) | {"attention_bias": False} | _windowed_out(s),
+        lambda s: _is_llama_like(s) and s.bias == "none" and s.use_qk_norm,
     ),
-    "gemma3_text": Standard(
+    "gemma3_text": StandardArchitecture(
         "Gemma3ForCausalLM",
         GEMMA_NAMES,
-        _gemma,
-        _gemma_out,
+        _read_gemma,
+        _write_gemma,
         lambda s: (
             s.norm == "rms"
             and s.norm_position == "sandwich"
@@ -340,18 +343,18 @@ STANDARDS: dict[str, Standard] = {
             and s.rope_parameters.rope_type != "ntk"
         ),
     ),
-    "gpt2": Standard(
+    "gpt2": StandardArchitecture(
         "GPT2LMHeadModel",
         GPT2_NAMES,
-        _gpt2,
-        _gpt2_out,
+        _read_gpt2,
+        _write_gpt2,
         lambda s: (
             s.norm == "layer"
             and s.norm_position == "pre"
             and s.position_embedding_type == "learned"
             and not s.gated_mlp
             and s.bias == "all"
-            and s.groups == s.num_attention_heads
+            and s.num_kv_heads == s.num_attention_heads
             and not s.head_dim
             and not (s.use_qk_norm or s.sliding_window or s.experts or s.scale_embedding or s.attention_multiplier)
         ),
@@ -359,7 +362,7 @@ STANDARDS: dict[str, Standard] = {
 }
 
 
-def shape_of(config: Json) -> tuple[str, Shape]:
+def parse_shape(config: Json) -> tuple[str, Shape]:
     """Return (architecture name, shape) of a config.json.
 
     ModelError for an unsupported architecture, or one with features the decoder does not have.
@@ -367,11 +370,13 @@ def shape_of(config: Json) -> tuple[str, Shape]:
     kind = str(config.get("model_type"))
     if kind == DecoderConfig.model_type:
         return "", Shape.model_validate(read_stored(config["shape"]))
-    if kind not in STANDARDS:
-        raise ModelError(f"config.json: the architecture {kind!r} is not supported; supported: {', '.join(STANDARDS)}")
+    if kind not in STANDARD_ARCHITECTURES:
+        raise ModelError(
+            f"config.json: the architecture {kind!r} is not supported; supported: {', '.join(STANDARD_ARCHITECTURES)}"
+        )
     try:
         return kind, Shape.model_validate(
-            {**({} if kind == "gpt2" else _common(config)), **STANDARDS[kind].read(config)}
+            {**({} if kind == "gpt2" else _read_common(config)), **STANDARD_ARCHITECTURES[kind].read(config)}
         )
     except KeyError as error:
         raise ModelError(f"config.json: {error.args[0]!r} is missing") from None
@@ -379,22 +384,24 @@ def shape_of(config: Json) -> tuple[str, Shape]:
         raise ModelError(f"config.json: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
 
-def standard_of(shape: Shape) -> str:
+def find_standard(shape: Shape) -> str:
     """Return the first architecture that a shape matches, or "" for our own.
 
     A match requires that the written config, read again, gives the same shape.
     """
 
-    def comes_back(kind: str) -> bool:
+    def is_lossless(kind: str) -> bool:
         try:
-            read = shape_of({"model_type": kind, **STANDARDS[kind].write(shape)})[1].settled()
+            read = parse_shape({"model_type": kind, **STANDARD_ARCHITECTURES[kind].write(shape)})[1].resolve()
         except ModelError:
             return False
-        own = shape.settled()
+        own = shape.resolve()
 
         def equal(a: Any, b: Any) -> bool:
             return math.isclose(a, b) if isinstance(b, float) else a == b
 
         return all(equal(read[name], value) for name, value in own.items())
 
-    return next((name for name, standard in STANDARDS.items() if standard.is_shape(shape) and comes_back(name)), "")
+    return next(
+        (name for name, standard in STANDARD_ARCHITECTURES.items() if standard.matches(shape) and is_lossless(name)), ""
+    )

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmworks.core.errors import ModelError
-from llmworks.model.io.decoder_files import load_decoder, rename_of
-from llmworks.model.io.families import shape_of
-from llmworks.model.io.weights import check_weights, refuse_scorer
-from llmworks.tokenize.load import first_line, quiet_transformers, read_json
+from llmworks.model.io.decoder_files import load_decoder, make_rename
+from llmworks.model.io.families import parse_shape
+from llmworks.model.io.weights import check_weights, require_causal_model
+from llmworks.tokenize.load import read_json, silence_transformers, summarize_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,9 +27,9 @@ def load_model(path: Path, dtype: str = "float32", *, low_bit: bool = False) -> 
 
     import llmworks.model.io.register  # noqa: F401  (registers our models with transformers)
 
-    quiet_transformers()
+    silence_transformers()
     check_weights(path)
-    refuse_scorer(path)
+    require_causal_model(path)
     if read_json(path / "config.json").get("quantization_config"):
         decoder: Any = load_decoder(path, low_bit=low_bit)
         return decoder if dtype == "float32" else decoder.to(getattr(torch, dtype))  # type: ignore[no-any-return]
@@ -38,7 +38,7 @@ def load_model(path: Path, dtype: str = "float32", *, low_bit: bool = False) -> 
             path, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
         )
     except Exception as error:
-        raise ModelError(f"{path}: the model cannot be loaded ({first_line(error)})") from None
+        raise ModelError(f"{path}: the model cannot be loaded ({summarize_error(error)})") from None
     model: Any = loaded[0]
     missing = [
         name
@@ -53,28 +53,28 @@ def load_model(path: Path, dtype: str = "float32", *, low_bit: bool = False) -> 
     return evaluating
 
 
-def open_adaptable(path: Path) -> tuple[Any, Callable[[str], str]]:
+def load_adaptable(path: Path) -> tuple[Any, Callable[[str], str]]:
     """Load (a model in fp32, a function from its layer names to those in the directory's files) for adapters.
 
     Our decoder where its layers map one to one to the files', else the transformers model.
     Errors: ModelError for a broken directory.
     """
     try:
-        kind, _ = shape_of(read_json(path / "config.json"))
+        kind, _ = parse_shape(read_json(path / "config.json"))
     except ModelError:
         return load_model(path), str
     if kind == "gpt2":  # queries, keys and values are one matrix in its files
         return load_model(path), str
-    return load_decoder(path), rename_of(kind)
+    return load_decoder(path), make_rename(kind)
 
 
-def open_trainable(path: Path) -> Any:
+def load_trainable(path: Path) -> Any:
     """Load a model in fp32: our decoder where the architecture is supported, else the transformers model.
 
     Errors: ModelError for a broken directory.
     """
     try:
-        shape_of(read_json(path / "config.json"))
+        parse_shape(read_json(path / "config.json"))
     except ModelError:
         return load_model(path)
     return load_decoder(path)

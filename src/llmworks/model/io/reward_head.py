@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from llmworks.core.errors import ModelError
 from llmworks.model.io.decoder_files import from_standard, to_standard
-from llmworks.model.io.families import shape_of
+from llmworks.model.io.families import parse_shape
 from llmworks.model.io.weights import check_weights
 from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.tokenize.load import read_json
 
-Kind = Literal["whole", "steps"]
-ENDINGS: Mapping[Kind, str] = {"whole": "ForSequenceClassification", "steps": "ForTokenClassification"}
+RewardKind = Literal["whole", "steps"]
+CLASS_SUFFIXES: Mapping[RewardKind, str] = {"whole": "ForSequenceClassification", "steps": "ForTokenClassification"}
 
 
-def new_head(width: int, kind: Kind) -> nn.Linear:
+def create_reward_head(width: int, kind: RewardKind) -> nn.Linear:
     """Create an untrained head with small weights, so that initial rewards are near zero. Seed torch before."""
     head = nn.Linear(width, 1, bias=kind == "steps")
     nn.init.normal_(head.weight, std=(width + 1) ** -0.5 / 10)
@@ -34,14 +34,18 @@ def new_head(width: int, kind: Kind) -> nn.Linear:
     return head
 
 
-def head_of(path: Path) -> Kind | None:
+def get_reward_kind(path: Path) -> RewardKind | None:
     """Return a directory's kind of reward model; None for a causal model, or no model."""
     file = path / "config.json"
     names = read_json(file).get("architectures") or [] if file.exists() else []
-    return next((kind for kind, ending in ENDINGS.items() if any(str(name).endswith(ending) for name in names)), None)
+    return next(
+        (kind for kind, ending in CLASS_SUFFIXES.items() if any(str(name).endswith(ending) for name in names)), None
+    )
 
 
-def save_scorer(network: DecoderForCausalLM, head: nn.Linear, source: Path, out: Path, kind: Kind, *, pad: int) -> None:
+def save_reward_model(
+    network: DecoderForCausalLM, head: nn.Linear, source: Path, out: Path, kind: RewardKind, *, pad: int
+) -> None:
     """Write a decoder with a reward head in the architecture of its source, fp32.
 
     ModelError for an architecture that transformers does not have.
@@ -49,7 +53,7 @@ def save_scorer(network: DecoderForCausalLM, head: nn.Linear, source: Path, out:
     from safetensors.torch import save_file
 
     config = read_json(source / "config.json")
-    standard, _ = shape_of(config)
+    standard, _ = parse_shape(config)
     if not standard:
         raise ModelError(
             f"{source}: a model of a custom architecture cannot be saved with a reward head; use a standard"
@@ -73,34 +77,34 @@ def save_scorer(network: DecoderForCausalLM, head: nn.Linear, source: Path, out:
     )
     if not base:
         raise ModelError(f"{source}: config.json has no ...ForCausalLM in `architectures`")
-    made = {
+    reward_config = {
         **config,
-        "architectures": [base + ENDINGS[kind]],
+        "architectures": [base + CLASS_SUFFIXES[kind]],
         "id2label": {"0": "reward"},
         "label2id": {"reward": 0},
         "pad_token_id": pad,
         "dtype": "float32",
         "classifier_dropout": 0.0,
     }
-    (out / "config.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    (out / "config.json").write_text(json.dumps(reward_config, indent=2) + "\n", encoding="utf-8")
 
 
-class Scorer:
+class RewardModel:
     """A reward model loaded from a directory: decoder and head. Errors: ModelError for one without a reward head."""
 
     def __init__(self, path: Path) -> None:
         from safetensors.torch import load_file
 
-        kind = head_of(path)
+        kind = get_reward_kind(path)
         if kind is None:
             raise ModelError(
                 f"{path}: is not a reward model (config.json has no"
-                f" {' or '.join('...' + ending for ending in ENDINGS.values())} architecture); train one with"
+                f" {' or '.join('...' + ending for ending in CLASS_SUFFIXES.values())} architecture); train one with"
                 " align.reward"
             )
         check_weights(path)
-        self.kind: Kind = kind
-        standard, shape = shape_of(read_json(path / "config.json"))
+        self.kind: RewardKind = kind
+        standard, shape = parse_shape(read_json(path / "config.json"))
         tensors = {
             name: tensor.float()
             for file in sorted(path.glob("*.safetensors"))
@@ -131,9 +135,9 @@ class Scorer:
         self.head.load_state_dict(heads)
         self.context = shape.max_position_embeddings
 
-    def scores(self, ids: Tensor, positions: Tensor, segments: Tensor, at: Tensor) -> Tensor:
+    def compute_rewards(self, ids: Tensor, positions: Tensor, segments: Tensor, indices: Tensor) -> Tensor:
         """Return the rewards at positions `indices` [n] of packed sequences in one row [1, length]."""
         with torch.no_grad():
             states: Any = self.network.decoder(self.network.get_input_embeddings()(ids), positions, segments=segments)
-            scored: Tensor = self.head(states[0, at])[:, 0]
+            scored: Tensor = self.head(states[0, indices])[:, 0]
         return scored

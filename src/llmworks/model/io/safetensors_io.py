@@ -15,10 +15,10 @@ from typing import Any
 
 from llmworks.core.artifact import FileEntry
 from llmworks.core.errors import ModelError
-from llmworks.model.io.direct_writer import Draft
+from llmworks.model.io.direct_writer import DirectWriter
 from llmworks.model.io.weights import check_weights, read_header, weight_files
 
-BYTES = {
+DTYPE_BYTES = {
     "F64": 8,
     "F32": 4,
     "F16": 2,
@@ -35,7 +35,7 @@ BYTES = {
     "U32": 4,
     "U64": 8,
 }
-TORCH = {
+TORCH_DTYPES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -52,30 +52,30 @@ TORCH = {
     "U32": "uint32",
     "U64": "uint64",
 }
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Location of a tensor: file, byte offset, number format (safetensors' names) and shape."""
 
     file: Path
-    start: int
+    offset: int
     dtype: str
     shape: tuple[int, ...]
 
     @property
-    def count(self) -> int:
+    def num_elements(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
 
     @property
-    def size(self) -> int:
+    def num_bytes(self) -> int:
         """Size in bytes."""
-        return self.count * BYTES[self.dtype]
+        return self.num_elements * DTYPE_BYTES[self.dtype]
 
 
-class Shards:
+class ShardReader:
     """The tensors of a directory's safetensors files, read in place.
 
     ModelError for a broken directory, or an unknown number format.
@@ -84,7 +84,7 @@ class Shards:
     def __init__(self, path: Path) -> None:
         check_weights(path)
         self.path = path
-        self.places: dict[str, Place] = {}
+        self.locations: dict[str, TensorLocation] = {}
         self._files: dict[Path, int] = {}
         for file in weight_files(path):
             with file.open("rb") as stream:
@@ -92,21 +92,21 @@ class Shards:
             for name, entry in read_header(file).items():
                 if name == "__metadata__":
                     continue
-                if name in self.places:
+                if name in self.locations:
                     raise ModelError(
-                        f"{path}: the tensor {name} is both in {self.places[name].file.name} and in {file.name}"
+                        f"{path}: the tensor {name} is both in {self.locations[name].file.name} and in {file.name}"
                     )
                 try:
-                    place = Place(
+                    place = TensorLocation(
                         file,
                         start + int(entry["data_offsets"][0]),
                         str(entry["dtype"]),
                         tuple(int(side) for side in entry["shape"]),
                     )
                     known = (
-                        place.dtype in BYTES
+                        place.dtype in DTYPE_BYTES
                         and min((0, *place.shape)) >= 0
-                        and place.size == int(entry["data_offsets"][1]) - int(entry["data_offsets"][0])
+                        and place.num_bytes == int(entry["data_offsets"][1]) - int(entry["data_offsets"][0])
                     )
                 except (KeyError, TypeError, ValueError, IndexError):
                     raise ModelError(
@@ -117,18 +117,19 @@ class Shards:
                         f"{file}: {name}: {place.dtype} {list(place.shape)} is an unknown number format, or does not"
                         " match its byte size"
                     )
-                self.places[name] = place
+                self.locations[name] = place
 
     def read(self, name: str, first: int, into: memoryview) -> None:
         """Fill a buffer with the bytes of a tensor, starting at element `first`.
 
         Thread-safe. ModelError where the file ends too early.
         """
-        place = self.places[name]
-        at, whole = place.start + first * BYTES[place.dtype], len(into)
-        if first < 0 or first * BYTES[place.dtype] + whole > place.size:
+        place = self.locations[name]
+        at, whole = place.offset + first * DTYPE_BYTES[place.dtype], len(into)
+        if first < 0 or first * DTYPE_BYTES[place.dtype] + whole > place.num_bytes:
             raise ModelError(
-                f"{self.path}: {name} has {place.count} elements; reading {whole // BYTES[place.dtype]} from element"
+                f"{self.path}: {name} has {place.num_elements} elements; reading {whole // DTYPE_BYTES[place.dtype]}"
+                " from element"
                 f" {first} is out of range"
             )
         if place.file not in self._files:
@@ -148,7 +149,7 @@ class Shards:
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorSpec:
     """A tensor to write."""
 
     name: str
@@ -156,64 +157,68 @@ class Slot:
     shape: tuple[int, ...]
 
     @property
-    def size(self) -> int:
+    def num_bytes(self) -> int:
         """Size in bytes."""
-        return math.prod(self.shape) * BYTES[self.dtype]
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardSpec:
     """A file to write: its name, and its tensors in order."""
 
     file: str
-    slots: tuple[Slot, ...]
+    tensors: tuple[TensorSpec, ...]
 
     @property
-    def size(self) -> int:
+    def num_bytes(self) -> int:
         """Size of its tensors in bytes."""
-        return sum(slot.size for slot in self.slots)
+        return sum(slot.num_bytes for slot in self.tensors)
 
-    def header(self) -> bytes:
+    def build_header(self) -> bytes:
         """Build the safetensors header."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
-        for slot in self.slots:
-            entries[slot.name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [at, at + slot.size]}
-            at += slot.size
+        for slot in self.tensors:
+            entries[slot.name] = {
+                "dtype": slot.dtype,
+                "shape": list(slot.shape),
+                "data_offsets": [at, at + slot.num_bytes],
+            }
+            at += slot.num_bytes
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
 
-def divided(slots: Sequence[Slot], most: int) -> list[Shard]:
+def split_shards(tensors: Sequence[TensorSpec], max_bytes: int) -> list[ShardSpec]:
     """Distribute tensors to files of at most `max_bytes` (larger tensors get their own), named as in transformers.
 
     Within a file the widest number formats come first, so that all are aligned.
     """
-    parts: list[list[Slot]] = [[]]
+    parts: list[list[TensorSpec]] = [[]]
     filled = 0
-    for slot in slots:
-        if parts[-1] and filled + slot.size > most:
+    for slot in tensors:
+        if parts[-1] and filled + slot.num_bytes > max_bytes:
             parts.append([])
             filled = 0
         parts[-1].append(slot)
-        filled += slot.size
+        filled += slot.num_bytes
     names = (
         ["model.safetensors"]
         if len(parts) == 1
         else [f"model-{number:05}-of-{len(parts):05}.safetensors" for number in range(1, len(parts) + 1)]
     )
     return [
-        Shard(name, tuple(sorted(part, key=lambda slot: -BYTES[slot.dtype])))
+        ShardSpec(name, tuple(sorted(part, key=lambda slot: -DTYPE_BYTES[slot.dtype])))
         for name, part in zip(names, parts, strict=True)
     ]
 
 
-def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
+def build_index(shards: Sequence[ShardSpec]) -> dict[str, Any]:
     """Build model.safetensors.index.json."""
     return {
-        "metadata": {"total_size": sum(shard.size for shard in shards)},
-        "weight_map": {slot.name: shard.file for shard in shards for slot in shard.slots},
+        "metadata": {"total_size": sum(shard.num_bytes for shard in shards)},
+        "weight_map": {slot.name: shard.file for shard in shards for slot in shard.tensors},
     }
 
 
@@ -223,25 +228,25 @@ class ShardWriter:
     The file gets its final name when it is complete.
     """
 
-    def __init__(self, folder: Path, shard: Shard) -> None:
-        self._target, self._place = folder / shard.file, folder / f".{shard.file}.part"
-        header = shard.header()
-        self._left, self._size = shard.size, len(header) + shard.size
-        self._draft = Draft(self._place, self._size)
+    def __init__(self, folder: Path, shard: ShardSpec) -> None:
+        self._target, self._partial_file = folder / shard.file, folder / f".{shard.file}.part"
+        header = shard.build_header()
+        self._remaining, self._size = shard.num_bytes, len(header) + shard.num_bytes
+        self._writer = DirectWriter(self._partial_file, self._size)
         self._digest, self._digester = hashlib.sha256(), ThreadPoolExecutor(1)
         self.entry: FileEntry | None = None
-        self._put(header)
+        self._write_and_hash(header)
 
-    def _put(self, data: bytes | memoryview) -> None:
+    def _write_and_hash(self, data: bytes | memoryview) -> None:
         """Write and hash in parallel, since both take about as long."""
         digested = self._digester.submit(self._digest.update, data)
-        self._draft.write(data)
+        self._writer.write(data)
         digested.result()
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes."""
-        self._left -= len(data)
-        self._put(data)
+        self._remaining -= len(data)
+        self._write_and_hash(data)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -250,17 +255,17 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._digester.shutdown()
-        if kind is not None or self._left:
-            self._draft.drop()
+        if kind is not None or self._remaining:
+            self._writer.discard()
             if kind is None:
-                raise ModelError(f"{self._target.name}: {self._left} bytes were not written")
+                raise ModelError(f"{self._target.name}: {self._remaining} bytes were not written")
             return
-        self._draft.finish()
-        self._place.replace(self._target)
+        self._writer.finish()
+        self._partial_file.replace(self._target)
         self.entry = FileEntry(sha256=self._digest.hexdigest(), bytes=self._size)
 
 
-def widest(dtypes: Iterable[str]) -> str:
+def promote_dtypes(dtypes: Iterable[str]) -> str:
     """Return the number format in which values of several formats are combined, as in torch's type promotion.
 
     ModelError for integer formats.
@@ -268,6 +273,6 @@ def widest(dtypes: Iterable[str]) -> str:
     kinds = set(dtypes)
     if len(kinds) == 1:
         return kinds.pop()
-    if not kinds <= set(FLOATS):
+    if not kinds <= set(FLOAT_DTYPES):
         raise ModelError(f"tensors of the number formats {', '.join(sorted(kinds))} cannot be merged")
     return "F64" if "F64" in kinds else "F32"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmworks.core.errors import ModelError
-from llmworks.tokenize.load import first_line, read_json
+from llmworks.tokenize.load import read_json, summarize_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ def weight_files(path: Path) -> list[Path]:
     return others or files
 
 
-class Stored(Mapping[str, "Tensor"]):
+class StoredTensors(Mapping[str, "Tensor"]):
     """The tensors of a directory's safetensors files by name, each read on access and not cached."""
 
     def __init__(self, path: Path) -> None:
@@ -70,7 +70,7 @@ class Stored(Mapping[str, "Tensor"]):
             self._files: list[Any] = [safe_open(file, framework="pt") for file in files]
         except Exception as error:  # safetensors raises its own kind
             raise ModelError(
-                f"{path}: its safetensors files cannot be read ({first_line(error)}); copy or fetch them again"
+                f"{path}: its safetensors files cannot be read ({summarize_error(error)}); copy or fetch them again"
             ) from None
         self._places = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118  (no mapping)
 
@@ -85,7 +85,7 @@ class Stored(Mapping[str, "Tensor"]):
         return len(self._places)
 
 
-def refuse_scorer(path: Path) -> None:
+def require_causal_model(path: Path) -> None:
     """Check that a directory's model is a causal model.
 
     ModelError for a reward model or classifier, whose language-model head would be random.

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from llmworks.core.errors import ModelError
-from llmworks.model.lora.lora import Lora, Rename, layers
+from llmworks.model.lora.lora import LoraSettings, Rename, iter_lora_layers
 from llmworks.tokenize.load import read_json
 
 PREFIX = "base_model.model."
-PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
-BASE = "base.json"
+TENSOR_SUFFIXES = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+BASE_FILE = "base.json"
 Json = dict[str, Any]
-UNKNOWN = (
+UNSUPPORTED_OPTIONS = (
     "modules_to_save",
     "fan_in_fan_out",
     "lora_bias",
@@ -36,10 +36,10 @@ UNKNOWN = (
 )
 
 
-def state(model: nn.Module, rename: Rename = str) -> dict[str, Tensor]:
+def get_adapter_state(model: nn.Module, rename: Rename = str) -> dict[str, Tensor]:
     """Return the adapter's tensors under peft's names."""
     out: dict[str, Tensor] = {}
-    for name, layer in layers(model):
+    for name, layer in iter_lora_layers(model):
         stem = f"{PREFIX}{rename(name)}"
         out[f"{stem}.lora_A.weight"] = layer.a.detach().clone()
         out[f"{stem}.lora_B.weight"] = layer.b.detach().clone()
@@ -48,10 +48,10 @@ def state(model: nn.Module, rename: Rename = str) -> dict[str, Tensor]:
     return out
 
 
-def load_state(model: nn.Module, tensors: Mapping[str, Tensor], rename: Rename = str) -> None:
+def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor], rename: Rename = str) -> None:
     """Copy saved tensors into the adapted layers; every layer must be present."""
     with torch.no_grad():
-        for name, layer in layers(model):
+        for name, layer in iter_lora_layers(model):
             stem = f"{PREFIX}{rename(name)}"
             layer.a.copy_(tensors[f"{stem}.lora_A.weight"])
             layer.b.copy_(tensors[f"{stem}.lora_B.weight"])
@@ -62,7 +62,7 @@ def load_state(model: nn.Module, tensors: Mapping[str, Tensor], rename: Rename =
 def save_adapter(
     model: nn.Module,
     out: Path,
-    lora: Lora,
+    lora: LoraSettings,
     *,
     base_name: str,
     rename: Rename = str,
@@ -71,7 +71,7 @@ def save_adapter(
     """Write the adapter in peft's format. `base`: how the base was quantized during training."""
     from safetensors.torch import save_file
 
-    names = sorted({rename(name).rpartition(".")[2] for name, _ in layers(model)})
+    names = sorted({rename(name).rpartition(".")[2] for name, _ in iter_lora_layers(model)})
     config: Json = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -83,13 +83,13 @@ def save_adapter(
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "use_rslora": lora.stabilised,
-        "use_dora": lora.magnitudes,
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
     }
-    save_file(state(model, rename), out / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(get_adapter_state(model, rename), out / "adapter_model.safetensors", metadata={"format": "pt"})
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if base:
-        (out / BASE).write_text(json.dumps(dict(base), indent=2) + "\n", encoding="utf-8")
+        (out / BASE_FILE).write_text(json.dumps(dict(base), indent=2) + "\n", encoding="utf-8")
 
 
 def read_adapter(path: Path) -> tuple[Json, dict[str, Tensor]]:
@@ -122,19 +122,21 @@ def read_adapter(path: Path) -> tuple[Json, dict[str, Tensor]]:
         tensors = load_file(file)
     except Exception as error:  # safetensors raises its own kind for a truncated file
         raise ModelError(f"{path}: the adapter cannot be read ({error}); copy it again") from None
-    if not (isinstance(config.get("r"), int) and config["r"] > 0 and _number(config.get("lora_alpha"))):
+    if not (isinstance(config.get("r"), int) and config["r"] > 0 and _is_number(config.get("lora_alpha"))):
         raise ModelError(f"{path}/adapter_config.json: needs a rank `r` greater than zero and a number `lora_alpha`")
     pattern = config.get("alpha_pattern") or {}
-    if not (isinstance(pattern, dict) and all(_number(alpha) and _pattern(layer) for layer, alpha in pattern.items())):
+    if not (
+        isinstance(pattern, dict) and all(_is_number(alpha) and _is_pattern(layer) for layer, alpha in pattern.items())
+    ):
         raise ModelError(f"{path}/adapter_config.json: alpha_pattern must map patterns of layer names to numbers")
-    unknown = [key for key in UNKNOWN if config.get(key)]
+    unknown = [key for key in UNSUPPORTED_OPTIONS if config.get(key)]
     if unknown or config.get("bias", "none") != "none":
         raise ModelError(f"{path}: the adapter uses {unknown[0] if unknown else 'bias'}, which is not supported")
     return config, tensors
 
 
 @dataclass(frozen=True)
-class Factors:
+class LoraMatrices:
     """LoRA matrices of one layer, fp32: its update is scale * B A; with DoRA also the magnitude of each row."""
 
     a: Tensor  # [rank, in]
@@ -143,25 +145,25 @@ class Factors:
     magnitude: Tensor | None = None  # [out]
 
 
-def read_factors(path: Path, called: str = "") -> tuple[Json, dict[str, Factors]]:
+def read_lora_matrices(path: Path, label: str = "") -> tuple[Json, dict[str, LoraMatrices]]:
     """Read (config, LoRA matrices by layer) of a peft LoRA directory. `label`: its name in messages, else its path.
 
     Errors: ModelError for what `read_adapter` rejects, a tensor that is not part of a plain LoRA, matrices that do not
     match, and values that are NaN or infinite.
     """
     config, tensors = read_adapter(path)
-    name, found = called or str(path), dict[str, dict[str, Tensor]]()
+    name, tensors_by_layer = label or str(path), dict[str, dict[str, Tensor]]()
     for key, tensor in tensors.items():
-        part = next((p for p in PARTS if key.endswith("." + p)), None)
+        part = next((p for p in TENSOR_SUFFIXES if key.endswith("." + p)), None)
         if part is None:
             raise ModelError(f"{name}: the tensor {key} is not part of a plain LoRA")
-        found.setdefault(key.removeprefix(PREFIX).removesuffix("." + part), {})[part] = tensor.float()
-    if not found:
+        tensors_by_layer.setdefault(key.removeprefix(PREFIX).removesuffix("." + part), {})[part] = tensor.float()
+    if not tensors_by_layer:
         raise ModelError(f"{name}: has no LoRA matrices")
     dora = bool(config.get("use_dora"))
-    made = {}
-    for layer, parts in found.items():
-        a, b, magnitude = (parts.get(part) for part in PARTS)
+    matrices = {}
+    for layer, parts in tensors_by_layer.items():
+        a, b, magnitude = (parts.get(part) for part in TENSOR_SUFFIXES)
         if a is None or b is None:
             raise ModelError(
                 f"{name}: {layer} {'has an A but no B matrix' if b is None else 'has no A matrix'}; copy the adapter"
@@ -184,11 +186,11 @@ def read_factors(path: Path, called: str = "") -> tuple[Json, dict[str, Factors]
             )
         if not all(math.isfinite(float(one.sum(dtype=torch.float64))) for one in parts.values()):
             raise ModelError(f"{name}: {layer} holds values that are NaN or infinite")
-        made[layer] = Factors(a, b, scale_of(config, layer, len(a)), magnitude)
-    return config, made
+        matrices[layer] = LoraMatrices(a, b, compute_scale(config, layer, len(a)), magnitude)
+    return config, matrices
 
 
-def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
+def compute_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
     """Return a layer's LoRA scale: alpha / r, or alpha / sqrt(r) (rsLoRA).
 
     `alpha_pattern` may override alpha for it, matched as in peft's `get_pattern_key`.
@@ -201,11 +203,11 @@ def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _pattern(text: str) -> bool:
+def _is_pattern(text: str) -> bool:
     try:
         re.compile(text)
     except re.error:
@@ -213,17 +215,17 @@ def _pattern(text: str) -> bool:
     return True
 
 
-def base_of(path: Path) -> Json:
+def read_base_quantization(path: Path) -> Json:
     """Return how the base was quantized during training of the adapter: {} = not, else
     `{"kept": "nf4", "double": ..., "layers": [...]}`.
 
     ModelError for anything else.
     """
-    file = path / BASE
-    found = read_json(file) if file.exists() else {}
-    if found and not (found.get("kept") == "nf4" and isinstance(found.get("layers"), list)):
+    file = path / BASE_FILE
+    settings = read_json(file) if file.exists() else {}
+    if settings and not (settings.get("kept") == "nf4" and isinstance(settings.get("layers"), list)):
         raise ModelError(
-            f"{file}: says that the base was quantized as {found.get('kept')!r}; only nf4, with its layers,"
+            f"{file}: says that the base was quantized as {settings.get('kept')!r}; only nf4, with its layers,"
             " is supported"
         )
-    return found
+    return settings

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from llmworks.core.errors import ModelError
-from llmworks.model.lora.adapter_io import base_of, read_factors
-from llmworks.model.lowbit.nf4 import pack, unpack
+from llmworks.model.lora.adapter_io import read_base_quantization, read_lora_matrices
+from llmworks.model.lowbit.nf4 import pack_4bit, unpack_4bit
 
 
 @dataclass(frozen=True)
-class Folded:
+class AdapterMergeResult:
     """Result of merging: the number of adapted layers, and `base_error`, the relative RMS quantization error of a 4-bit
     base.
     """
@@ -29,7 +29,7 @@ class Folded:
     base_error: float = 0.0
 
 
-class Fold:
+class AdapterMerger:
     """Merger of an adapter, layer by layer.
 
     Holds only the adapter; each weight's update is computed on demand.
@@ -39,55 +39,63 @@ class Fold:
     that are NaN or infinite. `label`: the adapter's name in messages.
     """
 
-    def __init__(self, adapter: Path, shape_of: Callable[[str], Sequence[int] | None], called: str = "") -> None:
-        _, self._parts = read_factors(adapter, called)
-        kept, name = base_of(adapter), called or str(adapter)
-        self._double, self._in_bits, self._name = bool(kept.get("double")), set(kept.get("layers", ())), name
-        self.layers = [*self._parts, *sorted(self._in_bits - set(self._parts))]
+    def __init__(self, adapter: Path, shape_of: Callable[[str], Sequence[int] | None], label: str = "") -> None:
+        _, self._matrices = read_lora_matrices(adapter, label)
+        base_quantization, name = read_base_quantization(adapter), label or str(adapter)
+        self._double_quant, self._quantized_layers, self._name = (
+            bool(base_quantization.get("double")),
+            set(base_quantization.get("layers", ())),
+            name,
+        )
+        self.layers = [*self._matrices, *sorted(self._quantized_layers - set(self._matrices))]
         for layer in self.layers:
             shape = shape_of(layer)
             if shape is None:
                 raise ModelError(f"{name}: belongs to another model: this model has no layer {layer}")
             wanted = (
-                (len(self._parts[layer].b), self._parts[layer].a.shape[1]) if layer in self._parts else tuple(shape)
+                (len(self._matrices[layer].b), self._matrices[layer].a.shape[1])
+                if layer in self._matrices
+                else tuple(shape)
             )
             if tuple(shape) != wanted:
                 raise ModelError(
                     f"{name}: belongs to another model: {layer} has shape {tuple(shape)} in the model, {wanted} in"
                     " the adapter"
                 )
-        self._lost = self._whole = 0.0
+        self._squared_error = self._squared_norm = 0.0
 
     @torch.no_grad()
-    def folded(self, layer: str, weight: Tensor) -> Tensor:
+    def merge_layer(self, layer: str, weight: Tensor) -> Tensor:
         """Return a layer's weight with the adapter merged, in the weight's number format."""
         base = weight.float()
-        if layer in self._in_bits:
-            bits = unpack(pack(base, double=self._double))
-            self._lost, self._whole = (
-                self._lost + float((bits - base).square().sum()),
-                self._whole + float(base.square().sum()),
+        if layer in self._quantized_layers:
+            dequantized = unpack_4bit(pack_4bit(base, double_quant=self._double_quant))
+            self._squared_error, self._squared_norm = (
+                self._squared_error + float((dequantized - base).square().sum()),
+                self._squared_norm + float(base.square().sum()),
             )
-            base = bits
-        if layer in self._parts:
-            part = self._parts[layer]
-            base = base + (part.b @ part.a) * part.scale
-            if part.magnitude is not None:
-                base = base * (part.magnitude / torch.linalg.norm(base, dim=1))[:, None]
-        made = base.to(weight.dtype)
-        if not math.isfinite(float(made.sum(dtype=torch.float64))):
+            base = dequantized
+        if layer in self._matrices:
+            matrices = self._matrices[layer]
+            base = base + (matrices.b @ matrices.a) * matrices.scale
+            if matrices.magnitude is not None:
+                base = base * (matrices.magnitude / torch.linalg.norm(base, dim=1))[:, None]
+        merged = base.to(weight.dtype)
+        if not math.isfinite(float(merged.sum(dtype=torch.float64))):
             raise ModelError(
                 f"{self._name}: merged into {layer}, it gives values that are NaN, infinite, or too large for"
                 f" {str(weight.dtype).removeprefix('torch.')}"
             )
-        return made
+        return merged
 
-    def result(self) -> Folded:
+    def get_result(self) -> AdapterMergeResult:
         """Return the result for all merged layers."""
-        return Folded(len(self._parts), (self._lost / self._whole) ** 0.5 if self._whole else 0.0)
+        return AdapterMergeResult(
+            len(self._matrices), (self._squared_error / self._squared_norm) ** 0.5 if self._squared_norm else 0.0
+        )
 
 
-def fold_into(weight_of: Callable[[str], Tensor | None], adapter: Path) -> Folded:
+def merge_adapter_into(weight_of: Callable[[str], Tensor | None], adapter: Path) -> AdapterMergeResult:
     """Merge the adapter at `adapter` into the weights that `weight_of(layer name)` returns, in place.
 
     Errors: those of AdapterMerger; shapes are checked before anything is merged.
@@ -97,16 +105,16 @@ def fold_into(weight_of: Callable[[str], Tensor | None], adapter: Path) -> Folde
         weight = weight_of(layer)
         return None if weight is None else weight.shape
 
-    fold = Fold(adapter, shape_of)
-    for layer in fold.layers:
+    merger = AdapterMerger(adapter, shape_of)
+    for layer in merger.layers:
         weight = weight_of(layer)
         assert weight is not None
         with torch.no_grad():
-            weight.copy_(fold.folded(layer, weight))
-    return fold.result()
+            weight.copy_(merger.merge_layer(layer, weight))
+    return merger.get_result()
 
 
-def weights_of(model: nn.Module) -> Callable[[str], Tensor | None]:
+def make_weight_lookup(model: nn.Module) -> Callable[[str], Tensor | None]:
     """Return a function that looks up a linear layer's weight in a loaded model."""
     modules = dict(model.named_modules())
 

@@ -25,22 +25,22 @@ Rename = Callable[[str], str]  # a layer's name in the module -> its name in the
 
 
 @dataclass(frozen=True)
-class Lora:
+class LoraSettings:
     """LoRA settings. `use_rslora`: rsLoRA, alpha over the square root of the rank; `use_dora`: DoRA."""
 
     rank: int
     alpha: float
     dropout: float = 0.0
-    stabilised: bool = False
-    magnitudes: bool = False
+    use_rslora: bool = False
+    use_dora: bool = False
 
     @property
     def scale(self) -> float:
         """Scale of the update B A."""
-        return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
-class _Adapted(torch.autograd.Function):
+class _LoraFunction(torch.autograd.Function):
     """W x + s B A x fused: no second output-sized tensor, and nothing of a frozen W is saved for the backward pass.
 
     A quantized W is dequantized anew each time.
@@ -51,7 +51,11 @@ class _Adapted(torch.autograd.Function):
         """Compute from x: [..., in]; a: [r, in]; b: [out, r] -> [..., out]."""
         flat = x.reshape(-1, x.shape[-1])
         low = torch.mm(flat, a.T)
-        y = torch.mm(flat, dense(base).T) if base.bias is None else torch.addmm(base.bias, flat, dense(base).T)
+        y = (
+            torch.mm(flat, get_dense_weight(base).T)
+            if base.bias is None
+            else torch.addmm(base.bias, flat, get_dense_weight(base).T)
+        )
         y.addmm_(low, b.T, alpha=scale)
         context.save_for_backward(flat, low, a, b)
         context.rest = (scale, base, x.shape)
@@ -63,50 +67,54 @@ class _Adapted(torch.autograd.Function):
         """Compute dX = dY W + s dY B A, dA = s (dY B)' X, dB = s dY' (X A')."""
         flat, low, a, b = context.saved_tensors
         scale, base, shape = context.rest
-        by_y = gradients[0].reshape(-1, len(b))
-        by_low = torch.mm(by_y, b).mul_(scale)
-        by_x = torch.mm(by_y, dense(base)).addmm_(by_low, a).view(shape) if context.needs_input_grad[0] else None
-        return by_x, torch.mm(by_low.T, flat), torch.mm(by_y.T, low).mul_(scale), None, None
+        grad_y = gradients[0].reshape(-1, len(b))
+        grad_low = torch.mm(grad_y, b).mul_(scale)
+        grad_x = (
+            torch.mm(grad_y, get_dense_weight(base)).addmm_(grad_low, a).view(shape)
+            if context.needs_input_grad[0]
+            else None
+        )
+        return grad_x, torch.mm(grad_low.T, flat), torch.mm(grad_y.T, low).mul_(scale), None, None
 
 
-def dense(base: Any) -> Tensor:
+def get_dense_weight(base: Any) -> Tensor:
     """Return a layer's weight [out, in], dequantized where it is stored in 4 bits."""
-    weight: Tensor = base.dense() if isinstance(base, NF4Linear) else base.weight
+    weight: Tensor = base.dequantize() if isinstance(base, NF4Linear) else base.weight
     return weight
 
 
 class LoraLinear(nn.Module):
     """Frozen linear layer with a trained low-rank update. A: [r, in], B: [out, r]; magnitude (DoRA): [out]."""
 
-    def __init__(self, base: nn.Linear | NF4Linear, lora: Lora) -> None:
+    def __init__(self, base: nn.Linear | NF4Linear, lora: LoraSettings) -> None:
         super().__init__()
-        self.base, self.scale, self.dropout, self.off = base, lora.scale, lora.dropout, False
+        self.base, self.scale, self.dropout, self.disabled = base, lora.scale, lora.dropout, False
         self.a = nn.Parameter(torch.empty(lora.rank, base.in_features))
         self.b = nn.Parameter(torch.zeros(base.out_features, lora.rank))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
-        self.magnitude = nn.Parameter(torch.linalg.norm(dense(base), dim=1)) if lora.magnitudes else None
+        self.magnitude = nn.Parameter(torch.linalg.norm(get_dense_weight(base), dim=1)) if lora.use_dora else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute x: [..., in] -> [..., out]; the frozen layer's output if `disabled`."""
-        if self.off:
+        if self.disabled:
             alone: Tensor = self.base(x)
             return alone
         if self.magnitude is not None:
-            return self._with_magnitudes(x, self.magnitude)
+            return self._forward_dora(x, self.magnitude)
         dropping = self.dropout > 0 and self.training
         if not dropping and x.dtype == self.a.dtype and not torch.is_autocast_enabled(x.device.type):
-            y: Tensor = _Adapted.apply(x, self.a, self.b, self.scale, self.base)  # type: ignore[no-untyped-call]
+            y: Tensor = _LoraFunction.apply(x, self.a, self.b, self.scale, self.base)  # type: ignore[no-untyped-call]
             return y
         low = F.dropout(x, self.dropout, self.training) if self.dropout else x
         plain: Tensor = self.base(x)
         return plain + F.linear(F.linear(low, self.a), self.b * self.scale)
 
-    def _with_magnitudes(self, x: Tensor, magnitude: Tensor) -> Tensor:
+    def _forward_dora(self, x: Tensor, magnitude: Tensor) -> Tensor:
         """Compute DoRA: the direction of each row of W + s B A times its trained magnitude.
 
         The row norm is a constant for the gradient (section 4.3 of the paper).
         """
-        weight = dense(self.base)
+        weight = get_dense_weight(self.base)
         low = F.dropout(x, self.dropout, self.training) if self.dropout else x
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             length = torch.linalg.norm(weight.to(self.b.dtype) + self.scale * (self.b @ self.a), dim=1)
@@ -117,7 +125,7 @@ class LoraLinear(nn.Module):
         return y
 
 
-def linear_layers(model: nn.Module) -> list[str]:
+def find_linear_layers(model: nn.Module) -> list[str]:
     """Return the names of all linear layers but the output head."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     return [
@@ -127,11 +135,11 @@ def linear_layers(model: nn.Module) -> list[str]:
     ]
 
 
-def target_layers(model: nn.Module, targets: Sequence[str] | str, rename: Rename = str) -> list[str]:
+def find_target_layers(model: nn.Module, targets: Sequence[str] | str, rename: Rename = str) -> list[str]:
     """Return the names of the linear layers to adapt: all but the output head for "all-linear", else those whose last
     name component in the model's files is listed.
     """
-    names = linear_layers(model)
+    names = find_linear_layers(model)
     if targets == "all-linear":
         return names
     lasts = {name: rename(name).rpartition(".")[2] for name in names}
@@ -145,17 +153,17 @@ def target_layers(model: nn.Module, targets: Sequence[str] | str, rename: Rename
     return wanted
 
 
-def attach(model: nn.Module, targets: Sequence[str] | str, lora: Lora, rename: Rename = str) -> None:
+def attach_lora(model: nn.Module, targets: Sequence[str] | str, lora: LoraSettings, rename: Rename = str) -> None:
     """Freeze the model and wrap every target in a `LoraLinear`, in place. A is random: seed torch before."""
-    names = target_layers(model, targets, rename)
+    names = find_target_layers(model, targets, rename)
     if not names:
         raise ModelError(
             "the model has no linear layer to adapt (GPT-2 in transformers has Conv1D layers); use full fine-tuning"
         )
-    attach_to(model, names, lora)
+    attach_lora_to(model, names, lora)
 
 
-def attach_to(model: nn.Module, names: Sequence[str], lora: Lora) -> None:
+def attach_lora_to(model: nn.Module, names: Sequence[str], lora: LoraSettings) -> None:
     """Freeze the model and wrap the layers of these names in `LoraLinear`."""
     model.requires_grad_(False)
     for name in names:
@@ -164,7 +172,7 @@ def attach_to(model: nn.Module, names: Sequence[str], lora: Lora) -> None:
         setattr(model.get_submodule(parent), leaf, LoraLinear(base, lora))
 
 
-def layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+def iter_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     """Yield (name, layer) of every adapted layer."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):

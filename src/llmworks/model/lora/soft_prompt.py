@@ -19,13 +19,13 @@ from llmworks.tokenize.load import read_json
 KINDS = ("PROMPT_TUNING", "PREFIX_TUNING")
 
 
-def is_soft(adapter: Path) -> bool:
+def is_soft_prompt(adapter: Path) -> bool:
     """Return whether a peft directory holds a soft prompt."""
     file = adapter / "adapter_config.json"
     return file.exists() and read_json(file).get("peft_type") in KINDS
 
 
-class Prompted(nn.Module):
+class SoftPromptModel(nn.Module):
     """Transformers causal model with a soft prompt, for callers that use a KV cache: an empty cache is filled with it.
 
     Position ids and 2-d masks cover the text only, without the virtual tokens.
@@ -33,8 +33,8 @@ class Prompted(nn.Module):
 
     def __init__(self, model: Any, keys: list[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
-        self.base, self.keys, self.config = model, keys, model.config
-        self.virtual = int(keys[0][0].shape[2])
+        self.base, self.key_values, self.config = model, keys, model.config
+        self.num_virtual_tokens = int(keys[0][0].shape[2])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,11 +62,13 @@ class Prompted(nn.Module):
         cache = DynamicCache() if past_key_values is None else past_key_values
         begins = cache.get_seq_length() == 0
         if begins:
-            for layer, (key, value) in enumerate(self.keys):
+            for layer, (key, value) in enumerate(self.key_values):
                 cache.update(key.expand(len(input_ids), -1, -1, -1), value.expand(len(input_ids), -1, -1, -1), layer)
         if attention_mask is not None and (attention_mask.dim() == 2 or begins):
-            attention_mask = F.pad(attention_mask, (self.virtual, 0), value=1 if attention_mask.dim() == 2 else 0)
-        positions = None if position_ids is None else position_ids + self.virtual
+            attention_mask = F.pad(
+                attention_mask, (self.num_virtual_tokens, 0), value=1 if attention_mask.dim() == 2 else 0
+            )
+        positions = None if position_ids is None else position_ids + self.num_virtual_tokens
         return self.base(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -77,7 +79,7 @@ class Prompted(nn.Module):
         )
 
 
-def prompted(model: Any, adapter: Path) -> Prompted:
+def attach_soft_prompt(model: Any, adapter: Path) -> SoftPromptModel:
     """Wrap a transformers model with the soft prompt of a peft directory.
 
     ModelError for one that is broken, or belongs to another model.
@@ -105,7 +107,7 @@ def prompted(model: Any, adapter: Path) -> Prompted:
                 f" has {own.num_hidden_layers * 2 * heads * width}"
             )
         parts = table.view(1, len(table), own.num_hidden_layers * 2, heads, width).permute(2, 0, 3, 1, 4)
-        return Prompted(
+        return SoftPromptModel(
             model, [(parts[2 * i].contiguous(), parts[2 * i + 1].contiguous()) for i in range(own.num_hidden_layers)]
         )
     if table.shape[1] != own.hidden_size:
@@ -115,4 +117,4 @@ def prompted(model: Any, adapter: Path) -> Prompted:
         )
     with torch.no_grad():
         cache = model(inputs_embeds=table[None].to(model.dtype), use_cache=True).past_key_values
-    return Prompted(model, [(layer.keys, layer.values) for layer in cache.layers])
+    return SoftPromptModel(model, [(layer.keys, layer.values) for layer in cache.layers])

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from llmworks.core.errors import DataError
-from llmworks.model.loss.linear_cross_entropy import IGNORED
+from llmworks.model.loss.linear_cross_entropy import IGNORE_INDEX
 
 
-def hide_tokens(
+def mask_tokens(
     ids: Tensor,
     mask_id: int,
     vocabulary: int,
     *,
-    share: float = 0.15,
-    keep: Sequence[int] = (),
+    mlm_probability: float = 0.15,
+    excluded_ids: Sequence[int] = (),
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mask tokens for masked language modeling (Devlin et al. 2019, section 3.1).
@@ -26,22 +26,22 @@ def hide_tokens(
     the mask token, 10 % a random token, 10 % stay. ids: [batch, length]; `excluded_ids`: ids that are never selected.
     """
     draw = torch.rand(ids.shape, generator=generator)
-    allowed = ~torch.isin(ids, torch.tensor(list(keep), dtype=ids.dtype))
-    chosen = allowed & (draw < share)
-    labels = torch.where(chosen, ids, torch.full_like(ids, IGNORED))
-    how = draw / share  # uniform in 0 to 1 where a token was selected
+    allowed = ~torch.isin(ids, torch.tensor(list(excluded_ids), dtype=ids.dtype))
+    chosen = allowed & (draw < mlm_probability)
+    labels = torch.where(chosen, ids, torch.full_like(ids, IGNORE_INDEX))
+    how = draw / mlm_probability  # uniform in 0 to 1 where a token was selected
     other = torch.randint(0, vocabulary, ids.shape, generator=generator, dtype=ids.dtype)
-    hidden = torch.where(chosen & (how < 0.8), torch.full_like(ids, mask_id), ids)
-    return torch.where(chosen & (how >= 0.8) & (how < 0.9), other, hidden), labels
+    masked = torch.where(chosen & (how < 0.8), torch.full_like(ids, mask_id), ids)
+    return torch.where(chosen & (how >= 0.8) & (how < 0.9), other, masked), labels
 
 
-def hide_spans(
+def corrupt_spans(
     ids: Sequence[int],
     sentinels: Sequence[int],
     end: int,
     *,
-    share: float = 0.15,
-    mean: float = 3.0,
+    noise_density: float = 0.15,
+    mean_span_length: float = 3.0,
     generator: torch.Generator | None = None,
 ) -> tuple[list[int], list[int]]:
     """Corrupt spans as T5 (Raffel et al. 2020, section 3.1.4).
@@ -58,9 +58,17 @@ def hide_spans(
             f"span corruption needs at least two tokens and one sentinel; got {len(ids)} tokens and {len(sentinels)}"
             " sentinels"
         )
-    hidden = min(max(round(len(ids) * share), 1), len(ids) - 1)
-    spans = min(max(round(hidden / mean), 1), hidden, len(ids) - hidden, len(sentinels))
-    inside, outside = _parts(hidden, spans, generator), _parts(len(ids) - hidden, spans, generator)
+    num_noise_tokens = min(max(round(len(ids) * noise_density), 1), len(ids) - 1)
+    spans = min(
+        max(round(num_noise_tokens / mean_span_length), 1),
+        num_noise_tokens,
+        len(ids) - num_noise_tokens,
+        len(sentinels),
+    )
+    inside, outside = (
+        _split_randomly(num_noise_tokens, spans, generator),
+        _split_randomly(len(ids) - num_noise_tokens, spans, generator),
+    )
     source: list[int] = []
     target: list[int] = []
     at = 0
@@ -71,7 +79,7 @@ def hide_spans(
     return [*source, end], [*target, end]
 
 
-def _parts(total: int, count: int, generator: torch.Generator | None) -> list[int]:
+def _split_randomly(total: int, count: int, generator: torch.Generator | None) -> list[int]:
     """Split `total` at random into `count` parts of at least one."""
     cuts = sorted((torch.randperm(total - 1, generator=generator)[: count - 1] + 1).tolist())
     return [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Reading:
+class InputQuantization:
     """How a layer's inputs are quantized.
 
     `edge`: which integer the largest value maps to, as in `Grid`; `threshold`: larger values stay unquantized and do
@@ -22,27 +22,27 @@ class Reading:
     threshold: float = 0.0
 
 
-def round_tokens(x: Tensor, reading: Reading) -> Tensor:
+def quantize_tokens(x: Tensor, quantization: InputQuantization) -> Tensor:
     """Quantize [..., columns] symmetrically per token, and dequantize.
 
     Each token is independent of the others in the batch.
     """
-    high = (1 << (reading.bits - 1)) - 1
-    large = x.abs()
-    far = large > reading.threshold if reading.threshold else None
-    if far is not None:
-        large = large.masked_fill(far, 0)
-    scale = (large.amax(-1, keepdim=True) / (high if reading.edge == "last" else high + 0.5)).clamp(
+    high = (1 << (quantization.bits - 1)) - 1
+    magnitude = x.abs()
+    outliers = magnitude > quantization.threshold if quantization.threshold else None
+    if outliers is not None:
+        magnitude = magnitude.masked_fill(outliers, 0)
+    scale = (magnitude.amax(-1, keepdim=True) / (high if quantization.edge == "last" else high + 0.5)).clamp(
         min=torch.finfo(x.dtype).eps
     )
-    made = (x / scale).round().clamp(-high - 1, high) * scale
-    return made if far is None else torch.where(far, x, made)
+    dequantized = (x / scale).round().clamp(-high - 1, high) * scale
+    return dequantized if outliers is None else torch.where(outliers, x, dequantized)
 
 
-def read_rounded(layer: nn.Module, reading: Reading) -> None:
+def quantize_inputs(layer: nn.Module, quantization: InputQuantization) -> None:
     """Quantize the layer's inputs from now on, by a forward hook."""
 
     def rounding(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (round_tokens(given[0], reading), *given[1:])
+        return (quantize_tokens(given[0], quantization), *given[1:])
 
     layer.register_forward_pre_hook(rounding)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from llmworks.core.errors import ModelError
-from llmworks.model.lowbit.activations import Reading
-from llmworks.model.lowbit.integer import Grid, Scales, Whole
+from llmworks.model.lowbit.activations import InputQuantization
+from llmworks.model.lowbit.integer import Grid, IntegerMatrix, Scales
 
 METHOD = "bitsandbytes"
 THRESHOLD = 6.0
 
 
-def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
+def tensors_of(name: str, matrix: IntegerMatrix) -> dict[str, Tensor]:
     """Return the tensors of a quantized layer `name` with one scale per row."""
     return {
         f"{name}.weight": matrix.codes.contiguous(),
@@ -29,7 +29,7 @@ def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
     }
 
 
-def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
+def config_of(grids: Mapping[str, Grid], ignored: Sequence[str]) -> dict[str, Any]:
     """Build `quantization_config`; `ignored`: layers that are not quantized."""
     inputs = next(iter(grids.values())).inputs
     threshold = inputs.threshold if inputs else 0.0
@@ -38,13 +38,13 @@ def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
         "load_in_8bit": True,
         "load_in_4bit": False,
         "llm_int8_threshold": threshold,
-        "llm_int8_skip_modules": list(left),
+        "llm_int8_skip_modules": list(ignored),
         "llm_int8_has_fp16_weight": False,
         "llm_int8_enable_fp32_cpu_offload": False,
     }
 
 
-def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Whole | Tensor]]:
+def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, IntegerMatrix | Tensor]]:
     """Yield (name, tensor or quantized matrix) of a directory's weights. ModelError for a layer without scales."""
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
@@ -65,19 +65,19 @@ def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterato
                 raise ModelError(
                     f"{layer}: its scales (SCB) are missing, not finite, or not one for each of its {len(tensor)} rows"
                 )
-            worth = scale.float().view(-1, 1) / 127
-            yield name, Whole(tensor, Scales(worth, torch.zeros_like(worth)), Grid(8))
+            row_scales = scale.float().view(-1, 1) / 127
+            yield name, IntegerMatrix(tensor, Scales(row_scales, torch.zeros_like(row_scales)), Grid(8))
         else:
             yield name, tensor
 
 
-def reading_of(config: Mapping[str, Any], name: str) -> Reading | None:
+def reading_of(config: Mapping[str, Any], name: str) -> InputQuantization | None:
     """Return how a layer's inputs are quantized; None: they are not."""
     if any(
         part == name or part in name.split(".") or name.startswith(f"{part}.")
         for part in config.get("llm_int8_skip_modules") or ()
     ):
         return None
-    return Reading(
+    return InputQuantization(
         8, "last", float(THRESHOLD if config.get("llm_int8_threshold") is None else config["llm_int8_threshold"])
     )

@@ -14,20 +14,20 @@ from llmworks.model.lowbit import bnb_int8 as mixed_int8
 from llmworks.model.lowbit import compressed_tensors as compressed
 from llmworks.model.lowbit import gptq_awq as gptq_layout
 from llmworks.model.lowbit import hqq as hqq_layout
-from llmworks.model.lowbit.activations import read_rounded
+from llmworks.model.lowbit.activations import quantize_inputs
 from llmworks.model.lowbit.linear import LowBitLinear
 
-FORMS: dict[str, Any] = {
+FORMATS: dict[str, Any] = {
     "compressed-tensors": compressed,
     "bitsandbytes-int8": mixed_int8,
     "bitsandbytes-4bit": four_bits,
-    "gptq": gptq_layout.Gptq,
-    "awq": gptq_layout.Awq,
+    "gptq": gptq_layout.GptqFormat,
+    "awq": gptq_layout.AwqFormat,
     "hqq": hqq_layout,
 }  # each has tensors_of, config_of, weights, reading_of
 
 
-BROKEN = (
+INVALID_DATA_ERRORS = (
     KeyError,
     TypeError,
     ValueError,
@@ -38,56 +38,60 @@ BROKEN = (
 )  # what an invalid config or tensor raises
 
 
-def form_of(config: Mapping[str, Any]) -> Any:
+def get_format(config: Mapping[str, Any]) -> Any:
     """Return the format module of a `quantization_config`. ModelError for an unsupported one."""
     if not isinstance(config, Mapping):
         raise ModelError(f"config.json: quantization_config must be an object, not {type(config).__name__}")
     method = str(config.get("quant_method"))
     if method == mixed_int8.METHOD:
         return mixed_int8 if config.get("load_in_8bit") else four_bits
-    if method not in FORMS:
+    if method not in FORMATS:
         raise ModelError(
             f"config.json: weights quantized by {method!r} are not supported; supported: {compressed.METHOD},"
             f" {mixed_int8.METHOD}, gptq, awq, hqq"
         )
-    return FORMS[method]
+    return FORMATS[method]
 
 
-def dense(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+def dequantize_all(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Dequantize all tensors of a directory to fp32.
 
     `config`: its `quantization_config`. ModelError for an unsupported format, or tensors that do not match.
     """
-    return {name: plain(what) for name, what in weights(tensors, config)}
+    return {name: to_dense(what) for name, what in iter_weights(tensors, config)}
 
 
-def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def iter_weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield (name, tensor or matrix with `weight()`) of a directory's weights, one at a time.
 
     `config`, errors: as in `dequantize_all`.
     """
     try:
-        yield from form_of(config).weights(tensors, config)
-    except BROKEN as error:
+        yield from get_format(config).weights(tensors, config)
+    except INVALID_DATA_ERRORS as error:
         raise ModelError(
             f"config.json: its quantization_config, or a tensor it describes, is invalid ({type(error).__name__}:"
             f" {error})"
         ) from None
 
 
-def plain(what: Any) -> Tensor:
+def to_dense(what: Any) -> Tensor:
     """Copy a tensor or dequantize a matrix into own memory (not memory-mapped); floats become fp32."""
     if isinstance(what, Tensor):
         return what.to(torch.float32 if what.is_floating_point() else what.dtype, copy=True)
     try:
-        made: Tensor = what.weight()
-    except BROKEN as error:
+        weight: Tensor = what.weight()
+    except INVALID_DATA_ERRORS as error:
         raise ModelError(f"a quantized matrix cannot be read ({type(error).__name__}: {error})") from None
-    return made.float()
+    return weight.float()
 
 
-def round_inputs(
-    model: nn.Module, config: Mapping[str, Any], rename: Callable[[str], str], quantized: Container[str], head: str = ""
+def apply_input_quantization(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    rename: Callable[[str], str],
+    quantized: Container[str],
+    prefix: str = "",
 ) -> None:
     """Enable input quantization of the layers for which a `quantization_config` requests it.
 
@@ -96,16 +100,16 @@ def round_inputs(
 
     `prefix`: prefix of the model's layer names in the decoder.
     """
-    form = form_of(config)
+    form = get_format(config)
     for name, layer in model.named_modules():
-        whole = f"{head}{name}"
+        whole = f"{prefix}{name}"
         if not isinstance(layer, (nn.Linear, LowBitLinear)) or rename(whole) not in quantized:
             continue
         try:
             reading = form.reading_of(config, rename(whole))
-        except BROKEN as error:
+        except INVALID_DATA_ERRORS as error:
             raise ModelError(
                 f"config.json: its quantization_config cannot be read ({type(error).__name__}: {error})"
             ) from None
         if reading is not None:
-            read_rounded(layer, reading)
+            quantize_inputs(layer, reading)

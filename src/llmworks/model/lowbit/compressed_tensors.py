@@ -13,41 +13,41 @@ import torch
 from torch import Tensor
 
 from llmworks.core.errors import ModelError
-from llmworks.model.lowbit.activations import Reading
-from llmworks.model.lowbit.integer import Grid, Scales, Whole, packed, unpacked
+from llmworks.model.lowbit.activations import InputQuantization
+from llmworks.model.lowbit.integer import Grid, IntegerMatrix, Scales, pack_integers, unpack_integers
 
 METHOD = "compressed-tensors"
-PARTS = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx")
+TENSOR_SUFFIXES = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx")
 
 
-def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
+def tensors_of(name: str, matrix: IntegerMatrix) -> dict[str, Tensor]:
     """Return the tensors of a quantized layer `name`: int8 where inputs are quantized too, else packed."""
     grid, (rows, columns) = matrix.grid, matrix.codes.shape
     stored = getattr(torch, grid.stored)
     scale = matrix.scales.scale.to(stored).contiguous()
     if scale.shape[0] != rows:
         scale = scale.expand(rows, 1).contiguous()
-    if _plain(grid):
+    if _is_int8(grid):
         return {f"{name}.weight": matrix.codes.contiguous(), f"{name}.weight_scale": scale}
-    found = {
-        f"{name}.weight_packed": packed(matrix.codes, grid.bits),
+    tensors = {
+        f"{name}.weight_packed": pack_integers(matrix.codes, grid.bits),
         f"{name}.weight_scale": scale,
         f"{name}.weight_shape": torch.tensor([rows, columns]),
     }
     if not grid.symmetric:
         zero = matrix.scales.zero.expand(rows, -1).to(torch.int8)
-        found[f"{name}.weight_zero_point"] = packed(
+        tensors[f"{name}.weight_zero_point"] = pack_integers(
             zero.T.contiguous(), grid.bits
         ).T.contiguous()  # packed along rows, not groups
-    return found
+    return tensors
 
 
-def _plain(grid: Grid) -> bool:
+def _is_int8(grid: Grid) -> bool:
     """Return whether codes are stored as int8, unpacked."""
     return grid.inputs is not None and grid.bits == 8
 
 
-def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
+def config_of(grids: Mapping[str, Grid], ignored: Sequence[str]) -> dict[str, Any]:
     """Build `quantization_config` from layers by name, and `ignored`, the layers that are not quantized.
 
     Layers with the same grid share a config group.
@@ -89,7 +89,7 @@ def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
             "weights": weights,
             "input_activations": inputs,
             "output_activations": None,
-            "format": "int-quantized" if _plain(grid) else "pack-quantized",
+            "format": "int-quantized" if _is_int8(grid) else "pack-quantized",
         }
     formats = {group["format"] for group in groups.values()}
     return {
@@ -97,25 +97,25 @@ def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(left),
+        "ignore": list(ignored),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
 
 
-def named(name: str, some: Iterable[str]) -> bool:
+def is_target(name: str, targets: Iterable[str]) -> bool:
     """Return whether a layer is among targets: by its name, or by a pattern ("re:...") that matches its beginning
     (compressed-tensors' match_name).
     """
     return any(
-        re.match(one.removeprefix("re:"), name) is not None if one.startswith("re:") else one == name for one in some
+        re.match(one.removeprefix("re:"), name) is not None if one.startswith("re:") else one == name for one in targets
     )
 
 
-def group_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+def get_config_group(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return a layer's group in `quantization_config`. ModelError where it has none that is supported."""
     groups = list(config.get("config_groups", {}).values())
-    found = next((group for group in groups if named(name, group["targets"])), None) or next(
+    found = next((group for group in groups if is_target(name, group["targets"])), None) or next(
         (group for group in groups if "Linear" in group["targets"]), None
     )
     if found is None or found["weights"].get("type", "int") != "int":
@@ -135,33 +135,33 @@ def group_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return group
 
 
-def reading_of(config: Mapping[str, Any], name: str) -> Reading | None:
+def reading_of(config: Mapping[str, Any], name: str) -> InputQuantization | None:
     """Return how a layer's inputs are quantized; None: they are not."""
-    if named(name, config.get("ignore") or ()):
+    if is_target(name, config.get("ignore") or ()):
         return None
-    inputs = group_of(config, name).get("input_activations")
-    return Reading(int(inputs["num_bits"])) if inputs else None
+    inputs = get_config_group(config, name).get("input_activations")
+    return InputQuantization(int(inputs["num_bits"])) if inputs else None
 
 
-def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Whole | Tensor]]:
+def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, IntegerMatrix | Tensor]]:
     """Yield (name, tensor or quantized matrix) of a directory's weights. ModelError for tensors that do not match."""
     for name in tensors:
         layer, _, part = name.rpartition(".")
         if part == "weight_packed" or (part == "weight" and f"{layer}.weight_scale" in tensors):
-            yield f"{layer}.weight", read(tensors, layer, config)
-        elif not name.endswith(PARTS):
+            yield f"{layer}.weight", read_matrix(tensors, layer, config)
+        elif not name.endswith(TENSOR_SUFFIXES):
             yield name, tensors[name]
 
 
-def read(tensors: Mapping[str, Tensor], layer: str, config: Mapping[str, Any]) -> Whole:
+def read_matrix(tensors: Mapping[str, Tensor], layer: str, config: Mapping[str, Any]) -> IntegerMatrix:
     """Read the quantized matrix of a layer."""
-    said = group_of(config, layer)["weights"]
-    bits, symmetric = int(said["num_bits"]), bool(said.get("symmetric", True))
+    weight_args = get_config_group(config, layer)["weights"]
+    bits, symmetric = int(weight_args["num_bits"]), bool(weight_args.get("symmetric", True))
     try:
         scale = tensors[f"{layer}.weight_scale"].float()
         if f"{layer}.weight_packed" in tensors:
             rows, columns = (int(n) for n in tensors[f"{layer}.weight_shape"])
-            codes = unpacked(tensors[f"{layer}.weight_packed"], bits, columns)
+            codes = unpack_integers(tensors[f"{layer}.weight_packed"], bits, columns)
         else:
             codes = tensors[f"{layer}.weight"]
             rows, columns = codes.shape
@@ -175,11 +175,11 @@ def read(tensors: Mapping[str, Tensor], layer: str, config: Mapping[str, Any]) -
         if not scale.isfinite().all() or not tensors[f"{layer}.weight_scale"].is_floating_point():
             raise ValueError("scales are not finite floats")
         if not symmetric:
-            given = tensors[f"{layer}.weight_zero_point"]
+            zero_point = tensors[f"{layer}.weight_zero_point"]
             zero = (
-                unpacked(given.T.contiguous(), bits, rows).T
-                if given.dtype == torch.int32
-                else given.reshape(-1, groups)
+                unpack_integers(zero_point.T.contiguous(), bits, rows).T
+                if zero_point.dtype == torch.int32
+                else zero_point.reshape(-1, groups)
             ).float()
         if (
             columns % groups
@@ -190,7 +190,7 @@ def read(tensors: Mapping[str, Tensor], layer: str, config: Mapping[str, Any]) -
             raise ValueError(f"codes {tuple(codes.shape)}, scales {tuple(scale.shape)}")
     except (KeyError, ValueError, RuntimeError) as error:
         raise ModelError(f"{layer}: its tensors do not match ({error})") from None
-    return Whole(
+    return IntegerMatrix(
         codes,
         Scales(scale, zero),
         Grid(bits, (-1 if len(scale) == 1 and rows > 1 else 0) if groups == 1 else columns // groups, symmetric),

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmworks.core.errors import ModelError
-from llmworks.model.lowbit.integer import Grid, Scales, Whole
+from llmworks.model.lowbit.integer import Grid, IntegerMatrix, Scales
 
 METHOD = "hqq"
 PACKINGS = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8"}
@@ -26,7 +26,7 @@ SHIFTS: dict[str, tuple[int, ...]] = {
     "3bit_32": tuple(range(27, -1, -3)),
     "2bit_u8": (6, 4, 2, 0),
 }  # shift of each part
-SAID = (
+SETTINGS = (
     "nbits",
     "group_size",
     "shape",
@@ -44,10 +44,10 @@ SAID = (
     "quant_scale",
     "quant_zero",
 )
-PARTS = tuple(f".{name}" for name in ("scale", "zero", *SAID))
+TENSOR_SUFFIXES = tuple(f".{name}" for name in ("scale", "zero", *SETTINGS))
 
 
-def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
+def tensors_of(name: str, matrix: IntegerMatrix) -> dict[str, Tensor]:
     """Return the tensors of a quantized layer `name`. ModelError for bits or groups the format does not support."""
     grid, (rows, columns) = matrix.grid, matrix.codes.shape
     packing = PACKINGS.get(grid.bits)
@@ -55,10 +55,10 @@ def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
         raise ModelError(
             f"{name}: the format hqq has 2, 3, 4 or 8 bits and scales per group or row; use compressed-tensors"
         )
-    size = grid.size(columns)
+    size = grid.get_group_size(columns)
     codes = (matrix.codes.int() - grid.low).view(-1, size)
     stored = getattr(torch, grid.stored)
-    said: dict[str, bool | int | str] = {
+    settings: dict[str, bool | int | str] = {
         "nbits": grid.bits,
         "group_size": size,
         "axis": 1,
@@ -76,15 +76,15 @@ def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
         "quant_zero": False,
     }
     return {
-        f"{name}.W_q": _packed(name, codes, packing),
+        f"{name}.W_q": _pack(name, codes, packing),
         f"{name}.scale": matrix.scales.scale.reshape(-1, 1).to(stored),
         f"{name}.zero": (matrix.scales.zero.reshape(-1, 1) - grid.low).to(stored),
         f"{name}.shape": torch.tensor([rows, columns]),
-        **{f"{name}.{key}": _encoded(value) for key, value in said.items()},
+        **{f"{name}.{key}": _encode_setting(value) for key, value in settings.items()},
     }
 
 
-def _encoded(value: bool | int | str) -> Tensor:
+def _encode_setting(value: bool | int | str) -> Tensor:
     """Encode a setting as a tensor, as hqq does."""
     if isinstance(value, bool):
         return torch.tensor(int(value), dtype=torch.uint8)
@@ -95,7 +95,7 @@ def _encoded(value: bool | int | str) -> Tensor:
     )
 
 
-def _packed(name: str, codes: Tensor, packing: str) -> Tensor:
+def _pack(name: str, codes: Tensor, packing: str) -> Tensor:
     shifts = SHIFTS[packing]
     if packing == "3bit_32":
         codes = F.pad(codes, (0, 0, 0, -len(codes) % len(shifts)))
@@ -104,13 +104,13 @@ def _packed(name: str, codes: Tensor, packing: str) -> Tensor:
             f"{name}: its {len(codes)} groups do not fill bytes of {len(shifts)}, which the format hqq requires; use"
             " compressed-tensors, or ignore the layer"
         )
-    made = torch.zeros(len(codes) // len(shifts), codes.shape[1], dtype=torch.int32)
+    words = torch.zeros(len(codes) // len(shifts), codes.shape[1], dtype=torch.int32)
     for part, shift in zip(codes.chunk(len(shifts)), shifts, strict=True):
-        made |= part << shift
-    return made if packing == "3bit_32" else made.to(torch.uint8)
+        words |= part << shift
+    return words if packing == "3bit_32" else words.to(torch.uint8)
 
 
-def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
+def config_of(grids: Mapping[str, Grid], ignored: Sequence[str]) -> dict[str, Any]:
     """Build `quantization_config`; `ignored`: layers that are not quantized."""
     if len(set(grids.values())) > 1:
         raise ModelError("the format hqq has one bit width and one group size for all layers; use compressed-tensors")
@@ -132,22 +132,22 @@ def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
             "zero_quant_params": None,
             "offload_meta": False,
         },
-        "skip_modules": list(left),
+        "skip_modules": list(ignored),
     }
 
 
-def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Whole | Tensor]]:
+def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, IntegerMatrix | Tensor]]:
     """Yield (name, tensor or quantized matrix) of a directory's weights. ModelError for tensors that do not match."""
     params = (config.get("quant_config") or {}).get("weight_quant_params") or {}
     for name in tensors:
         layer, _, part = name.rpartition(".")
         if part == "W_q":
-            yield f"{layer}.weight", _read(tensors, layer, params)
-        elif not (name.endswith(PARTS) and f"{layer}.W_q" in tensors):
+            yield f"{layer}.weight", _read_matrix(tensors, layer, params)
+        elif not (name.endswith(TENSOR_SUFFIXES) and f"{layer}.W_q" in tensors):
             yield name, tensors[name]
 
 
-def _read(tensors: Mapping[str, Tensor], layer: str, params: Mapping[str, Any]) -> Whole:
+def _read_matrix(tensors: Mapping[str, Tensor], layer: str, params: Mapping[str, Any]) -> IntegerMatrix:
     """Read the quantized matrix of a layer."""
     try:
         bits = int(tensors[f"{layer}.nbits"]) if f"{layer}.nbits" in tensors else int(params["nbits"])
@@ -171,8 +171,8 @@ def _read(tensors: Mapping[str, Tensor], layer: str, params: Mapping[str, Any]) 
             raise ValueError(f"codes {tuple(words.shape)}, scales {tuple(scale.shape)}, shape {rows} x {columns}")
     except (KeyError, ValueError, RuntimeError) as error:
         raise ModelError(f"{layer}: its tensors do not match ({error})") from None
-    grid = Grid(bits, 0 if groups == 1 else columns // groups, symmetric=False, real=True)
-    return Whole((codes + grid.low).to(torch.int8), Scales(scale, zero + grid.low), grid)
+    grid = Grid(bits, 0 if groups == 1 else columns // groups, symmetric=False, real_zero_points=True)
+    return IntegerMatrix((codes + grid.low).to(torch.int8), Scales(scale, zero + grid.low), grid)
 
 
 def reading_of(config: Mapping[str, Any], name: str) -> None:

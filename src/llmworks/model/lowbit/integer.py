@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from llmworks.core.errors import ModelError
-from llmworks.model.lowbit.activations import Reading
+from llmworks.model.lowbit.activations import InputQuantization
 
-SHRINK = tuple(1 - 0.02 * step for step in range(30))  # range factors tried by the MSE search
+SHRINK_FACTORS = tuple(1 - 0.02 * step for step in range(30))  # range factors tried by the MSE search
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Grid:
     symmetric: bool = True
     edge: Literal["last", "between"] = "last"
     stored: Literal["float32", "float16", "bfloat16"] = "float32"
-    inputs: Reading | None = None
-    real: bool = False
+    inputs: InputQuantization | None = None
+    real_zero_points: bool = False
 
     @property
     def low(self) -> int:
@@ -49,7 +49,7 @@ class Grid:
         """Largest integer."""
         return (1 << (self.bits - 1)) - 1
 
-    def size(self, columns: int) -> int:
+    def get_group_size(self, columns: int) -> int:
         """Return the group size in a row of `columns` weights. ModelError if groups do not divide the row."""
         size = self.group if self.group > 0 else columns
         if columns % size:
@@ -72,11 +72,11 @@ class Scales:
     zero: Tensor
 
 
-def grouped(weight: Tensor, grid: Grid) -> Tensor:
+def split_groups(weight: Tensor, grid: Grid) -> Tensor:
     """Reshape [rows, columns] to [rows, groups, size]; one group of all weights for a per-tensor scale."""
     if grid.group == -1:
         return weight.reshape(1, 1, -1)
-    return weight.reshape(len(weight), -1, grid.size(weight.shape[1]))
+    return weight.reshape(len(weight), -1, grid.get_group_size(weight.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,20 @@ class Extremes:
     smallest: Tensor
     largest: Tensor
 
-    def scales(self, grid: Grid, shrink: float | Tensor = 1.0) -> Scales:
+    def compute_scales(self, grid: Grid, shrink: float | Tensor = 1.0) -> Scales:
         """Return the scales for a factor of this range, one for all or [rows, groups]. Zero groups have scale 1."""
         if grid.symmetric:
-            scale = _kept(self.largest * shrink / (grid.high if grid.edge == "last" else grid.high + 0.5), grid)
+            scale = _round_scales(self.largest * shrink / (grid.high if grid.edge == "last" else grid.high + 0.5), grid)
             return Scales(scale, torch.zeros_like(scale))
         smallest, largest = self.smallest * shrink, self.largest * shrink
-        scale = _kept((largest - smallest) / (grid.high - grid.low), grid)
+        scale = _round_scales((largest - smallest) / (grid.high - grid.low), grid)
         zero = grid.low - smallest / scale
-        return Scales(scale, kept_zero(zero, grid) if grid.real else zero.round().clamp(grid.low, grid.high))
+        return Scales(
+            scale, round_zero_points(zero, grid) if grid.real_zero_points else zero.round().clamp(grid.low, grid.high)
+        )
 
 
-def extremes(groups: Tensor, grid: Grid) -> Extremes:
+def compute_extremes(groups: Tensor, grid: Grid) -> Extremes:
     """Return the extremes of groups [rows, groups, size]."""
     if grid.symmetric:
         most = groups.abs().amax(-1)
@@ -105,56 +107,58 @@ def extremes(groups: Tensor, grid: Grid) -> Extremes:
     return Extremes(groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0))
 
 
-def fit(groups: Tensor, grid: Grid) -> Scales:
+def fit_scales(groups: Tensor, grid: Grid) -> Scales:
     """Return the min-max scales of groups [rows, groups, size]."""
-    return extremes(groups, grid).scales(grid)
+    return compute_extremes(groups, grid).compute_scales(grid)
 
 
-def kept_zero(zero: Tensor, grid: Grid) -> Tensor:
+def round_zero_points(zero: Tensor, grid: Grid) -> Tensor:
     """Round real zero points as they are stored in the file, where integers count from 0."""
     return (zero - grid.low).to(getattr(torch, grid.stored)).to(zero.dtype) + grid.low
 
 
-def _kept(scale: Tensor, grid: Grid) -> Tensor:
+def _round_scales(scale: Tensor, grid: Grid) -> Tensor:
     """Round scales to their stored format; 1 where there is nothing to scale."""
     scale = scale.to(getattr(torch, grid.stored)).to(scale.dtype)
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
-def searched(groups: Tensor, grid: Grid, weights: Tensor | None = None, shrink: tuple[float, ...] = SHRINK) -> Scales:
+def search_scales(
+    groups: Tensor, grid: Grid, weights: Tensor | None = None, shrink: tuple[float, ...] = SHRINK_FACTORS
+) -> Scales:
     """Search the scales with the lowest squared error over factors of the range.
 
     `weights` [groups, size] or like groups: weight of each element's error.
     """
-    ends = extremes(groups, grid)
-    best = ends.scales(grid)
-    least = _error(groups, best, grid, weights)
+    ends = compute_extremes(groups, grid)
+    best = ends.compute_scales(grid)
+    least = _compute_error(groups, best, grid, weights)
     for share in shrink[1:]:
-        tried = ends.scales(grid, share)
-        error = _error(groups, tried, grid, weights)
+        candidate = ends.compute_scales(grid, share)
+        error = _compute_error(groups, candidate, grid, weights)
         better = error < least
-        best = Scales(torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero, best.zero))
+        best = Scales(torch.where(better, candidate.scale, best.scale), torch.where(better, candidate.zero, best.zero))
         least = torch.where(better, error, least)
     return best
 
 
-def _error(groups: Tensor, scales: Scales, grid: Grid, weights: Tensor | None) -> Tensor:
-    apart = (restored(rounded(groups, scales, grid), scales) - groups).square_()
-    return (apart if weights is None else apart.mul_(weights)).sum(-1)
+def _compute_error(groups: Tensor, scales: Scales, grid: Grid, weights: Tensor | None) -> Tensor:
+    difference = (dequantize_groups(quantize_groups(groups, scales, grid), scales) - groups).square_()
+    return (difference if weights is None else difference.mul_(weights)).sum(-1)
 
 
-def rounded(groups: Tensor, scales: Scales, grid: Grid) -> Tensor:
+def quantize_groups(groups: Tensor, scales: Scales, grid: Grid) -> Tensor:
     """Quantize groups [rows, groups, size] to integers, in the tensor's own number format."""
     return (groups / scales.scale[..., None] + scales.zero[..., None]).round_().clamp_(grid.low, grid.high)
 
 
-def restored(codes: Tensor, scales: Scales) -> Tensor:
+def dequantize_groups(codes: Tensor, scales: Scales) -> Tensor:
     """Dequantize to [rows, groups, size]."""
     return (codes.to(scales.scale.dtype) - scales.zero[..., None]) * scales.scale[..., None]
 
 
 @dataclass(frozen=True)
-class Whole:
+class IntegerMatrix:
     """An integer-quantized matrix. codes: [rows, columns], int8; columns in the order of the weights."""
 
     codes: Tensor
@@ -163,7 +167,7 @@ class Whole:
 
     def weight(self) -> Tensor:
         """Dequantize to [rows, columns], in the scales' number format."""
-        return restored(grouped(self.codes, self.grid), self.scales).reshape(self.codes.shape)
+        return dequantize_groups(split_groups(self.codes, self.grid), self.scales).reshape(self.codes.shape)
 
     @property
     def bits(self) -> float:
@@ -171,24 +175,24 @@ class Whole:
         return (
             self.grid.bits
             + self.scales.scale.numel()
-            * (16 + (0 if self.grid.symmetric else 16 if self.grid.real else self.grid.bits))
+            * (16 + (0 if self.grid.symmetric else 16 if self.grid.real_zero_points else self.grid.bits))
             / self.codes.numel()
         )
 
 
-def whole(weight: Tensor, grid: Grid, scales: Scales | None = None) -> Whole:
+def quantize_matrix(weight: Tensor, grid: Grid, scales: Scales | None = None) -> IntegerMatrix:
     """Quantize a matrix [rows, columns], round to nearest (RTN).
 
     `scales`: in place of min-max scales. ModelError for weights that are NaN or infinite.
     """
     if not torch.isfinite(weight).all():
         raise ModelError(f"{int((~torch.isfinite(weight)).sum())} of its weights are NaN or infinite")
-    groups = grouped(weight, grid)
-    scales = scales or fit(groups, grid)
-    return Whole(rounded(groups, scales, grid).reshape(weight.shape).to(torch.int8), scales, grid)
+    groups = split_groups(weight, grid)
+    scales = scales or fit_scales(groups, grid)
+    return IntegerMatrix(quantize_groups(groups, scales, grid).reshape(weight.shape).to(torch.int8), scales, grid)
 
 
-def packed(codes: Tensor, bits: int) -> Tensor:
+def pack_integers(codes: Tensor, bits: int) -> Tensor:
     """Pack integers [rows, columns] of -2^(bits-1) and up into int32 [rows, ceil(columns * bits / 32)].
 
     Bits are contiguous, the first integer in the lowest bits (compressed-tensors' layout).
@@ -196,21 +200,21 @@ def packed(codes: Tensor, bits: int) -> Tensor:
     import numpy as np
 
     rows, columns = codes.shape
-    plain = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8).cpu().numpy()
+    unsigned = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8).cpu().numpy()
     each = 8 // bits
     if 8 % bits == 0 and columns % (4 * each) == 0:  # no integer crosses a word boundary
-        parts = [plain[:, at::each] << (at * bits) for at in range(each)]
+        parts = [unsigned[:, at::each] << (at * bits) for at in range(each)]
         return torch.from_numpy(functools.reduce(np.bitwise_or, parts).view("<i4").astype(np.int32, copy=False)).to(
             codes.device
         )
-    single = np.unpackbits(plain[:, :, None], axis=2, count=bits, bitorder="little").reshape(rows, columns * bits)
+    bit_array = np.unpackbits(unsigned[:, :, None], axis=2, count=bits, bitorder="little").reshape(rows, columns * bits)
     whole_words = np.zeros((rows, -(-columns * bits // 32) * 4), np.uint8)
-    made = np.packbits(single, axis=1, bitorder="little")
+    made = np.packbits(bit_array, axis=1, bitorder="little")
     whole_words[:, : made.shape[1]] = made
     return torch.from_numpy(whole_words.view("<i4").astype(np.int32, copy=False)).to(codes.device)
 
 
-def unpacked(words: Tensor, bits: int, columns: int) -> Tensor:
+def unpack_integers(words: Tensor, bits: int, columns: int) -> Tensor:
     """Invert `pack_integers`: int8 [rows, columns]. ValueError for words that do not match."""
     import numpy as np
 
@@ -221,11 +225,11 @@ def unpacked(words: Tensor, bits: int, columns: int) -> Tensor:
         )
     octets = words.contiguous().cpu().numpy().astype("<i4", copy=False).view(np.uint8)
     if 8 % bits == 0:
-        plain = np.empty((len(words), octets.shape[1] * (8 // bits)), np.uint8)
+        unsigned = np.empty((len(words), octets.shape[1] * (8 // bits)), np.uint8)
         for at in range(8 // bits):
-            plain[:, at :: 8 // bits] = octets >> (at * bits) & ((1 << bits) - 1)
-        plain = plain[:, :columns]
+            unsigned[:, at :: 8 // bits] = octets >> (at * bits) & ((1 << bits) - 1)
+        unsigned = unsigned[:, :columns]
     else:
-        single = np.unpackbits(octets, axis=1, count=columns * bits, bitorder="little")
-        plain = np.packbits(single.reshape(len(words), columns, bits), axis=2, bitorder="little")[:, :, 0]
-    return (torch.from_numpy(plain).to(torch.int16) - (1 << (bits - 1))).to(torch.int8).to(words.device)
+        bit_array = np.unpackbits(octets, axis=1, count=columns * bits, bitorder="little")
+        unsigned = np.packbits(bit_array.reshape(len(words), columns, bits), axis=2, bitorder="little")[:, :, 0]
+    return (torch.from_numpy(unsigned).to(torch.int16) - (1 << (bits - 1))).to(torch.int8).to(words.device)

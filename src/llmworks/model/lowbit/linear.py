@@ -14,28 +14,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmworks.model.lowbit.integer import Whole
+from llmworks.model.lowbit.integer import IntegerMatrix
 
-GROUPS = (256, 128, 64, 32)  # group sizes of the 4-bit kernel
-PACKED = 64  # rows per block of the kernel's layout
+GROUP_SIZES = (256, 128, 64, 32)  # group sizes of the 4-bit kernel
+PACKED_ROWS = 64  # rows per block of the kernel's layout
 
 
 @functools.cache
-def available() -> bool:
+def is_available() -> bool:
     """Return whether this CPU has bfloat16 instructions and torch packs 4 bits in the layout that `_unpack` reads."""
     if (
         not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         or not getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     ):
         return False
-    codes = (torch.arange(PACKED * 32).view(PACKED, 32) * 7 // 3 % 16).int()
-    return torch.equal(_unpacked(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)), codes.T.byte())
+    codes = (torch.arange(PACKED_ROWS * 32).view(PACKED_ROWS, 32) * 7 // 3 % 16).int()
+    return torch.equal(_unpack(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)), codes.T.byte())
 
 
-def low_bit_layer(matrix: Whole) -> LowBitLinear | None:
+def make_low_bit_layer(matrix: IntegerMatrix) -> LowBitLinear | None:
     """Create the layer of a matrix; None where torch has no kernel for it, or this CPU is faster without."""
     rows, columns = matrix.codes.shape
-    if not available() or matrix.grid.group < 0:
+    if not is_available() or matrix.grid.group < 0:
         return None
     if matrix.grid.bits > 4:
         return (
@@ -44,15 +44,15 @@ def low_bit_layer(matrix: Whole) -> LowBitLinear | None:
             else None
         )
     size = columns // matrix.scales.scale.shape[1]
-    group = size if size in GROUPS else next((one for one in GROUPS if size % one == 0), 0)
-    return Int4Linear(matrix, group) if group and rows % PACKED == 0 else None
+    group = size if size in GROUP_SIZES else next((one for one in GROUP_SIZES if size % one == 0), 0)
+    return Int4Linear(matrix, group) if group and rows % PACKED_ROWS == 0 else None
 
 
 class LowBitLinear(nn.Module):
     """Base class: [..., in] -> [..., out], in the input's number format."""
 
     bias: Tensor | None
-    most = 0  # rows up to which the kernel is not slower than dequantizing
+    max_kernel_rows = 0  # rows up to which the kernel is not slower than dequantizing
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
@@ -64,14 +64,14 @@ class LowBitLinear(nn.Module):
         flat = (
             x.reshape(-1, self.in_features).contiguous().to(torch.bfloat16, copy=True)
         )  # the 8-bit kernel crashes where rows are not aligned to 32 bytes
-        y = (self.few if len(flat) <= self.most else self.many)(flat).to(x.dtype)
+        y = (self.forward_kernel if len(flat) <= self.max_kernel_rows else self.forward_dense)(flat).to(x.dtype)
         return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], self.out_features)
 
-    def few(self, x: Tensor) -> Tensor:
+    def forward_kernel(self, x: Tensor) -> Tensor:
         """Compute [rows, in] -> [rows, out] with a kernel."""
         raise NotImplementedError
 
-    def many(self, x: Tensor) -> Tensor:
+    def forward_dense(self, x: Tensor) -> Tensor:
         """Compute [rows, in] -> [rows, out] with dequantized weights."""
         raise NotImplementedError
 
@@ -85,9 +85,9 @@ class Int8Linear(LowBitLinear):
 
     codes: Tensor
     scale: Tensor
-    most = 8
+    max_kernel_rows = 8
 
-    def __init__(self, matrix: Whole) -> None:
+    def __init__(self, matrix: IntegerMatrix) -> None:
         rows, columns = matrix.codes.shape
         super().__init__((rows, columns))
         self.register_buffer(
@@ -95,12 +95,12 @@ class Int8Linear(LowBitLinear):
         )  # memory-mapped files are not aligned
         self.register_buffer("scale", matrix.scales.scale.expand(rows, 1)[:, 0].bfloat16().contiguous())
 
-    def few(self, x: Tensor) -> Tensor:
+    def forward_kernel(self, x: Tensor) -> Tensor:
         """Compute with the kernel."""
         y: Tensor = torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scale)
         return y
 
-    def many(self, x: Tensor) -> Tensor:
+    def forward_dense(self, x: Tensor) -> Tensor:
         """Compute in bfloat16, which represents integers up to 256 exactly."""
         return F.linear(x, self.codes.bfloat16()).mul_(self.scale)
 
@@ -110,9 +110,9 @@ class Int4Linear(LowBitLinear):
 
     packed: Tensor
     scales: Tensor
-    most = 48
+    max_kernel_rows = 48
 
-    def __init__(self, matrix: Whole, group: int) -> None:
+    def __init__(self, matrix: IntegerMatrix, group: int) -> None:
         rows, columns = matrix.codes.shape
         super().__init__((rows, columns))
         self.group = group
@@ -125,20 +125,20 @@ class Int4Linear(LowBitLinear):
             "scales", torch.stack([scale, -zero * scale], -1).transpose(0, 1).bfloat16().contiguous()
         )  # [groups, out, 2]
 
-    def few(self, x: Tensor) -> Tensor:
+    def forward_kernel(self, x: Tensor) -> Tensor:
         """Compute with the kernel."""
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group, self.scales)
         return y
 
-    def many(self, x: Tensor) -> Tensor:
+    def forward_dense(self, x: Tensor) -> Tensor:
         """Compute with dequantized weights."""
-        weight = _unpacked(self.packed).float().view(-1, self.group, self.out_features)
+        weight = _unpack(self.packed).float().view(-1, self.group, self.out_features)
         scale, zero = (one.float()[:, None] for one in self.scales.unbind(-1))
         weight = weight.sub_(8).mul_(scale).add_(zero).bfloat16()  # [groups, group, out]
         return x @ weight.view(self.in_features, self.out_features)
 
 
-def put(model: nn.Module, name: str, layer: LowBitLinear) -> None:
+def replace_linear(model: nn.Module, name: str, layer: LowBitLinear) -> None:
     """Replace a linear layer in place, keeping its bias."""
     parent, _, leaf = name.rpartition(".")
     before: nn.Linear = getattr(model.get_submodule(parent), leaf)
@@ -146,14 +146,14 @@ def put(model: nn.Module, name: str, layer: LowBitLinear) -> None:
     setattr(model.get_submodule(parent), leaf, layer)
 
 
-def _unpacked(packed: Tensor) -> Tensor:
+def _unpack(packed: Tensor) -> Tensor:
     """Unpack the kernel's layout to [in, out], uint8.
 
     Of each 64 rows, column after column, the first 32 are in the lower halves of bytes, the last 32 in the upper.
     """
-    blocks, columns = packed.shape[0] // PACKED, packed.shape[1] * 2
-    halves = packed.view(blocks, columns, PACKED // 2).transpose(0, 1)
-    made = torch.empty(columns, blocks, 2, PACKED // 2, dtype=torch.uint8)
+    blocks, columns = packed.shape[0] // PACKED_ROWS, packed.shape[1] * 2
+    halves = packed.view(blocks, columns, PACKED_ROWS // 2).transpose(0, 1)
+    made = torch.empty(columns, blocks, 2, PACKED_ROWS // 2, dtype=torch.uint8)
     torch.bitwise_and(halves, 15, out=made[:, :, 0])
     torch.bitwise_right_shift(halves, 4, out=made[:, :, 1])
     return made.view(columns, -1)

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-FALLBACK = (0.5, 1.0, 1.5)  # discounts for a corpus too small to estimate them (lmplz --discount_fallback)
+FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # discounts for a corpus too small to estimate them (lmplz --discount_fallback)
 
 
 @dataclass(frozen=True)
-class Order:
+class NgramOrder:
     """All n-grams of one length, numbered in the order of `keys`.
 
     A key is (number of the n-gram's first n - 1 tokens in the order below) * (vocab_size + 1) + (its last token); keys
@@ -29,7 +29,7 @@ class Order:
     counts: Any  # int64 [n-grams]
 
 
-def count(tokens: Any, begins: Any, vocabulary: int, highest: int) -> list[Order]:
+def count_ngrams(tokens: Any, begins: Any, vocabulary: int, highest: int) -> list[NgramOrder]:
     """Count the n-grams of every length up to `highest`.
 
     tokens: ids of all documents concatenated; begins: index of each document's first token.
@@ -37,45 +37,47 @@ def count(tokens: Any, begins: Any, vocabulary: int, highest: int) -> list[Order
     Holds all tokens in memory, about 60 bytes per token.
     """
     base = vocabulary + 1
-    text = np.insert(np.asarray(tokens, dtype=np.int64), begins, vocabulary)
+    ids = np.insert(np.asarray(tokens, dtype=np.int64), begins, vocabulary)
     marks = np.asarray(begins) + np.arange(len(begins))
-    since = np.arange(len(text)) - np.repeat(marks, np.diff([*marks, len(text)]))  # index in the document
-    number = text  # number of the n-gram that ends at each token
-    below = Order(np.arange(base, dtype=np.int64), np.bincount(text, minlength=base))
-    orders: list[Order] = []
+    offsets = np.arange(len(ids)) - np.repeat(marks, np.diff([*marks, len(ids)]))  # index in the document
+    number = ids  # number of the n-gram that ends at each token
+    below = NgramOrder(np.arange(base, dtype=np.int64), np.bincount(ids, minlength=base))
+    orders: list[NgramOrder] = []
     for n in range(2, highest + 1):
-        places = np.flatnonzero(since >= n - 1)
+        places = np.flatnonzero(offsets >= n - 1)
         keys, first, numbers, counts = np.unique(
-            number[places - 1] * base + text[places], return_index=True, return_inverse=True, return_counts=True
+            number[places - 1] * base + ids[places], return_index=True, return_inverse=True, return_counts=True
         )
-        after = np.bincount(
+        continuation_counts = np.bincount(
             number[places[first]], minlength=len(below.keys)
         )  # continuation counts: n-grams that end with each shorter one
-        orders.append(Order(below.keys, np.where(after > 0, after, below.counts)))  # none: it begins a document
-        below = Order(keys, counts)
-        number = np.full(len(text), -1)
+        orders.append(
+            NgramOrder(below.keys, np.where(continuation_counts > 0, continuation_counts, below.counts))
+        )  # none: it begins a document
+        below = NgramOrder(keys, counts)
+        number = np.full(len(ids), -1)
         number[places] = numbers
     orders.append(below)
     orders[0].counts[vocabulary] = 0
     return orders
 
 
-def discounts(counts: Any) -> tuple[tuple[float, float, float], bool]:
+def estimate_discounts(counts: Any) -> tuple[tuple[float, float, float], bool]:
     """Estimate one order's discounts of counts one, two, and more (Chen & Goodman 1998, equation 26).
 
     Returns (discounts, whether the fallback was used).
     """
     one, two, three, four = (int((counts == n).sum()) for n in (1, 2, 3, 4))
     if not (one and two and three and four):
-        return FALLBACK, True
+        return FALLBACK_DISCOUNTS, True
     share = one / (one + 2 * two)
     found = (1 - 2 * share * two / one, 2 - 3 * share * three / two, 3 - 4 * share * four / three)
     if any(not 0 <= value <= n for n, value in enumerate(found, 1)):
-        return FALLBACK, True
+        return FALLBACK_DISCOUNTS, True
     return found, False
 
 
-def estimated(orders: Sequence[Order]) -> tuple[list[tuple[float, float, float]], list[int]]:
+def estimate_all_discounts(orders: Sequence[NgramOrder]) -> tuple[list[tuple[float, float, float]], list[int]]:
     """Return (discounts of every order, the orders whose corpus was too small, which use the fallback)."""
-    found = [discounts(order.counts) for order in orders]
+    found = [estimate_discounts(order.counts) for order in orders]
     return [values for values, _ in found], [n for n, (_, fallen) in enumerate(found, 1) if fallen]

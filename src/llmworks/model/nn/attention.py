@@ -13,16 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmworks.model.nn.cpu_attention import BLOCK, Blocks, blocks_of, blocks_of_parts, blockwise, masks_of_blocks
+from llmworks.model.nn.cpu_attention import (
+    QUERY_BLOCK_SIZE,
+    QueryBlocks,
+    blockwise_attention,
+    slice_block_masks,
+    split_query_blocks,
+    split_segment_blocks,
+)
 from llmworks.model.nn.norm import RMSNorm
-from llmworks.model.nn.positions import rotate, slopes
-from llmworks.model.nn.residual_linear import AddingLinear
-from llmworks.model.nn.segments import parts_of
+from llmworks.model.nn.positions import alibi_slopes, apply_rope
+from llmworks.model.nn.residual_linear import ResidualLinear
+from llmworks.model.nn.segments import get_segment_bounds
 from llmworks.model.shape import Shape
 
 
 @dataclass(frozen=True)
-class Seen:
+class AttentionMask:
     """Attention mask: `mask` [batch, 1 or heads, queries, keys] is added to the scores.
 
     Without a mask, attention is full, or causal if `causal`.
@@ -34,12 +41,12 @@ class Seen:
 
     mask: Tensor | None
     causal: bool
-    blocks: Blocks | None = None
-    parts: tuple[tuple[int, int], ...] = ()
-    masks: tuple[Tensor, ...] = ()
+    query_blocks: QueryBlocks | None = None
+    segment_bounds: tuple[tuple[int, int], ...] = ()
+    segment_masks: tuple[Tensor, ...] = ()
 
 
-def seen(
+def build_attention_mask(
     queries: Tensor,
     keys: Tensor,
     *,
@@ -50,8 +57,8 @@ def seen(
     branches: Tensor | None = None,
     alibi: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-    block: int = BLOCK,
-) -> Seen:
+    block: int = QUERY_BLOCK_SIZE,
+) -> AttentionMask:
     """Build the attention mask: causal (if `causal`), sliding `window`, same segment, no padding, ALiBi bias.
 
     queries, keys: positions [batch, length]; padding [batch, keys], 1 where there is a token; segments: segment ids of
@@ -59,24 +66,28 @@ def seen(
     segment 0 for the shared prefix, else the number of the continuation; continuations do not attend to one another,
     and each has positions of its own.
     """
-    same = causal and queries.shape[1] == keys.shape[1] > 1
-    in_blocks = same and keys.device.type == "cpu"
+    is_self_attention = causal and queries.shape[1] == keys.shape[1] > 1
+    in_blocks = is_self_attention and keys.device.type == "cpu"
     # no mask tensor is needed for purely causal or full attention, where queries are all keys or the last key
     if (
         not window
         and padding is None
         and segments is None
         and alibi is None
-        and (not causal or same or queries.shape[1] == 1)
+        and (not causal or is_self_attention or queries.shape[1] == 1)
     ):
-        return Seen(None, causal and queries.shape[1] > 1, blocks_of(keys.shape[1], None, block) if in_blocks else None)
-    if same and segments is not None and len(segments[1]) == 1 and padding is None and alibi is None:
-        parts = parts_of(segments[1][0])
+        return AttentionMask(
+            None, causal and queries.shape[1] > 1, split_query_blocks(keys.shape[1], None, block) if in_blocks else None
+        )
+    if is_self_attention and segments is not None and len(segments[1]) == 1 and padding is None and alibi is None:
+        parts = get_segment_bounds(segments[1][0])
         if parts and branches is not None and not window:
-            masks = tuple(_added(_apart(queries[0, a:b], branches[0, a:b]), dtype) for a, b in parts)
-            return Seen(None, True, blocks_of_parts(parts, block) if in_blocks else None, parts, masks)
+            masks = tuple(
+                _to_additive_mask(_build_branch_mask(queries[0, a:b], branches[0, a:b]), dtype) for a, b in parts
+            )
+            return AttentionMask(None, True, split_segment_blocks(parts, block) if in_blocks else None, parts, masks)
         if parts and branches is None and (not window or max(end - first for first, end in parts) <= window):
-            return Seen(None, True, blocks_of_parts(parts, block) if in_blocks else None, parts)
+            return AttentionMask(None, True, split_segment_blocks(parts, block) if in_blocks else None, parts)
     distance = queries[:, :, None] - keys[:, None, :]  # [batch, queries, keys]
     allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window:
@@ -86,18 +97,18 @@ def seen(
     if segments is not None:
         allowed = allowed & (segments[0][:, :, None] == segments[1][:, None, :])
     if branches is not None:
-        allowed = allowed & _of_one_branch(branches)
+        allowed = allowed & _is_visible_branch(branches)
     if padding is not None:
         allowed = allowed | ~allowed.any(-1, keepdim=True)  # a fully masked padding query would give NaN in its softmax
-    mask = _added(allowed, dtype)[:, None]
+    mask = _to_additive_mask(allowed, dtype)[:, None]
     if alibi is not None:
         mask = (mask - alibi.to(mask)[None, :, None, None] * distance.abs()[:, None].to(dtype)).clamp(
             min=torch.finfo(dtype).min
         )
-    return Seen(mask, False, blocks_of(keys.shape[1], allowed, block) if in_blocks else None)
+    return AttentionMask(mask, False, split_query_blocks(keys.shape[1], allowed, block) if in_blocks else None)
 
 
-def _of_one_branch(branches: Tensor) -> Tensor:
+def _is_visible_branch(branches: Tensor) -> Tensor:
     """Return [..., queries, keys]: whether a key is in the query's branch or in the shared prefix.
 
     branches: [..., length].
@@ -105,12 +116,12 @@ def _of_one_branch(branches: Tensor) -> Tensor:
     return (branches[..., None, :] == 0) | (branches[..., :, None] == branches[..., None, :])
 
 
-def _apart(positions: Tensor, branches: Tensor) -> Tensor:
+def _build_branch_mask(positions: Tensor, branches: Tensor) -> Tensor:
     """Return the causal mask of one document with branches: [length] each -> [queries, keys]."""
-    return (positions[:, None] >= positions[None]) & _of_one_branch(branches)
+    return (positions[:, None] >= positions[None]) & _is_visible_branch(branches)
 
 
-def _added(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+def _to_additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """Turn a boolean mask into an additive one: 0 where allowed, else the smallest number of `dtype`."""
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
@@ -120,29 +131,29 @@ class Attention(nn.Module):
 
     def __init__(self, shape: Shape, layer: int) -> None:
         super().__init__()
-        self.layer, self.heads, self.groups, self.per_head = (
+        self.layer, self.num_heads, self.num_kv_heads, self.head_size = (
             layer,
             shape.num_attention_heads,
-            shape.groups,
-            shape.per_head,
+            shape.num_kv_heads,
+            shape.head_size,
         )
-        self.scale = shape.attention_multiplier or shape.per_head**-0.5
+        self.scale = shape.attention_multiplier or shape.head_size**-0.5
         qkv, out = shape.bias != "none", shape.bias == "all"
-        self.query = nn.Linear(shape.hidden_size, self.heads * self.per_head, bias=qkv)
-        self.key = nn.Linear(shape.hidden_size, self.groups * self.per_head, bias=qkv)
-        self.value = nn.Linear(shape.hidden_size, self.groups * self.per_head, bias=qkv)
-        self.out = AddingLinear(self.heads * self.per_head, shape.hidden_size, bias=out)
+        self.query = nn.Linear(shape.hidden_size, self.num_heads * self.head_size, bias=qkv)
+        self.key = nn.Linear(shape.hidden_size, self.num_kv_heads * self.head_size, bias=qkv)
+        self.value = nn.Linear(shape.hidden_size, self.num_kv_heads * self.head_size, bias=qkv)
+        self.out = ResidualLinear(self.num_heads * self.head_size, shape.hidden_size, bias=out)
         self.query_norm = (
-            RMSNorm(self.per_head, shape.norm_eps, from_zero=shape.norm_unit_offset) if shape.use_qk_norm else None
+            RMSNorm(self.head_size, shape.norm_eps, unit_offset=shape.norm_unit_offset) if shape.use_qk_norm else None
         )
         self.key_norm = (
-            RMSNorm(self.per_head, shape.norm_eps, from_zero=shape.norm_unit_offset) if shape.use_qk_norm else None
+            RMSNorm(self.head_size, shape.norm_eps, unit_offset=shape.norm_unit_offset) if shape.use_qk_norm else None
         )
 
     def forward(
         self,
         x: Tensor,
-        look: Seen,
+        attention_mask: AttentionMask,
         rotation: tuple[Tensor, Tensor] | None = None,
         cache: Any = None,
         memory: Tensor | None = None,
@@ -153,13 +164,13 @@ class Attention(nn.Module):
 
         `memory` [batch, keys, hidden_size]: cross-attention, keys and values are computed from these states.
         """
-        attended: Tensor = self.out(self.attend(x, look, rotation, cache, memory))
-        return attended
+        output: Tensor = self.out(self.compute_heads(x, attention_mask, rotation, cache, memory))
+        return output
 
-    def attend(
+    def compute_heads(
         self,
         x: Tensor,
-        look: Seen,
+        attention_mask: AttentionMask,
         rotation: tuple[Tensor, Tensor] | None = None,
         cache: Any = None,
         memory: Tensor | None = None,
@@ -167,34 +178,46 @@ class Attention(nn.Module):
         """Compute the heads' outputs [batch, length, heads * head_dim], before the output projection."""
         batch, length, _ = x.shape
         source = x if memory is None else memory
-        q = self.query(x).view(batch, length, self.heads, self.per_head)
-        k = self.key(source).view(batch, -1, self.groups, self.per_head)
-        v = self.value(source).view(batch, -1, self.groups, self.per_head).transpose(1, 2)
+        q = self.query(x).view(batch, length, self.num_heads, self.head_size)
+        k = self.key(source).view(batch, -1, self.num_kv_heads, self.head_size)
+        v = self.value(source).view(batch, -1, self.num_kv_heads, self.head_size).transpose(1, 2)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = q.transpose(1, 2), k.transpose(1, 2)  # [batch, heads, length, head_dim]
         if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+            q, k = apply_rope(q, *rotation), apply_rope(k, *rotation)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        if look.blocks is not None and memory is None and k.shape[2] == length and q.dtype == v.dtype == torch.float32:
-            said = blockwise(
+        if (
+            attention_mask.query_blocks is not None
+            and memory is None
+            and k.shape[2] == length
+            and q.dtype == v.dtype == torch.float32
+        ):
+            output = blockwise_attention(
                 q,
                 k,
                 v,
                 self.scale,
-                look.mask,
-                look.blocks,
-                masks_of_blocks(look.blocks, look.parts, look.masks) if look.masks else None,
+                attention_mask.mask,
+                attention_mask.query_blocks,
+                slice_block_masks(
+                    attention_mask.query_blocks, attention_mask.segment_bounds, attention_mask.segment_masks
+                )
+                if attention_mask.segment_masks
+                else None,
             )
         else:
-            if self.groups < self.heads:
-                k, v = repeated(k, self.heads // self.groups), repeated(v, self.heads // self.groups)
+            if self.num_kv_heads < self.num_heads:
+                k, v = (
+                    repeat_kv(k, self.num_heads // self.num_kv_heads),
+                    repeat_kv(v, self.num_heads // self.num_kv_heads),
+                )
             if (
-                look.parts and memory is None
+                attention_mask.segment_bounds and memory is None
             ):  # one call per document: without branches no mask is needed, so the fastest kernels apply
-                masks = look.masks or [None] * len(look.parts)
-                said = torch.cat(
+                masks = attention_mask.segment_masks or [None] * len(attention_mask.segment_bounds)
+                output = torch.cat(
                     [
                         F.scaled_dot_product_attention(
                             q[:, :, a:b],
@@ -204,26 +227,30 @@ class Attention(nn.Module):
                             is_causal=mask is None,
                             scale=self.scale,
                         )
-                        for (a, b), mask in zip(look.parts, masks, strict=True)
+                        for (a, b), mask in zip(attention_mask.segment_bounds, masks, strict=True)
                     ],
                     dim=2,
                 )
             else:
-                said = F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=look.mask, is_causal=look.causal, scale=self.scale
+                output = F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=attention_mask.mask, is_causal=attention_mask.causal, scale=self.scale
                 )
-        return said.transpose(1, 2).reshape(batch, length, self.heads * self.per_head)
+        return output.transpose(1, 2).reshape(batch, length, self.num_heads * self.head_size)
 
 
-def repeated(x: Tensor, times: int) -> Tensor:
+def repeat_kv(x: Tensor, times: int) -> Tensor:
     """Repeat each key or value head for all query heads of its group (repeat_kv).
 
     [batch, kv_heads, length, head_dim] -> [batch, kv_heads * times, length, head_dim].
     """
-    batch, groups, length, width = x.shape
-    return x[:, :, None].expand(batch, groups, times, length, width).reshape(batch, groups * times, length, width)
+    batch, num_kv_heads, length, width = x.shape
+    return (
+        x[:, :, None]
+        .expand(batch, num_kv_heads, times, length, width)
+        .reshape(batch, num_kv_heads * times, length, width)
+    )
 
 
-def alibi_of(shape: Shape) -> Tensor | None:
+def get_alibi_slopes(shape: Shape) -> Tensor | None:
     """Return the ALiBi slopes of a shape with ALiBi positions, else None."""
-    return slopes(shape.num_attention_heads) if shape.position_embedding_type == "alibi" else None
+    return alibi_slopes(shape.num_attention_heads) if shape.position_embedding_type == "alibi" else None

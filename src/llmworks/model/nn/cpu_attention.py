@@ -16,16 +16,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK, MANY = 64, 32  # query block size; halved from MANY_HEADS on, since all heads share the cores' caches
-Blocks = tuple[tuple[int, int, int], ...]  # (first query, last + 1, first key that any of them attends to)
+QUERY_BLOCK_SIZE, MANY_HEADS = (
+    64,
+    32,
+)  # query block size; halved from MANY_HEADS on, since all heads share the cores' caches
+QueryBlocks = tuple[tuple[int, int, int], ...]  # (first query, last + 1, first key that any of them attends to)
 
 
-def block_of(heads: int) -> int:
+def get_query_block_size(heads: int) -> int:
     """Return the query block size for a total number of heads, so that attention weights stay in the CPU caches."""
-    return BLOCK // 2 if heads >= MANY else BLOCK
+    return QUERY_BLOCK_SIZE // 2 if heads >= MANY_HEADS else QUERY_BLOCK_SIZE
 
 
-def blocks_of(length: int, allowed: Tensor | None = None, block: int = BLOCK) -> Blocks:
+def split_query_blocks(length: int, allowed: Tensor | None = None, block: int = QUERY_BLOCK_SIZE) -> QueryBlocks:
     """Return the query blocks of rows of `length` tokens: causal, or by `allowed` [batch or 1, queries, keys]."""
     begins = list(range(0, length, block))
     firsts = [0] * len(begins)
@@ -35,33 +38,38 @@ def blocks_of(length: int, allowed: Tensor | None = None, block: int = BLOCK) ->
     return tuple((at, min(at + block, length), first) for at, first in zip(begins, firsts, strict=True))
 
 
-def blocks_of_parts(parts: Sequence[tuple[int, int]], block: int = BLOCK) -> Blocks:
+def split_segment_blocks(segment_bounds: Sequence[tuple[int, int]], block: int = QUERY_BLOCK_SIZE) -> QueryBlocks:
     """Return the query blocks of one row of packed documents, each (first token, last + 1).
 
     No block spans two documents, so none needs a mask.
     """
-    return tuple((at, min(at + block, end), first) for first, end in parts for at in range(first, end, block))
+    return tuple((at, min(at + block, end), first) for first, end in segment_bounds for at in range(first, end, block))
 
 
-def masks_of_blocks(blocks: Blocks, parts: Sequence[tuple[int, int]], masks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def slice_block_masks(
+    blocks: QueryBlocks, segment_bounds: Sequence[tuple[int, int]], masks: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
     """Return each block's additive mask [queries, keys], cut from that of its document."""
-    found, at = [], 0
+    block_masks, at = [], 0
     for first, end, first_key in blocks:
-        while parts[at][1] <= first:
+        while segment_bounds[at][1] <= first:
             at += 1
-        found.append(
-            masks[at][first - parts[at][0] : end - parts[at][0], first_key - parts[at][0] : end - parts[at][0]]
+        block_masks.append(
+            masks[at][
+                first - segment_bounds[at][0] : end - segment_bounds[at][0],
+                first_key - segment_bounds[at][0] : end - segment_bounds[at][0],
+            ]
         )
-    return tuple(found)
+    return tuple(block_masks)
 
 
 @functools.lru_cache(maxsize=8)
-def _later(size: int, dtype: torch.dtype) -> Tensor:
+def _causal_mask(size: int, dtype: torch.dtype) -> Tensor:
     """Return the [size, size] causal mask, minus infinity where a key comes after the query."""
     return torch.full((size, size), float("-inf"), dtype=dtype).triu(1)
 
 
-class _Blockwise(torch.autograd.Function):
+class _BlockwiseAttention(torch.autograd.Function):
     """Blockwise attention; heads of a GQA group become more query rows, so that keys and values are not repeated."""
 
     @staticmethod
@@ -72,7 +80,7 @@ class _Blockwise(torch.autograd.Function):
         v: Tensor,
         scale: float,
         mask: Tensor | None,
-        blocks: Blocks,
+        blocks: QueryBlocks,
         masks: Sequence[Tensor] | None,
     ) -> Tensor:
         """Compute attention block by block.
@@ -86,21 +94,21 @@ class _Blockwise(torch.autograd.Function):
             k.reshape(-1, length, width),
             v.reshape(-1, length, width),
         )
-        said = torch.empty_like(q, memory_format=torch.contiguous_format)
-        room = q.new_empty(batch * heads * BLOCK * length)
+        output = torch.empty_like(q, memory_format=torch.contiguous_format)
+        buffer = q.new_empty(batch * heads * QUERY_BLOCK_SIZE * length)
         for number, (first, end, first_key) in enumerate(blocks):
-            weights = _weights(
-                _rows(q, first, end) * scale,
+            weights = _compute_weights(
+                _stack_queries(q, first, end) * scale,
                 k[:, first_key:end],
-                _mask(mask, masks, blocks, number),
+                _slice_mask(mask, masks, blocks, number),
                 (first, end, first_key),
                 batch,
-                room,
+                buffer,
             )
-            said[:, :, first:end] = torch.bmm(weights, v[:, first_key:end]).view(len(q), -1, end - first, width)
-        context.save_for_backward(q, k, v, said)
+            output[:, :, first:end] = torch.bmm(weights, v[:, first_key:end]).view(len(q), -1, end - first, width)
+        context.save_for_backward(q, k, v, output)
         context.rest = (scale, mask, blocks, masks, batch)
-        return said.view(batch, heads, length, width)
+        return output.view(batch, heads, length, width)
 
     @staticmethod
     @once_differentiable
@@ -109,41 +117,48 @@ class _Blockwise(torch.autograd.Function):
 
         dV = P' dO, dP = dO V', dS = P * (dP - rowsum(dO * O)), dQ = dS K, dK = dS' Q.
         """
-        q, k, v, said = context.saved_tensors
+        q, k, v, output = context.saved_tensors
         scale, mask, blocks, masks, batch = context.rest
         gradient = gradient.reshape(q.shape)
-        inner = (gradient * said).sum(-1, keepdim=True)
-        by_q, by_k, by_v = (
-            torch.empty_like(said),
+        inner = (gradient * output).sum(-1, keepdim=True)
+        grad_q, grad_k, grad_v = (
+            torch.empty_like(output),
             torch.zeros_like(k, memory_format=torch.contiguous_format),
             torch.zeros_like(v, memory_format=torch.contiguous_format),
         )
-        room, other = (q.new_empty(q.shape[0] * q.shape[1] * BLOCK * q.shape[2]) for _ in range(2))
+        buffer, grad_buffer = (q.new_empty(q.shape[0] * q.shape[1] * QUERY_BLOCK_SIZE * q.shape[2]) for _ in range(2))
         for number, (first, end, first_key) in enumerate(blocks):
-            rows, gradients = _rows(q, first, end) * scale, _rows(gradient, first, end)
-            weights = _weights(
-                rows, k[:, first_key:end], _mask(mask, masks, blocks, number), (first, end, first_key), batch, room
+            rows, gradients = _stack_queries(q, first, end) * scale, _stack_queries(gradient, first, end)
+            weights = _compute_weights(
+                rows,
+                k[:, first_key:end],
+                _slice_mask(mask, masks, blocks, number),
+                (first, end, first_key),
+                batch,
+                buffer,
             )
-            by_v[:, first_key:end].add_(
+            grad_v[:, first_key:end].add_(
                 torch.bmm(weights.transpose(1, 2), gradients)
             )  # `baddbmm_` into a slice would loop over matrices
-            by_fit = torch.bmm(
-                gradients, v[:, first_key:end].transpose(1, 2), out=other[: weights.numel()].view(weights.shape)
+            grad_scores = torch.bmm(
+                gradients, v[:, first_key:end].transpose(1, 2), out=grad_buffer[: weights.numel()].view(weights.shape)
             )
-            by_fit.sub_(_rows(inner, first, end)).mul_(weights)
-            by_k[:, first_key:end].add_(torch.bmm(by_fit.transpose(1, 2), rows))
-            by_q[:, :, first:end] = torch.bmm(by_fit, k[:, first_key:end]).view(len(q), -1, end - first, q.shape[-1])
+            grad_scores.sub_(_stack_queries(inner, first, end)).mul_(weights)
+            grad_k[:, first_key:end].add_(torch.bmm(grad_scores.transpose(1, 2), rows))
+            grad_q[:, :, first:end] = torch.bmm(grad_scores, k[:, first_key:end]).view(
+                len(q), -1, end - first, q.shape[-1]
+            )
         shape = (batch, -1, *q.shape[2:])
-        return by_q.mul_(scale).view(shape), by_k.view(shape), by_v.view(shape), None, None, None, None
+        return grad_q.mul_(scale).view(shape), grad_k.view(shape), grad_v.view(shape), None, None, None, None
 
 
-def _mask(mask: Tensor | None, masks: Sequence[Tensor] | None, blocks: Blocks, number: int) -> Tensor | None:
+def _slice_mask(mask: Tensor | None, masks: Sequence[Tensor] | None, blocks: QueryBlocks, number: int) -> Tensor | None:
     """Return a block's additive mask, broadcastable to [batch, heads, queries, keys]."""
     first, end, first_key = blocks[number]
     return masks[number] if masks is not None else None if mask is None else mask[:, :, first:end, first_key:end]
 
 
-def _rows(x: Tensor, first: int, end: int) -> Tensor:
+def _stack_queries(x: Tensor, first: int, end: int) -> Tensor:
     """Stack a block's queries of all heads of a group.
 
     [rows, heads per group, length, n] -> [rows, heads per group * block, n].
@@ -151,32 +166,34 @@ def _rows(x: Tensor, first: int, end: int) -> Tensor:
     return x[:, :, first:end].reshape(len(x), -1, x.shape[-1])
 
 
-def _weights(
-    rows: Tensor, keys: Tensor, mask: Tensor | None, block: tuple[int, int, int], batch: int, room: Tensor
+def _compute_weights(
+    rows: Tensor, keys: Tensor, mask: Tensor | None, block: tuple[int, int, int], batch: int, buffer: Tensor
 ) -> Tensor:
     """Compute a block's attention weights in `buffer`: [rows, heads per group * block, keys]."""
     first, end, first_key = block
-    fit = torch.bmm(
+    scores = torch.bmm(
         rows,
         keys.transpose(1, 2),
-        out=room[: rows.shape[0] * rows.shape[1] * keys.shape[1]].view(*rows.shape[:2], keys.shape[1]),
+        out=buffer[: rows.shape[0] * rows.shape[1] * keys.shape[1]].view(*rows.shape[:2], keys.shape[1]),
     )
-    by_head = fit.view(batch, -1, end - first, end - first_key)
+    by_head = scores.view(batch, -1, end - first, end - first_key)
     if mask is None:
-        by_head[..., first - first_key :].add_(_later(BLOCK, fit.dtype)[: end - first, : end - first])
+        by_head[..., first - first_key :].add_(
+            _causal_mask(QUERY_BLOCK_SIZE, scores.dtype)[: end - first, : end - first]
+        )
     else:
         by_head.add_(mask)
-    return torch.softmax(fit, -1, out=fit)
+    return torch.softmax(scores, -1, out=scores)
 
 
-def blockwise(
+def blockwise_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     scale: float,
     mask: Tensor | None,
-    blocks: Blocks,
-    masks: Sequence[Tensor] | None = None,
+    blocks: QueryBlocks,
+    block_masks: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Compute causal attention: q [batch, heads, length, head_dim]; k, v [batch, kv_heads, length, head_dim] -> as q.
 
@@ -185,5 +202,5 @@ def blockwise(
     `mask` [batch or 1, heads or 1, length, length] is added to the scores and must include causality; without a mask
     causality is applied here. `block_masks`: additive mask of each block.
     """
-    said: Tensor = _Blockwise.apply(q, k, v, scale, mask, blocks, masks)  # type: ignore[no-untyped-call]
-    return said
+    output: Tensor = _BlockwiseAttention.apply(q, k, v, scale, mask, blocks, block_masks)  # type: ignore[no-untyped-call]
+    return output

@@ -24,83 +24,90 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llmworks.core.errors import ModelError
-from llmworks.model.loss.linear_cross_entropy import head_loss, is_plain
-from llmworks.model.nn.attention import Attention, Seen, alibi_of, seen
-from llmworks.model.nn.cpu_attention import block_of
+from llmworks.model.loss.linear_cross_entropy import head_loss, is_plain_linear
+from llmworks.model.nn.attention import Attention, AttentionMask, build_attention_mask, get_alibi_slopes
+from llmworks.model.nn.cpu_attention import get_query_block_size
 from llmworks.model.nn.feed_forward import FeedForward, MixtureOfExperts
-from llmworks.model.nn.norm import norm_of
-from llmworks.model.nn.positions import frequencies, rotation, sinusoids
-from llmworks.model.nn.residual_linear import AddingLinear
-from llmworks.model.nn.segments import check_ids, segments_of
+from llmworks.model.nn.norm import make_norm
+from llmworks.model.nn.positions import compute_cos_sin, rope_frequencies, sinusoidal_embeddings
+from llmworks.model.nn.residual_linear import ResidualLinear
+from llmworks.model.nn.segments import check_ids, get_segment_ids
 from llmworks.model.shape import Rope, Shape, read_stored
 
 
 @dataclass(frozen=True)
-class Memory:
+class EncoderMemory:
     """Encoder states [batch, length, hidden_size] for cross-attention, and their attention mask."""
 
     states: Tensor
-    look: Seen
+    attention_mask: AttentionMask
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Transformer block: attention, then feed-forward, each with a residual connection.
 
     `cross_attention`: with cross-attention between them.
     """
 
-    def __init__(self, shape: Shape, layer: int, *, crossing: bool = False) -> None:
+    def __init__(self, shape: Shape, layer: int, *, cross_attention: bool = False) -> None:
         super().__init__()
-        self.place = shape.norm_position
-        self.attention_norm, self.feed_forward_norm = norm_of(shape), norm_of(shape)
+        self.norm_position = shape.norm_position
+        self.attention_norm, self.feed_forward_norm = make_norm(shape), make_norm(shape)
         self.after_attention_norm, self.after_feed_forward_norm = (
-            norm_of(shape) if self.place == "sandwich" else None for _ in range(2)
+            make_norm(shape) if self.norm_position == "sandwich" else None for _ in range(2)
         )
         self.attention = Attention(shape, layer)
-        self.crossing = Attention(shape, layer) if crossing else None
-        self.crossing_norm = norm_of(shape) if crossing else None
+        self.crossing = Attention(shape, layer) if cross_attention else None
+        self.crossing_norm = make_norm(shape) if cross_attention else None
         self.feed_forward: nn.Module = MixtureOfExperts(shape) if shape.experts else FeedForward(shape)
 
     def forward(
-        self, x: Tensor, look: Seen, rotation: tuple[Tensor, Tensor] | None, cache: Any, memory: Memory | None = None
+        self,
+        x: Tensor,
+        attention_mask: AttentionMask,
+        rotation: tuple[Tensor, Tensor] | None,
+        cache: Any,
+        memory: EncoderMemory | None = None,
     ) -> Tensor:
         """Run the block: [batch, length, hidden_size] -> the same shape."""
-        x = self.attended(x, self.attention(self.heard(x), look, rotation, cache))
+        x = self.attention_residual(x, self.attention(self.attention_input(x), attention_mask, rotation, cache))
         if memory is not None and self.crossing is not None and self.crossing_norm is not None:
-            post = self.place == "post"
-            x = x + self.crossing(x if post else self.crossing_norm(x), memory.look, memory=memory.states)
+            post = self.norm_position == "post"
+            x = x + self.crossing(x if post else self.crossing_norm(x), memory.attention_mask, memory=memory.states)
             x = self.crossing_norm(x) if post else x
-        return self.thought(x, self.feed_forward(self.read(x)))
+        return self.mlp_residual(x, self.feed_forward(self.mlp_input(x)))
 
-    def heard(self, x: Tensor) -> Tensor:
+    def attention_input(self, x: Tensor) -> Tensor:
         """Return the attention sublayer's input: normalized, unless post-norm."""
-        made: Tensor = x if self.place == "post" else self.attention_norm(x)
-        return made
+        hidden: Tensor = x if self.norm_position == "post" else self.attention_norm(x)
+        return hidden
 
-    def attended(self, x: Tensor, said: Tensor) -> Tensor:
+    def attention_residual(self, x: Tensor, attention_output: Tensor) -> Tensor:
         """Add the attention output to the residual stream."""
-        if self.place == "post":
-            normed: Tensor = self.attention_norm(x + said)
+        if self.norm_position == "post":
+            normed: Tensor = self.attention_norm(x + attention_output)
             return normed
-        return x + (said if self.after_attention_norm is None else self.after_attention_norm(said))
+        return x + (
+            attention_output if self.after_attention_norm is None else self.after_attention_norm(attention_output)
+        )
 
-    def read(self, x: Tensor) -> Tensor:
+    def mlp_input(self, x: Tensor) -> Tensor:
         """Return the feed-forward sublayer's input: normalized, unless post-norm."""
-        made: Tensor = x if self.place == "post" else self.feed_forward_norm(x)
-        return made
+        hidden: Tensor = x if self.norm_position == "post" else self.feed_forward_norm(x)
+        return hidden
 
-    def thought(self, x: Tensor, made: Tensor) -> Tensor:
+    def mlp_residual(self, x: Tensor, mlp_output: Tensor) -> Tensor:
         """Add the feed-forward output to the residual stream."""
-        if self.place == "post":
-            normed: Tensor = self.feed_forward_norm(x + made)
+        if self.norm_position == "post":
+            normed: Tensor = self.feed_forward_norm(x + mlp_output)
             return normed
-        return x + (made if self.after_feed_forward_norm is None else self.after_feed_forward_norm(made))
+        return x + (mlp_output if self.after_feed_forward_norm is None else self.after_feed_forward_norm(mlp_output))
 
 
-class Stack(nn.Module):
+class TransformerStack(nn.Module):
     """Transformer stack from embedded tokens to hidden states: a decoder if `causal`, else an encoder."""
 
-    def __init__(self, shape: Shape, *, causal: bool = True, crossing: bool = False) -> None:
+    def __init__(self, shape: Shape, *, causal: bool = True, cross_attention: bool = False) -> None:
         super().__init__()
         self.shape, self.causal = shape, causal
         self.embedding = nn.Embedding(shape.vocab_size, shape.hidden_size)
@@ -109,8 +116,10 @@ class Stack(nn.Module):
             if shape.position_embedding_type == "learned"
             else None
         )
-        self.blocks = nn.ModuleList(Block(shape, layer, crossing=crossing) for layer in range(shape.num_hidden_layers))
-        self.norm = norm_of(shape) if shape.norm_position != "post" else nn.Identity()
+        self.blocks = nn.ModuleList(
+            TransformerBlock(shape, layer, cross_attention=cross_attention) for layer in range(shape.num_hidden_layers)
+        )
+        self.norm = make_norm(shape) if shape.norm_position != "post" else nn.Identity()
         self.gradient_checkpointing = False  # transformers sets both when gradient checkpointing is enabled
         self._gradient_checkpointing_func: Any = None
 
@@ -123,7 +132,7 @@ class Stack(nn.Module):
         segments: Tensor | None = None,
         branches: Tensor | None = None,
         cache: Any = None,
-        memory: Memory | None = None,
+        memory: EncoderMemory | None = None,
     ) -> Tensor:
         """Compute the final hidden states.
 
@@ -134,8 +143,8 @@ class Stack(nn.Module):
         the number of each continuation, whose positions continue from the prefix.
         Errors: ModelError for a sequence beyond the learned positions.
         """
-        x = self.through(
-            self.begin(embedded, positions),
+        x = self.run_blocks(
+            self.add_positions(embedded, positions),
             positions,
             padding=padding,
             segments=segments,
@@ -146,7 +155,7 @@ class Stack(nn.Module):
         state: Tensor = self.norm(x)
         return state
 
-    def begin(self, embedded: Tensor, positions: Tensor) -> Tensor:
+    def add_positions(self, embedded: Tensor, positions: Tensor) -> Tensor:
         """Return the input of the first block: embeddings scaled and with positions added, where the shape has them."""
         shape, x = self.shape, embedded
         if shape.scale_embedding:
@@ -160,12 +169,12 @@ class Stack(nn.Module):
                 )
             x = x + self.position(positions)
         return (
-            x + sinusoids(positions, shape.hidden_size).to(x.dtype)
+            x + sinusoidal_embeddings(positions, shape.hidden_size).to(x.dtype)
             if shape.position_embedding_type == "sinusoidal"
             else x
         )
 
-    def through(
+    def run_blocks(
         self,
         x: Tensor,
         positions: Tensor,
@@ -174,21 +183,21 @@ class Stack(nn.Module):
         segments: Tensor | None = None,
         branches: Tensor | None = None,
         cache: Any = None,
-        memory: Memory | None = None,
+        memory: EncoderMemory | None = None,
     ) -> Tensor:
         """Run the loaded blocks; each knows its layer number, so a subset computes what it does in the whole model."""
-        for block, look, turned in self.sights(
+        for block, attention_mask, rotation in self.iter_block_inputs(
             x, positions, padding=padding, segments=segments, branches=branches, cache=cache
         ):
-            given = (x, look, turned, cache, memory)
+            block_inputs = (x, attention_mask, rotation, cache, memory)
             x = (
-                self._gradient_checkpointing_func(block.__call__, *given)
+                self._gradient_checkpointing_func(block.__call__, *block_inputs)
                 if self.gradient_checkpointing and self.training and cache is None
-                else block(*given)
+                else block(*block_inputs)
             )
         return x
 
-    def sights(
+    def iter_block_inputs(
         self,
         x: Tensor,
         positions: Tensor,
@@ -197,7 +206,7 @@ class Stack(nn.Module):
         segments: Tensor | None = None,
         branches: Tensor | None = None,
         cache: Any = None,
-    ) -> Iterator[tuple[Any, Seen, tuple[Tensor, Tensor] | None]]:
+    ) -> Iterator[tuple[Any, AttentionMask, tuple[Tensor, Tensor] | None]]:
         """Yield each loaded block with its attention mask and RoPE cosine and sine."""
         shape = self.shape
         before = cache.get_seq_length() if cache is not None else 0
@@ -206,13 +215,13 @@ class Stack(nn.Module):
         keys = torch.arange(before + x.shape[1], device=x.device)[None] if branches is None else positions
         queries = keys[:, before:]
         pair = (segments, segments) if segments is not None else None
-        slopes = alibi_of(shape)
-        looks: dict[int, Seen] = {}
+        slopes = get_alibi_slopes(shape)
+        masks_by_window: dict[int, AttentionMask] = {}
         rotations: dict[Rope, tuple[Tensor, Tensor] | None] = {}
         for number, block in self.blocks.named_children():
-            window, rope = shape.window_of(int(number)), shape.rope_of(int(number))
-            if window not in looks:
-                looks[window] = seen(
+            window, rope = shape.get_sliding_window(int(number)), shape.get_rope_parameters(int(number))
+            if window not in masks_by_window:
+                masks_by_window[window] = build_attention_mask(
                     queries,
                     keys,
                     causal=self.causal,
@@ -222,15 +231,15 @@ class Stack(nn.Module):
                     branches=branches,
                     alibi=slopes,
                     dtype=x.dtype,
-                    block=block_of(x.shape[0] * shape.num_attention_heads),
+                    block=get_query_block_size(x.shape[0] * shape.num_attention_heads),
                 )
             if rope not in rotations:
                 rotations[rope] = (
-                    rotation(positions, *frequencies(rope, shape.per_head, shape.max_position_embeddings))
+                    compute_cos_sin(positions, *rope_frequencies(rope, shape.head_size, shape.max_position_embeddings))
                     if shape.position_embedding_type == "rope"
                     else None
                 )
-            yield block, looks[window], rotations[rope]
+            yield block, masks_by_window[window], rotations[rope]
 
 
 class DecoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
@@ -248,9 +257,9 @@ class DecoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             made.num_attention_heads,
         )
         self.num_key_value_heads, self.head_dim, self.intermediate_size, self.max_position_embeddings = (
-            made.groups,
-            made.per_head,
-            made.inner,
+            made.num_kv_heads,
+            made.head_size,
+            made.inner_size,
             made.max_position_embeddings,
         )
         kwargs["tie_word_embeddings"] = made.tie_word_embeddings
@@ -269,7 +278,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         self.shape = Shape.model_validate(config.shape)
-        self.decoder = Stack(self.shape)
+        self.decoder = TransformerStack(self.shape)
         self.head = nn.Linear(self.shape.hidden_size, self.shape.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -290,7 +299,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         self.head = value
 
     def _init_weights(self, module: nn.Module) -> None:
-        begin(module, self.shape)
+        init_weights(module, self.shape)
 
     def forward(
         self,
@@ -324,7 +333,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             if padding is not None:
                 position_ids = (padding.cumsum(-1) - 1).clamp(min=0)[:, -x.shape[1] :]
         elif segment_ids is None and (cache is None or not cache.get_seq_length()):
-            segment_ids = segments_of(position_ids)
+            segment_ids = get_segment_ids(position_ids)
         state = self.decoder(x, position_ids, padding=padding, segments=segment_ids, cache=cache)
         if labels is not None:
             return CausalLMOutputWithPast(loss=self.loss(state, labels))
@@ -341,7 +350,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         table = self.decoder.embedding
         if (
             labelled
-            and is_plain(self.head)
+            and is_plain_linear(self.head)
             and type(table) is nn.Embedding
             and table.weight is self.head.weight
             and not (table._forward_hooks or table._forward_pre_hooks)
@@ -355,20 +364,27 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         loss = head_loss(state[:, :-1], self.head, labels[:, 1:])
         if self.shape.experts and self.training:
             mixtures = [m for m in self.modules() if isinstance(m, MixtureOfExperts)]
-            loss = loss + self.shape.experts.router_aux_loss_coef * torch.stack([m.balance for m in mixtures]).mean()
+            loss = (
+                loss
+                + self.shape.experts.router_aux_loss_coef
+                * torch.stack([m.load_balancing_loss for m in mixtures]).mean()
+            )
             for mixture in mixtures:
-                mixture.balance = mixture.balance.detach()  # else the module keeps the autograd graph alive
+                mixture.load_balancing_loss = (
+                    mixture.load_balancing_loss.detach()
+                )  # else the module keeps the autograd graph alive
         return loss
 
 
-def begin(module: nn.Module, shape: Shape) -> None:
+def init_weights(module: nn.Module, shape: Shape) -> None:
     """Initialize weights with std 0.02, smaller for projections into the residual stream (GPT-2).
 
     Scaled by 1 / sqrt(2 * layers): two residual additions per block; cross-attention, a third one, is not counted.
     """
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(
-            module.weight, std=0.02 / (2 * shape.num_hidden_layers) ** 0.5 if isinstance(module, AddingLinear) else 0.02
+            module.weight,
+            std=0.02 / (2 * shape.num_hidden_layers) ** 0.5 if isinstance(module, ResidualLinear) else 0.02,
         )
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)

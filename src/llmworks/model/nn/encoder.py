@@ -21,9 +21,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, Seq2SeqLMOutput
 
-from llmworks.model.loss.linear_cross_entropy import IGNORED, head_loss
-from llmworks.model.nn.attention import seen
-from llmworks.model.nn.decoder import DecoderConfig, Memory, Stack, begin
+from llmworks.model.loss.linear_cross_entropy import IGNORE_INDEX, head_loss
+from llmworks.model.nn.attention import build_attention_mask
+from llmworks.model.nn.decoder import DecoderConfig, EncoderMemory, TransformerStack, init_weights
 from llmworks.model.shape import Shape
 
 
@@ -44,7 +44,7 @@ class Seq2SeqConfig(DecoderConfig):  # type: ignore[no-untyped-call]
         super().__init__(shape, **kwargs)
 
 
-def places(ids: Tensor, before: int = 0) -> Tensor:
+def make_positions(ids: Tensor, before: int = 0) -> Tensor:
     """Return positions [1, length] of ids after `before` cached tokens."""
     return torch.arange(before, before + ids.shape[1], device=ids.device)[None]
 
@@ -59,7 +59,7 @@ class EncoderForMaskedLM(PreTrainedModel):  # type: ignore[no-untyped-call]
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
         self.shape = Shape.model_validate(config.shape)
-        self.encoder = Stack(self.shape, causal=False)
+        self.encoder = TransformerStack(self.shape, causal=False)
         self.head = nn.Linear(self.shape.hidden_size, self.shape.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -72,7 +72,7 @@ class EncoderForMaskedLM(PreTrainedModel):  # type: ignore[no-untyped-call]
         return self.head
 
     def _init_weights(self, module: nn.Module) -> None:
-        begin(module, self.shape)
+        init_weights(module, self.shape)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
@@ -81,25 +81,27 @@ class EncoderForMaskedLM(PreTrainedModel):  # type: ignore[no-untyped-call]
 
         With labels (-100 = ignored) only their mean cross-entropy.
         """
-        states = self.encoder(self.encoder.embedding(input_ids), places(input_ids), padding=attention_mask)
+        states = self.encoder(self.encoder.embedding(input_ids), make_positions(input_ids), padding=attention_mask)
         if labels is not None:
             return MaskedLMOutput(loss=head_loss(states, self.head, labels))
         return MaskedLMOutput(logits=self.head(states), hidden_states=(states,))
 
 
-class Reader(nn.Module):
+class EncoderStack(nn.Module):
     """Encoder: ids [batch, length] to the states for cross-attention; `generate` calls it once per sequence."""
 
     main_input_name = "input_ids"
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.stack = Stack(shape, causal=False)
+        self.stack = TransformerStack(shape, causal=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
         """Encode the ids."""
         return BaseModelOutput(
-            last_hidden_state=self.stack(self.stack.embedding(input_ids), places(input_ids), padding=attention_mask)
+            last_hidden_state=self.stack(
+                self.stack.embedding(input_ids), make_positions(input_ids), padding=attention_mask
+            )
         )
 
 
@@ -120,7 +122,7 @@ class EncoderDecoderLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
     def __init__(self, config: Seq2SeqConfig) -> None:
         super().__init__(config)
         self.shape = Shape.model_validate(config.shape)
-        self.encoder, self.decoder = Reader(self.shape), Stack(self.shape, crossing=True)
+        self.encoder, self.decoder = EncoderStack(self.shape), TransformerStack(self.shape, cross_attention=True)
         self.head = nn.Linear(self.shape.hidden_size, self.shape.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -133,7 +135,7 @@ class EncoderDecoderLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         return self.head
 
     def _init_weights(self, module: nn.Module) -> None:
-        begin(module, self.shape)
+        init_weights(module, self.shape)
 
     def forward(
         self,
@@ -156,27 +158,30 @@ class EncoderDecoderLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         if labels is not None:
             start = torch.full_like(labels[:, :1], self.config.decoder_start_token_id)
             decoder_input_ids = torch.cat(
-                (start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, self.config.decoder_start_token_id)), 1
+                (start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE_INDEX, self.config.decoder_start_token_id)),
+                1,
             )
         assert decoder_input_ids is not None
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
         cache = past_key_values.self_attention_cache if past_key_values is not None else None
-        at = places(decoder_input_ids, cache.get_seq_length() if cache is not None else 0)
-        memory = Memory(
+        positions = make_positions(decoder_input_ids, cache.get_seq_length() if cache is not None else 0)
+        memory = EncoderMemory(
             states,
-            seen(
-                at,
+            build_attention_mask(
+                positions,
                 torch.arange(states.shape[1], device=states.device)[None],
                 causal=False,
                 padding=attention_mask,
                 dtype=states.dtype,
             ),
         )
-        written = self.decoder(self.get_input_embeddings()(decoder_input_ids), at, cache=cache, memory=memory)
+        decoder_states = self.decoder(
+            self.get_input_embeddings()(decoder_input_ids), positions, cache=cache, memory=memory
+        )
         if labels is not None:
-            return Seq2SeqLMOutput(loss=head_loss(written, self.head, labels))
-        return Seq2SeqLMOutput(logits=self.head(written), past_key_values=past_key_values)
+            return Seq2SeqLMOutput(loss=head_loss(decoder_states, self.head, labels))
+        return Seq2SeqLMOutput(logits=self.head(decoder_states), past_key_values=past_key_values)
 
 
 for _config, _auto, _model in (

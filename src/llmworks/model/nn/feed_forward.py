@@ -14,10 +14,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from llmworks.model.nn import kernels
-from llmworks.model.nn.residual_linear import AddingLinear
+from llmworks.model.nn.residual_linear import ResidualLinear
 from llmworks.model.shape import Shape
 
-BENDS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -55,12 +55,12 @@ class _SiluGateDown(torch.autograd.Function):
     @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         gate, up, weight = context.saved_tensors
-        bent = F.silu(gate)
+        activated = F.silu(gate)
         flat = gradients[0].reshape(-1, len(weight))
-        by_weight = flat.T @ (bent * up).view(-1, weight.shape[1]) if context.needs_input_grad[2] else None
-        by_thought = (flat @ weight).view_as(gate)
-        by_up = bent.mul_(by_thought)
-        return torch.ops.aten.silu_backward(by_thought.mul_(up), gate), by_up, by_weight
+        grad_weight = flat.T @ (activated * up).view(-1, weight.shape[1]) if context.needs_input_grad[2] else None
+        grad_hidden = (flat @ weight).view_as(gate)
+        grad_up = activated.mul_(grad_hidden)
+        return torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate), grad_up, grad_weight
 
 
 class FeedForward(nn.Module):
@@ -69,34 +69,34 @@ class FeedForward(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         bias = shape.bias == "all"
-        self.bend = BENDS[shape.hidden_act]
-        self.gate = nn.Linear(shape.hidden_size, shape.inner, bias=bias) if shape.gated_mlp else None
-        self.up = nn.Linear(shape.hidden_size, shape.inner, bias=bias)
-        self.down = AddingLinear(shape.inner, shape.hidden_size, bias=bias)
+        self.activation = ACTIVATION_FUNCTIONS[shape.hidden_act]
+        self.gate = nn.Linear(shape.hidden_size, shape.inner_size, bias=bias) if shape.gated_mlp else None
+        self.up = nn.Linear(shape.hidden_size, shape.inner_size, bias=bias)
+        self.down = ResidualLinear(shape.inner_size, shape.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute [..., hidden_size] -> [..., hidden_size]."""
-        if self.gate is not None and self.bend is F.silu and torch.is_grad_enabled():
+        if self.gate is not None and self.activation is F.silu and torch.is_grad_enabled():
             gate, up = self.gate(x), self.up(x)
             fused = kernels.silu_gate(gate, up)
-            if fused is None and self._plain(gate):
+            if fused is None and self._is_plain(gate):
                 whole: Tensor = _SiluGateDown.apply(gate, up, self.down.weight)  # type: ignore[no-untyped-call]
                 return whole
-            thought = _SiluGate.apply(gate, up) if fused is None else fused  # type: ignore[no-untyped-call]
+            hidden = _SiluGate.apply(gate, up) if fused is None else fused  # type: ignore[no-untyped-call]
         else:
-            thought = self.think(x)
-        made: Tensor = self.down(thought)
-        return made
+            hidden = self.compute_hidden(x)
+        output: Tensor = self.down(hidden)
+        return output
 
-    def think(self, x: Tensor) -> Tensor:
+    def compute_hidden(self, x: Tensor) -> Tensor:
         """Compute the input of the down projection: [..., hidden_size] -> [..., intermediate_size]."""
-        return self.bend(self.up(x)) if self.gate is None else self.bend(self.gate(x)) * self.up(x)
+        return self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
 
-    def _plain(self, gate: Tensor) -> bool:
+    def _is_plain(self, gate: Tensor) -> bool:
         """Return whether the down projection is unmodified: no adapter, bias, hooks, sharding or autocast."""
         down: Any = self.down
         hooked = (
-            type(down) is not AddingLinear or down._forward_hooks or down._forward_pre_hooks or down.bias is not None
+            type(down) is not ResidualLinear or down._forward_hooks or down._forward_pre_hooks or down.bias is not None
         )
         return (
             not hooked
@@ -119,22 +119,22 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         assert shape.experts is not None
-        self.chosen = shape.experts.num_experts_per_tok
+        self.top_k = shape.experts.num_experts_per_tok
         self.router = nn.Linear(shape.hidden_size, shape.experts.num_experts, bias=False)
         self.experts = nn.ModuleList(FeedForward(shape) for _ in range(shape.experts.num_experts))
-        self.balance: Tensor = torch.zeros(())
+        self.load_balancing_loss: Tensor = torch.zeros(())
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute [batch, length, hidden_size] -> the same shape."""
         tokens = x.reshape(-1, x.shape[-1])
-        chances = self.router(tokens).float().softmax(-1)  # [tokens, experts]
-        weights, picked = chances.topk(self.chosen, dim=-1)  # [tokens, chosen]
+        router_probabilities = self.router(tokens).float().softmax(-1)  # [tokens, experts]
+        weights, expert_ids = router_probabilities.topk(self.top_k, dim=-1)  # [tokens, chosen]
         weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
         out = torch.zeros_like(tokens)
         for number, expert in enumerate(self.experts):
-            rows, place = (picked == number).nonzero(as_tuple=True)
+            rows, slot = (expert_ids == number).nonzero(as_tuple=True)
             if len(rows):
-                out.index_add_(0, rows, expert(tokens[rows]) * weights[rows, place, None])
-        share = F.one_hot(picked, len(self.experts)).float().sum(1).mean(0) / self.chosen
-        self.balance = len(self.experts) * (share * chances.mean(0)).sum()
+                out.index_add_(0, rows, expert(tokens[rows]) * weights[rows, slot, None])
+        share = F.one_hot(expert_ids, len(self.experts)).float().sum(1).mean(0) / self.top_k
+        self.load_balancing_loss = len(self.experts) * (share * router_probabilities.mean(0)).sum()
         return out.view_as(x)

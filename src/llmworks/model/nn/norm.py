@@ -13,7 +13,7 @@ from llmworks.model.nn import kernels
 from llmworks.model.shape import Shape
 
 
-class _Scaled(torch.autograd.Function):
+class _RMSNormFunction(torch.autograd.Function):
     """x / rms(x) * gain; saves only x for the backward pass, not the normalized x too."""
 
     @staticmethod
@@ -42,26 +42,26 @@ class RMSNorm(nn.Module):
     one.
     """
 
-    def __init__(self, width: int, epsilon: float, *, from_zero: bool = False) -> None:
+    def __init__(self, width: int, epsilon: float, *, unit_offset: bool = False) -> None:
         super().__init__()
-        self.epsilon, self.from_zero = epsilon, from_zero
-        self.weight = nn.Parameter(torch.zeros(width) if from_zero else torch.ones(width))
+        self.epsilon, self.unit_offset = epsilon, unit_offset
+        self.weight = nn.Parameter(torch.zeros(width) if unit_offset else torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize."""
-        fused = kernels.rms_norm(x, self.weight, self.epsilon, from_zero=self.from_zero)
+        fused = kernels.rms_norm(x, self.weight, self.epsilon, unit_offset=self.unit_offset)
         if fused is not None:
             return fused
-        if self.from_zero:
+        if self.unit_offset:
             return F.rms_norm(x.float(), (x.shape[-1],), 1.0 + self.weight.float(), self.epsilon).to(x.dtype)
         if self.training and self.weight.requires_grad and torch.is_grad_enabled():
-            y: Tensor = _Scaled.apply(x, self.weight, self.epsilon)  # type: ignore[no-untyped-call]
+            y: Tensor = _RMSNormFunction.apply(x, self.weight, self.epsilon)  # type: ignore[no-untyped-call]
             return y
         return F.rms_norm(x.float(), (x.shape[-1],), None, self.epsilon).to(x.dtype) * self.weight
 
 
-def norm_of(shape: Shape) -> nn.Module:
+def make_norm(shape: Shape) -> nn.Module:
     """Create a shape's normalization layer: RMSNorm, or LayerNorm (Ba et al. 2016, arXiv:1607.06450) with bias."""
     if shape.norm == "layer":
         return nn.LayerNorm(shape.hidden_size, shape.norm_eps)
-    return RMSNorm(shape.hidden_size, shape.norm_eps, from_zero=shape.norm_unit_offset)
+    return RMSNorm(shape.hidden_size, shape.norm_eps, unit_offset=shape.norm_unit_offset)

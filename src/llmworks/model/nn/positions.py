@@ -10,7 +10,7 @@ from torch import Tensor
 from llmworks.model.shape import Rope
 
 
-def frequencies(rope: Rope, width: int, context: int) -> tuple[Tensor, float]:
+def rope_frequencies(rope: Rope, width: int, context: int) -> tuple[Tensor, float]:
     """Return RoPE's (angle per position of each pair of dimensions [head_dim / 2], factor of cosine and sine).
 
     linear: position interpolation (Chen et al. 2023, arXiv:2306.15595). ntk: larger base, so that the longest wave is
@@ -42,13 +42,13 @@ def frequencies(rope: Rope, width: int, context: int) -> tuple[Tensor, float]:
     return kept * (1 - share) + divided * share, 0.1 * math.log(rope.factor) + 1.0
 
 
-def rotation(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+def compute_cos_sin(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return RoPE's (cosine, sine), each [batch, length, head_dim / 2], of positions [batch, length]."""
     angles = positions[..., None].float() * frequencies.to(positions.device)
     return angles.cos() * factor, angles.sin() * factor
 
 
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Apply rotary position embeddings: rotate the pairs of each head by its position's angles.
 
     x: [batch, heads, length, head_dim]; pairs are (i, i + head_dim / 2), as weights in transformers' layout have them
@@ -59,7 +59,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
 
 
-def sinusoids(positions: Tensor, width: int) -> Tensor:
+def sinusoidal_embeddings(positions: Tensor, width: int) -> Tensor:
     """Return sinusoidal position embeddings (Vaswani et al. 2017, section 3.5): [batch, length] -> [batch, length,
     hidden_size].
     """
@@ -69,7 +69,7 @@ def sinusoids(positions: Tensor, width: int) -> Tensor:
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :width]
 
 
-def slopes(heads: int) -> Tensor:
+def alibi_slopes(heads: int) -> Tensor:
     """Return the ALiBi slope of each head (Press et al. 2021, arXiv:2108.12409): 2^(-8/n), 2^(-16/n) ...
 
     For a number of heads that is not a power of two as in the authors' code.

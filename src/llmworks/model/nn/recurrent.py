@@ -17,11 +17,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llmworks.model.loss.linear_cross_entropy import head_loss
 from llmworks.model.nn.recurrent_state import State, StateCache
-from llmworks.model.nn.segments import check_ids, segments_of, texts_in
+from llmworks.model.nn.segments import check_ids, get_segment_ids, index_sequences
 from llmworks.model.shape import RecurrentShape, read_stored
 
 
-class Window(nn.Module):
+class WindowMLP(nn.Module):
     """Fixed-window MLP: tanh(d + H x), x the concatenated embeddings of the last `window` tokens.
 
     Bengio et al. 2003, section 2, without direct connections. Padded with zeros before a sequence. The state is the
@@ -30,8 +30,8 @@ class Window(nn.Module):
 
     def __init__(self, shape: RecurrentShape) -> None:
         super().__init__()
-        self.window = shape.reach
-        self.layer = nn.Linear(self.window * shape.embedding_dim, shape.inner)
+        self.window = shape.window_tokens
+        self.layer = nn.Linear(self.window * shape.embedding_dim, shape.inner_size)
 
     def forward(self, x: Tensor, lengths: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Compute from x [sequences, length, embedding_dim] with `lengths` valid: ([..., hidden_size], state)."""
@@ -43,7 +43,7 @@ class Window(nn.Module):
         return torch.tanh(self.layer(views.transpose(2, 3).flatten(2))), (kept.transpose(0, 1),)
 
 
-class Recurrence(nn.Module):
+class RecurrentNetwork(nn.Module):
     """Recurrent network: a state h is updated by each token x.
 
     s is the logistic function, * elementwise.
@@ -61,7 +61,7 @@ class Recurrence(nn.Module):
         kind = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[shape.rnn_type]
         self.cells = kind(
             shape.embedding_dim,
-            shape.inner,
+            shape.inner_size,
             shape.num_hidden_layers,
             batch_first=True,
             dropout=shape.dropout if shape.num_hidden_layers > 1 else 0.0,
@@ -80,7 +80,7 @@ class Recurrence(nn.Module):
         return made, left if isinstance(left, tuple) else (left,)
 
 
-class RecurrentConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+class RecurrentModelConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """A `RecurrentShape` as a transformers configuration."""
 
     model_type = "llmworks_recurrent"
@@ -101,17 +101,19 @@ class RecurrentConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     """Language model of embedding, recurrent network or fixed-window MLP, and head."""
 
-    config_class = RecurrentConfig
+    config_class = RecurrentModelConfig
     _tied_weights_keys = {"head.weight": "embedding.weight"}  # noqa: RUF012
     head_on_labels = True  # the loss computes logits only at label positions
 
-    def __init__(self, config: RecurrentConfig) -> None:
+    def __init__(self, config: RecurrentModelConfig) -> None:
         super().__init__(config)
         self.shape = shape = RecurrentShape.model_validate(config.shape)
         self.embedding = nn.Embedding(shape.vocab_size, shape.embedding_dim)
-        self.body = Window(shape) if shape.rnn_type == "mlp" else Recurrence(shape)
+        self.body = WindowMLP(shape) if shape.rnn_type == "mlp" else RecurrentNetwork(shape)
         self.to_width = (
-            nn.Linear(shape.inner, shape.embedding_dim, bias=False) if shape.inner != shape.embedding_dim else None
+            nn.Linear(shape.inner_size, shape.embedding_dim, bias=False)
+            if shape.inner_size != shape.embedding_dim
+            else None
         )
         self.head = nn.Linear(shape.embedding_dim, shape.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
@@ -159,9 +161,9 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
                 if name.startswith("bias"):
                     nn.init.zeros_(weight)
                     if self.shape.rnn_type == "lstm" and name.startswith("bias_ih"):
-                        nn.init.ones_(weight[self.shape.inner : 2 * self.shape.inner])
+                        nn.init.ones_(weight[self.shape.inner_size : 2 * self.shape.inner_size])
                 else:
-                    for gate in torch.split(weight, self.shape.inner):
+                    for gate in torch.split(weight, self.shape.inner_size):
                         nn.init.orthogonal_(gate) if name.startswith("weight_hh") else nn.init.xavier_uniform_(gate)
 
     def forward(
@@ -192,8 +194,8 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
             else None
         )
         if segment_ids is None and position_ids is not None and cache is None and valid is None:
-            segment_ids = segments_of(position_ids.expand(x.shape[:2]))
-        states, state = self._read(
+            segment_ids = get_segment_ids(position_ids.expand(x.shape[:2]))
+        states, state = self._compute_states(
             F.dropout(x, self.shape.dropout, self.training),
             valid,
             segment_ids,
@@ -209,7 +211,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
         logits = self.head(states[:, -logits_to_keep:] if logits_to_keep else states)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
 
-    def _read(
+    def _compute_states(
         self, x: Tensor, valid: Tensor | None, segments: Tensor | None, state: State | None
     ) -> tuple[Tensor, State]:
         """Compute states [batch, length, hidden_size] after each token.
@@ -217,30 +219,30 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
         Each packed document is computed as a row of its own, so its state starts anew.
         """
         if valid is None and segments is None:
-            made, left = self.body(x, torch.full((len(x),), x.shape[1]), state)
-            return made, left
+            states, last_state = self.body(x, torch.full((len(x),), x.shape[1]), state)
+            return states, last_state
         before = state
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
         segments = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device) if segments is None else segments
-        given = valid.any(1)  # a row without tokens keeps its state
-        if not given.any():
-            return x.new_zeros(*x.shape[:2], self.shape.inner), state or ()
-        if state is not None and not given.all():
-            state = tuple(s[:, given] for s in state)
-        text, place, lengths = texts_in(valid, segments)
-        apart = x.new_zeros(len(lengths), int(lengths.max()), x.shape[2])
-        apart[text, place] = x[valid]
-        made, left = self.body(apart, lengths.cpu(), state)
-        whole = made.new_zeros(*x.shape[:2], made.shape[2])
-        whole[valid] = made[text, place]
-        if not given.all() and left[0].shape[1] == int(given.sum()):
-            kept = before or tuple(s.new_zeros(s.shape[0], len(x), s.shape[2]) for s in left)
-            left = tuple(
-                torch.where(given[None, :, None], torch.zeros_like(k).index_copy_(1, given.nonzero()[:, 0], s), k)
-                for k, s in zip(kept, left, strict=True)
+        nonempty = valid.any(1)  # a row without tokens keeps its state
+        if not nonempty.any():
+            return x.new_zeros(*x.shape[:2], self.shape.inner_size), state or ()
+        if state is not None and not nonempty.all():
+            state = tuple(s[:, nonempty] for s in state)
+        sequence_ids, offsets, lengths = index_sequences(valid, segments)
+        sequences = x.new_zeros(len(lengths), int(lengths.max()), x.shape[2])
+        sequences[sequence_ids, offsets] = x[valid]
+        states, last_state = self.body(sequences, lengths.cpu(), state)
+        whole = states.new_zeros(*x.shape[:2], states.shape[2])
+        whole[valid] = states[sequence_ids, offsets]
+        if not nonempty.all() and last_state[0].shape[1] == int(nonempty.sum()):
+            kept = before or tuple(s.new_zeros(s.shape[0], len(x), s.shape[2]) for s in last_state)
+            last_state = tuple(
+                torch.where(nonempty[None, :, None], torch.zeros_like(k).index_copy_(1, nonempty.nonzero()[:, 0], s), k)
+                for k, s in zip(kept, last_state, strict=True)
             )
-        return whole, left
+        return whole, last_state
 
 
-AutoConfig.register(RecurrentConfig.model_type, RecurrentConfig)
-AutoModelForCausalLM.register(RecurrentConfig, RecurrentForCausalLM)
+AutoConfig.register(RecurrentModelConfig.model_type, RecurrentModelConfig)
+AutoModelForCausalLM.register(RecurrentModelConfig, RecurrentForCausalLM)

@@ -23,7 +23,7 @@ def check_ids(ids: Tensor | None, vocabulary: int) -> None:
         raise ModelError(f"token id {least} is negative; only labels may be")
 
 
-def segments_of(positions: Tensor) -> Tensor | None:
+def get_segment_ids(positions: Tensor) -> Tensor | None:
     """Return segment ids [batch, length] of packed documents: positions that restart begin a new document.
 
     None when each row is one document.
@@ -32,7 +32,7 @@ def segments_of(positions: Tensor) -> Tensor | None:
     return F.pad(again.cumsum(-1), (1, 0)) if again.any() else None
 
 
-def parts_of(segments: Tensor) -> tuple[tuple[int, int], ...]:
+def get_segment_bounds(segments: Tensor) -> tuple[tuple[int, int], ...]:
     """Return the documents of one row as (first token, last + 1); segments: ids [length] in rising order.
 
     Empty when a segment id recurs after another one.
@@ -43,7 +43,7 @@ def parts_of(segments: Tensor) -> tuple[tuple[int, int], ...]:
     return tuple(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def texts_in(valid: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def index_sequences(valid: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (document of each valid token, its index in the document, document lengths).
 
     valid, segments: [batch, length]; a document ends where its segment ends.
@@ -52,7 +52,7 @@ def texts_in(valid: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     marks = segments.masked_fill(~valid, -1)
     begins = valid & (F.pad(marks[:, :-1], (1, 0), value=-2) != marks)
-    text = begins.flatten().cumsum(0)[valid.flatten()] - 1
-    lengths = torch.bincount(text, minlength=int(begins.sum()))
+    sequence_ids = begins.flatten().cumsum(0)[valid.flatten()] - 1
+    lengths = torch.bincount(sequence_ids, minlength=int(begins.sum()))
     first = lengths.cumsum(0) - lengths
-    return text, torch.arange(len(text), device=text.device) - first[text], lengths
+    return sequence_ids, torch.arange(len(sequence_ids), device=sequence_ids.device) - first[sequence_ids], lengths

@@ -7,10 +7,10 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from llmworks.core.artifact import Config
-from llmworks.quantize.config import KeptConfig
+from llmworks.quantize.config import BaseQuantizeConfig
 
 
-class MixedConfig(KeptConfig):
+class MixedConfig(BaseQuantizeConfig):
     """Config of `quantize.mixed`."""
 
     bits: float = Field(4.25, gt=2, le=8.5, description="average bits per weight, scales included")

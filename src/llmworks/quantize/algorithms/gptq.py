@@ -15,22 +15,22 @@ import torch
 from torch import Tensor
 
 from llmworks.core.errors import ModelError
-from llmworks.model.lowbit.integer import Grid, Scales, Whole, fit, grouped
-from llmworks.quantize.algorithms.awq import clipped
+from llmworks.model.lowbit.integer import Grid, IntegerMatrix, Scales, fit_scales, split_groups
+from llmworks.quantize.algorithms.awq import search_clipping
 
 LAZY = 128  # columns per lazy batch update
 NEAR = 16  # columns within it whose errors are propagated one by one
 
 
-def solve(
+def quantize_gptq(
     weight: Tensor,
     hessian: Tensor,
     grid: Grid,
     *,
-    damping: float = 0.01,
-    by_activation: bool = False,
-    search: bool = True,
-) -> Whole:
+    dampening_frac: float = 0.01,
+    act_order: bool = False,
+    mse_scales: bool = True,
+) -> IntegerMatrix:
     """Round a matrix [rows, columns] so that x W' changes little for inputs x with second moments `hessian` [columns,
     columns].
 
@@ -41,41 +41,43 @@ def solve(
     """
     if not (isfinite(float(weight.sum(dtype=torch.float64))) and isfinite(float(hessian.sum(dtype=torch.float64)))):
         raise ModelError("weights or the moments of their inputs hold NaN or infinite values")
-    columns, size = weight.shape[1], grid.size(weight.shape[1])
-    rest, own = weight.float().clone(), hessian.diagonal().to(torch.float64, copy=True)
-    dead = own <= 0
-    own[dead] = 1.0
+    columns, size = weight.shape[1], grid.get_group_size(weight.shape[1])
+    rest, diagonal = weight.float().clone(), hessian.diagonal().to(torch.float64, copy=True)
+    dead = diagonal <= 0
+    diagonal[dead] = 1.0
     rest[:, dead] = 0.0
-    order = torch.argsort(own, descending=True, stable=True) if by_activation else None
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
     if order is not None:
-        rest, own = rest[:, order], own[order]
-    upper = inverse_root(hessian, own, damping, order)
-    known: Scales | None = None
-    if search and grid.group != -1:
-        known = clipped(weight.float(), hessian.to(torch.float32), grid)
+        rest, diagonal = rest[:, order], diagonal[order]
+    upper = compute_inverse_cholesky(hessian, diagonal, dampening_frac, order)
+    static_scales: Scales | None = None
+    if mse_scales and grid.group != -1:
+        static_scales = search_clipping(weight.float(), hessian.to(torch.float32), grid)
     elif order is not None or grid.group <= 0:
-        known = fit(grouped(weight.float(), grid), grid)
-    codes, scale, zero = _update_columns(rest, upper, grid, size, known, order)
+        static_scales = fit_scales(split_groups(weight.float(), grid), grid)
+    codes, scale, zero = _update_columns(rest, upper, grid, size, static_scales, order)
     made = torch.empty_like(codes)
     made[:, torch.arange(columns) if order is None else order] = codes
-    return Whole(made, Scales(scale, zero), grid)
+    return IntegerMatrix(made, Scales(scale, zero), grid)
 
 
-def inverse_root(moments: Tensor, own: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
+def compute_inverse_cholesky(
+    moments: Tensor, diagonal: Tensor, dampening_frac: float, order: Tensor | None = None
+) -> Tensor:
     """Return the upper Cholesky factor, fp32, of the inverse of a second-moment matrix, dampened until it has one: the
     inverse of R where the dampened moments are R R', R upper triangular.
 
     diagonal: the moments' diagonal, in `order` of columns; the moments are in the original order. R is computed in
     fp64; inverting it in fp32 costs about the last bit of the result.
     """
-    back = (torch.arange(len(own)) if order is None else order).flip(0)
-    share = damping
+    back = (torch.arange(len(diagonal)) if order is None else order).flip(0)
+    share = dampening_frac
     for _ in range(8):
         damped = moments.index_select(0, back).index_select(1, back).double()
-        damped.diagonal().copy_(own.flip(0) + share * own.mean())
+        damped.diagonal().copy_(diagonal.flip(0) + share * diagonal.mean())
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            upper = inverse_of_upper(lower.flip(0, 1).float())
+            upper = invert_upper_triangular(lower.flip(0, 1).float())
             if isfinite(float(upper.sum())):
                 return upper
         share = max(share * 10, 1e-4)
@@ -85,7 +87,7 @@ def inverse_root(moments: Tensor, own: Tensor, damping: float, order: Tensor | N
     )
 
 
-def inverse_of_upper(matrix: Tensor) -> Tensor:
+def invert_upper_triangular(matrix: Tensor) -> Tensor:
     """Invert an upper triangular matrix [count, count] recursively by halves: a third of the work of solving for all
     columns of the identity.
     """
@@ -98,15 +100,15 @@ def inverse_of_upper(matrix: Tensor) -> Tensor:
     half = count // 2
     whole = torch.zeros_like(matrix)
     whole[:half, :half], whole[half:, half:] = (
-        inverse_of_upper(matrix[:half, :half]),
-        inverse_of_upper(matrix[half:, half:]),
+        invert_upper_triangular(matrix[:half, :half]),
+        invert_upper_triangular(matrix[half:, half:]),
     )
     whole[:half, half:] = -(whole[:half, :half] @ matrix[:half, half:] @ whole[half:, half:])
     return whole
 
 
 def _update_columns(
-    rest: Tensor, upper: Tensor, grid: Grid, size: int, known: Scales | None, order: Tensor | None
+    rest: Tensor, upper: Tensor, grid: Grid, size: int, static_scales: Scales | None, order: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (codes, scales, zero points), columns in processing order."""
     columns, rows = rest.shape[1], len(rest)
@@ -114,11 +116,11 @@ def _update_columns(
     codes = torch.empty(columns, rows)
     groups = 1 if grid.group == -1 else columns // size
     scale, zero = (
-        (known.scale.T.contiguous(), known.zero.T.contiguous())
-        if known is not None
+        (static_scales.scale.T.contiguous(), static_scales.zero.T.contiguous())
+        if static_scales is not None
         else (torch.empty(groups, rows), torch.empty(groups, rows))
     )
-    wide = LAZY if known is not None else max(size, LAZY // size * size)
+    wide = LAZY if static_scales is not None else max(size, LAZY // size * size)
     of = (
         (torch.arange(columns) if order is None else order) // size
         if grid.group != -1
@@ -137,8 +139,8 @@ def _update_columns(
         )  # numpy views of the same memory: much less overhead per small operation
         for i in range(end - start):
             column = start + i
-            if known is None and column % size == 0:
-                found = fit(part[i : i + size].T.reshape(rows, 1, size), grid)
+            if static_scales is None and column % size == 0:
+                found = fit_scales(part[i : i + size].T.reshape(rows, 1, size), grid)
                 scale[numbers[column]], zero[numbers[column]] = found.scale[:, 0], found.zero[:, 0]
             code, error, s, z = done[i], lost[i], scales[numbers[column]], zeros[numbers[column]]
             np.divide(every[i], s, out=code)

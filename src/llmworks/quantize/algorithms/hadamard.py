@@ -36,15 +36,15 @@ def _paley(order: int) -> Tensor | None:
         return torch.tensor([[1.0]] if order == 1 else [[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     if order % 4:
         return None
-    if _prime(order - 1) and order % 4 == 0:
+    if _is_odd_prime(order - 1) and order % 4 == 0:
         q = order - 1
         skew = torch.zeros(order, order, dtype=torch.float64)
-        skew[0, 1:], skew[1:, 0], skew[1:, 1:] = 1, -1, _residues(q)
+        skew[0, 1:], skew[1:, 0], skew[1:, 1:] = 1, -1, _jacobsthal(q)
         return skew + torch.eye(order, dtype=torch.float64)
     half = order // 2
-    if _prime(half - 1) and half % 4 == 2:
+    if _is_odd_prime(half - 1) and half % 4 == 2:
         even = torch.zeros(half, half, dtype=torch.float64)
-        even[0, 1:], even[1:, 0], even[1:, 1:] = 1, 1, _residues(half - 1)
+        even[0, 1:], even[1:, 0], even[1:, 1:] = 1, 1, _jacobsthal(half - 1)
         one = torch.eye(half, dtype=torch.float64)
         return torch.kron(even, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)) + torch.kron(
             one, torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
@@ -52,11 +52,11 @@ def _paley(order: int) -> Tensor | None:
     return None
 
 
-def _prime(q: int) -> bool:
+def _is_odd_prime(q: int) -> bool:
     return q > 2 and all(q % n for n in range(2, int(q**0.5) + 1))
 
 
-def _residues(q: int) -> Tensor:
+def _jacobsthal(q: int) -> Tensor:
     """Return the Jacobsthal matrix: 1 where j - i is a square modulo q, -1 where not, 0 on the diagonal."""
     squares = {n * n % q for n in range(1, q)}
     signs = torch.tensor([0.0] + [1.0 if n in squares else -1.0 for n in range(1, q)], dtype=torch.float64)
@@ -64,7 +64,7 @@ def _residues(q: int) -> Tensor:
     return signs[(at[None, :] - at[:, None]) % q]
 
 
-def rotation(order: int, seed: int) -> Tensor:
+def random_hadamard(order: int, seed: int) -> Tensor:
     """Return an orthogonal matrix [order, order], fp64: a normalized Hadamard matrix, its rows with random signs."""
     signs = (
         torch.randint(0, 2, (order, 1), generator=torch.Generator().manual_seed(seed), dtype=torch.int64).to(

@@ -12,14 +12,27 @@ import torch
 from torch import Tensor
 
 from llmworks.core.errors import ModelError
-from llmworks.model.lowbit.integer import Grid, Scales, Whole, extremes, grouped, kept_zero, restored, rounded
+from llmworks.model.lowbit.integer import (
+    Grid,
+    IntegerMatrix,
+    Scales,
+    compute_extremes,
+    dequantize_groups,
+    quantize_groups,
+    round_zero_points,
+    split_groups,
+)
 
 POWER = 0.7
-TURNS = 8  # iterations of fitting scales and zero points to codes, and codes to these
-SHARES = (1.0, 0.92, 0.84)  # initial clipping ratios of a group's range: the iteration only finds a local optimum
+REFINE_ITERATIONS = 8  # iterations of fitting scales and zero points to codes, and codes to these
+CLIPPING_RATIOS = (
+    1.0,
+    0.92,
+    0.84,
+)  # initial clipping ratios of a group's range: the iteration only finds a local optimum
 
 
-def zeros(
+def optimize_zero_points(
     groups: Tensor,
     scales: Scales,
     grid: Grid,
@@ -35,34 +48,34 @@ def zeros(
     best, least = scales, float("inf")
     now = scales
     for _ in range(steps):
-        codes = rounded(groups, now, grid)
-        apart = groups - restored(codes, now)
-        error = float(apart.abs().mean())
+        codes = quantize_groups(groups, now, grid)
+        residual = groups - dequantize_groups(codes, now)
+        error = float(residual.abs().mean())
         if error >= least:
             break
         best, least = now, error
-        large = apart.abs()
-        apart = apart.sign() * (large - large.clamp(min=1e-12) ** (power - 1) / beta).clamp(min=0)
-        now = Scales(now.scale, (codes - (groups - apart) / now.scale[..., None]).mean(-1))
+        large = residual.abs()
+        residual = residual.sign() * (large - large.clamp(min=1e-12) ** (power - 1) / beta).clamp(min=0)
+        now = Scales(now.scale, (codes - (groups - residual) / now.scale[..., None]).mean(-1))
         beta *= growth
-    codes = rounded(groups, now, grid)
-    return now if float((groups - restored(codes, now)).abs().mean()) < least else best
+    codes = quantize_groups(groups, now, grid)
+    return now if float((groups - dequantize_groups(codes, now)).abs().mean()) < least else best
 
 
-def refined(groups: Tensor, scales: Scales, grid: Grid) -> Scales:
+def refine_scales(groups: Tensor, scales: Scales, grid: Grid) -> Scales:
     """Refit scales and zero points by least squares to the codes, repeatedly, for groups whose squared error falls
     by it (the reference keeps the scales).
     """
-    least = _lost(groups, scales, grid)
+    least = _compute_group_errors(groups, scales, grid)
     mean = groups.mean(-1, keepdim=True)
-    for _ in range(TURNS):
-        codes = rounded(groups, scales, grid)
+    for _ in range(REFINE_ITERATIONS):
+        codes = quantize_groups(groups, scales, grid)
         middle = codes.mean(-1, keepdim=True)
         scale = ((codes - middle) * (groups - mean)).sum(-1) / (codes - middle).square().sum(-1).clamp(min=1e-9)
         scale = scale.to(getattr(torch, grid.stored)).to(scale.dtype)
         scale = torch.where((scale > 0) & scale.isfinite(), scale, scales.scale)
-        tried = Scales(scale, kept_zero(middle[..., 0] - mean[..., 0] / scale, grid))
-        error = _lost(groups, tried, grid)
+        tried = Scales(scale, round_zero_points(middle[..., 0] - mean[..., 0] / scale, grid))
+        error = _compute_group_errors(groups, tried, grid)
         better = error < least
         if not better.any():
             break
@@ -71,7 +84,7 @@ def refined(groups: Tensor, scales: Scales, grid: Grid) -> Scales:
     return scales
 
 
-def solve(weight: Tensor, grid: Grid) -> Whole:
+def quantize_hqq(weight: Tensor, grid: Grid) -> IntegerMatrix:
     """Round a matrix [rows, columns] with half-quadratic zero points, refined; or with refined smaller ranges: for each
     group the one of least squared error.
 
@@ -81,16 +94,16 @@ def solve(weight: Tensor, grid: Grid) -> Whole:
     """
     if not torch.isfinite(weight).all():
         raise ModelError(f"{int((~torch.isfinite(weight)).sum())} of its weights are NaN or infinite")
-    groups = grouped(weight, grid)
-    ends = extremes(groups, grid)
+    groups = split_groups(weight, grid)
+    ends = compute_extremes(groups, grid)
     found: list[tuple[Scales, Tensor]] = []
-    for share in SHARES:
-        begun = ends.scales(grid, share)
+    for share in CLIPPING_RATIOS:
+        begun = ends.compute_scales(grid, share)
         begun = Scales(begun.scale, begun.zero.round())
         if share == 1:
-            begun = Scales(begun.scale, kept_zero(zeros(groups, begun, grid).zero, grid))
-        tried = refined(groups, begun, grid)
-        found.append((tried, _lost(groups, tried, grid)))
+            begun = Scales(begun.scale, round_zero_points(optimize_zero_points(groups, begun, grid).zero, grid))
+        tried = refine_scales(groups, begun, grid)
+        found.append((tried, _compute_group_errors(groups, tried, grid)))
     best = torch.stack([lost for _, lost in found]).argmin(0)[None]
     scales = Scales(
         *(
@@ -98,9 +111,9 @@ def solve(weight: Tensor, grid: Grid) -> Whole:
             for kind in ([one.scale for one, _ in found], [one.zero for one, _ in found])
         )
     )
-    return Whole(rounded(groups, scales, grid).reshape(weight.shape).to(torch.int8), scales, grid)
+    return IntegerMatrix(quantize_groups(groups, scales, grid).reshape(weight.shape).to(torch.int8), scales, grid)
 
 
-def _lost(groups: Tensor, scales: Scales, grid: Grid) -> Tensor:
+def _compute_group_errors(groups: Tensor, scales: Scales, grid: Grid) -> Tensor:
     """Return the squared error of each group [rows, groups]."""
-    return (restored(rounded(groups, scales, grid), scales) - groups).square_().sum(-1)
+    return (dequantize_groups(quantize_groups(groups, scales, grid), scales) - groups).square_().sum(-1)

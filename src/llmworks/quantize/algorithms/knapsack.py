@@ -20,7 +20,11 @@ def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]],
     if used > budget:
         raise ValueError(f"the smallest choices take {used:g}, which exceeds the budget of {budget:g}")
     steps = sorted(
-        (step for part, (cost, size) in enumerate(zip(costs, sizes, strict=True)) for step in hull(part, cost, size)),
+        (
+            step
+            for part, (cost, size) in enumerate(zip(costs, sizes, strict=True))
+            for step in find_hull_steps(part, cost, size)
+        ),
         key=lambda step: -step[0],
     )
     stopped: set[int] = set()
@@ -33,7 +37,7 @@ def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]],
     return chosen
 
 
-def hull(part: int, cost: Sequence[float], size: Sequence[float]) -> list[tuple[float, int, int]]:
+def find_hull_steps(part: int, cost: Sequence[float], size: Sequence[float]) -> list[tuple[float, int, int]]:
     """Return (gain per unit of size, part, choice) of the steps along the lower convex hull, gains decreasing."""
     corners = [0]
     for choice in range(1, len(cost)):

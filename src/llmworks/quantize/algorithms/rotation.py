@@ -17,31 +17,31 @@ from llmworks.core.artifact import Model
 from llmworks.core.context import Context
 from llmworks.core.errors import ModelError
 from llmworks.model.io.decoder_files import to_standard
-from llmworks.model.io.layer_forward import logits_of
-from llmworks.model.io.layer_reader import Source, join_files
+from llmworks.model.io.layer_forward import compute_logits
+from llmworks.model.io.layer_reader import LayerReader, concatenate_files
 from llmworks.model.shape import Shape
-from llmworks.quantize.algorithms.hadamard import rotation
-from llmworks.quantize.run import copy_rest
-from llmworks.tokenize.chat.golden import record, require
-from llmworks.tokenize.load import load_tokenizer, stop_ids
+from llmworks.quantize.algorithms.hadamard import random_hadamard
+from llmworks.quantize.run import copy_other_files
+from llmworks.tokenize.chat.golden import record_golden, require_replay
+from llmworks.tokenize.load import get_stop_ids, load_tokenizer
 
 if TYPE_CHECKING:
     from llmworks.model.shape import Shape
     from llmworks.quantize.algorithms.config import RotateConfig
 
-BOUND = {"float32": 0.02, "float16": 0.1, "bfloat16": 0.3}  # maximum mean change of golden logits
+MAX_GOLDEN_GAP = {"float32": 0.02, "float16": 0.1, "bfloat16": 0.3}  # maximum mean change of golden logits
 
 
-def turned(config: RotateConfig, model: Model, ctx: Context) -> Model:
+def rotate_model(config: RotateConfig, model: Model, ctx: Context) -> Model:
     """Run `rotate.rotate`."""
 
     source, shape = _open_rotatable(model)
     tokenizer = load_tokenizer(model.path)
-    golden = model.golden or record(
-        tokenizer, stop_ids(model.path, tokenizer), lambda some: logits_of(source, [some])[0]
+    golden = model.golden or record_golden(
+        tokenizer, get_stop_ids(model.path, tokenizer), lambda some: compute_logits(source, [some])[0]
     )
     files = _rotate_blocks(shape, ctx, config, source)
-    join_files(files, ctx.out / "model.safetensors")
+    concatenate_files(files, ctx.out / "model.safetensors")
     settings = {key: value for key, value in source.config.items() if key != "torch_dtype"} | {
         "dtype": config.dtype,
         "tie_word_embeddings": False,
@@ -49,33 +49,35 @@ def turned(config: RotateConfig, model: Model, ctx: Context) -> Model:
     if "shape" in settings:
         settings["shape"] = settings["shape"] | {"tied": False}
     (ctx.out / "config.json").write_text(json.dumps(settings, indent=2))
-    copy_rest(model.path, ctx.out)
-    written = Source(ctx.out)
-    texts = [list(one.ids) for one in golden.conversations]
-    known = dict(zip(map(tuple, texts), logits_of(written, texts), strict=True))
-    gap = require(
+    copy_other_files(model.path, ctx.out)
+    written = LayerReader(ctx.out)
+    sequences = [list(one.ids) for one in golden.conversations]
+    known = dict(zip(map(tuple, sequences), compute_logits(written, sequences), strict=True))
+    gap = require_replay(
         golden,
         tokenizer,
-        stop_ids(ctx.out, tokenizer),
+        get_stop_ids(ctx.out, tokenizer),
         lambda some: known[tuple(some)],
-        mean_within=BOUND[config.dtype],
+        mean_tolerance=MAX_GOLDEN_GAP[config.dtype],
         step="quantize.rotate",
     )
     assert gap is not None
-    before, after = (max(_largest(one, block) for block in range(shape.num_hidden_layers)) for one in (source, written))
+    before, after = (
+        max(_get_max_to_rms(one, block) for block in range(shape.num_hidden_layers)) for one in (source, written)
+    )
     metrics = {
         "golden_gap_mean": round(gap.mean, 6),
-        "golden_greedy_agreement": round(gap.same_greedy, 5),
+        "golden_greedy_agreement": round(gap.top1_agreement, 5),
         "largest_before": round(before, 3),
         "largest": round(after, 3),
     }
     ctx.report.title = f"{model.name} rotated"
-    ctx.report.lead = (
+    ctx.report.subtitle = (
         f"The function is unchanged; golden logits differ by {gap.mean:.2g} on average. The largest weight of a row"
         f" is at most {before:.1f} times the row's root mean square before, {after:.1f} times after."
     )
     ctx.report.data = metrics
-    ctx.progress.say(ctx.report.lead)
+    ctx.progress.log(ctx.report.subtitle)
     return Model(
         ctx.out,
         golden=golden,
@@ -84,7 +86,7 @@ def turned(config: RotateConfig, model: Model, ctx: Context) -> Model:
     )
 
 
-def _open_rotatable(model: Model) -> tuple[Source, Shape]:
+def _open_rotatable(model: Model) -> tuple[LayerReader, Shape]:
     """Open the directory for reading block by block; return it with its shape. ModelError for one that cannot be
     rotated.
     """
@@ -93,7 +95,7 @@ def _open_rotatable(model: Model) -> tuple[Source, Shape]:
             f"{model.name}: only a Hugging Face directory can be rotated, not {model.format}; convert it with the"
             " stage model.from_gguf"
         )
-    source = Source(model.path)
+    source = LayerReader(model.path)
     shape = source.shape
     if (
         shape.norm != "rms"
@@ -112,25 +114,25 @@ def _open_rotatable(model: Model) -> tuple[Source, Shape]:
     return source, shape
 
 
-def _rotate_blocks(shape: Shape, ctx: Context, config: RotateConfig, source: Source) -> list[Path]:
+def _rotate_blocks(shape: Shape, ctx: Context, config: RotateConfig, source: LayerReader) -> list[Path]:
     """Rotate each block into a file of its own."""
     from safetensors.torch import save_file
 
-    turn = rotation(shape.hidden_size, ctx.seed)
+    turn = random_hadamard(shape.hidden_size, ctx.seed)
     number = getattr(torch, config.dtype)
     files = []
     with torch.inference_mode(), ctx.progress.bar("rotate", shape.num_hidden_layers + 1, "blocks") as bar:
         for block in range(-1, shape.num_hidden_layers):
-            tensors = {name: tensor.double() for name, tensor in source.ours(block).items()}
+            tensors = {name: tensor.double() for name, tensor in source.read_decoder_tensors(block).items()}
             made = (
-                _outside(tensors, turn, shape)
+                _rotate_embedding_and_head(tensors, turn, shape)
                 if block < 0
-                else _block(
+                else _rotate_block(
                     tensors,
                     block,
                     turn,
                     shape,
-                    rotation(shape.per_head, ctx.seed + 1) if config.rotate_values else None,
+                    random_hadamard(shape.head_size, ctx.seed + 1) if config.rotate_values else None,
                 )
             )
             files.append(ctx.scratch / f"{block + 1:05}.safetensors")
@@ -140,15 +142,15 @@ def _rotate_blocks(shape: Shape, ctx: Context, config: RotateConfig, source: Sou
     return files
 
 
-def _largest(source: Source, block: int) -> float:
+def _get_max_to_rms(source: LayerReader, block: int) -> float:
     """Return the largest ratio of a block's weights to the root mean square of their row."""
-    matrices = [tensor for tensor in source.ours(block).values() if tensor.ndim == 2]
+    matrices = [tensor for tensor in source.read_decoder_tensors(block).values() if tensor.ndim == 2]
     return max(
         float((tensor.abs().amax(1) / tensor.square().mean(1).sqrt().clamp(min=1e-12)).max()) for tensor in matrices
     )
 
 
-def _scale(tensors: dict[str, Tensor], name: str, shape: Shape) -> Tensor:
+def _extract_norm_scale(tensors: dict[str, Tensor], name: str, shape: Shape) -> Tensor:
     """Return a norm's scale, and replace the norm's weights by the identity."""
     weight = tensors[name]
     scale = weight + 1 if shape.norm_unit_offset else weight
@@ -156,19 +158,19 @@ def _scale(tensors: dict[str, Tensor], name: str, shape: Shape) -> Tensor:
     return scale
 
 
-def _outside(tensors: dict[str, Tensor], turn: Tensor, shape: Shape) -> dict[str, Tensor]:
+def _rotate_embedding_and_head(tensors: dict[str, Tensor], rotation: Tensor, shape: Shape) -> dict[str, Tensor]:
     """Rotate embedding and head, which become untied."""
     head = tensors.get("head.weight", tensors["decoder.embedding.weight"])
     made = {
-        "decoder.embedding.weight": tensors["decoder.embedding.weight"] @ turn,
-        "head.weight": head * _scale(tensors, "decoder.norm.weight", shape) @ turn,
+        "decoder.embedding.weight": tensors["decoder.embedding.weight"] @ rotation,
+        "head.weight": head * _extract_norm_scale(tensors, "decoder.norm.weight", shape) @ rotation,
         "decoder.norm.weight": tensors["decoder.norm.weight"],
     }
     return {**tensors, **made}
 
 
-def _block(
-    tensors: dict[str, Tensor], block: int, turn: Tensor, shape: Shape, heads: Tensor | None
+def _rotate_block(
+    tensors: dict[str, Tensor], block: int, rotation: Tensor, shape: Shape, head_rotation: Tensor | None
 ) -> dict[str, Tensor]:
     """Rotate one block: the layers that read the residual stream, and those that write to it."""
     head = f"decoder.blocks.{block}."
@@ -176,21 +178,23 @@ def _block(
         ("attention_norm", ("attention.query", "attention.key", "attention.value")),
         ("feed_forward_norm", ("feed_forward.gate", "feed_forward.up")),
     ):
-        scale = _scale(tensors, f"{head}{norm}.weight", shape)
+        scale = _extract_norm_scale(tensors, f"{head}{norm}.weight", shape)
         for layer in layers:
             if f"{head}{layer}.weight" in tensors:
-                tensors[f"{head}{layer}.weight"] = tensors[f"{head}{layer}.weight"] * scale @ turn
+                tensors[f"{head}{layer}.weight"] = tensors[f"{head}{layer}.weight"] * scale @ rotation
     for layer in ("attention.out", "feed_forward.down"):
-        tensors[f"{head}{layer}.weight"] = turn.T @ tensors[f"{head}{layer}.weight"]
+        tensors[f"{head}{layer}.weight"] = rotation.T @ tensors[f"{head}{layer}.weight"]
         if f"{head}{layer}.bias" in tensors:
-            tensors[f"{head}{layer}.bias"] = turn.T @ tensors[f"{head}{layer}.bias"]
-    if heads is not None:
-        size = len(heads)
+            tensors[f"{head}{layer}.bias"] = rotation.T @ tensors[f"{head}{layer}.bias"]
+    if head_rotation is not None:
+        size = len(head_rotation)
         value, out = tensors[f"{head}attention.value.weight"], tensors[f"{head}attention.out.weight"]
-        tensors[f"{head}attention.value.weight"] = (heads.T @ value.view(-1, size, value.shape[1])).reshape(value.shape)
+        tensors[f"{head}attention.value.weight"] = (head_rotation.T @ value.view(-1, size, value.shape[1])).reshape(
+            value.shape
+        )
         if f"{head}attention.value.bias" in tensors:
             tensors[f"{head}attention.value.bias"] = (
-                tensors[f"{head}attention.value.bias"].view(-1, size) @ heads
+                tensors[f"{head}attention.value.bias"].view(-1, size) @ head_rotation
             ).flatten()
-        tensors[f"{head}attention.out.weight"] = (out.view(len(out), -1, size) @ heads).reshape(out.shape)
+        tensors[f"{head}attention.out.weight"] = (out.view(len(out), -1, size) @ head_rotation).reshape(out.shape)
     return tensors

@@ -13,20 +13,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from llmworks.model.lowbit.activations import Reading, round_tokens
+from llmworks.model.lowbit.activations import InputQuantization, quantize_tokens
 from llmworks.model.lowbit.integer import Grid
-from llmworks.quantize.algorithms.awq import nearest
+from llmworks.quantize.algorithms.awq import fake_quantize
 
-POWERS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+SMOOTHING_STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def smoothing(
+def search_smoothing_scales(
     weights: Sequence[Tensor],
     sample: Tensor,
-    most: Tensor,
+    max_abs: Tensor,
     grid: Grid,
-    reading: Reading,
-    powers: Sequence[float] = POWERS,
+    reading: InputQuantization,
+    smoothing_strengths: Sequence[float] = SMOOTHING_STRENGTHS,
     shared: Callable[[Tensor], Tensor | None] = lambda columns: columns,
 ) -> tuple[Tensor, float, float, float]:
     """Search the smoothing scales of layers [rows, columns] with the same input. Return (divisor of the inputs
@@ -37,16 +37,16 @@ def smoothing(
     """
     stacked = torch.cat(list(weights)).float()
     wanted = sample @ stacked.T
-    first = float((round_tokens(sample, reading) @ nearest(stacked, grid).T - wanted).square().sum())
-    best: tuple[Tensor, float, float, float] = (torch.ones_like(most), 0.0, first, first)
+    first = float((quantize_tokens(sample, reading) @ fake_quantize(stacked, grid).T - wanted).square().sum())
+    best: tuple[Tensor, float, float, float] = (torch.ones_like(max_abs), 0.0, first, first)
     together = shared(stacked.abs().amax(0))
     assert together is not None
     columns = together.clamp(min=1e-8)
-    for power in powers:
-        scale = most.clamp(min=1e-8) ** power / columns ** (1 - power)
+    for power in smoothing_strengths:
+        scale = max_abs.clamp(min=1e-8) ** power / columns ** (1 - power)
         scale = (scale / scale.log().mean().exp()).clamp(1e-3, 1e3)
         error = float(
-            (round_tokens(sample / scale, reading) @ nearest(stacked * scale, grid).T - wanted).square().sum()
+            (quantize_tokens(sample / scale, reading) @ fake_quantize(stacked * scale, grid).T - wanted).square().sum()
         )
         if error < best[3]:
             best = (scale, power, first, error)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from llmworks.core.context import Context
-from llmworks.core.memory import keep_freed
+from llmworks.core.memory import retain_freed_blocks
 from llmworks.model.io.decoder_files import to_standard
-from llmworks.model.io.layer_reader import Source
-from llmworks.model.lowbit.activations import read_rounded
-from llmworks.quantize.calibrate.layerwise import Part, Passing, Walk, layer_of
+from llmworks.model.io.layer_reader import LayerReader
+from llmworks.model.lowbit.activations import quantize_inputs
+from llmworks.quantize.calibrate.layerwise import BlockInputs, BlockPart, LayerwiseCalibration, get_layer
 
 if TYPE_CHECKING:
     pass
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 BINS = 121  # bins of a weight histogram
 
 
-SEEN = 1 << 17  # weights of a matrix sampled for its histogram
+SAMPLED = 1 << 17  # weights of a matrix sampled for its histogram
 
 
-class Matrix(Protocol):
+class QuantizedMatrix(Protocol):
     """A quantized matrix: `integer.Whole`, or `bnb_4bit.Matrix`."""
 
     @property
@@ -45,27 +45,29 @@ class Matrix(Protocol):
         """Return the dequantized matrix [rows, columns]."""
 
 
-class Method(Protocol):
+class QuantizationMethod(Protocol):
     """A method of quantizing matrices."""
 
-    texts: int  # number of calibration sequences
+    num_calibration_samples: int  # number of calibration sequences
 
-    def prepare(self, passing: Passing, grids: Callable[[str], Any]) -> None:
+    def prepare(self, block_inputs: BlockInputs, grids: Callable[[str], Any]) -> None:
         """Transform a block before its parts are quantized."""
 
-    def part(self, passing: Passing, part: Part, grids: Callable[[str], Any]) -> Mapping[str, Matrix]:
+    def quantize_part(
+        self, block_inputs: BlockInputs, part: BlockPart, grids: Callable[[str], Any]
+    ) -> Mapping[str, QuantizedMatrix]:
         """Return the quantized matrices of layers with the same input, by name; those whose grid is None are
         skipped.
         """
 
 
-def _walked(
-    source: Source,
+def quantize_blocks(
+    source: LayerReader,
     ids: Tensor,
-    held: Tensor,
+    eval_ids: Tensor,
     ctx: Context,
-    method: Method,
-    grid_of: Callable[[str], Any],
+    method: QuantizationMethod,
+    get_grid: Callable[[str], Any],
     form: Any,
     stored: torch.dtype,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -75,56 +77,56 @@ def _walked(
 
     folder = ctx.scratch / "blocks"
     folder.mkdir(exist_ok=True)
-    keep_freed()
+    retain_freed_blocks()
     with torch.inference_mode():
-        walk = Walk(source, ids, held, ctx.scratch / "walk", stored)
+        calibration = LayerwiseCalibration(source, ids, eval_ids, ctx.scratch / "walk", stored)
         with ctx.progress.bar("quantize", source.shape.num_hidden_layers, "blocks") as bar:
-            bar.advance(walk.done)
-            for passing in walk.blocks():
-                head, told = f"decoder.blocks.{passing.number}.", []
-                grids = functools.partial(_grid_of, source, grid_of, head)
-                method.prepare(passing, grids)
-                for name, tensor in passing.block.state_dict().items():
+            bar.advance(calibration.num_done)
+            for block_inputs in calibration.iter_blocks():
+                head, layer_stats = f"decoder.blocks.{block_inputs.index}.", []
+                grids = functools.partial(_get_grid, source, get_grid, head)
+                method.prepare(block_inputs, grids)
+                for name, tensor in block_inputs.block.state_dict().items():
                     if tensor.ndim < 2 or grids(name.removesuffix(".weight")) is None:
                         tensor.copy_(tensor.to(stored))
-                plain = {f"{head}{name}": tensor for name, tensor in passing.block.state_dict().items()}
+                plain = {f"{head}{name}": tensor for name, tensor in block_inputs.block.state_dict().items()}
                 tensors: dict[str, Tensor] = {}
-                for part in passing.parts:
-                    for name, matrix in method.part(passing, part, grids).items():
-                        layer, before = layer_of(passing.block, name), plain.pop(f"{head}{name}.weight")
+                for part in block_inputs.parts:
+                    for name, matrix in method.quantize_part(block_inputs, part, grids).items():
+                        layer, before = get_layer(block_inputs.block, name), plain.pop(f"{head}{name}.weight")
                         after = matrix.weight()
                         lost = float((after - before).square().sum() / before.square().sum().clamp(min=1e-30))
                         layer.weight = torch.nn.Parameter(after, requires_grad=False)
                         if matrix.grid.inputs:
-                            read_rounded(layer, matrix.grid.inputs)
+                            quantize_inputs(layer, matrix.grid.inputs)
                         tensors |= form.tensors_of(source.rename(f"{head}{name}"), matrix)
-                        told.append(
+                        layer_stats.append(
                             {
                                 "name": source.rename(f"{head}{name}"),
                                 "layer": name,
-                                "block": passing.number,
+                                "block": block_inputs.index,
                                 "lost": lost,
                                 "bits": matrix.bits,
                                 "weights": before.numel(),
-                                "shape": shape_of(before, after),
-                                "apart": passing.apart.get(name),
+                                "shape": make_weight_histograms(before, after),
+                                "apart": block_inputs.outlier_ratios.get(name),
                             }
                         )
-                passing.finish()
-                _save_block(source, plain, tensors, folder, passing, told, stored)
-                passing.done()
+                block_inputs.compute_outputs()
+                _save_block(source, plain, tensors, folder, block_inputs, layer_stats, stored)
+                block_inputs.mark_done()
                 bar.advance()
-        damage = walk.damage() if len(held) else {}
-    return [one for file in sorted(folder.glob("*.json")) for one in json.loads(file.read_text())], damage
+        divergence = calibration.measure_divergence() if len(eval_ids) else {}
+    return [one for file in sorted(folder.glob("*.json")) for one in json.loads(file.read_text())], divergence
 
 
 def _save_block(
-    source: Source,
+    source: LayerReader,
     plain: dict[str, Any],
     tensors: dict[str, Tensor],
     folder: Path,
-    passing: Passing,
-    told: list[dict[str, Any]],
+    block_inputs: BlockInputs,
+    layer_stats: list[dict[str, Any]],
     stored: torch.dtype,
 ) -> None:
     """Write a finished block to scratch, with the statistics of its layers."""
@@ -133,16 +135,16 @@ def _save_block(
     rest = to_standard(plain, source.kind) if source.kind else plain
     save_file(
         {name: tensor.to(stored).contiguous() for name, tensor in rest.items()} | tensors,
-        folder / f"{passing.number:05}.safetensors",
+        folder / f"{block_inputs.index:05}.safetensors",
     )
-    (folder / f"{passing.number:05}.json").write_text(json.dumps(told))
+    (folder / f"{block_inputs.index:05}.json").write_text(json.dumps(layer_stats))
 
 
-def shape_of(before: Tensor, after: Tensor) -> dict[str, Any]:
+def make_weight_histograms(before: Tensor, after: Tensor) -> dict[str, Any]:
     """Return histograms of the weights before and after, in evenly spaced rows (about SAMPLED weights): counts of
     BINS equal bins within five times their root mean square; values beyond it are in the outer bins.
     """
-    step = max(1, before.numel() // SEEN)
+    step = max(1, before.numel() // SAMPLED)
     before, after = before[::step], after[::step]
     high = 5 * float(before.square().mean().sqrt()) or 1.0
     low = -high
@@ -154,5 +156,5 @@ def shape_of(before: Tensor, after: Tensor) -> dict[str, Any]:
     }
 
 
-def _grid_of(source: Source, grid_of: Callable[[str], Any], head: str, name: str) -> Any:
-    return grid_of(source.rename(f"{head}{name}"))
+def _get_grid(source: LayerReader, get_grid: Callable[[str], Any], head: str, name: str) -> Any:
+    return get_grid(source.rename(f"{head}{name}"))

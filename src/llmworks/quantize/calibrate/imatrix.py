@@ -15,53 +15,61 @@ from torch import Tensor
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError
 from llmworks.model.gguf.layout import to_gguf_name
-from llmworks.model.io.layer_reader import Source
-from llmworks.quantize.calibrate.layerwise import Walk
+from llmworks.model.io.layer_reader import LayerReader
+from llmworks.quantize.calibrate.layerwise import LayerwiseCalibration
 
 
-def importance(source: Source, ids: Tensor, held: Tensor, ctx: Context) -> tuple[dict[str, Any], Walk]:
+def compute_importance(
+    source: LayerReader, ids: Tensor, eval_ids: Tensor, ctx: Context
+) -> tuple[dict[str, Any], LayerwiseCalibration]:
     """Return (mean squares by the tensor's GGUF name, numpy fp32 [columns]; the finished calibration, which holds the
     hidden states of the held-out sequences).
 
     Blocks are processed one by one; an interrupted run resumes at its block.
     """
-    kept = ctx.scratch / "importance"
-    kept.mkdir(exist_ok=True)
+    folder = ctx.scratch / "importance"
+    folder.mkdir(exist_ok=True)
     with torch.inference_mode():
-        walk = Walk(source, ids, held, ctx.scratch / "walk")
+        calibration = LayerwiseCalibration(source, ids, eval_ids, ctx.scratch / "walk")
         with ctx.progress.bar("imatrix", source.shape.num_hidden_layers, "blocks") as bar:
-            bar.advance(walk.done)
-            for passing in walk.blocks():
+            bar.advance(calibration.num_done)
+            for block_inputs in calibration.iter_blocks():
                 found: dict[str, Tensor] = {}
-                for part in passing.parts if walk.count else ():
+                for part in block_inputs.parts if calibration.num_samples else ():
                     squares, tokens = torch.zeros(0), 0
-                    for x in passing.inputs(part):
+                    for x in block_inputs.iter_inputs(part):
                         added = x.square().sum(0, dtype=torch.float64)
                         squares, tokens = (added if not tokens else squares + added), tokens + len(x)
                     for layer in part.layers:
-                        found[source.rename(f"decoder.blocks.{passing.number}.{layer}")] = (squares / tokens).float()
-                if walk.count:
-                    passing.finish()
-                torch.save(found, kept / f"{passing.number:05}.pt")
-                passing.done()
+                        found[source.rename(f"decoder.blocks.{block_inputs.index}.{layer}")] = (
+                            squares / tokens
+                        ).float()
+                if calibration.num_samples:
+                    block_inputs.compute_outputs()
+                torch.save(found, folder / f"{block_inputs.index:05}.pt")
+                block_inputs.mark_done()
                 bar.advance()
         made: dict[str, Tensor] = {}
-        for file in sorted(kept.glob("*.pt")):
+        for file in sorted(folder.glob("*.pt")):
             made |= torch.load(file, weights_only=True)
-        if walk.count:
-            made["lm_head"] = _read_by_the_head(walk)
-    return {name: values.numpy() for layer, values in made.items() if (name := to_gguf_name(f"{layer}.weight"))}, walk
+        if calibration.num_samples:
+            made["lm_head"] = _get_head_inputs(calibration)
+    return {
+        name: values.numpy() for layer, values in made.items() if (name := to_gguf_name(f"{layer}.weight"))
+    }, calibration
 
 
-def _read_by_the_head(walk: Walk) -> Tensor:
-    squares, tokens = torch.zeros(walk.width, dtype=torch.float64), 0
-    for at, ids in walk.chunks():
-        state = walk.stack.norm(walk.states(walk.source.shape.num_hidden_layers)[at : at + len(ids)])
+def _get_head_inputs(calibration: LayerwiseCalibration) -> Tensor:
+    squares, tokens = torch.zeros(calibration.hidden_size, dtype=torch.float64), 0
+    for at, ids in calibration.iter_chunks():
+        state = calibration.stack.norm(
+            calibration.open_states(calibration.source.shape.num_hidden_layers)[at : at + len(ids)]
+        )
         squares, tokens = squares + state.square().sum((0, 1), dtype=torch.float64), tokens + ids.numel()
     return (squares / tokens).float()
 
 
-def write_importance(target: Path, found: Mapping[str, Any], data: str, texts: int, length: int) -> None:
+def write_importance(target: Path, importance: Mapping[str, Any], data: str, num_samples: int, length: int) -> None:
     """Write the imatrix file that llama.cpp's tools read: sums of squares and counts by tensor."""
     import gguf
     import numpy as np
@@ -70,11 +78,13 @@ def write_importance(target: Path, found: Mapping[str, Any], data: str, texts: i
     writer.kv_data[0].pop("general.architecture", None)
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", [data])
-    writer.add_uint32("imatrix.chunk_count", texts)
+    writer.add_uint32("imatrix.chunk_count", num_samples)
     writer.add_uint32("imatrix.chunk_size", length)
-    for name, squares in sorted(found.items()):
-        writer.add_tensor(f"{name}.in_sum2", np.asarray(squares * np.float32(texts * length), dtype=np.float32)[None])
-        writer.add_tensor(f"{name}.counts", np.array([[texts * length]], dtype=np.float32))
+    for name, squares in sorted(importance.items()):
+        writer.add_tensor(
+            f"{name}.in_sum2", np.asarray(squares * np.float32(num_samples * length), dtype=np.float32)[None]
+        )
+        writer.add_tensor(f"{name}.counts", np.array([[num_samples * length]], dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

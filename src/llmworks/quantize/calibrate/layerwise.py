@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmworks.model.io.layer_reader import Source
-from llmworks.model.nn.decoder import Block
-from llmworks.quantize.calibrate.divergence import Damage
-from llmworks.quantize.calibrate.memmap import mapped, release
+from llmworks.model.io.layer_reader import LayerReader
+from llmworks.model.nn.decoder import TransformerBlock
+from llmworks.quantize.calibrate.divergence import Divergence
+from llmworks.quantize.calibrate.memmap import open_memmap, release
 
 CHUNK = 4096  # tokens per forward pass of a block
 SAMPLE = 64  # tokens per chunk whose inputs are kept
@@ -27,55 +27,55 @@ PIECE = 192  # columns of moments computed at a time: only on and above the diag
 
 
 @dataclass(frozen=True)
-class Part:
+class BlockPart:
     """Layers of a block with the same input: their names in the block."""
 
     layers: tuple[str, ...]
 
 
-def parts_of(block: Block) -> tuple[Part, ...]:
+def get_block_parts(block: TransformerBlock) -> tuple[BlockPart, ...]:
     """Return the parts of a block that are quantized, in order of computation."""
     gate = ("feed_forward.gate",) if getattr(block.feed_forward, "gate", None) is not None else ()
     return (
-        Part(("attention.query", "attention.key", "attention.value")),
-        Part(("attention.out",)),
-        Part((*gate, "feed_forward.up")),
-        Part(("feed_forward.down",)),
+        BlockPart(("attention.query", "attention.key", "attention.value")),
+        BlockPart(("attention.out",)),
+        BlockPart((*gate, "feed_forward.up")),
+        BlockPart(("feed_forward.down",)),
     )
 
 
-def layer_of(block: Block, name: str) -> nn.Linear:
+def get_layer(block: TransformerBlock, name: str) -> nn.Linear:
     """Return a layer of a block by its name."""
     found = block.get_submodule(name)
     assert isinstance(found, nn.Linear)
     return found
 
 
-class Moments:
+class InputStatistics:
     """Statistics of the inputs [tokens, columns] of some layers: sums of x'x and |x| (the latter if `with_abs_mean`),
     the largest |x| of each column, and a sample of the inputs.
     """
 
-    def __init__(self, columns: int, *, sizes: bool = False) -> None:
-        self.square = torch.zeros(columns, columns, dtype=torch.float64)
-        self.size = torch.zeros(columns, dtype=torch.float64) if sizes else None
-        self.most, self.tokens = torch.zeros(columns), 0
-        self.kept: list[Tensor] = []
+    def __init__(self, columns: int, *, with_abs_mean: bool = False) -> None:
+        self.second_moment_sum = torch.zeros(columns, columns, dtype=torch.float64)
+        self.abs_sum = torch.zeros(columns, dtype=torch.float64) if with_abs_mean else None
+        self.max_abs, self.num_tokens = torch.zeros(columns), 0
+        self.samples: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
         """Add more inputs."""
         for start in range(0, x.shape[1], PIECE):
-            self.square[start : start + PIECE, start:] += x[:, start : start + PIECE].T @ x[:, start:]
-        if self.size is not None:
-            self.size += x.abs().sum(0)
-        self.most = torch.maximum(self.most, torch.maximum(x.amax(0), -x.amin(0)))
-        self.tokens += len(x)
-        self.kept.append(x[:: max(1, len(x) // SAMPLE)].clone())
+            self.second_moment_sum[start : start + PIECE, start:] += x[:, start : start + PIECE].T @ x[:, start:]
+        if self.abs_sum is not None:
+            self.abs_sum += x.abs().sum(0)
+        self.max_abs = torch.maximum(self.max_abs, torch.maximum(x.amax(0), -x.amin(0)))
+        self.num_tokens += len(x)
+        self.samples.append(x[:: max(1, len(x) // SAMPLE)].clone())
 
     @property
     def hessian(self) -> Tensor:
         """Return the second moments [columns, columns], averaged over tokens."""
-        whole = self.square / max(1, self.tokens)
+        whole = self.second_moment_sum / max(1, self.num_tokens)
         for start in range(0, len(whole), PIECE):
             end = start + PIECE
             whole[end:, start:end] = whole[start:end, end:].T
@@ -84,16 +84,16 @@ class Moments:
     @property
     def sample(self) -> Tensor:
         """Return a sample of the inputs [tokens, columns]."""
-        return torch.cat(self.kept)
+        return torch.cat(self.samples)
 
     @property
-    def mean(self) -> Tensor:
+    def abs_mean(self) -> Tensor:
         """Return the mean of |x| [columns]."""
-        assert self.size is not None
-        return self.size / max(1, self.tokens)
+        assert self.abs_sum is not None
+        return self.abs_sum / max(1, self.num_tokens)
 
 
-class Walk:
+class LayerwiseCalibration:
     """ids: calibration sequences [sequences, length]; eval_ids: held-out sequences [sequences, length], on which the
     quantized model is compared with the original.
 
@@ -101,156 +101,170 @@ class Walk:
     """
 
     def __init__(
-        self, source: Source, ids: Tensor, held: Tensor, folder: Path, stored: torch.dtype = torch.float32
+        self, source: LayerReader, ids: Tensor, eval_ids: Tensor, folder: Path, stored: torch.dtype = torch.float32
     ) -> None:
         self.source, self.ids, self.folder = source, ids, folder
-        self.frame = source.frame()
+        self.frame = source.load_without_blocks()
         self.stack: Any = self.frame.decoder
-        self.count, self.length, self.width = len(ids), ids.shape[1], source.shape.hidden_size
+        self.num_samples, self.seq_length, self.hidden_size = len(ids), ids.shape[1], source.shape.hidden_size
         folder.mkdir(parents=True, exist_ok=True)
-        self.done, self.held = (
+        self.num_done, self.eval_ids = (
             0,
-            held,
+            eval_ids,
         )  # finished blocks; one file holds their number and the held-out hidden states after them
         if (folder / "walk.pt").exists():
-            self.done, self.as_was, self.as_is = torch.load(folder / "walk.pt", weights_only=True)
+            self.num_done, self.original_states, self.quantized_states = torch.load(
+                folder / "walk.pt", weights_only=True
+            )
         else:
-            self.done = 0
-            self.as_was = self.begin(held) if len(held) else torch.zeros(0, self.length, self.width)
+            self.num_done = 0
+            self.original_states = (
+                self.embed(eval_ids) if len(eval_ids) else torch.zeros(0, self.seq_length, self.hidden_size)
+            )
         for tensor in self.frame.state_dict().values():
             tensor.copy_(tensor.to(stored))
-        if not self.done:
-            self.as_is = self.begin(held) if len(held) else self.as_was
-            for at, some in self.chunks():
-                self.states(0)[at : at + len(some)] = self.begin(some)
+        if not self.num_done:
+            self.quantized_states = self.embed(eval_ids) if len(eval_ids) else self.original_states
+            for at, some in self.iter_chunks():
+                self.open_states(0)[at : at + len(some)] = self.embed(some)
 
-    def begin(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
         """Return the hidden states before the first block, for [sequences, length]."""
-        made: Tensor = self.stack.begin(self.stack.embedding(ids), self.positions(len(ids)))
+        made: Tensor = self.stack.add_positions(self.stack.embedding(ids), self.make_positions(len(ids)))
         return made
 
-    def positions(self, texts: int) -> Tensor:
+    def make_positions(self, num_sequences: int) -> Tensor:
         """Return positions [sequences, length]."""
-        return torch.arange(self.length)[None].expand(texts, -1)
+        return torch.arange(self.seq_length)[None].expand(num_sequences, -1)
 
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+    def iter_chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (start index, ids) of chunks of sequences."""
-        each = max(1, CHUNK // self.length)
-        for at in range(0, self.count, each):
+        each = max(1, CHUNK // self.seq_length)
+        for at in range(0, self.num_samples, each):
             yield at, self.ids[at : at + each]
 
-    def states(self, parity: int, width: int = 0, name: str = "states") -> Tensor:
+    def open_states(self, parity: int, width: int = 0, name: str = "states") -> Tensor:
         """Return a memory-mapped file of values [sequences, length, width]."""
-        width = width or self.width
-        return mapped(self.folder / f"{name}-{parity % 2}.bin", (self.count, self.length, width))
+        width = width or self.hidden_size
+        return open_memmap(self.folder / f"{name}-{parity % 2}.bin", (self.num_samples, self.seq_length, width))
 
-    def blocks(self) -> Iterator[Passing]:
+    def iter_blocks(self) -> Iterator[BlockInputs]:
         """Yield the remaining blocks."""
-        for number in range(self.done, self.source.shape.num_hidden_layers):
-            yield Passing(self, number)
+        for number in range(self.num_done, self.source.shape.num_hidden_layers):
+            yield BlockInputs(self, number)
 
-    def through(self, block: Block, states: Tensor) -> Tensor:
+    def run_block(self, block: TransformerBlock, states: Tensor) -> Tensor:
         """Return the hidden states [sequences, length, hidden size] after a block."""
         if not len(states):
             return states
-        with self.source.only(self.stack, block) as stack:
+        with self.source.mount_block(self.stack, block) as stack:
             found = [
-                stack.through(some, self.positions(len(some)))
-                for some in torch.split(states, max(1, CHUNK // self.length))
+                stack.run_blocks(some, self.make_positions(len(some)))
+                for some in torch.split(states, max(1, CHUNK // self.seq_length))
             ]
         return torch.cat(found)
 
-    def advanced(self, number: int, block: Block) -> None:
+    def mark_done(self, number: int, block: TransformerBlock) -> None:
         """Record that a block is finished, and the held-out hidden states after it."""
-        self.as_is = self.through(block, self.as_is)
-        self.done = number + 1
-        torch.save((self.done, self.as_was, self.as_is), self.folder / "walk.pt.new")
+        self.quantized_states = self.run_block(block, self.quantized_states)
+        self.num_done = number + 1
+        torch.save((self.num_done, self.original_states, self.quantized_states), self.folder / "walk.pt.new")
         (self.folder / "walk.pt.new").replace(self.folder / "walk.pt")
 
-    def damage(self) -> dict[str, float]:
+    def measure_divergence(self) -> dict[str, float]:
         """Compare the current model with the original on the held-out sequences: KL divergence in nats per token, top-1
         agreement, perplexities.
 
         Both use the head as it is stored.
         """
-        found = Damage()
-        for ids, was, now in zip(self.held, self.as_was, self.as_is, strict=True):
+        found = Divergence()
+        for ids, was, now in zip(self.eval_ids, self.original_states, self.quantized_states, strict=True):
             for some in torch.split(torch.arange(len(ids)), LOGITS):
-                found.add(self.logits(was[some]), self.logits(now[some]), ids[some[0] + 1 : some[-1] + 2])
-        return found.figures()
+                found.add(
+                    self.compute_logits(was[some]), self.compute_logits(now[some]), ids[some[0] + 1 : some[-1] + 2]
+                )
+        return found.compute_metrics()
 
-    def logits(self, states: Tensor) -> Tensor:
+    def compute_logits(self, states: Tensor) -> Tensor:
         """Return logits [tokens, vocabulary] of hidden states after the last block."""
         made: Tensor = self.frame.head(self.stack.norm(states))
         return made
 
 
-class Passing:
+class BlockInputs:
     """One block and its inputs. Its parts are requested in order; each is replaced before the next is read."""
 
-    def __init__(self, walk: Walk, number: int) -> None:
-        self.walk, self.number, self.block = walk, number, walk.source.block(number)
-        self.parts = parts_of(self.block)
-        walk.as_was = walk.through(self.block, walk.as_was)
-        if walk.count:
-            self.before, self.after = walk.states(number), walk.states(number + 1)
-        self.apart: dict[
+    def __init__(self, calibration: LayerwiseCalibration, index: int) -> None:
+        self.calibration, self.index, self.block = calibration, index, calibration.source.load_block(index)
+        self.parts = get_block_parts(self.block)
+        calibration.original_states = calibration.run_block(self.block, calibration.original_states)
+        if calibration.num_samples:
+            self.input_states, self.output_states = calibration.open_states(index), calibration.open_states(index + 1)
+        self.outlier_ratios: dict[
             str, float
         ] = {}  # by the first layer of a part: ratio of its largest input column to the median
-        self.middle: Tensor | None = None  # input of the output projection, or of the down projection
+        self.intermediate: Tensor | None = None  # input of the output projection, or of the down projection
 
-    def inputs(self, part: Part) -> Iterator[Tensor]:
+    def iter_inputs(self, part: BlockPart) -> Iterator[Tensor]:
         """Yield the inputs of a part's layers [tokens, columns], chunk by chunk."""
         kind = self.parts.index(part)
         block: Any = self.block
         if kind in (1, 3):
-            width = layer_of(block, part.layers[0]).in_features
-            self.middle = self.walk.states(0, width, f"middle-{width}")
-        with self.walk.source.only(self.walk.stack, block) as stack:
-            for at, ids in self.walk.chunks():
+            width = get_layer(block, part.layers[0]).in_features
+            self.intermediate = self.calibration.open_states(0, width, f"middle-{width}")
+        with self.calibration.source.mount_block(self.calibration.stack, block) as stack:
+            for at, ids in self.calibration.iter_chunks():
                 some = slice(at, at + len(ids))
-                made = self.read(kind, some, ids, stack)
+                made = self.compute_inputs(kind, some, ids, stack)
                 if kind in (1, 3):
-                    assert self.middle is not None
-                    self.middle[some] = made
+                    assert self.intermediate is not None
+                    self.intermediate[some] = made
                 yield made.flatten(0, 1)
-                release(self.before, self.after, self.middle)
+                release(self.input_states, self.output_states, self.intermediate)
 
-    def read(self, kind: int, some: slice, ids: Tensor, stack: Any) -> Tensor:
+    def compute_inputs(self, kind: int, some: slice, ids: Tensor, stack: Any) -> Tensor:
         """Return the inputs of a part's layers, by the part's index, for some sequences."""
         block: Any = self.block
         if kind == 0:
-            made: Tensor = block.heard(self.before[some])
+            made: Tensor = block.attention_input(self.input_states[some])
         elif kind == 1:
-            _, look, turned = next(iter(stack.sights(self.before[some], self.walk.positions(len(ids)))))
-            made = block.attention.attend(block.heard(self.before[some]), look, turned)
+            _, look, turned = next(
+                iter(stack.iter_block_inputs(self.input_states[some], self.calibration.make_positions(len(ids))))
+            )
+            made = block.attention.compute_heads(block.attention_input(self.input_states[some]), look, turned)
         elif kind == 2:
-            assert self.middle is not None
-            self.after[some] = block.attended(self.before[some], block.attention.out(self.middle[some]))
-            made = block.read(self.after[some])
+            assert self.intermediate is not None
+            self.output_states[some] = block.attention_residual(
+                self.input_states[some], block.attention.out(self.intermediate[some])
+            )
+            made = block.mlp_input(self.output_states[some])
         else:
-            made = block.feed_forward.think(block.read(self.after[some]))
+            made = block.feed_forward.compute_hidden(block.mlp_input(self.output_states[some]))
         return made
 
-    def moments(self, part: Part, *, sizes: bool = False) -> Moments:
+    def collect_statistics(self, part: BlockPart, *, with_abs_mean: bool = False) -> InputStatistics:
         """Return statistics of the inputs of a part's layers; `with_abs_mean`: with mean |x|."""
-        found: Moments | None = None
-        for x in self.inputs(part):
-            found = found or Moments(x.shape[1], sizes=sizes)
+        found: InputStatistics | None = None
+        for x in self.iter_inputs(part):
+            found = found or InputStatistics(x.shape[1], with_abs_mean=with_abs_mean)
             found.add(x)
         assert found is not None
-        self.apart.setdefault(part.layers[0], float(found.most.max() / found.most.median().clamp(min=1e-12)))
+        self.outlier_ratios.setdefault(
+            part.layers[0], float(found.max_abs.max() / found.max_abs.median().clamp(min=1e-12))
+        )
         return found
 
-    def finish(self) -> None:
+    def compute_outputs(self) -> None:
         """Compute the hidden states after the block, once all its parts are final."""
         block: Any = self.block
-        for at, ids in self.walk.chunks():
+        for at, ids in self.calibration.iter_chunks():
             some = slice(at, at + len(ids))
-            assert self.middle is not None
-            self.after[some] = block.thought(self.after[some], block.feed_forward.down(self.middle[some]))
-            release(self.after, self.middle)
+            assert self.intermediate is not None
+            self.output_states[some] = block.mlp_residual(
+                self.output_states[some], block.feed_forward.down(self.intermediate[some])
+            )
+            release(self.output_states, self.intermediate)
 
-    def done(self) -> None:
+    def mark_done(self) -> None:
         """Mark the block as finished, so that it is not repeated."""
-        self.walk.advanced(self.number, self.block)
+        self.calibration.mark_done(self.index, self.block)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def mapped(file: Path, shape: tuple[int, ...]) -> Tensor:
+def open_memmap(file: Path, shape: tuple[int, ...]) -> Tensor:
     """Open a file's fp32 values [shape] as a shared tensor: writes go to the file.
 
     Disk space is allocated upfront: a disk that fills up later would kill the process instead of raising. OSError if

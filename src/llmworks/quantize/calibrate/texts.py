@@ -14,39 +14,42 @@ from torch import Tensor
 
 from llmworks.core.artifact import Dataset
 from llmworks.core.errors import DataError, ModelError, RequestError
-from llmworks.data.conversations.training_rows import ids_of, training_rows
+from llmworks.data.conversations.training_rows import read_training_rows, tokenize_row
 
 
-def calibration(tokenizer: Any, data: Dataset, texts: int, held: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+def load_samples(
+    tokenizer: Any, data: Dataset, num_calibration_samples: int, eval_samples: int, length: int, seed: int
+) -> tuple[Tensor, Tensor]:
     """Return (ids of calibration sequences [samples, length], ids of held-out sequences [eval_samples, length]).
 
     Rows are shuffled by the seed, packed and cut; each sequence begins with the BOS token if the tokenizer adds it.
 
     Errors: DataError for data with too few tokens, with the number of available sequences.
     """
-    rows = training_rows(data)
+    rows = read_training_rows(data)
     random.Random(seed).shuffle(rows)
     bos = (
         [tokenizer.bos_token_id]
         if tokenizer.bos_token_id is not None and list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id]
         else []
     )
-    if not texts + held:
+    if not num_calibration_samples + eval_samples:
         return (torch.zeros(0, length, dtype=torch.long),) * 2
-    joined = _texts(tokenizer, rows, length, bos)
+    joined = _pack_rows(tokenizer, rows, length, bos)
     found: list[list[int]] = []
     for text in joined:
         found.append(text)
-        if len(found) == texts + held:
+        if len(found) == num_calibration_samples + eval_samples:
             break
-    if len(found) < texts + held:
+    if len(found) < num_calibration_samples + eval_samples:
         raise DataError(
-            f"{data.name}: has only {len(found)} sequences of {length} tokens, but {texts} for calibration and {held}"
+            f"{data.name}: has only {len(found)} sequences of {length} tokens, but {num_calibration_samples} for"
+            f" calibration and {eval_samples}"
             " held-out ones are required; give more data, or set num_calibration_samples, eval_samples or"
             " max_seq_length"
         )
     ids = torch.tensor(found).view(len(found), length)
-    return ids[held:], ids[:held]
+    return ids[eval_samples:], ids[:eval_samples]
 
 
 def check_length(length: int, context: int) -> None:
@@ -57,13 +60,13 @@ def check_length(length: int, context: int) -> None:
         )
 
 
-def _texts(tokenizer: Any, rows: list[Any], length: int, bos: list[int]) -> Iterator[list[int]]:
+def _pack_rows(tokenizer: Any, rows: list[Any], length: int, bos: list[int]) -> Iterator[list[int]]:
     """Yield full sequences of packed rows."""
     rest: list[int] = []
     refused = 0
     for row in rows:
         try:
-            ids = list(ids_of(tokenizer, row)[0])
+            ids = list(tokenize_row(tokenizer, row)[0])
         except (RequestError, ModelError, ValueError) as error:
             refused += 1
             if refused == len(rows):

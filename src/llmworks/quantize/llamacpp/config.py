@@ -13,7 +13,7 @@ from llmworks.quantize.llamacpp.types import FORMATS, FileType
 BOUNDS = {"f32": 0.02, "f16": 0.05, "bf16": 0.3, "q8": 0.3, "q6": 0.8, "q5": 1.5, "q4": 3.0}
 
 
-def bound_of(kind: str) -> float:
+def max_gap_for_type(kind: str) -> float:
     """Return the maximum mean change of golden logits of a type; infinite for three and fewer bits."""
     return BOUNDS.get(kind if kind in BOUNDS else kind.removeprefix("i")[:2], float("inf"))
 
@@ -80,7 +80,7 @@ class ImatrixConfig(Config):
     max_seq_length: int = Field(512, gt=1, le=2048, description="tokens of a sequence of `data`")
 
 
-class AdapterConfig(Config):
+class GgufAdapterConfig(Config):
     """Config of `quantize.adapter`."""
 
     type: Literal["f32", "f16"] = Field("f16", description="dtype of the adapter's matrices")

@@ -16,7 +16,7 @@ from llmworks.core.errors import ModelError
 from llmworks.model.gguf.layout import LAYOUTS
 from llmworks.tokenize.load import read_json
 
-NEEDED = (
+REQUIRED_KEYS = (
     "num_hidden_layers",
     "hidden_size",
     "intermediate_size",
@@ -35,22 +35,22 @@ def read_config(path: Path) -> dict[str, Any]:
     config = read_json(path / "config.json")
     kind = config.get("model_type")
     names = config.get("architectures") or []
-    if kind not in LAYOUTS or names != [LAYOUTS[kind].model]:
+    if kind not in LAYOUTS or names != [LAYOUTS[kind].model_class]:
         raise ModelError(
             f"{path}: architecture {', '.join(names) or kind} cannot be written as GGUF, only"
-            f" {', '.join(layout.model for layout in LAYOUTS.values())}"
+            f" {', '.join(layout.model_class for layout in LAYOUTS.values())}"
         )
-    missing = [key for key in NEEDED if not isinstance(config.get(key), (int, float))]
+    missing = [key for key in REQUIRED_KEYS if not isinstance(config.get(key), (int, float))]
     if missing:
         raise ModelError(f"{path}: config.json: {missing[0]!r} is missing, or not a number")
-    bend = config.get("hidden_activation") or config.get("hidden_act") or "silu"
-    wanted_bends = ("gelu_pytorch_tanh",) if kind == "gemma3_text" else ("silu", "swish")
-    if bend not in wanted_bends:
+    activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
+    supported_activations = ("gelu_pytorch_tanh",) if kind == "gemma3_text" else ("silu", "swish")
+    if activation not in supported_activations:
         raise ModelError(
-            f"{path}: its activation function is {bend!r}, but llama.cpp computes {wanted_bends[0]} for"
+            f"{path}: its activation function is {activation!r}, but llama.cpp computes {supported_activations[0]} for"
             " this architecture"
         )
-    rope = rope_of(config)
+    rope = get_rope_parameters(config)
     if rope.get("mscale") or rope.get("mscale_all_dim"):
         raise ModelError(f"{path}: RoPE scaling with mscale is not supported for this GGUF architecture")
     if rope.get("rope_type", "default") not in ("default", "linear", "yarn", "llama3"):
@@ -78,25 +78,25 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def get_rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the RoPE parameters of a config, in either of transformers' forms; those of full-attention layers if
     they differ.
     """
-    given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    given = dict(given.get("full_attention") or given)
-    given.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
-    given["rope_type"] = given.get("rope_type") or given.get("type") or "default"
-    return given
+    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    parameters = dict(parameters.get("full_attention") or parameters)
+    parameters.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+    parameters["rope_type"] = parameters.get("rope_type") or parameters.get("type") or "default"
+    return parameters
 
 
-def frequencies(config: Mapping[str, Any]) -> Any:
+def compute_llama3_rope_factors(config: Mapping[str, Any]) -> Any:
     """Return the divisors of the rotary frequencies for Llama 3's RoPE scaling, numpy fp32 [head dim / 2]; None for
     other models.
     """
-    rope = rope_of(config)
+    rope = get_rope_parameters(config)
     if rope["rope_type"] != "llama3":
         return None
-    width = _head_width(config)
+    width = _get_head_dim(config)
     low, high, old = (
         float(rope["low_freq_factor"]),
         float(rope["high_freq_factor"]),
@@ -116,7 +116,7 @@ def frequencies(config: Mapping[str, Any]) -> Any:
     return np.array(found, dtype=np.float32)
 
 
-def _head_width(config: Mapping[str, Any]) -> int:
+def _get_head_dim(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
@@ -125,8 +125,8 @@ def add_hyperparameters(writer: Any, config: Mapping[str, Any]) -> None:
     kind, heads, width, rope = (
         config["model_type"],
         int(config["num_attention_heads"]),
-        _head_width(config),
-        rope_of(config),
+        _get_head_dim(config),
+        get_rope_parameters(config),
     )
     window = config.get("sliding_window")
     context = int(config["max_position_embeddings"])

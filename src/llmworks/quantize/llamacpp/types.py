@@ -94,57 +94,61 @@ FALLBACK = {
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }
-SEEING = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")  # require an importance matrix
+REQUIRE_IMATRIX = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")  # require an importance matrix
 SMALL = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m")
 
 
 @dataclass(frozen=True)
-class Layout:
+class MixParameters:
     """What the mixes depend on: `layers`; `gqa_ratio`: query heads per key-value head; `tied`: tied embeddings;
     `importance`: whether there is an importance matrix.
     """
 
     layers: int
-    shared: int
+    gqa_ratio: int
     tied: bool
     importance: bool = False
 
 
-def base_of(kind: str) -> str:
+def get_base_format(kind: str) -> str:
     """Return the format that most matrices of a file have."""
     return BASE.get(kind) or re.sub(r"(?<=_K)_[SML]$", "", kind.upper())
 
 
-def types_of(
-    shapes: Mapping[str, tuple[int, ...]], kind: str, layout: Layout, given: Mapping[str, str] | None = None
+def assign_formats(
+    shapes: Mapping[str, tuple[int, ...]], kind: str, layout: MixParameters, overrides: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """Return each tensor's format by its name.
 
     shapes: in numpy's order, rows last. overrides: formats by a regex on tensor names, which take precedence.
     """
-    return {name: _type_of(name, shape, kind, layout, given or {}) for name, shape in shapes.items()}
+    return {name: _assign_format(name, shape, kind, layout, overrides or {}) for name, shape in shapes.items()}
 
 
-def _type_of(name: str, shape: tuple[int, ...], kind: str, layout: Layout, given: Mapping[str, str]) -> str:
+def _assign_format(
+    name: str, shape: tuple[int, ...], kind: str, layout: MixParameters, overrides: Mapping[str, str]
+) -> str:
     if len(shape) < 2 or not name.endswith("weight") or "_norm.weight" in name:
         return "F32"
-    wanted = next((found.upper() for pattern, found in given.items() if re.search(pattern, name)), None)
+    wanted = next((found.upper() for pattern, found in overrides.items() if re.search(pattern, name)), None)
     if wanted is None:
-        base = base_of(kind)
+        base = get_base_format(kind)
         if base in PLAIN:
             return base
-        wanted = _outside(name, shape[-1], kind, base, layout) or _inside(name, kind, base, layout)
+        wanted = _get_embedding_or_head_format(name, shape[-1], kind, base, layout) or _get_block_matrix_format(
+            name, kind, base, layout
+        )
     if wanted in PLAIN:
         return wanted
-    return fitting(wanted, shape[-1])
+    return get_fitting_format(wanted, shape[-1])
 
 
-def block(kind: str) -> int:
+def get_block_size(kind: str) -> int:
     """Return the number of weights in a block of a format."""
     return 1 if kind in PLAIN else 256 if kind.endswith("_K") or kind in LARGE else 32
 
 
-def bits_of(kind: str) -> float:
+def get_bits_per_weight(kind: str) -> float:
     """Return the bits per weight, scales included."""
     import gguf
 
@@ -152,18 +156,18 @@ def bits_of(kind: str) -> float:
     return float(size * 8 / block)
 
 
-def fitting(kind: str, row: int) -> str:
+def get_fitting_format(kind: str, row: int) -> str:
     """Return a format, or its fallback if its block size does not divide a row."""
-    if row % block(kind) == 0:
+    if row % get_block_size(kind) == 0:
         return kind
     other = FALLBACK.get(kind, kind)
-    return other if row % block(other) == 0 else "F16"
+    return other if row % get_block_size(other) == 0 else "F16"
 
 
-def _outside(name: str, row: int, kind: str, base: str, layout: Layout) -> str | None:
+def _get_embedding_or_head_format(name: str, row: int, kind: str, base: str, layout: MixParameters) -> str | None:
     """Return the format of the head or the embedding; None for any other tensor."""
     if name == "output.weight" or (name == "token_embd.weight" and layout.tied):
-        if row % block(base):
+        if row % get_block_size(base):
             return "Q8_0"
         if kind in (*SMALL, "iq3_xxs"):
             return "Q5_K"
@@ -181,12 +185,12 @@ def _outside(name: str, row: int, kind: str, base: str, layout: Layout) -> str |
     return None
 
 
-def more_bits(layer: int, layers: int) -> bool:
+def use_more_bits(layer: int, layers: int) -> bool:
     """Return whether a layer is in the first or last eighth, or every third between them."""
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
-def _inside(name: str, kind: str, base: str, layout: Layout) -> str:
+def _get_block_matrix_format(name: str, kind: str, base: str, layout: MixParameters) -> str:
     """Return the format of a matrix of the blocks."""
     found = re.fullmatch(r"blk\.(\d+)\.(.+)\.weight", name)
     layer, part, layers = (int(found[1]), found[2], layout.layers) if found else (0, "", layout.layers)
@@ -194,8 +198,8 @@ def _inside(name: str, kind: str, base: str, layout: Layout) -> str:
     if kind in SMALL:
         better = "IQ3_S" if kind in ("iq2_s", "iq2_m") else "Q2_K"
         small = {
-            "attn_v": "Q4_K" if layout.shared >= 4 else better,
-            "attn_qkv": "Q4_K" if layout.shared >= 4 else better,
+            "attn_v": "Q4_K" if layout.gqa_ratio >= 4 else better,
+            "attn_qkv": "Q4_K" if layout.gqa_ratio >= 4 else better,
             "ffn_down": better if early else base,
         }
         return small.get(part) or (
@@ -203,7 +207,11 @@ def _inside(name: str, kind: str, base: str, layout: Layout) -> str:
             if part == "attn_output"
             else base
         )
-    rules: dict[str, Any] = {"attn_v": _values, "attn_qkv": _values, "ffn_down": _down}
+    rules: dict[str, Any] = {
+        "attn_v": _get_value_format,
+        "attn_qkv": _get_value_format,
+        "ffn_down": _get_down_proj_format,
+    }
     if part in rules:
         made: str = rules[part](kind, base, layer, layout)
         return made
@@ -216,8 +224,8 @@ def _inside(name: str, kind: str, base: str, layout: Layout) -> str:
     return base
 
 
-def _values(kind: str, base: str, layer: int, layout: Layout) -> str:
-    shared = layout.shared >= 4
+def _get_value_format(kind: str, base: str, layer: int, layout: MixParameters) -> str:
+    shared = layout.gqa_ratio >= 4
     known = {
         "q2_k": "Q4_K" if shared else "Q3_K",
         "iq3_xxs": "Q4_K" if shared else "IQ3_XXS" if layout.importance else "IQ3_S",
@@ -231,15 +239,15 @@ def _values(kind: str, base: str, layer: int, layout: Layout) -> str:
         return "Q4_K"
     if shared and kind in ("iq4_nl", "iq4_xs"):
         return "Q5_K"
-    if kind in ("q4_k_m", "q5_k_m") and more_bits(layer, layout.layers):
+    if kind in ("q4_k_m", "q5_k_m") and use_more_bits(layer, layout.layers):
         return "Q6_K"
     return "Q5_K" if kind == "q4_k_s" and layer < 4 else base
 
 
-def _down(kind: str, base: str, layer: int, layout: Layout) -> str:
+def _get_down_proj_format(kind: str, base: str, layer: int, layout: MixParameters) -> str:
     layers, early = layout.layers, layer < layout.layers // 8
     if kind in ("q4_k_m", "q5_k_m"):
-        return "Q6_K" if more_bits(layer, layers) else base
+        return "Q6_K" if use_more_bits(layer, layers) else base
     if kind == "q3_k_m":
         return "Q5_K" if layer < layers // 16 else "Q4_K"
     known = {"q2_k": "Q3_K", "q3_k_l": "Q5_K"}

@@ -14,8 +14,8 @@ from typing import Any
 
 from llmworks.core.errors import ModelError
 from llmworks.model.gguf.layout import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
-from llmworks.model.gguf.tokenizer import LLAMA_WORDS, QWEN_WORDS
-from llmworks.tokenize.load import load_tokenizer, stop_ids
+from llmworks.model.gguf.tokenizer import LLAMA_PATTERN, QWEN_PATTERN
+from llmworks.tokenize.load import get_stop_ids, load_tokenizer
 
 NEVER = -1e6  # score of a token that no merge produces
 
@@ -54,19 +54,19 @@ def add_vocabulary(writer: Any, source: Path, config: dict[str, Any]) -> None:
     writer.add_tokenizer_pre("default" if pieces else pre_tokenizer_name(definition, source))
     writer.add_token_list(tokens)
     if pieces:
-        writer.add_token_scores(scores_of(model, types, source))
+        writer.add_token_scores(compute_scores(model, types, source))
     writer.add_token_types(types)
     if not pieces:
         writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
     _add_ids(writer, source, tokenizer)
-    writer.add_add_bos_token(_begins(tokenizer))
-    writer.add_add_space_prefix(_prefixed(definition) if pieces else False)
+    writer.add_add_bos_token(_adds_bos(tokenizer))
+    writer.add_add_space_prefix(_adds_space_prefix(definition) if pieces else False)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
 
 
 def _add_ids(writer: Any, source: Path, tokenizer: Any) -> None:
-    stops = stop_ids(source, tokenizer)
+    stops = get_stop_ids(source, tokenizer)
     if tokenizer.eos_token_id is not None:
         writer.add_eos_token_id(tokenizer.eos_token_id)
     others = [i for i in stops if i != tokenizer.eos_token_id]
@@ -84,12 +84,12 @@ def _add_ids(writer: Any, source: Path, tokenizer: Any) -> None:
             add(index)
 
 
-def _begins(tokenizer: Any) -> bool:
+def _adds_bos(tokenizer: Any) -> bool:
     """Return whether the tokenizer prepends its BOS token."""
     return tokenizer.bos_token_id is not None and list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id]
 
 
-def _prefixed(definition: dict[str, Any]) -> bool:
+def _adds_space_prefix(definition: dict[str, Any]) -> bool:
     """Return whether a space is prepended to the text."""
     normal, pre = definition.get("normalizer") or {}, definition.get("pre_tokenizer") or {}
     parts = [normal, pre, *(normal.get("normalizers") or ()), *(pre.get("pretokenizers") or ())]
@@ -99,7 +99,7 @@ def _prefixed(definition: dict[str, Any]) -> bool:
     )
 
 
-def scores_of(model: dict[str, Any], types: list[int], source: Path) -> list[float]:
+def compute_scores(model: dict[str, Any], types: list[int], source: Path) -> list[float]:
     """Return scores with which llama.cpp merges pieces as the BPE merges do.
 
     ModelError if that is impossible: merges that produce the same token must be consecutive, and any two pieces that
@@ -155,8 +155,8 @@ def pre_tokenizer_name(definition: dict[str, Any], source: Path) -> str:
         if len(parts) == 2 and parts[0].get("type") == "Split" and shape[1][0] == "ByteLevel"
         else None
     )
-    if pattern == QWEN_WORDS and (definition.get("normalizer") or {}).get("type") == "NFC":
+    if pattern == QWEN_PATTERN and (definition.get("normalizer") or {}).get("type") == "NFC":
         return "qwen2"
-    if pattern == LLAMA_WORDS and definition["model"].get("ignore_merges"):
+    if pattern == LLAMA_PATTERN and definition["model"].get("ignore_merges"):
         return "llama-bpe"
     raise ModelError(f"{source}: its pre-tokenizer is not supported by llama.cpp (no known name)")

@@ -17,21 +17,21 @@ from gguf.gguf_writer import GGUFWriter
 
 from llmworks.core.errors import ModelError
 from llmworks.core.progress import Progress
-from llmworks.model.gguf.layout import LAYOUTS, heads_of, interleave_rows, to_gguf_name
-from llmworks.model.io.decoder_files import check_tied
-from llmworks.model.io.weights import Stored, check_weights, read_header
-from llmworks.quantize.llamacpp.metadata import add_hyperparameters, frequencies, read_config
-from llmworks.quantize.llamacpp.types import SEEING, Layout, types_of
+from llmworks.model.gguf.layout import LAYOUTS, get_interleaved_heads, interleave_rows, to_gguf_name
+from llmworks.model.io.decoder_files import check_tied_head
+from llmworks.model.io.weights import StoredTensors, check_weights, read_header
+from llmworks.quantize.llamacpp.metadata import add_hyperparameters, compute_llama3_rope_factors, read_config
+from llmworks.quantize.llamacpp.types import REQUIRE_IMATRIX, MixParameters, assign_formats
 from llmworks.quantize.llamacpp.vocabulary import add_vocabulary
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenTensors:
     """The written tensors: formats and shapes, and the tensors with a fallback format instead of the file type's."""
 
     types: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
-    fallen: tuple[str, ...]
+    fallback_tensors: tuple[str, ...]
 
 
 def write_gguf(
@@ -40,8 +40,8 @@ def write_gguf(
     kind: str,
     progress: Progress,
     importance: Mapping[str, Any] | None = None,
-    given: Mapping[str, str] | None = None,
-) -> Written:
+    overrides: Mapping[str, str] | None = None,
+) -> WrittenTensors:
     """Write `target` from the Hugging Face directory `source`, one tensor in memory at a time.
 
     kind: the file's type (see `types.py`); importance: mean squares of a tensor's inputs, by its name, numpy fp32
@@ -52,20 +52,21 @@ def write_gguf(
 
     check_weights(source)
     config = read_config(source)
-    tensors = Tensors(source, config)
-    layout = tensors.layout(importance is not None)
-    types = types_of(tensors.shapes, kind, layout, given)
-    wide = types_of({name: (*shape[:-1], 256) for name, shape in tensors.shapes.items()}, kind, layout, given)
-    blind = [
+    tensors = GgufTensorReader(source, config)
+    layout = tensors.get_mix_parameters(importance is not None)
+    types = assign_formats(tensors.shapes, kind, layout, overrides)
+    wide = assign_formats({name: (*shape[:-1], 256) for name, shape in tensors.shapes.items()}, kind, layout, overrides)
+    without_importance = [
         name
         for name, found in types.items()
         if name not in ("token_embd.weight", "output.weight")
-        and (found in SEEING or (kind == "q2_k_s" and found == "Q2_K"))
+        and (found in REQUIRE_IMATRIX or (kind == "q2_k_s" and found == "Q2_K"))
         and name not in (importance or {})
     ]
-    if blind:
+    if without_importance:
         raise ModelError(
-            f"{kind} requires an importance matrix: {blind[0]} would be {types[blind[0]]}; give `data` like that the"
+            f"{kind} requires an importance matrix: {without_importance[0]} would be {types[without_importance[0]]};"
+            " give `data` like that the"
             " model is used for"
         )
     writer = gguf.GGUFWriter(target, LAYOUTS[config["model_type"]].architecture)
@@ -79,13 +80,15 @@ def write_gguf(
     writer.write_ti_data_to_file()
     with progress.bar(f"write {kind}", len(tensors.shapes), "tensors") as bar:
         for name in tensors.shapes:
-            writer.write_tensor_data(encoded(tensors.read(name), types[name], (importance or {}).get(name)))
+            writer.write_tensor_data(encode(tensors.read(name), types[name], (importance or {}).get(name)))
             bar.advance()
     writer.close()
-    return Written(types, dict(tensors.shapes), tuple(name for name, found in types.items() if found != wide[name]))
+    return WrittenTensors(
+        types, dict(tensors.shapes), tuple(name for name, found in types.items() if found != wide[name])
+    )
 
 
-def _add_tensors(tensors: Tensors, types: dict[str, str], writer: GGUFWriter) -> None:
+def _add_tensors(tensors: GgufTensorReader, types: dict[str, str], writer: GGUFWriter) -> None:
     """Add the shape and format of each tensor."""
     import gguf
 
@@ -106,7 +109,7 @@ def _add_tensors(tensors: Tensors, types: dict[str, str], writer: GGUFWriter) ->
         )
 
 
-def encoded(weight: Any, kind: str, importance: Any = None) -> Any:
+def encode(weight: Any, kind: str, importance: Any = None) -> Any:
     """Encode a numpy matrix [rows, columns] in a format's bytes. The simplest formats ignore the importance."""
     from libgguf import GGMLQuantizationType, quantize_rows
 
@@ -124,7 +127,7 @@ def encoded(weight: Any, kind: str, importance: Any = None) -> Any:
     )
 
 
-class Tensors:
+class GgufTensorReader:
     """The tensors of a directory with llama.cpp's names and row order: `shapes`, and each tensor on request, fp32."""
 
     def __init__(self, source: Path, config: Mapping[str, Any]) -> None:
@@ -136,16 +139,16 @@ class Tensors:
         self.kind = str(config["model_type"])
         self.layout_of = LAYOUTS[self.kind]
         self.rows = int(config["vocab_size"])
-        self.factors = frequencies(config)
+        self.factors = compute_llama3_rope_factors(config)
         self.places: dict[str, tuple[Path, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in sorted(source.glob("*.safetensors")):
-            for name, entry in sorted(read_header(file).items(), key=lambda one: order_of(one[0])):
+            for name, entry in sorted(read_header(file).items(), key=lambda one: get_sort_key(one[0])):
                 if name == "__metadata__":
                     continue
                 if name == "lm_head.weight" and tied:
-                    stored = Stored(source)
-                    check_tied(
+                    stored = StoredTensors(source)
+                    check_tied_head(
                         source,
                         {"head.weight": stored[name], "decoder.embedding.weight": stored["model.embed_tokens.weight"]},
                     )
@@ -160,9 +163,9 @@ class Tensors:
         if self.factors is not None:
             self.shapes = {"rope_freqs.weight": self.factors.shape, **self.shapes}
 
-    def layout(self, importance: bool) -> Layout:
+    def get_mix_parameters(self, importance: bool) -> MixParameters:
         """Return what the mixes of formats depend on."""
-        return Layout(self.layers, self.heads // self.kv_heads, "output.weight" not in self.shapes, importance)
+        return MixParameters(self.layers, self.heads // self.kv_heads, "output.weight" not in self.shapes, importance)
 
     def read(self, gguf_name: str) -> Any:
         """Read one tensor as numpy. ModelError for NaN or infinite values."""
@@ -177,13 +180,13 @@ class Tensors:
             weight = stored.get_tensor(name).to(torch.float32).numpy()
         if not np.isfinite(weight).all():
             raise ModelError(f"{self.source}: {name} holds {int((~np.isfinite(weight)).sum())} NaN or infinite values")
-        if self.layout_of.from_zero and name.endswith("norm.weight"):
+        if self.layout_of.unit_offset and name.endswith("norm.weight"):
             weight = weight + 1
-        interleaved = heads_of(name, self.heads, self.kv_heads) if self.layout_of.interleaved else None
+        interleaved = get_interleaved_heads(name, self.heads, self.kv_heads) if self.layout_of.interleaved else None
         return np.ascontiguousarray(weight if interleaved is None else interleave_rows(weight, interleaved))
 
 
-def order_of(name: str) -> tuple[int, str]:
+def get_sort_key(name: str) -> tuple[int, str]:
     """Return a sort key: tensors outside of blocks first, then block by block."""
     found = re.search(r"layers\.(\d+)\.", name)
     return (int(found[1]) if found else -1, name)

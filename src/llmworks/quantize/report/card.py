@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from llmworks.core.artifact import Dataset, Model
-from llmworks.model.card import bases_of, front_of, plain, write
+from llmworks.model.card import get_base_model_fields, get_front_matter, to_hub_name, write_model_card
 
-FIGURES = {
+METRIC_LABELS = {
     "kl": "KL divergence from the original, nats per token",
     "top1_agreement": "top-1 agreement with the original",
     "perplexity_before": "perplexity of the original",
@@ -42,7 +42,7 @@ def hub_name(base: str, form: str, bits: float, *, inputs: int = 16) -> str:
 
     `inputs`: activation bits.
     """
-    base = plain(base)
+    base = to_hub_name(base)
     ends = {
         "gptq": f"-GPTQ-Int{bits:g}",
         "awq": "-AWQ",
@@ -56,13 +56,13 @@ def hub_name(base: str, form: str, bits: float, *, inputs: int = 16) -> str:
 
 def gguf_name(base: str, kind: str) -> str:
     """Return the usual name of a GGUF file: Model-Q4_K_M.gguf."""
-    return f"{plain(base)}-{kind.upper()}.gguf"
+    return f"{to_hub_name(base)}-{kind.upper()}.gguf"
 
 
 def write_card(
     out: Path,
     model: Model,
-    said: str,
+    summary: str,
     *,
     form: str,
     method: str,
@@ -77,25 +77,25 @@ def write_card(
         name=name, file=file, package="compressed-tensors" if form == "compressed-tensors" else "gptqmodel"
     )
     front: dict[str, Any] = {
-        **front_of(model),
+        **get_front_matter(model),
         "library_name": "gguf" if form == "gguf" else "transformers",
         "pipeline_tag": "text-generation",
-        **bases_of([model], "quantized"),
+        **get_base_model_fields([model], "quantized"),
     }
     front["tags"] = list(dict.fromkeys(("quantized", method, *((f"{bits:g}-bit",) if bits else ()), form)))
     model_name = " ".join(model.name.split()).replace("|", "\\|")
     lines = [
         f"# {name}",
         "",
-        f"{model_name}, {said}",
+        f"{model_name}, {summary}",
         "",
         "| | |",
         "|---|---|",
         f"| weights | {metrics['bytes'] / 1e6:,.1f} MB |",
         f"| bits per weight, scales included | {metrics['bits_per_weight']:.2f} |",
     ]
-    lines += [f"| {what} | {metrics[key]:.4g} |" for key, what in FIGURES.items() if key in metrics]
-    lines = _add_damage(data, metrics, lines)
+    lines += [f"| {what} | {metrics[key]:.4g} |" for key, what in METRIC_LABELS.items() if key in metrics]
+    lines = _add_divergence_note(data, metrics, lines)
     lines += [
         "The golden tokens of the original (ids, stop tokens, logits) were replayed on these files.",
         "",
@@ -108,10 +108,10 @@ def write_card(
         "```",
         "",
     ]
-    write(out, front, lines)
+    write_model_card(out, front, lines)
 
 
-def _add_damage(data: Dataset | None, metrics: Mapping[str, Any], lines: list[str]) -> list[str]:
+def _add_divergence_note(data: Dataset | None, metrics: Mapping[str, Any], lines: list[str]) -> list[str]:
     """Add what the divergence was measured on."""
     where = (
         f" on {metrics['eval_tokens']:,.0f} held-out tokens of {data.name}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmworks.core.report import ReportBuilder
 
-READ = {
+INPUT_NAMES = {
     "attention.query": "queries, keys, values",
     "attention.out": "attention output",
     "feed_forward.gate": "gate and up",
@@ -15,7 +15,7 @@ READ = {
     "feed_forward.down": "down",
 }
 
-MEANS = {
+METRIC_DESCRIPTIONS = {
     "bytes": "size of the weight files",
     "bits_per_weight": "bits per quantized weight, scales included",
     "quantized_weights": "number of quantized weights",
@@ -36,67 +36,67 @@ MEANS = {
 }
 
 
-def figures(report: ReportBuilder, metrics: Mapping[str, Any]) -> None:
+def add_metrics_table(report: ReportBuilder, metrics: Mapping[str, Any]) -> None:
     """Add the table of all metrics, with their meaning."""
-    report.table(
+    report.add_table(
         "Metrics",
         ("metric", "value", "meaning"),
-        [(name, value, MEANS.get(name, "")) for name, value in metrics.items()],
+        [(name, value, METRIC_DESCRIPTIONS.get(name, "")) for name, value in metrics.items()],
     )
 
 
-def describe(
+def write_report(
     report: ReportBuilder,
     title: str,
     method: str,
-    told: Sequence[Mapping[str, Any]],
+    layer_stats: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, Any],
-    before: int,
+    original_bytes: int,
 ) -> None:
     """Write the report: metrics, curves over the blocks, and the layers with the largest error."""
     report.title = f"{title} quantized by {method}"
-    report.lead = (
-        f"{metrics['bytes'] / 1e6:,.1f} MB of {before / 1e6:,.1f}; {metrics['quantized_weights']:,} weights at"
+    report.subtitle = (
+        f"{metrics['bytes'] / 1e6:,.1f} MB of {original_bytes / 1e6:,.1f}; {metrics['quantized_weights']:,} weights at"
         f" {metrics['bits_per_weight']:.2f} bits per weight."
     )
     if "kl" in metrics:
-        report.lead += (
+        report.subtitle += (
             f" On {metrics['eval_tokens']:,.0f} held-out tokens the KL divergence from the original model is"
             f" {metrics['kl']:.4f} nats per token; top-1 agreement {metrics['top1_agreement']:.1%}; perplexity"
             f" {metrics['perplexity_before']:.3f} before, {metrics['perplexity']:.3f} after."
         )
     report.data = {
         "metrics": dict(metrics),
-        "layers": [{key: one[key] for key in ("name", "lost", "bits")} for one in told],
+        "layers": [{key: one[key] for key in ("name", "lost", "bits")} for one in layer_stats],
     }
-    _draw_curves(told, report)
-    worst = sorted(told, key=lambda one: -float(one["lost"]))
+    _draw_curves(layer_stats, report)
+    worst = sorted(layer_stats, key=lambda one: -float(one["lost"]))
     _draw_extremes(worst, report)
-    if len({round(float(one["bits"]), 1) for one in told}) > 1:
+    if len({round(float(one["bits"]), 1) for one in layer_stats}) > 1:
         bits: dict[str, list[tuple[float, float]]] = {}
-        for one in told:
+        for one in layer_stats:
             bits.setdefault(str(one["layer"]), []).append((float(one["block"]), float(one["bits"])))
-        report.curves(
+        report.add_curves(
             "Bits per weight",
             bits,
             x="block",
             y="bits, scales included",
             note="More where rounding would change the model's token probabilities most.",
         )
-    figures(report, metrics)
-    report.table(
+    add_metrics_table(report, metrics)
+    report.add_table(
         "Layers with the largest error",
         ("layer", "relative squared error", "bits per weight"),
         [(one["name"], round(float(one["lost"]), 5), round(float(one["bits"]), 3)) for one in worst[:12]],
     )
 
 
-def _draw_curves(told: Sequence[Mapping[str, Any]], report: ReportBuilder) -> None:
+def _draw_curves(layer_stats: Sequence[Mapping[str, Any]], report: ReportBuilder) -> None:
     """Draw curves over the blocks: quantization error, and activation outliers."""
     series: dict[str, list[tuple[float, float]]] = {}
-    for one in told:
+    for one in layer_stats:
         series.setdefault(str(one["layer"]), []).append((float(one["block"]), float(one["lost"])))
-    report.curves(
+    report.add_curves(
         "Quantization error of the weights",
         series,
         x="block",
@@ -104,11 +104,11 @@ def _draw_curves(told: Sequence[Mapping[str, Any]], report: ReportBuilder) -> No
         note="By layer. The effect on the model also depends on the layers' inputs.",
     )
     outliers: dict[str, list[tuple[float, float]]] = {}
-    for one in told:
+    for one in layer_stats:
         if one.get("apart"):
-            outliers.setdefault(READ[str(one["layer"])], []).append((float(one["block"]), float(one["apart"])))
+            outliers.setdefault(INPUT_NAMES[str(one["layer"])], []).append((float(one["block"]), float(one["apart"])))
     if outliers:
-        report.curves(
+        report.add_curves(
             "Activation outliers: ratio of the largest input column to the median",
             outliers,
             x="block",
@@ -129,7 +129,7 @@ def _draw_extremes(worst: list[Mapping[str, Any]], report: ReportBuilder) -> Non
             when: [(shape["low"] + step * (at + 0.5), float(count)) for at, count in enumerate(shape[when])]
             for when in ("before", "after")
         }
-        report.curves(
+        report.add_curves(
             f"Weights of {one['name']}, {'largest' if one is worst[0] else 'smallest'} error",
             series,
             x="weight",

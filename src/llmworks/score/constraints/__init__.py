@@ -20,7 +20,7 @@ from llmworks.score.constraints.ifeval import IFEVAL
 
 Check = Callable[[str, Mapping[str, Any]], bool]
 CHECKS: dict[str, Check] = {**IFEVAL, **IFBENCH}
-UNCHECKED = (
+UNSUPPORTED = (
     "ratio:stop_words",
     "words:odd_even_syllables",
     "words:start_verb",
@@ -30,12 +30,12 @@ UNCHECKED = (
 )
 
 
-def followed(answer: str, names: Sequence[str], arguments: Sequence[Mapping[str, Any]]) -> list[bool]:
+def check_instructions(answer: str, names: Sequence[str], arguments: Sequence[Mapping[str, Any]]) -> list[bool]:
     """Return whether an answer follows each instruction; an empty answer follows none."""
     return [bool(answer.strip()) and CHECKS[name](answer, given) for name, given in zip(names, arguments, strict=True)]
 
 
-def instructions_of(row: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
+def get_instructions(row: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
     """Return (names, arguments) of a row's instructions: `answer.constraints` and `answer.arguments`.
 
     Errors: DataError for unknown ones.
@@ -49,15 +49,15 @@ def instructions_of(row: Mapping[str, Any]) -> tuple[list[str], list[dict[str, A
         )
     unknown = next((name for name in names if name not in CHECKS), None)
     if unknown is not None:
-        why = "is not supported" if unknown in UNCHECKED else "is unknown"
+        why = "is not supported" if unknown in UNSUPPORTED else "is unknown"
         raise DataError(f"row {row.get('id')!r}: the instruction {unknown!r} {why}")
     return names, [{k: v for k, v in (given or {}).items() if v is not None} for given in arguments]
 
 
-def constraints(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
+def constraints_strict(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
     """Return 1 when every instruction is followed (prompt-level strict accuracy)."""
-    names, arguments = instructions_of(row)
-    return _score(names, followed(completion, names, arguments))
+    names, arguments = get_instructions(row)
+    return _score_all(names, check_instructions(completion, names, arguments))
 
 
 def constraints_loose(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
@@ -65,20 +65,22 @@ def constraints_loose(prompt: Sequence[Message], completion: str, row: Mapping[s
 
     Variants: with or without the first line, the last line and asterisks.
     """
-    names, arguments = instructions_of(row)
+    names, arguments = get_instructions(row)
     lines = completion.split("\n")
     forms = [completion, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
-    verdicts = [followed(form, names, arguments) for form in (*forms, *(form.replace("*", "") for form in forms))]
-    return _score(names, [any(column) for column in zip(*verdicts, strict=True)])
+    verdicts = [
+        check_instructions(form, names, arguments) for form in (*forms, *(form.replace("*", "") for form in forms))
+    ]
+    return _score_all(names, [any(column) for column in zip(*verdicts, strict=True)])
 
 
 def constraints_share(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
     """Return the share of followed instructions (instruction-level strict accuracy)."""
-    names, arguments = instructions_of(row)
-    found = followed(completion, names, arguments)
-    return Score(sum(found) / len(found), _score(names, found).reason)
+    names, arguments = get_instructions(row)
+    found = check_instructions(completion, names, arguments)
+    return Score(sum(found) / len(found), _score_all(names, found).reason)
 
 
-def _score(names: Sequence[str], found: Sequence[bool]) -> Score:
+def _score_all(names: Sequence[str], found: Sequence[bool]) -> Score:
     missed = [name for name, good in zip(names, found, strict=True) if not good]
     return Score(0.0, f"not followed: {', '.join(missed)}") if missed else Score(1.0)

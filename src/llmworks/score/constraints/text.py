@@ -11,7 +11,7 @@ ABBREVIATION = re.compile(
 END = re.compile(r"[.!?]+[\"'”’)]*(?=[\s<]|$)")
 
 
-def sentences(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     """Split a text into sentences at full stops, question and exclamation marks.
 
     Common abbreviations and initials do not end a sentence.
@@ -32,16 +32,16 @@ def sentences(text: str) -> list[str]:
     return [s for s in [*out, rest] if s]
 
 
-def bare(word: str) -> str:
+def strip_punctuation(word: str) -> str:
     """Strip punctuation and spaces from a word."""
     return word.strip(string.punctuation + " ")
 
 
-def without_punctuation(text: str) -> str:
+def remove_punctuation(text: str) -> str:
     """Remove ASCII punctuation from a text."""
     return text.translate(str.maketrans("", "", string.punctuation))
 
 
-def tokens(text: str) -> list[str]:
+def tokenize_words(text: str) -> list[str]:
     """Split a text into words and punctuation marks, similar to Penn Treebank tokenization."""
     return re.findall(r"\w+(?:[-.]\w+)*|[^\w\s]", text)

@@ -7,10 +7,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
-from llmworks.score.rouge import rouge_l, words
+from llmworks.score.rouge import rouge_l, split_words
 
 
-class Pool:
+class DiversityPool:
     """A set of texts whose pairwise ROUGE-L is below `threshold`.
 
     Prefix filtering (Chaudhuri et al. 2006) finds candidates: similar texts share one of the longest words of each, so
@@ -19,22 +19,22 @@ class Pool:
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        self._texts: list[list[str]] = []
+        self._texts_words: list[list[str]] = []
         self._by_word: dict[str, list[int]] = defaultdict(list)
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return len(self._texts_words)
 
     def add(self, text: str) -> bool:
         """Add a text; return False when it is too similar to another one, or has no words."""
-        own = words(text)
+        own = split_words(text)
         prefix = self._prefix(own)
         near = {i for word in prefix for i in self._by_word[word]}
-        if not own or any(rouge_l(self._texts[i], own) >= self.threshold for i in near):
+        if not own or any(rouge_l(self._texts_words[i], own) >= self.threshold for i in near):
             return False
         for word in prefix:
-            self._by_word[word].append(len(self._texts))
-        self._texts.append(own)
+            self._by_word[word].append(len(self._texts_words))
+        self._texts_words.append(own)
         return True
 
     def _prefix(self, own: list[str]) -> set[str]:

@@ -15,16 +15,16 @@ REFUSALS = re.compile(
 )
 
 
-def numbered(text: str) -> list[str]:
+def parse_list(text: str) -> list[str]:
     """Return the items of a numbered or bulleted list, without emphasis and quotes; text before the list is ignored."""
     mark = ITEM if ITEM.search(text) else BULLET
     if not mark.search(text):
         return []
-    items = [bare(part) for part in mark.split(text)[1:]]
+    items = [strip_markup(part) for part in mark.split(text)[1:]]
     return [item for item in items if item]
 
 
-def bare(text: str) -> str:
+def strip_markup(text: str) -> str:
     """Strip white space, emphasis and quotes."""
     text = text.strip().strip("*").strip()
     while len(text) > 1 and text[0] in QUOTES and text[-1] in QUOTES:
@@ -32,16 +32,16 @@ def bare(text: str) -> str:
     return text
 
 
-def labelled(text: str, label: str) -> str:
+def parse_labeled(text: str, label: str) -> str:
     """Return the text after `Label:`, up to the next label at the start of a line; empty without the label."""
     found = re.search(
         rf"^\W*{label}\W*:\**\s*(.*?)(?=^\W*[A-Z][A-Za-z ]{{1,24}}\**:|\Z)",
         text,
         re.MULTILINE | re.DOTALL | re.IGNORECASE,
     )
-    return bare(found[1]) if found else ""
+    return strip_markup(found[1]) if found else ""
 
 
-def refuses(text: str, words: int = 80) -> bool:
+def is_refusal(text: str, words: int = 80) -> bool:
     """Return whether a short answer is a refusal."""
     return len(text.split()) < words and REFUSALS.search(text[:200]) is not None

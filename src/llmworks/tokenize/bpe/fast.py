@@ -30,42 +30,42 @@ _WORDS = (
     r" ?[\0-\x08\x0e-\x1f!-/:-@\[-`{{-\x7f]++(?![^\0-\x7f])|[\t-\r ]{{2,}}[^\0-\x7f{letters}]|{before}"
     r"[\t-\r ]+(?![^\t-\r {space}])| ?[^\t-\r {space}]+|[\t-\r ]+|[{space}]"
 )
-WORDS = {
+WORD_PATTERNS = {
     GPT2: re.compile(_WORDS.format(digits=r" ?[0-9]++(?![^\0-\x7f])", before="", letters=_LETTERS, space=_SPACE)),
     GPT2_DIGITS: re.compile(
         _WORDS.format(digits="[0-9]", before=r"[\t-\r ]+(?=[0-9])|", letters=_LETTERS, space=_SPACE)
     ),
 }
-RUN = 5000
-_RUN = re.compile(rf"\s{{{RUN}}}")
+MAX_WHITESPACE_RUN = 5000
+_RUN = re.compile(rf"\s{{{MAX_WHITESPACE_RUN}}}")
 _NEW = re.compile(
     "[\U00011de0-\U00011de9\U00016ff4-\U00016ff6\ud800-\udfff]"
 )  # digits of Unicode 17, which tiktoken does not know, and surrogates
-PROBE = (
+PROBE_TEXTS = (
     "Hello world, it's 1234.5 tests!  Two  spaces\n\n\tindent = {'key': [1, 22, 333]}  \n they'll I'VE don't",
     "Grüße aus Köln – 日本語のテキスト мир ١٢٣ ½ ²  \u00a0x\u3000y 🙂👩‍💻 \r\n end ",
     "    def f(x):\n        return x ** 2  # a comment\n\n\n7 8 9 a1b2 _under_score --flag=1",
     "“It’s café-owned,” said naïve 3é é3 a½ \n\n“Yes”\t–x  7é",
 )
-KEPT, LONGEST = 100_000, 32  # maximum number of cached words, and characters of a cached word
+CACHE_SIZE, MAX_CACHED_LENGTH = 100_000, 32  # maximum number of cached words, and characters of a cached word
 
 
-def byte_characters() -> dict[str, int]:
+def get_byte_characters() -> dict[str, int]:
     """Return GPT-2's mapping of printable characters to the 256 bytes (Radford et al. 2019, encoder.py)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in set(printable)]
     return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}
 
 
-class _Uncertain(Exception):
+class _AmbiguousSplit(Exception):
     """The tokenizer might split the text into other words."""
 
 
-class _Absent(Exception):
+class _UnsupportedText(Exception):
     """The text has a byte without a token, or something else that tiktoken encodes differently."""
 
 
-class _Words(dict[str, tuple[int, ...]]):
+class _WordCache(dict[str, tuple[int, ...]]):
     """Cache of the ids of words, filled on first use."""
 
     def __init__(self, merge: Callable[[str], list[int]]) -> None:
@@ -73,9 +73,9 @@ class _Words(dict[str, tuple[int, ...]]):
 
     def __missing__(self, word: str) -> tuple[int, ...]:
         if not word.isascii() and word[:2].isspace():
-            raise _Uncertain
+            raise _AmbiguousSplit
         ids = tuple(self._merge(word))
-        if len(word) <= LONGEST and len(self) < KEPT:
+        if len(word) <= MAX_CACHED_LENGTH and len(self) < CACHE_SIZE:
             self[word] = ids
         return ids
 
@@ -94,24 +94,24 @@ class BulkEncoder:
         self._added = re.compile("|".join(map(re.escape, added)) or "(?!)")
         self._first = "".join(sorted({token[0] for token in added}))
         self._split = words.findall if words else None
-        self._known = _Words(self._merge).__getitem__
+        self._lookup = _WordCache(self._merge).__getitem__
 
     def encode(self, text: str) -> list[int]:
         """Encode one text."""
-        return self._by_library(text) if self.holds_added(text) else self.encode_ordinary(text)
+        return self._encode_with_tokenizer(text) if self.has_added_token(text) else self.encode_ordinary(text)
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Encode a text that contains no added token."""
         try:
             if self._split is None:
                 return self._merge(text)
-            return list(chain.from_iterable(map(self._known, self._split(text))))
-        except _Uncertain:
+            return list(chain.from_iterable(map(self._lookup, self._split(text))))
+        except _AmbiguousSplit:
             return self._merge_whole(text)
-        except _Absent:
-            return self._by_library(text)
+        except _UnsupportedText:
+            return self._encode_with_tokenizer(text)
 
-    def holds_added(self, text: str) -> bool:
+    def has_added_token(self, text: str) -> bool:
         """Return whether the text contains an added token."""
         for first in self._first:
             if first in text:
@@ -121,25 +121,25 @@ class BulkEncoder:
     def _merge_whole(self, text: str) -> list[int]:
         try:
             return self._merge(text)
-        except _Absent:
-            return self._by_library(text)
+        except _UnsupportedText:
+            return self._encode_with_tokenizer(text)
 
-    def _by_library(self, text: str) -> list[int]:
+    def _encode_with_tokenizer(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def _merge(self, text: str) -> list[int]:
-        if len(text) > RUN and _RUN.search(text):  # would overflow tiktoken's stack
-            raise _Absent
+        if len(text) > MAX_WHITESPACE_RUN and _RUN.search(text):  # would overflow tiktoken's stack
+            raise _UnsupportedText
         if not text.isascii() and _NEW.search(text):
-            raise _Absent
+            raise _UnsupportedText
         ids = [self._ids[rank] for rank in self._encoding.encode_ordinary(text)]
         if -1 in ids:  # the tokenizer drops such bytes before merging
-            raise _Absent
+            raise _UnsupportedText
         return ids
 
 
-def bulk_encoder(tokenizer: Any) -> BulkEncoder | None:
+def build_bulk_encoder(tokenizer: Any) -> BulkEncoder | None:
     """Return the fast encoder of a `tokenizers.Tokenizer`, or None when it is not supported.
 
     Errors: MissingDependency without the extra `corpus`.
@@ -151,7 +151,7 @@ def bulk_encoder(tokenizer: Any) -> BulkEncoder | None:
             "bulk encoding needs tiktoken; install it with: pip install 'llmworks[corpus]'"
         ) from None
     state = json.loads(tokenizer.to_str())
-    pattern = _pattern(state.get("pre_tokenizer"))
+    pattern = _find_split_pattern(state.get("pre_tokenizer"))
     model = state["model"]
     other = ("unk_token", "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
     if (
@@ -161,7 +161,7 @@ def bulk_encoder(tokenizer: Any) -> BulkEncoder | None:
         or any(state.get(name) for name in ("normalizer", "truncation", "padding"))
     ):
         return None
-    characters = byte_characters()
+    characters = get_byte_characters()
 
     def as_bytes(token: str) -> bytes | None:
         return bytes(characters[c] for c in token) if all(c in characters for c in token) else None
@@ -180,17 +180,19 @@ def bulk_encoder(tokenizer: Any) -> BulkEncoder | None:
             ranks[joined] = len(ids)
             ids.append(vocab[left + right])
     added = sorted((token["content"] for token in state["added_tokens"]), key=len, reverse=True)
-    if not _finds_words(tokenizer.model, model, added, lambda token: as_bytes(token) in ranks):
+    if not _has_reachable_tokens(tokenizer.model, model, added, lambda token: as_bytes(token) in ranks):
         return None
     try:
         encoding = tiktoken.Encoding("llmworks", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     except ValueError:  # a pattern that tiktoken's regex engine does not support
         return None
-    encoder = BulkEncoder(encoding, ids, tokenizer, added, WORDS.get(pattern))
-    return encoder if _agrees(encoder, lambda text: tokenizer.encode(text, add_special_tokens=False).ids) else None
+    encoder = BulkEncoder(encoding, ids, tokenizer, added, WORD_PATTERNS.get(pattern))
+    return (
+        encoder if _is_equivalent(encoder, lambda text: tokenizer.encode(text, add_special_tokens=False).ids) else None
+    )
 
 
-def _pattern(pre: Any) -> str | None:
+def _find_split_pattern(pre: Any) -> str | None:
     """Return the regular expression that splits text as a pre-tokenizer does, or None when it is not known."""
     steps = pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre]
     if not steps or not steps[-1] or steps[-1]["type"] != "ByteLevel" or steps[-1].get("add_prefix_space"):
@@ -210,15 +212,15 @@ def _pattern(pre: Any) -> str | None:
         and not last.get("use_regex", True)
     ):
         found: str = step["pattern"].get("Regex") or ""
-        if found in WORDS:
+        if found in WORD_PATTERNS:
             return found
         return (
-            rf"{found}|(?:(?!{found})[\s\S])+" if _least_width(found) else None
+            rf"{found}|(?:(?!{found})[\s\S])+" if _compute_min_width(found) else None
         )  # the text between two matches is a piece too
     return None
 
 
-def _least_width(pattern: str) -> int:
+def _compute_min_width(pattern: str) -> int:
     """Return the minimum number of characters that a pattern matches; 0 for one that cannot be parsed."""
     from re import _parser  # type: ignore[attr-defined]
 
@@ -230,7 +232,9 @@ def _least_width(pattern: str) -> int:
         return 0
 
 
-def _finds_words(bpe: Any, model: Mapping[str, Any], added: Collection[str], ranked: Callable[[str], bool]) -> bool:
+def _has_reachable_tokens(
+    bpe: Any, model: Mapping[str, Any], added: Collection[str], ranked: Callable[[str], bool]
+) -> bool:
     """Return whether every token that is a word encodes to that token, which tiktoken assumes.
 
     Then tiktoken's merges, ranked by the merged token, equal those of the tokenizer, ranked by the pair.
@@ -241,5 +245,5 @@ def _finds_words(bpe: Any, model: Mapping[str, Any], added: Collection[str], ran
     return all(len(bpe.tokenize(token)) == 1 for token in made)
 
 
-def _agrees(encoder: BulkEncoder, reference: Callable[[str], list[int]]) -> bool:
-    return all(encoder.encode(text) == reference(text) for text in PROBE)
+def _is_equivalent(encoder: BulkEncoder, reference: Callable[[str], list[int]]) -> bool:
+    return all(encoder.encode(text) == reference(text) for text in PROBE_TEXTS)

@@ -19,32 +19,36 @@ if TYPE_CHECKING:
 
     from llmworks.tokenize.bpe.config import TrainConfig
 
-LLAMA3 = (
+LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPACE = "▁"  # SentencePiece's symbol for a space
-NEVER = -1e5  # score so low that no segmentation uses the piece
-LETTERS = 1000  # maximum alphabet size of WordPiece
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # byte-fallback tokens of SentencePiece
+SPACE_SYMBOL = "▁"  # SentencePiece's symbol for a space
+UNUSED_SCORE = -1e5  # score so low that no segmentation uses the piece
+MAX_ALPHABET = 1000  # maximum alphabet size of WordPiece
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]  # byte-fallback tokens of SentencePiece
 
 
-def learn(config: TrainConfig, control: Sequence[str], texts: Callable[[], Iterable[str]]) -> Tokenizer:
+def train_tokenizer(
+    config: TrainConfig, special_tokens: Sequence[str], texts: Callable[[], Iterable[str]]
+) -> Tokenizer:
     """Train a tokenizer with the configured algorithm; `control` are its first tokens."""
-    return {"bpe": bpe, "unigram": unigram, "wordpiece": wordpiece}[config.algorithm](config, control, texts)
+    return {"bpe": train_bpe, "unigram": train_unigram, "wordpiece": train_wordpiece}[config.algorithm](
+        config, special_tokens, texts
+    )
 
 
-def bpe(config: TrainConfig, control: Sequence[str], texts: Callable[[], Iterable[str]]) -> Tokenizer:
+def train_bpe(config: TrainConfig, special_tokens: Sequence[str], texts: Callable[[], Iterable[str]]) -> Tokenizer:
     """Train byte-level BPE (Sennrich et al. 2016; Radford et al. 2019): lossless, without unknown tokens."""
     made = Tokenizer(models.BPE())
-    made.normalizer = normalizer(config.normalizer)
+    made.normalizer = build_normalizer(config.normalizer)
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.pre_tokenizer = {
         "gpt2": whole,
         "digits": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole]),
         "llama-3": pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
+                pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         ),
@@ -55,7 +59,7 @@ def bpe(config: TrainConfig, control: Sequence[str], texts: Callable[[], Iterabl
         trainers.BpeTrainer(
             vocab_size=config.vocab_size,
             min_frequency=config.min_frequency,
-            special_tokens=added(control),
+            special_tokens=make_added_tokens(special_tokens),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             max_token_length=config.max_token_length,
             show_progress=False,
@@ -64,22 +68,25 @@ def bpe(config: TrainConfig, control: Sequence[str], texts: Callable[[], Iterabl
     return made
 
 
-def unigram(config: TrainConfig, control: Sequence[str], texts: Callable[[], Iterable[str]]) -> Tokenizer:
+def train_unigram(config: TrainConfig, special_tokens: Sequence[str], texts: Callable[[], Iterable[str]]) -> Tokenizer:
     """Train a Unigram tokenizer (Kudo 2018, arXiv:1804.10959) with SentencePiece's byte fallback.
 
     A "▁" in the text is decoded to a space.
     """
     made = Tokenizer(models.Unigram())
-    made.normalizer = normalizer(config.normalizer)
+    made.normalizer = build_normalizer(config.normalizer)
     # split at line ends too: otherwise a word between two spaces may be a whole page
     made.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"[\r\n\t]+"), "isolated"), pre_tokenizers.Metaspace(SPACE, prepend_scheme="never")]
+        [
+            pre_tokenizers.Split(Regex(r"[\r\n\t]+"), "isolated"),
+            pre_tokenizers.Metaspace(SPACE_SYMBOL, prepend_scheme="never"),
+        ]
     )
     made.train_from_iterator(
         texts(),
         trainers.UnigramTrainer(
-            vocab_size=config.vocab_size - len(BYTES),
-            special_tokens=added(control),
+            vocab_size=config.vocab_size - len(BYTE_TOKENS),
+            special_tokens=make_added_tokens(special_tokens),
             unk_token="<unk>",
             initial_alphabet=sorted("<0123456789ABCDEFx>"),
             max_piece_length=min(config.max_token_length, 16),
@@ -87,15 +94,21 @@ def unigram(config: TrainConfig, control: Sequence[str], texts: Callable[[], Ite
         ),
     )
     state = json.loads(made.to_str())
-    first, pieces = state["model"]["vocab"][: len(control)], settled(state["model"]["vocab"][len(control) :])
+    first, pieces = (
+        state["model"]["vocab"][: len(special_tokens)],
+        sort_pieces(state["model"]["vocab"][len(special_tokens) :]),
+    )
     # a literal "<0x41>" in the text means these six characters, so their pieces must score higher than the byte token
-    state["model"] |= {"vocab": [*first, *((byte, NEVER) for byte in BYTES), *pieces], "byte_fallback": True}
+    state["model"] |= {
+        "vocab": [*first, *((byte, UNUSED_SCORE) for byte in BYTE_TOKENS), *pieces],
+        "byte_fallback": True,
+    }
     whole: Tokenizer = Tokenizer.from_str(json.dumps(state))
-    whole.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    whole.decoder = decoders.Sequence([decoders.Replace(SPACE_SYMBOL, " "), decoders.ByteFallback(), decoders.Fuse()])
     return whole
 
 
-def settled(vocab: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+def sort_pieces(vocab: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
     """Make the order and scores of the pieces reproducible.
 
     The library sums in varying order, so the last digits of scores differ; and single letters that it keeps despite low
@@ -109,21 +122,25 @@ def settled(vocab: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
     return [*pieces[:tail], *((letter, score) for letter, (_, score) in zip(letters, pieces[tail:], strict=True))]
 
 
-def wordpiece(config: TrainConfig, control: Sequence[str], texts: Callable[[], Iterable[str]]) -> Tokenizer:
+def train_wordpiece(
+    config: TrainConfig, special_tokens: Sequence[str], texts: Callable[[], Iterable[str]]
+) -> Tokenizer:
     """Train WordPiece as in BERT (Devlin et al. 2019, arXiv:1810.04805).
 
     Splits at white space and punctuation, matches the longest piece first, else [UNK].
     """
     made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     own = normalizers.BertNormalizer(lowercase=config.lowercase)
-    made.normalizer = own if config.normalizer == "none" else normalizers.Sequence([normalizer(config.normalizer), own])
+    made.normalizer = (
+        own if config.normalizer == "none" else normalizers.Sequence([build_normalizer(config.normalizer), own])
+    )
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece()
     letters = Counter(c for text in texts() for c in made.normalizer.normalize_str(text) if not c.isspace())
     alphabet = [
         c
         for c, _ in sorted(letters.items(), key=lambda item: (-item[1], item[0]))[
-            : min(LETTERS, (config.vocab_size - len(control)) // 4)
+            : min(MAX_ALPHABET, (config.vocab_size - len(special_tokens)) // 4)
         ]
     ]
     inside = [f"##{c}" for c in sorted(alphabet)]  # ids are assigned here, since the library's order varies
@@ -132,14 +149,14 @@ def wordpiece(config: TrainConfig, control: Sequence[str], texts: Callable[[], I
         trainers.WordPieceTrainer(
             vocab_size=config.vocab_size,
             min_frequency=config.min_frequency,
-            special_tokens=[*added(control), *inside],
+            special_tokens=[*make_added_tokens(special_tokens), *inside],
             initial_alphabet=alphabet,
             limit_alphabet=len(alphabet),
             show_progress=False,
         ),
     )
     state = json.loads(made.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in control]
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in special_tokens]
     made = Tokenizer.from_str(json.dumps(state))
     made.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
@@ -149,22 +166,22 @@ def wordpiece(config: TrainConfig, control: Sequence[str], texts: Callable[[], I
     return made
 
 
-def added(control: Sequence[str]) -> list[AddedToken]:
+def make_added_tokens(special_tokens: Sequence[str]) -> list[AddedToken]:
     """Return the special tokens as AddedTokens, matched in text without normalization."""
-    return [AddedToken(token, special=True, normalized=False) for token in control]
+    return [AddedToken(token, special=True, normalized=False) for token in special_tokens]
 
 
-def normalizer(form: Literal["none", "nfc", "nfkc"]) -> Any:
+def build_normalizer(form: Literal["none", "nfc", "nfkc"]) -> Any:
     """Return the normalizer of a Unicode form, None for "none"."""
     return {"none": lambda: None, "nfc": normalizers.NFC, "nfkc": normalizers.NFKC}[form]()
 
 
-def as_transformers(made: Tokenizer, roles: Mapping[str, str], template: str) -> PreTrainedTokenizerFast:
+def to_transformers(backend: Tokenizer, roles: Mapping[str, str], template: str) -> PreTrainedTokenizerFast:
     """Wrap as a transformers tokenizer with special tokens by role (`eos_token` ...) and a chat template."""
     from transformers import PreTrainedTokenizerFast
 
     kind: Any = PreTrainedTokenizerFast
     tokenizer: PreTrainedTokenizerFast = kind(
-        tokenizer_object=made, chat_template=template or None, clean_up_tokenization_spaces=False, **roles
+        tokenizer_object=backend, chat_template=template or None, clean_up_tokenization_spaces=False, **roles
     )
     return tokenizer

@@ -16,31 +16,31 @@ from typing import Any
 
 from llmworks.core.errors import MissingDependency, RequestError
 from llmworks.core.types import Json, Message
-from llmworks.tokenize.bpe.fast import BulkEncoder, bulk_encoder
-from llmworks.tokenize.chat.control_tokens import ControlTokens
-from llmworks.tokenize.chat.template_cache import HOLE, TRIM, Pattern, Skeletons, pattern_of
-from llmworks.tokenize.chat.templates import encode, flatten_tools, render_masked, renders_tools
+from llmworks.tokenize.bpe.fast import BulkEncoder, build_bulk_encoder
+from llmworks.tokenize.chat.control_tokens import SpecialTokenDetector
+from llmworks.tokenize.chat.template_cache import SLOT, TRIM, SkeletonCache, TurnPattern, get_pattern
+from llmworks.tokenize.chat.templates import can_render_tools, encode, flatten_tools, render_masked
 
-Ids = list[int]
-Mask = bytearray | bytes  # loss mask: 1 for label tokens
+TokenIds = list[int]
+LossMask = bytearray | bytes  # loss mask: 1 for label tokens
 
 
 @dataclass(frozen=True)
-class Fixed:
+class FixedSegment:
     """Ids that are the same in every conversation of a pattern, and their loss mask."""
 
-    ids: Ids
+    ids: TokenIds
     mask: bytes
 
 
 @dataclass(frozen=True)
-class Filled:
+class ContentSegment:
     """Template text around message contents: pieces that are text, or (turn, function that trims its content)."""
 
     pieces: tuple[str | tuple[int, Callable[[str], str]], ...]
     mask: bytes  # loss mask of one token
 
-    def text(self, contents: Sequence[str]) -> str:
+    def render(self, contents: Sequence[str]) -> str:
         """Fill in the contents."""
         return "".join([p if isinstance(p, str) else p[1](contents[p[0]]) for p in self.pieces])
 
@@ -54,14 +54,14 @@ class ConversationEncoder:
 
     def __init__(self, tokenizer: Any, *, fast: bool = True, frozen: bool = False, strict: bool = False) -> None:
         self._tokenizer, self._frozen = tokenizer, frozen
-        self._control = ControlTokens(tokenizer) if strict else None
-        self._shows_tools: bool | None = None
-        self._skeletons = Skeletons(tokenizer, frozen=frozen) if fast else None
-        self._bulk = _bulk(tokenizer) if fast else None
-        self._apart = _apart(tokenizer)
-        self._plans: dict[Pattern, list[Fixed | Filled] | None] = {}
+        self._control = SpecialTokenDetector(tokenizer) if strict else None
+        self._can_render_tools: bool | None = None
+        self._template_cache = SkeletonCache(tokenizer, frozen=frozen) if fast else None
+        self._bulk = _build_bulk(tokenizer) if fast else None
+        self._separators = _compile_separators(tokenizer)
+        self._plans: dict[TurnPattern, list[FixedSegment | ContentSegment] | None] = {}
 
-    def encode(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> tuple[Ids, Mask]:
+    def encode(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> tuple[TokenIds, LossMask]:
         """Encode a conversation to (ids, loss mask).
 
         Tools are written into the text where the template would drop them.
@@ -70,27 +70,27 @@ class ConversationEncoder:
         if self._bulk is None or tools or any(m.tool_calls for m in messages):
             self._check(messages, tools)
         if tools or any(m.tool_calls for m in messages):
-            if self._shows_tools is None:
-                self._shows_tools = renders_tools(self._tokenizer)
-            if not self._shows_tools:
+            if self._can_render_tools is None:
+                self._can_render_tools = can_render_tools(self._tokenizer)
+            if not self._can_render_tools:
                 messages, tools = flatten_tools(messages, tools), ()
-        pattern = None if tools or self._skeletons is None else pattern_of(messages)
-        plan = self._plan(pattern, messages) if pattern else None
-        if plan is not None and (done := self._filled(plan, [m.content for m in messages])) is not None:
+        pattern = None if tools or self._template_cache is None else get_pattern(messages)
+        plan = self._get_plan(pattern, messages) if pattern else None
+        if plan is not None and (done := self._fill_plan(plan, [m.content for m in messages])) is not None:
             return done
         self._check(messages)
         wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
         rendered = render_masked(self._tokenizer, messages, tools=wrapped, frozen=self._frozen)
         return list(rendered.ids), bytes(rendered.mask)
 
-    def encode_plain(self, roles: Sequence[str], contents: Sequence[str]) -> tuple[Ids, Mask]:
+    def encode_plain(self, roles: Sequence[str], contents: Sequence[str]) -> tuple[TokenIds, LossMask]:
         """Encode turns that have only a role (one of `types.ROLES`) and a content, with all answers trained on."""
-        if self._skeletons is not None:
+        if self._template_cache is not None:
             pattern = tuple(
                 [(role, 1, content != "", bool(content.strip())) for role, content in zip(roles, contents, strict=True)]
             )
             plan = self._plans.get(pattern)
-            if plan is not None and self._bulk is not None and (done := self._filled(plan, contents)) is not None:
+            if plan is not None and self._bulk is not None and (done := self._fill_plan(plan, contents)) is not None:
                 return done
         return self.encode([Message(role, content) for role, content in zip(roles, contents, strict=True)])
 
@@ -101,30 +101,36 @@ class ConversationEncoder:
         """
         if self._control is not None:
             found = next(
-                (tokens for tokens in (self._control.of_tools(tools), *map(self._control.of_turn, messages)) if tokens),
+                (
+                    tokens
+                    for tokens in (self._control.find_in_tools(tools), *map(self._control.find_in_turn, messages))
+                    if tokens
+                ),
                 None,
             )
             if found:
                 raise RequestError(f"a special token in the text ({found[0]})")
 
-    def text(self, text: str) -> Ids:
+    def encode_document(self, text: str) -> TokenIds:
         """Encode a document: no special tokens are added, and those in its text are encoded as plain text."""
-        if self._bulk is not None and not self._bulk.holds_added(text):
+        if self._bulk is not None and not self._bulk.has_added_token(text):
             return self._bulk.encode_ordinary(text)
         return list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
-    def _filled(self, plan: Sequence[Fixed | Filled], contents: Sequence[str]) -> tuple[Ids, Mask] | None:
-        ids: Ids = []
+    def _fill_plan(
+        self, plan: Sequence[FixedSegment | ContentSegment], contents: Sequence[str]
+    ) -> tuple[TokenIds, LossMask] | None:
+        ids: TokenIds = []
         mask = bytearray()
         for piece in plan:
-            if isinstance(piece, Fixed):
+            if isinstance(piece, FixedSegment):
                 ids += piece.ids
                 mask += piece.mask
                 continue
-            text = piece.text(contents)
+            text = piece.render(contents)
             if self._bulk is None:
                 new = list(encode(self._tokenizer, text))
-            elif self._bulk.holds_added(text):
+            elif self._bulk.has_added_token(text):
                 return None  # an added token may span the border to ids that were encoded separately
             else:
                 new = self._bulk.encode_ordinary(text)
@@ -132,25 +138,29 @@ class ConversationEncoder:
             mask += piece.mask * len(new)
         return ids, mask
 
-    def _plan(self, pattern: Pattern, messages: Sequence[Message]) -> list[Fixed | Filled] | None:
+    def _get_plan(
+        self, pattern: TurnPattern, messages: Sequence[Message]
+    ) -> list[FixedSegment | ContentSegment] | None:
         if pattern not in self._plans:
-            assert self._skeletons is not None
-            found = self._skeletons.of(pattern, lambda: messages)
+            assert self._template_cache is not None
+            found = self._template_cache.get_segments(pattern, lambda: messages)
             self._plans[pattern] = (
-                None if found is None else [piece for text, learned in found for piece in self._divided(text, learned)]
+                None
+                if found is None
+                else [piece for text, learned in found for piece in self._split_segment(text, learned)]
             )
         return self._plans[pattern]
 
-    def _divided(self, text: str, learned: int) -> list[Fixed | Filled]:
+    def _split_segment(self, text: str, mask_value: int) -> list[FixedSegment | ContentSegment]:
         """Split a segment at the template's special tokens, where these always separate the encoding."""
-        parts = self._apart.split(text) if self._apart and self._bulk else [text]
-        found: list[Fixed | Filled] = []
+        parts = self._separators.split(text) if self._separators and self._bulk else [text]
+        found: list[FixedSegment | ContentSegment] = []
         for part in filter(None, parts):
-            if HOLE.search(part) is None:
+            if SLOT.search(part) is None:
                 ids = list(encode(self._tokenizer, part))
-                found.append(Fixed(ids, bytes([learned]) * len(ids)))
+                found.append(FixedSegment(ids, bytes([mask_value]) * len(ids)))
             else:
-                text_turn_trim = HOLE.split(part)
+                text_turn_trim = SLOT.split(part)
                 pieces: list[str | tuple[int, Callable[[str], str]]] = []
                 for at in range(0, len(text_turn_trim), 3):
                     pieces += [
@@ -161,19 +171,19 @@ class ConversationEncoder:
                             else []
                         ),
                     ]
-                found.append(Filled(tuple(p for p in pieces if p != ""), bytes([learned])))
+                found.append(ContentSegment(tuple(p for p in pieces if p != ""), bytes([mask_value])))
         return found
 
 
-def _bulk(tokenizer: Any) -> BulkEncoder | None:
+def _build_bulk(tokenizer: Any) -> BulkEncoder | None:
     backend = getattr(tokenizer, "_tokenizer", None)
     try:
-        return bulk_encoder(backend) if backend is not None else None
+        return build_bulk_encoder(backend) if backend is not None else None
     except MissingDependency:
         return None  # slower, with the same ids
 
 
-def _apart(tokenizer: Any) -> re.Pattern[str] | None:
+def _compile_separators(tokenizer: Any) -> re.Pattern[str] | None:
     """Return a regex of the added tokens if they always separate text; None if some strip white space or overlap."""
     known = list(tokenizer.added_tokens_decoder.values())
     added = {str(t.content) for t in known}

@@ -15,9 +15,9 @@ from typing import Any
 from llmworks.core.artifact import Golden, GoldenConversation
 from llmworks.core.errors import GoldenMismatch, ModelError, RequestError
 from llmworks.core.types import Json, Message, ToolCall, messages_from_json, messages_to_json
-from llmworks.tokenize.chat.templates import Rendered, encode, render_masked, renders_tools
+from llmworks.tokenize.chat.templates import RenderedConversation, can_render_tools, encode, render_masked
 
-TOP = 32
+TOP_K = 32
 POSITIONS = 4  # per conversation
 Logits = Callable[[Sequence[int]], Any]  # ids -> [len(ids), vocab_size], numpy
 
@@ -65,48 +65,53 @@ TEXTS = (
 
 
 @dataclass(frozen=True)
-class LogitGap:
+class LogitDifference:
     """Difference between replayed and recorded logits, over the recorded top 32 at every position.
 
     The mean difference is subtracted first, since softmax is invariant to it.
     """
 
-    largest: float
+    maximum: float
     mean: float
-    same_greedy: float
+    top1_agreement: float
 
 
-def record(tokenizer: Any, stop_ids: Sequence[int], logits: Logits) -> Golden:
+def record_golden(tokenizer: Any, stop_ids: Sequence[int], logits: Logits) -> Golden:
     """Record the golden tokens of a model: with its chat template if it has one, else on plain text."""
-    made = [_conversation(messages_to_json(m), list(t), "", r.ids, r.mask, logits) for m, t, r in renderable(tokenizer)]
-    for text in () if made else TEXTS:
+    conversations = [
+        _record_conversation(messages_to_json(m), list(t), "", r.ids, r.mask, logits)
+        for m, t, r in render_golden_conversations(tokenizer)
+    ]
+    for text in () if conversations else TEXTS:
         ids = encode(tokenizer, text)
-        made.append(_conversation([], [], text, ids, [1] * len(ids), logits))
-    return Golden(conversations=made, stop_ids=sorted(stop_ids))
+        conversations.append(_record_conversation([], [], text, ids, [1] * len(ids), logits))
+    return Golden(conversations=conversations, stop_ids=sorted(stop_ids))
 
 
-def renderable(tokenizer: Any) -> list[tuple[tuple[Message, ...], tuple[Json, ...], Rendered]]:
+def render_golden_conversations(
+    tokenizer: Any,
+) -> list[tuple[tuple[Message, ...], tuple[Json, ...], RenderedConversation]]:
     """Render the golden conversations that the template accepts; none without a template.
 
     Many templates refuse a system turn or drop tools.
     """
     found = []
     for messages, tools in CONVERSATIONS if tokenizer.chat_template else ():
-        if tools and not renders_tools(tokenizer):
+        if tools and not can_render_tools(tokenizer):
             continue
         with contextlib.suppress(RequestError, ModelError):
             found.append((messages, tools, render_masked(tokenizer, messages, tools=tools, frozen=True)))
     return found
 
 
-def _conversation(
+def _record_conversation(
     messages: list[Json], tools: list[Json], text: str, ids: Sequence[int], mask: Sequence[int], logits: Logits
 ) -> GoldenConversation:
     import numpy as np
 
     values = np.asarray(logits(ids))
     positions = sorted({round((i + 1) * (len(ids) - 1) / POSITIONS) for i in range(POSITIONS)})
-    top = [np.argsort(-values[p], kind="stable")[:TOP] for p in positions]
+    top = [np.argsort(-values[p], kind="stable")[:TOP_K] for p in positions]
     return GoldenConversation(
         messages=messages,
         tools=tools,
@@ -143,7 +148,8 @@ def replay_tokens(golden: Golden, tokenizer: Any, stop_ids: Sequence[int]) -> li
                 min(len(ids), len(conversation.ids)),
             )
             problems.append(
-                f"conversation {number}: token {at} is {_at(ids, at)}, recorded {_at(conversation.ids, at)} ({len(ids)}"
+                f"conversation {number}: token {at} is {_get_or_missing(ids, at)}, recorded"
+                f" {_get_or_missing(conversation.ids, at)} ({len(ids)}"
                 f" tokens, recorded {len(conversation.ids)})"
             )
         elif list(mask) != conversation.mask:
@@ -151,7 +157,7 @@ def replay_tokens(golden: Golden, tokenizer: Any, stop_ids: Sequence[int]) -> li
     return problems
 
 
-def replay_logits(golden: Golden, logits: Logits) -> LogitGap:
+def replay_logits(golden: Golden, logits: Logits) -> LogitDifference:
     """Measure the difference between recorded and replayed logits."""
     import numpy as np
 
@@ -165,18 +171,18 @@ def replay_logits(golden: Golden, logits: Logits) -> LogitGap:
             gap = np.abs(difference - difference.mean())
             largest, total, count = max(largest, float(gap.max())), total + float(gap.mean()), count + 1
             same += int(values[position].argmax()) == ids[0]
-    return LogitGap(largest, total / max(count, 1), same / max(count, 1))
+    return LogitDifference(largest, total / max(count, 1), same / max(count, 1))
 
 
-def require(
+def require_replay(
     golden: Golden,
     tokenizer: Any,
     stop_ids: Sequence[int],
     logits: Logits | None = None,
     *,
-    mean_within: float = 0.0,
+    mean_tolerance: float = 0.0,
     step: str,
-) -> LogitGap | None:
+) -> LogitDifference | None:
     """Replay tokens and logits; raise GoldenMismatch, with the differences, when a step did not preserve them."""
     problems = replay_tokens(golden, tokenizer, stop_ids)
     if problems:
@@ -184,13 +190,13 @@ def require(
     if logits is None:
         return None
     gap = replay_logits(golden, logits)
-    if not gap.mean <= mean_within:  # also true for NaN
+    if not gap.mean <= mean_tolerance:  # also true for NaN
         raise GoldenMismatch(
-            f"{step}: golden logits differ by {gap.mean:.3g} on average (maximum {gap.largest:.3g}, top-1 agreement"
-            f" {gap.same_greedy:.0%}), the tolerance is {mean_within:g}; nothing was published"
+            f"{step}: golden logits differ by {gap.mean:.3g} on average (maximum {gap.maximum:.3g}, top-1 agreement"
+            f" {gap.top1_agreement:.0%}), the tolerance is {mean_tolerance:g}; nothing was published"
         )
     return gap
 
 
-def _at(ids: Sequence[int], index: int) -> int | str:
+def _get_or_missing(ids: Sequence[int], index: int) -> int | str:
     return ids[index] if index < len(ids) else "missing"

@@ -13,87 +13,87 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from llmworks.core.types import Message
-from llmworks.tokenize.chat.templates import FROZEN_DATE, Segment, render_text, segments
+from llmworks.tokenize.chat.templates import FROZEN_DATE, Segment, render_text, split_segments
 
 MARK = "\U0010fffe"
-HOLE = re.compile(
+SLOT = re.compile(
     MARK + "([0-9]+)([rbet])"
 )  # a content in rendered text: its turn, and r (raw) or trimmed at b (beginning), e (end), t (both)
 TRIM: dict[str, Callable[[str], str]] = {"r": str, "b": str.lstrip, "e": str.rstrip, "t": str.strip}
-Pattern = tuple[
+TurnPattern = tuple[
     tuple[str, int, bool, bool], ...
 ]  # per turn: role, weight, whether the content is not empty, whether it is more than white space
 
 
-class Inspected(Exception):
+class ContentInspected(Exception):
     """The template inspected a content."""
 
 
-class Hole(NamedTuple):
+class ContentSlot(NamedTuple):
     """Placeholder for a turn's content: its trimming (a key of `TRIM`), and whether it is more than white space."""
 
     turn: int
     trim: str
-    filled: bool
+    has_text: bool
 
-    def trimmed(self, side: str) -> Hole:
+    def trim_side(self, side: str) -> ContentSlot:
         """Return the slot trimmed at one more side, "b" (beginning) or "e" (end)."""
         return self._replace(trim=side if self.trim in ("r", side) else "t")
 
 
-class Opaque:
+class OpaqueContent:
     """Text with unknown contents: pieces that are strings or slots, and whether it is not empty."""
 
-    def __init__(self, pieces: Sequence[str | Hole], there: bool) -> None:
-        self.pieces, self.there = tuple(pieces), there
+    def __init__(self, pieces: Sequence[str | ContentSlot], there: bool) -> None:
+        self.pieces, self.is_nonempty = tuple(pieces), there
 
-    def __add__(self, other: Any) -> Opaque:
-        return self._joined(self, other)
+    def __add__(self, other: Any) -> OpaqueContent:
+        return self._concatenate(self, other)
 
-    def __radd__(self, other: Any) -> Opaque:
-        return self._joined(other, self)
+    def __radd__(self, other: Any) -> OpaqueContent:
+        return self._concatenate(other, self)
 
-    def _joined(self, *sides: Any) -> Opaque:
+    def _concatenate(self, *sides: Any) -> OpaqueContent:
         # jinja2.Markup is refused (type is not str), since it escapes what it is concatenated with
         pieces = [
             piece
             for side in sides
             for piece in (
-                side.pieces if isinstance(side, Opaque) else (side,) if type(side) is str else self._inspected()
+                side.pieces if isinstance(side, OpaqueContent) else (side,) if type(side) is str else self._refuse()
             )
             if piece != ""
         ]
-        return Opaque(pieces, any(map(bool, sides)))
+        return OpaqueContent(pieces, any(map(bool, sides)))
 
-    def strip(self) -> Opaque:
+    def strip(self) -> OpaqueContent:
         """Return the text without surrounding white space."""
         pieces = list(self.pieces)
         for at, side in ((0, "b"), (-1, "e")):
             end = pieces[at]
-            trimmed = end.trimmed(side) if isinstance(end, Hole) else TRIM[side](end)
-            if len(pieces) > 1 and not (trimmed.filled if isinstance(trimmed, Hole) else trimmed):
-                self._inspected()  # the trimming would continue into the neighboring piece
+            trimmed = end.trim_side(side) if isinstance(end, ContentSlot) else TRIM[side](end)
+            if len(pieces) > 1 and not (trimmed.has_text if isinstance(trimmed, ContentSlot) else trimmed):
+                self._refuse()  # the trimming would continue into the neighboring piece
             pieces[at] = trimmed
-        return Opaque(pieces, any(p.filled if isinstance(p, Hole) else bool(p) for p in pieces))
+        return OpaqueContent(pieces, any(p.has_text if isinstance(p, ContentSlot) else bool(p) for p in pieces))
 
     def __bool__(self) -> bool:
-        return self.there
+        return self.is_nonempty
 
     def __eq__(self, other: object) -> bool:
-        return not self.there if other == "" else False if other is None else self._inspected()
+        return not self.is_nonempty if other == "" else False if other is None else self._refuse()
 
-    def _inspected(self, *_: Any, **__: Any) -> NoReturn:
-        raise Inspected
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise ContentInspected
 
     __hash__ = __len__ = __iter__ = __contains__ = __getitem__ = __getattr__ = __str__ = __repr__ = __format__ = (
         __mul__
-    ) = __rmul__ = _inspected
+    ) = __rmul__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = __mod__ = __rmod__ = __int__ = __float__ = __index__ = __call__ = __html__ = (
-        _inspected
+        _refuse
     )
 
 
-FIXED_TESTS = {
+CONTENT_TESTS = {
     "string": True,
     "defined": True,
     "undefined": False,
@@ -103,7 +103,7 @@ FIXED_TESTS = {
     "sequence": True,
     "number": False,
 }
-OF_LISTS = {
+LIST_FILTERS = {
     "length",
     "count",
     "first",
@@ -116,35 +116,37 @@ OF_LISTS = {
 }  # filters that only pass list items on
 
 
-class Skeletons:
+class SkeletonCache:
     """Cache of the skeletons of one tokenizer's template, one for each pattern of turns."""
 
     def __init__(self, tokenizer: Any, *, frozen: bool = False) -> None:
         self._tokenizer, self._frozen = tokenizer, frozen
-        self._template = _compiled(tokenizer.chat_template or "", frozen)
-        self._known: dict[Pattern, list[Segment] | None] = {}
+        self._template = _compile_template(tokenizer.chat_template or "", frozen)
+        self._known: dict[TurnPattern, list[Segment] | None] = {}
 
-    def of(self, pattern: Pattern, messages: Callable[[], Sequence[Message]]) -> list[Segment] | None:
+    def get_segments(self, pattern: TurnPattern, messages: Callable[[], Sequence[Message]]) -> list[Segment] | None:
         """Return the segments of a pattern with slots for contents, or None if the template has no skeleton.
 
         `messages` returns a conversation of this pattern, on which the skeleton is verified.
         """
         if pattern not in self._known:
-            self._known[pattern] = self._made(pattern, messages())
+            self._known[pattern] = self._render_skeleton(pattern, messages())
         return self._known[pattern]
 
-    def _made(self, pattern: Pattern, example: Sequence[Message]) -> list[Segment] | None:
+    def _render_skeleton(self, pattern: TurnPattern, example: Sequence[Message]) -> list[Segment] | None:
         if self._template is None:
             return None
         turns = [Message(role, "", weight=weight) for role, weight, _, _ in pattern]
-        contents = [Opaque([Hole(i, "r", filled)], there) for i, (_, _, there, filled) in enumerate(pattern)]
+        contents = [
+            OpaqueContent([ContentSlot(i, "r", filled)], there) for i, (_, _, there, filled) in enumerate(pattern)
+        ]
         try:
-            made = segments(lambda count, prompt: self._render(pattern[:count], contents, prompt), turns)
+            skeleton = split_segments(lambda count, prompt: self._render(pattern[:count], contents, prompt), turns)
             texts = [message.content for message in example]
             # without an end token, the trained part would end at the trailing white space of the content
-            if any(HOLE.split(text)[-1] == "" for text, _ in made):
+            if any(SLOT.split(text)[-1] == "" for text, _ in skeleton):
                 return None
-            real = segments(
+            real = split_segments(
                 lambda count, prompt: render_text(
                     self._tokenizer, example[:count], generation_prompt=prompt, frozen=self._frozen
                 ),
@@ -152,9 +154,9 @@ class Skeletons:
             )
         except Exception:  # the normal renderer will raise and report it
             return None
-        return made if [(fill(text, texts), learned) for text, learned in made] == real else None
+        return skeleton if [(fill_slots(text, texts), learned) for text, learned in skeleton] == real else None
 
-    def _render(self, pattern: Pattern, contents: Sequence[Opaque], prompt: bool) -> str:
+    def _render(self, pattern: TurnPattern, contents: Sequence[OpaqueContent], prompt: bool) -> str:
         messages = [{"role": role, "content": content} for (role, *_), content in zip(pattern, contents, strict=False)]
         extra = {**self._tokenizer.special_tokens_map, **({"date_string": FROZEN_DATE} if self._frozen else {})}
         assert self._template is not None
@@ -164,19 +166,19 @@ class Skeletons:
         return text
 
 
-def pattern_of(messages: Sequence[Message]) -> Pattern | None:
+def get_pattern(messages: Sequence[Message]) -> TurnPattern | None:
     """Return the pattern of a conversation; None with tool calls, tool results or names."""
     if any(m.tool_calls or m.tool_call_id or m.name for m in messages):
         return None
     return tuple((m.role, m.weight, bool(m.content), bool(m.content.strip())) for m in messages)
 
 
-def fill(text: str, contents: Sequence[str]) -> str:
+def fill_slots(text: str, contents: Sequence[str]) -> str:
     """Fill the slots of a segment with contents."""
-    return HOLE.sub(lambda m: TRIM[m[2]](contents[int(m[1])]), text)
+    return SLOT.sub(lambda m: TRIM[m[2]](contents[int(m[1])]), text)
 
 
-def _compiled(template: str, frozen: bool) -> Any:
+def _compile_template(template: str, frozen: bool) -> Any:
     """Compile the template for opaque contents; None if it captures its own output, which it could then inspect."""
     import jinja2
     from jinja2 import nodes
@@ -185,16 +187,19 @@ def _compiled(template: str, frozen: bool) -> Any:
     if MARK in template:
         return None
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], finalize=_written
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], finalize=_finalize
     )
     for drawn in ("random", "safe", "forceescape"):
         environment.filters.pop(drawn)
     environment.globals.pop("lipsum")
-    environment.globals |= {"raise_exception": _raise, "strftime_now": (lambda form: FROZEN_DATE) if frozen else _today}
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": (lambda form: FROZEN_DATE) if frozen else _refuse_date,
+    }
     filters = {**environment.filters, "tojson": functools.partial(json.dumps, ensure_ascii=False)}
-    environment.filters = {name: _guarded(name, function) for name, function in filters.items()}
+    environment.filters = {name: _guard_filter(name, function) for name, function in filters.items()}
     environment.filters["trim"] = lambda value, *chars: value.strip(*chars)
-    environment.tests = {name: _tested(name, function) for name, function in environment.tests.items()}
+    environment.tests = {name: _guard_test(name, function) for name, function in environment.tests.items()}
     source = re.sub(
         r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template
     )  # generation tags of transformers, which write nothing
@@ -217,53 +222,55 @@ def _compiled(template: str, frozen: bool) -> Any:
         return None
 
 
-def _written(value: Any) -> Any:
-    if not isinstance(value, Opaque):
+def _finalize(value: Any) -> Any:
+    if not isinstance(value, OpaqueContent):
         return value
-    return "".join(f"{MARK}{piece.turn}{piece.trim}" if isinstance(piece, Hole) else piece for piece in value.pieces)
+    return "".join(
+        f"{MARK}{piece.turn}{piece.trim}" if isinstance(piece, ContentSlot) else piece for piece in value.pieces
+    )
 
 
-def _raise(message: str) -> NoReturn:
-    raise Inspected(message)
+def _raise_exception(message: str) -> NoReturn:
+    raise ContentInspected(message)
 
 
-def _today(form: str) -> NoReturn:
-    raise Inspected("the date, which changes while this runs")
+def _refuse_date(form: str) -> NoReturn:
+    raise ContentInspected("the date, which changes while this runs")
 
 
-def _holds_content(value: Any) -> bool:
+def _has_content(value: Any) -> bool:
     if isinstance(value, dict):
-        return any(map(_holds_content, value.values()))
-    return any(map(_holds_content, value)) if isinstance(value, (list, tuple)) else isinstance(value, Opaque)
+        return any(map(_has_content, value.values()))
+    return any(map(_has_content, value)) if isinstance(value, (list, tuple)) else isinstance(value, OpaqueContent)
 
 
-def _guarded(name: str, function: Any) -> Any:
+def _guard_filter(name: str, function: Any) -> Any:
     """Wrap a filter so that it refuses opaque contents."""
-    if name in OF_LISTS:
+    if name in LIST_FILTERS:
         return function
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if any(map(_holds_content, (*args, *kwargs.values()))):
-            raise Inspected(name)
+        if any(map(_has_content, (*args, *kwargs.values()))):
+            raise ContentInspected(name)
         return function(*args, **kwargs)
 
-    return _like(function, call)
+    return _copy_pass_arg(function, call)
 
 
-def _tested(name: str, function: Any) -> Any:
+def _guard_test(name: str, function: Any) -> Any:
     """Wrap a test so that it treats opaque contents as strings, or refuses them."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(a, Opaque) for a in args):
-            if name not in FIXED_TESTS:
-                raise Inspected(name)
-            return FIXED_TESTS[name]
+        if any(isinstance(a, OpaqueContent) for a in args):
+            if name not in CONTENT_TESTS:
+                raise ContentInspected(name)
+            return CONTENT_TESTS[name]
         return function(*args, **kwargs)
 
-    return _like(function, call)
+    return _copy_pass_arg(function, call)
 
 
-def _like(function: Any, call: Any) -> Any:
+def _copy_pass_arg(function: Any, call: Any) -> Any:
     """Copy Jinja's pass_context, pass_eval_context or pass_environment mark from the function to its wrapper."""
     if hasattr(function, "jinja_pass_arg"):
         call.jinja_pass_arg = function.jinja_pass_arg

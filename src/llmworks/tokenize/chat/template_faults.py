@@ -12,9 +12,16 @@ from typing import Any, Literal
 
 from llmworks.core.errors import ModelError, RequestError
 from llmworks.core.types import Message, ToolCall
-from llmworks.tokenize.chat.templates import encode, render_masked, render_text, renders_tools
+from llmworks.tokenize.chat.templates import can_render_tools, encode, render_masked, render_text
 
-SYSTEM, ASKED, SAID, AGAIN, MORE, RESULT = "zqsystem", "zqasked", "zqsaid", "zqagain", "zqmore", "zqresult"
+SYSTEM_TEXT, USER_TEXT, ANSWER_TEXT, SECOND_USER_TEXT, SECOND_ANSWER_TEXT, RESULT_TEXT = (
+    "zqsystem",
+    "zqasked",
+    "zqsaid",
+    "zqagain",
+    "zqmore",
+    "zqresult",
+)
 MARKS = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|<(?:start|end)_of_turn>|\[/?(?:INST|SYSTEM_PROMPT|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS)\]"
 )
@@ -25,17 +32,17 @@ TOOL = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class TrainingFault:
     """A fault and its fix; `error`: training or prompting goes wrong, `warning`: it may, `note`: for information."""
 
     code: str
     level: Literal["error", "warning", "note"]
-    what: str
+    message: str
     fix: str = ""
 
 
 @dataclass(frozen=True)
-class Uses:
+class TemplateUses:
     """Template features that the data use."""
 
     system: bool = False
@@ -44,16 +51,18 @@ class Uses:
     turns: bool = False  # more than one assistant turn
 
 
-def probe(tokenizer: Any, stops: Sequence[int], uses: Uses, vocabulary: int | None = None) -> list[Finding]:
+def find_template_faults(
+    tokenizer: Any, stop_ids: Sequence[int], uses: TemplateUses, vocab_size: int | None = None
+) -> list[TrainingFault]:
     """Find all faults of a template for these uses.
 
     `vocabulary` is the number of rows of the model's embedding, None if unknown.
     """
-    found = _tokens(tokenizer, vocabulary)
+    found = _check_tokens(tokenizer, vocab_size)
     if not tokenizer.chat_template:
         return [
             *found,
-            Finding(
+            TrainingFault(
                 "no-template",
                 "error",
                 "the model has no chat template",
@@ -61,11 +70,11 @@ def probe(tokenizer: Any, stops: Sequence[int], uses: Uses, vocabulary: int | No
             ),
         ]
     try:
-        prompt = render_text(tokenizer, (Message("user", ASKED),))
+        prompt = render_text(tokenizer, (Message("user", USER_TEXT),))
     except RequestError as error:
         return [
             *found,
-            Finding(
+            TrainingFault(
                 "template-broken",
                 "error",
                 str(error),
@@ -73,33 +82,37 @@ def probe(tokenizer: Any, stops: Sequence[int], uses: Uses, vocabulary: int | No
             ),
         ]
     try:
-        full = render_text(tokenizer, (Message("user", ASKED), Message("assistant", SAID)), generation_prompt=False)
+        full = render_text(
+            tokenizer, (Message("user", USER_TEXT), Message("assistant", ANSWER_TEXT)), generation_prompt=False
+        )
     except RequestError as error:
         return [
             *found,
-            Finding("template-broken", "error", f"no answer can be rendered: {error}", "correct the template"),
+            TrainingFault("template-broken", "error", f"no answer can be rendered: {error}", "correct the template"),
         ]
-    found += _marks(tokenizer, full) + _begin(tokenizer, full) + _prompt(tokenizer, prompt, full)
+    found += (
+        _check_marks(tokenizer, full) + _check_bos(tokenizer, full) + _check_generation_prompt(tokenizer, prompt, full)
+    )
     if not any(f.code in ("generation-prompt", "rewrites-turns", "answer-dropped") for f in found):
-        found += _end(tokenizer, stops, uses)
-        found += _own_mask(tokenizer)
-    return [*found, *_system(tokenizer, uses), *_tools(tokenizer, uses), *_text(tokenizer, prompt)]
+        found += _check_end_token(tokenizer, stop_ids, uses)
+        found += _check_generation_mask(tokenizer)
+    return [*found, *_check_system(tokenizer, uses), *_check_tools(tokenizer, uses), *_check_text(tokenizer, prompt)]
 
 
-def _tokens(tokenizer: Any, vocabulary: int | None) -> list[Finding]:
-    found: list[Finding] = []
-    if vocabulary is not None and len(tokenizer) > vocabulary:
+def _check_tokens(tokenizer: Any, vocab_size: int | None) -> list[TrainingFault]:
+    found: list[TrainingFault] = []
+    if vocab_size is not None and len(tokenizer) > vocab_size:
         found.append(
-            Finding(
+            TrainingFault(
                 "vocabulary",
                 "error",
-                f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocabulary} rows",
+                f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocab_size} rows",
                 "resize the embedding, or use the model's own tokenizer",
             )
         )
     if tokenizer.eos_token_id is None:
         found.append(
-            Finding("no-eos", "error", "the tokenizer has no end token", "set eos_token in tokenizer_config.json")
+            TrainingFault("no-eos", "error", "the tokenizer has no end token", "set eos_token in tokenizer_config.json")
         )
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
         what = (
@@ -107,7 +120,7 @@ def _tokens(tokenizer: Any, vocabulary: int | None) -> list[Finding]:
             " the end token too"
         )
         found.append(
-            Finding(
+            TrainingFault(
                 "pad-is-eos",
                 "note",
                 what,
@@ -117,7 +130,7 @@ def _tokens(tokenizer: Any, vocabulary: int | None) -> list[Finding]:
     return found
 
 
-def _marks(tokenizer: Any, full: str) -> list[Finding]:
+def _check_marks(tokenizer: Any, full: str) -> list[TrainingFault]:
     """Find marks of the template that are not single tokens."""
     split = [mark for mark in dict.fromkeys(MARKS.findall(full)) if len(encode(tokenizer, mark)) > 1]
     if not split:
@@ -127,7 +140,7 @@ def _marks(tokenizer: Any, full: str) -> list[Finding]:
         f" mark{'s' if len(split) > 1 else ''})"
     )
     return [
-        Finding(
+        TrainingFault(
             "split-mark",
             "warning",
             what,
@@ -136,14 +149,14 @@ def _marks(tokenizer: Any, full: str) -> list[Finding]:
     ]
 
 
-def _begin(tokenizer: Any, full: str) -> list[Finding]:
+def _check_bos(tokenizer: Any, full: str) -> list[TrainingFault]:
     bos = tokenizer.bos_token_id
     own, added = encode(tokenizer, full), tuple(tokenizer(full)["input_ids"])
     if bos is None:
         return []
     if own[:2] == (bos, bos):
         return [
-            Finding(
+            TrainingFault(
                 "double-bos",
                 "error",
                 f"the template writes {tokenizer.bos_token!r} twice",
@@ -153,13 +166,13 @@ def _begin(tokenizer: Any, full: str) -> list[Finding]:
     if added[:2] == (bos, bos):
         what = f"the template writes {tokenizer.bos_token!r} and the tokenizer adds another one to rendered text"
         return [
-            Finding(
+            TrainingFault(
                 "double-bos", "warning", what, "encode rendered text with add_special_tokens=False, as llmworks does"
             )
         ]
     if added[0] == bos and own[0] != bos:
         return [
-            Finding(
+            TrainingFault(
                 "no-bos",
                 "warning",
                 f"the tokenizer adds {tokenizer.bos_token!r} at the beginning, the template does not write it",
@@ -169,17 +182,17 @@ def _begin(tokenizer: Any, full: str) -> list[Finding]:
     return []
 
 
-def _prompt(tokenizer: Any, prompt: str, full: str) -> list[Finding]:
+def _check_generation_prompt(tokenizer: Any, prompt: str, full: str) -> list[TrainingFault]:
     """Check that the training text continues the generation prompt."""
-    bare = render_text(tokenizer, (Message("user", ASKED),), generation_prompt=False)
+    bare = render_text(tokenizer, (Message("user", USER_TEXT),), generation_prompt=False)
     fix = (
         "let the template write the same beginning of an answer with add_generation_prompt as before an assistant turn"
     )
-    if SAID not in full:
-        return [Finding("answer-dropped", "error", "the template drops assistant turns", "correct the template")]
+    if ANSWER_TEXT not in full:
+        return [TrainingFault("answer-dropped", "error", "the template drops assistant turns", "correct the template")]
     if not full.startswith(bare):
         return [
-            Finding(
+            TrainingFault(
                 "rewrites-turns",
                 "error",
                 "the template renders a turn differently when another follows, so no loss mask can be computed",
@@ -189,13 +202,13 @@ def _prompt(tokenizer: Any, prompt: str, full: str) -> list[Finding]:
     if not full.startswith(prompt):
         what = (
             f"in generation an answer begins after {prompt[len(bare) :]!r}; in training after"
-            f" {full[len(bare) : full.index(SAID)]!r}"
+            f" {full[len(bare) : full.index(ANSWER_TEXT)]!r}"
         )
-        return [Finding("generation-prompt", "error", what, fix)]
-    between = full[len(prompt) : full.index(SAID)]
+        return [TrainingFault("generation-prompt", "error", what, fix)]
+    between = full[len(prompt) : full.index(ANSWER_TEXT)]
     if between.strip():
         return [
-            Finding(
+            TrainingFault(
                 "generation-prompt",
                 "error",
                 f"add_generation_prompt does not write {between!r}, which precedes every answer in training",
@@ -205,17 +218,24 @@ def _prompt(tokenizer: Any, prompt: str, full: str) -> list[Finding]:
     return []
 
 
-def _end(tokenizer: Any, stops: Sequence[int], uses: Uses) -> list[Finding]:
+def _check_end_token(tokenizer: Any, stop_ids: Sequence[int], uses: TemplateUses) -> list[TrainingFault]:
     """Check that every answer ends with a label token that is a stop token of generation."""
-    turns = (Message("user", ASKED), Message("assistant", SAID), Message("user", AGAIN), Message("assistant", MORE))
-    found: list[Finding] = []
+    turns = (
+        Message("user", USER_TEXT),
+        Message("assistant", ANSWER_TEXT),
+        Message("user", SECOND_USER_TEXT),
+        Message("assistant", SECOND_ANSWER_TEXT),
+    )
+    found: list[TrainingFault] = []
     for messages in (turns[:2], turns):
         try:
             rendered = render_masked(tokenizer, messages)
         except (RequestError, ModelError) as error:
             if len(messages) == 2 or uses.turns:
                 found.append(
-                    Finding("rewrites-turns", "error", str(error), "render every turn independently of later ones")
+                    TrainingFault(
+                        "rewrites-turns", "error", str(error), "render every turn independently of later ones"
+                    )
                 )
             continue
         ends = [
@@ -223,12 +243,12 @@ def _end(tokenizer: Any, stops: Sequence[int], uses: Uses) -> list[Finding]:
         ]
         for number, end in enumerate(ends, 1):
             last = rendered.ids[end]
-            if last in stops or any(f.code in ("no-end", "end-not-stop") for f in found):
+            if last in stop_ids or any(f.code in ("no-end", "end-not-stop") for f in found):
                 continue
             text = tokenizer.decode([last])
-            if text.strip() and (SAID if number == 1 else MORE).endswith(text.strip()):
+            if text.strip() and (ANSWER_TEXT if number == 1 else SECOND_ANSWER_TEXT).endswith(text.strip()):
                 found.append(
-                    Finding(
+                    TrainingFault(
                         "no-end",
                         "error",
                         "answers end without an end token: the model is not trained to stop",
@@ -237,21 +257,26 @@ def _end(tokenizer: Any, stops: Sequence[int], uses: Uses) -> list[Finding]:
                 )
             else:
                 found.append(
-                    Finding(
+                    TrainingFault(
                         "end-not-stop",
                         "error",
-                        f"answers end with {text!r}, which is not among the stop ids {sorted(stops)}",
+                        f"answers end with {text!r}, which is not among the stop ids {sorted(stop_ids)}",
                         "add its id to eos_token_id in generation_config.json",
                     )
                 )
     return found
 
 
-def _own_mask(tokenizer: Any) -> list[Finding]:
+def _check_generation_mask(tokenizer: Any) -> list[TrainingFault]:
     """Compare the loss mask with the template's own {% generation %} marks, which other trainers use."""
     if "generation %}" not in str(tokenizer.chat_template).replace("-%}", "%}"):
         return []
-    turns = (Message("user", ASKED), Message("assistant", SAID), Message("user", AGAIN), Message("assistant", MORE))
+    turns = (
+        Message("user", USER_TEXT),
+        Message("assistant", ANSWER_TEXT),
+        Message("user", SECOND_USER_TEXT),
+        Message("assistant", SECOND_ANSWER_TEXT),
+    )
     made = tokenizer.apply_chat_template(
         [{"role": m.role, "content": m.content} for m in turns],
         tokenize=True,
@@ -264,10 +289,10 @@ def _own_mask(tokenizer: Any) -> list[Finding]:
         return []
     extra = tokenizer.decode([i for i, a, b in zip(ids, theirs, ours.mask, strict=True) if a and not b])
     missing = tokenizer.decode([i for i, a, b in zip(ids, theirs, ours.mask, strict=True) if b and not a])
-    found: list[Finding] = []
+    found: list[TrainingFault] = []
     if extra.strip():
         found.append(
-            Finding(
+            TrainingFault(
                 "mask-too-wide",
                 "error",
                 f"the template's own generation marks cover {extra[:60]!r}",
@@ -276,7 +301,7 @@ def _own_mask(tokenizer: Any) -> list[Finding]:
         )
     if missing.strip():
         found.append(
-            Finding(
+            TrainingFault(
                 "end-not-learned",
                 "error",
                 f"the template's own generation marks omit {missing[:60]!r}",
@@ -286,17 +311,17 @@ def _own_mask(tokenizer: Any) -> list[Finding]:
     return found
 
 
-def _system(tokenizer: Any, uses: Uses) -> list[Finding]:
+def _check_system(tokenizer: Any, uses: TemplateUses) -> list[TrainingFault]:
     level: Literal["error", "warning"] = "error" if uses.system else "warning"
-    turns = (Message("system", SYSTEM), Message("user", ASKED), Message("assistant", SAID))
+    turns = (Message("system", SYSTEM_TEXT), Message("user", USER_TEXT), Message("assistant", ANSWER_TEXT))
     try:
         shown = [
-            SYSTEM in render_text(tokenizer, turns[:2]),
-            SYSTEM in render_text(tokenizer, turns, generation_prompt=False),
+            SYSTEM_TEXT in render_text(tokenizer, turns[:2]),
+            SYSTEM_TEXT in render_text(tokenizer, turns, generation_prompt=False),
         ]
     except RequestError as error:
         return [
-            Finding(
+            TrainingFault(
                 "system-refused",
                 level,
                 f"system turns are refused: {error}",
@@ -309,7 +334,7 @@ def _system(tokenizer: Any, uses: Uses) -> list[Finding]:
         "" if not any(shown) else " in generation" if shown[1] else " when an answer follows, so it is never trained on"
     )
     return [
-        Finding(
+        TrainingFault(
             "system-dropped",
             level,
             f"the template drops the system turn silently{where}",
@@ -318,12 +343,12 @@ def _system(tokenizer: Any, uses: Uses) -> list[Finding]:
     ]
 
 
-def _tools(tokenizer: Any, uses: Uses) -> list[Finding]:
-    found: list[Finding] = []
+def _check_tools(tokenizer: Any, uses: TemplateUses) -> list[TrainingFault]:
+    found: list[TrainingFault] = []
     level: Literal["error", "warning", "note"] = "warning" if uses.tools else "note"
-    if not renders_tools(tokenizer):
+    if not can_render_tools(tokenizer):
         found.append(
-            Finding(
+            TrainingFault(
                 "tools-dropped",
                 level,
                 "the template drops tools silently; llmworks writes them into the system turn instead",
@@ -335,54 +360,56 @@ def _tools(tokenizer: Any, uses: Uses) -> list[Finding]:
         return found
     call = ToolCall("zqtool", {}, "call00001")
     turns = (
-        Message("user", ASKED),
+        Message("user", USER_TEXT),
         Message("assistant", "", (call,)),
-        Message("tool", RESULT, tool_call_id="call00001"),
+        Message("tool", RESULT_TEXT, tool_call_id="call00001"),
     )
     try:
         text = render_text(tokenizer, turns, tools=(TOOL,))
     except RequestError as error:
         return [
             *found,
-            Finding("results-refused", "error", f"tool results are refused: {error}", "correct the template"),
+            TrainingFault("results-refused", "error", f"tool results are refused: {error}", "correct the template"),
         ]
-    if RESULT not in text:
+    if RESULT_TEXT not in text:
         found.append(
-            Finding("results-dropped", "error", "the template drops tool results silently", "correct the template")
+            TrainingFault(
+                "results-dropped", "error", "the template drops tool results silently", "correct the template"
+            )
         )
-    if "zqtool" not in text.partition(ASKED)[2]:
+    if "zqtool" not in text.partition(USER_TEXT)[2]:
         found.append(
-            Finding("calls-dropped", "error", "the template drops tool calls silently", "correct the template")
+            TrainingFault("calls-dropped", "error", "the template drops tool calls silently", "correct the template")
         )
     return found
 
 
-def _text(tokenizer: Any, prompt: str) -> list[Finding]:
+def _check_text(tokenizer: Any, prompt: str) -> list[TrainingFault]:
     """Check what the template does to text: own system prompt, dates, trimming."""
-    found: list[Finding] = []
-    before = MARKS.sub(" ", prompt.partition(ASKED)[0])
+    found: list[TrainingFault] = []
+    before = MARKS.sub(" ", prompt.partition(USER_TEXT)[0])
     words = re.findall(r"[A-Za-z]{2,}", before)
     if len(words) > 4:
         found.append(
-            Finding(
+            TrainingFault(
                 "own-system",
                 "note",
                 f"without a system turn the template inserts its own system prompt: {' '.join(before.split())[:80]!r}",
                 "give a system turn if that is not wanted",
             )
         )
-    if render_text(tokenizer, (Message("user", ASKED),), frozen=True) != prompt:
+    if render_text(tokenizer, (Message("user", USER_TEXT),), frozen=True) != prompt:
         found.append(
-            Finding(
+            TrainingFault(
                 "date",
                 "warning",
                 "the template inserts today's date: the same conversation gives different tokens tomorrow",
                 "give the date as a variable with a default",
             )
         )
-    padded = f"  {SAID}\n\n"
+    padded = f"  {ANSWER_TEXT}\n\n"
     if padded not in render_text(
-        tokenizer, (Message("user", ASKED), Message("assistant", padded)), generation_prompt=False
+        tokenizer, (Message("user", USER_TEXT), Message("assistant", padded)), generation_prompt=False
     ):
-        found.append(Finding("trims", "note", "the template trims white space around answers", ""))
+        found.append(TrainingFault("trims", "note", "the template trims white space around answers", ""))
     return found

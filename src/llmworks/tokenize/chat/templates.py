@@ -34,33 +34,32 @@ Segment = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedConversation:
     """Token ids of a conversation, and its loss mask of the same length: 1 for label tokens."""
 
     ids: tuple[int, ...]
     mask: tuple[int, ...]
 
 
-def tool_aware(template: str) -> str:
+def add_tool_support(template: str) -> str:
     """Extend a template to render `tools` and tool calls; conversations without them are rendered as before."""
     if "flat.text" in template:
         return template
     prefix = _TOOL_PREFIX
     for name, text in (("PREAMBLE", TOOL_PREAMBLE), ("OPEN", CALL_OPEN), ("CLOSE", CALL_CLOSE)):
-        prefix = prefix.replace(f"={name})", f"={_jinja_string(text)})").replace(
-            f"+ {name}", f"+ {_jinja_string(text)}"
-        )
+        prefix = prefix.replace(f"={name})", f"={_quote_jinja(text)})").replace(f"+ {name}", f"+ {_quote_jinja(text)}")
     return prefix + "{#- the model's own template -#}\n" + template.lstrip()
 
 
-def _jinja_string(text: str) -> str:
+def _quote_jinja(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
 
 def flatten_tools(messages: Sequence[Message], tools: Sequence[Json] = ()) -> tuple[Message, ...]:
     """Write tools into the system turn and tool calls as text, for a template without tool support."""
     out = [
-        replace(m, content=m.content + "".join(render_call(c) for c in m.tool_calls), tool_calls=()) for m in messages
+        replace(m, content=m.content + "".join(render_tool_call(c) for c in m.tool_calls), tool_calls=())
+        for m in messages
     ]
     if tools:
         text = "\n".join([TOOL_PREAMBLE, *(describe_tool(tool) for tool in tools)])
@@ -93,7 +92,7 @@ def describe_tool(tool: Json) -> str:
     return "\n".join(lines)
 
 
-def render_call(call: ToolCall) -> str:
+def render_tool_call(call: ToolCall) -> str:
     """Format a tool call as the text that a tool-aware model generates."""
     return (
         f'{CALL_OPEN}{{"name": {json.dumps(call.name, ensure_ascii=False)}, "arguments":'
@@ -101,7 +100,7 @@ def render_call(call: ToolCall) -> str:
     )
 
 
-def parse_calls(text: str, *, strip: bool = True) -> tuple[str, tuple[ToolCall, ...]]:
+def parse_tool_calls(text: str, *, strip: bool = True) -> tuple[str, tuple[ToolCall, ...]]:
     """Split an answer into its plain text and its tool calls; a call that is not valid JSON stays in the text."""
     plain, calls, at = "", [], 0
     while (start := text.find(CALL_OPEN, at)) >= 0:
@@ -113,8 +112,8 @@ def parse_calls(text: str, *, strip: bool = True) -> tuple[str, tuple[ToolCall, 
         if call:
             calls.append(call)
         at = stop
-    said = plain + text[at:]
-    return (said.strip() if strip else said) if calls else text, tuple(calls)
+    content = plain + text[at:]
+    return (content.strip() if strip else content) if calls else text, tuple(calls)
 
 
 def _call_from_json(body: str) -> ToolCall | None:
@@ -172,7 +171,7 @@ def render_text(
     return str(text)
 
 
-def renders_tools(tokenizer: Any) -> bool:
+def can_render_tools(tokenizer: Any) -> bool:
     """Return whether the model's template renders tools; many drop them silently."""
     probe = (Message("user", "?"),)
     tool = {
@@ -185,11 +184,11 @@ def renders_tools(tokenizer: Any) -> bool:
         return False
 
 
-def for_template(
+def adapt_tools(
     tokenizer: Any, messages: Sequence[Message], tools: Sequence[Json]
 ) -> tuple[tuple[Message, ...], tuple[Json, ...]]:
     """Return (messages, tools) as the template can render them: tools become text if the template would drop them."""
-    if (tools or any(m.tool_calls for m in messages)) and not renders_tools(tokenizer):
+    if (tools or any(m.tool_calls for m in messages)) and not can_render_tools(tokenizer):
         return flatten_tools(messages, tools), ()
     return tuple(messages), tuple(
         tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
@@ -206,7 +205,7 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message], *, tools: Sequenc
     return encode(tokenizer, render_text(tokenizer, messages, tools=tools))
 
 
-def segments(render: Callable[[int, bool], str], messages: Sequence[Message]) -> list[Segment]:
+def split_segments(render: Callable[[int, bool], str], messages: Sequence[Message]) -> list[Segment]:
     """Split a conversation's text into (text, loss mask) segments.
 
     The mask is 1 for every assistant turn (except those of weight 0) including its end-of-turn token, and 0 for the
@@ -215,29 +214,29 @@ def segments(render: Callable[[int, bool], str], messages: Sequence[Message]) ->
     Errors: ModelError when rendering a longer conversation changes the text of a shorter one.
     """
     found: list[Segment] = []
-    done = ""
+    rendered_text = ""
     for i, message in enumerate(messages):
         if message.role != "assistant":
             continue
         prompt, full = render(i, True), render(i + 1, False)
-        if not prompt.startswith(done) or not full.startswith(prompt):
+        if not prompt.startswith(rendered_text) or not full.startswith(prompt):
             raise ModelError(
                 "the chat template rewrites earlier turns when the conversation continues, so no loss mask can be"
                 " computed"
             )
         answer = full[len(prompt) :]
         end = len(answer.rstrip())
-        found += [(prompt[len(done) :], 0), (answer[:end], message.weight), (answer[end:], 0)]
-        done = full
-    whole = done if messages and messages[-1].role == "assistant" else render(len(messages), False)
-    if whole.startswith(done):
-        found.append((whole[len(done) :], 0))
+        found += [(prompt[len(rendered_text) :], 0), (answer[:end], message.weight), (answer[end:], 0)]
+        rendered_text = full
+    whole = rendered_text if messages and messages[-1].role == "assistant" else render(len(messages), False)
+    if whole.startswith(rendered_text):
+        found.append((whole[len(rendered_text) :], 0))
     return [segment for segment in found if segment[0]]
 
 
 def render_masked(
     tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Json] = (), frozen: bool = False
-) -> Rendered:
+) -> RenderedConversation:
     """Render a conversation to token ids with a loss mask.
 
     The mask is 1 for every assistant turn (except those of weight 0) including its end-of-turn token. Each assistant
@@ -246,7 +245,7 @@ def render_masked(
     """
     ids: list[int] = []
     mask: list[int] = []
-    for text, learned in segments(
+    for text, learned in split_segments(
         lambda count, prompt: render_text(
             tokenizer, messages[:count], tools=tools, generation_prompt=prompt, frozen=frozen
         ),
@@ -255,4 +254,4 @@ def render_masked(
         new = encode(tokenizer, text)
         ids.extend(new)
         mask.extend([learned] * len(new))
-    return Rendered(tuple(ids), tuple(mask))
+    return RenderedConversation(tuple(ids), tuple(mask))

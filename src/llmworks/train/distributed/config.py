@@ -12,19 +12,19 @@ from pydantic import Field
 from llmworks.core.artifact import Config
 from llmworks.core.errors import UserError
 
-DATA = (
+DATA_DESCRIPTION = (
     "data parallelism: replicate: every process holds all weights (DDP); shard: weights, gradients and"
     " optimizer states are sharded (FSDP2, ZeRO-3)"
 )
 
 
-class DataParallel(Config):
+class DataParallelConfig(Config):
     """Data parallelism: each process reads its own rows.
 
     The number of processes is set at launch (`--nproc`, torchrun).
     """
 
-    data_parallel: Literal["ddp", "fsdp"] = Field("ddp", description=DATA)
+    data_parallel: Literal["ddp", "fsdp"] = Field("ddp", description=DATA_DESCRIPTION)
 
     @property
     def tensor_parallel_size(self) -> int:
@@ -36,19 +36,19 @@ class DataParallel(Config):
         """Pipeline parallel size."""
         return 1
 
-    def over(self, processes: int) -> int:
+    def get_data_parallel_size(self, processes: int) -> int:
         """Return the data parallel size."""
         return processes
 
 
-class Parallel(Config):
+class ParallelConfig(Config):
     """Data, tensor and pipeline parallelism.
 
     The number of processes is set at launch (`--nproc`, torchrun); divided by the tensor and pipeline parallel sizes it
     gives the data parallel size.
     """
 
-    data_parallel: Literal["ddp", "fsdp"] = Field("ddp", description=DATA)
+    data_parallel: Literal["ddp", "fsdp"] = Field("ddp", description=DATA_DESCRIPTION)
     tensor_parallel_size: int = Field(
         1,
         gt=0,
@@ -66,7 +66,7 @@ class Parallel(Config):
         ),
     )
 
-    def over(self, processes: int) -> int:
+    def get_data_parallel_size(self, processes: int) -> int:
         """Return the data parallel size.
 
         Errors: UserError for a number of processes that is not divisible.
@@ -88,11 +88,11 @@ class Parallel(Config):
         return processes // each
 
 
-def share_of(rows: int, shares: int, batch: int) -> int:
+def get_micro_batch_rows(rows: int, shares: int, batch_size: int) -> int:
     """Return the rows per micro-batch of one process. Errors: UserError for rows that cannot be divided."""
     if rows % shares:
         raise UserError(
             f"a step has {rows} rows (batch_size times gradient_accumulation_steps), which cannot be divided"
             f" among {shares} processes; use a multiple of {shares}"
         )
-    return min(batch, rows // shares)
+    return min(batch_size, rows // shares)

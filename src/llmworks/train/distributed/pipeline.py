@@ -15,12 +15,20 @@ from torch import Tensor, nn
 
 from llmworks.core.errors import UserError
 from llmworks.model.loss.linear_cross_entropy import head_loss
-from llmworks.train.distributed.config import DataParallel, Parallel
-from llmworks.train.distributed.sharding import Loss, add_partial, cast, clip, full, local, place
+from llmworks.train.distributed.config import DataParallelConfig, ParallelConfig
+from llmworks.train.distributed.sharding import (
+    Loss,
+    autocast,
+    clip_sharded_gradients,
+    distribute_model,
+    reduce_norm_gradients,
+    to_full,
+    to_local,
+)
 from llmworks.train.distributed.world import World
 
 
-class Piece(nn.Module):
+class PipelineStageModule(nn.Module):
     """Consecutive layers of a decoder, with the parameter names of the full model."""
 
     def __init__(self, network: Any, first: bool, last: bool, layers: range) -> None:
@@ -39,25 +47,25 @@ class Piece(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
         """Map token ids [rows, length] (first stage) or hidden states [rows, length, hidden size] to hidden states."""
-        state = self.decoder.begin(self.decoder.embedding(x), position_ids) if self.first else x
-        state = self.decoder.through(state, position_ids, segments=segment_ids)
+        state = self.decoder.add_positions(self.decoder.embedding(x), position_ids) if self.first else x
+        state = self.decoder.run_blocks(state, position_ids, segments=segment_ids)
         finished: Tensor = self.decoder.norm(state)
         return finished
 
 
-class Pipelined:
+class PipelinedModel:
     """The pipeline stage of this process. `parameters` as in `DistributedModel`."""
 
     def __init__(
         self,
         network: Any,
-        parallel: Parallel | DataParallel,
+        parallel: ParallelConfig | DataParallelConfig,
         world: World,
         *,
         precision: str = "fp32",
         compiled: bool = False,
     ) -> None:
-        shape, pieces, at = network.shape, world.count("pipeline"), world.at("pipeline")
+        shape, pieces, at = network.shape, world.get_axis_size("pipeline"), world.get_axis_rank("pipeline")
         if shape.num_hidden_layers < pieces:
             raise UserError(
                 f"parallel.pipeline_parallel_size {pieces} exceeds the model's {shape.num_hidden_layers} layers"
@@ -71,45 +79,49 @@ class Pipelined:
         each, more = divmod(shape.num_hidden_layers, pieces)
         begin = at * each + min(at, more)
         self.names = [name for name, _ in network.named_parameters()]
-        piece = Piece(network, self.first, self.last, range(begin, begin + each + (at < more)))
-        self.replicated = parallel.data_parallel == "ddp" and world.count("data") > 1
+        piece = PipelineStageModule(network, self.first, self.last, range(begin, begin + each + (at < more)))
+        self.replicated = parallel.data_parallel == "ddp" and world.get_axis_size("data") > 1
         alone = parallel.data_parallel == "ddp" and parallel.tensor_parallel_size == 1
-        called: Any = piece if alone else place(piece, parallel, world, precision=precision, compiled=compiled).forward
+        called: Any = (
+            piece if alone else distribute_model(piece, parallel, world, precision=precision, compiled=compiled).forward
+        )
         if alone and compiled:
             called.compile()
-        self.piece = self.network = piece
+        self.stage_module = self.network = piece
         from torch.distributed.pipelining import PipelineStage
 
-        self.stage = PipelineStage(called, at, pieces, world.device, group=world.group("pipeline"))
+        self.stage = PipelineStage(called, at, pieces, world.device, group=world.get_axis_group("pipeline"))
         self.schedule: Any = None
         self.parameters = {name: p for name, p in piece.named_parameters() if p.requires_grad}
-        self.twin = piece.decoder.embedding.weight if shape.tie_word_embeddings and (self.first or self.last) else None
-        self.ends = _ends(world) if shape.tie_word_embeddings else None
+        self.tied_weight = (
+            piece.decoder.embedding.weight if shape.tie_word_embeddings and (self.first or self.last) else None
+        )
+        self.tied_group = _create_tied_groups(world) if shape.tie_word_embeddings else None
 
-    def backward(self, batches: Sequence[Any], loss: Loss, labels: float, scaler: Any, precision: str) -> float:
+    def backward(self, batches: Sequence[Any], loss: Loss, num_labels: float, scaler: Any, precision: str) -> float:
         """As in `DistributedModel`; micro-batches go through the pipeline. The last stage broadcasts the loss."""
         from torch.distributed.pipelining import Schedule1F1B
 
-        shares, head = self.world.count("data"), self.piece.head
+        shares, head = self.world.get_axis_size("data"), self.stage_module.head
 
         def scored(state: Tensor, label_ids: Tensor) -> Tensor:
             learned = (label_ids[:, 1:] != -100).sum()
             loss = head_loss(state[:, :-1], head, label_ids[:, 1:])  # type: ignore[arg-type]
             return loss * (learned * shares / self._labels)
 
-        self._labels = labels
+        self._labels = num_labels
         if self.schedule is None:
-            if len(batches) < self.world.count("pipeline"):
+            if len(batches) < self.world.get_axis_size("pipeline"):
                 raise UserError(
                     f"a step has {len(batches)} micro-batches per process, but the pipeline"
-                    f" has {self.world.count('pipeline')} stages; raise gradient_accumulation_steps"
+                    f" has {self.world.get_axis_size('pipeline')} stages; raise gradient_accumulation_steps"
                 )
             self.schedule = Schedule1F1B(self.stage, len(batches), loss_fn=scored, scale_grads=False)
         ids, positions, segments, label_ids = (
             torch.cat([getattr(b, name) for b in batches]) for name in ("ids", "positions", "segments", "label_ids")
         )
         losses: list[Tensor] = []
-        with cast(self.world.device, precision):
+        with autocast(self.world.device, precision):
             self.schedule.step(
                 *((ids,) if self.first else ()),
                 position_ids=positions,
@@ -117,33 +129,37 @@ class Pipelined:
                 target=label_ids if self.last else None,
                 losses=losses if self.last else None,
             )
-        add_partial(self.parameters, self.world)
+        reduce_norm_gradients(self.parameters, self.world)
         if self.replicated:
-            average([p.grad for p in self.parameters.values() if p.grad is not None], self.world.group("data"), shares)
-        if self.twin is not None:
-            if self.twin.grad is None:
-                self.twin.grad = torch.zeros_like(self.twin)
-            dist.all_reduce(local(self.twin.grad), group=self.ends)
+            average_gradients(
+                [p.grad for p in self.parameters.values() if p.grad is not None],
+                self.world.get_axis_group("data"),
+                shares,
+            )
+        if self.tied_weight is not None:
+            if self.tied_weight.grad is None:
+                self.tied_weight.grad = torch.zeros_like(self.tied_weight)
+            dist.all_reduce(to_local(self.tied_weight.grad), group=self.tied_group)
         total = sum(float(x.detach()) for x in losses) / shares
-        return self.world.total([total], "pipeline")[0]
+        return self.world.sum_over_axis([total], "pipeline")[0]
 
-    def clip(self, most: float) -> float:
+    def clip_gradients(self, max_norm: float) -> float:
         """As in `DistributedModel`."""
-        return clip(
+        return clip_sharded_gradients(
             self.parameters.values(),
-            most,
+            max_norm,
             self.world,
-            twice=[self.twin] if self.twin is not None and not self.first else [],
+            duplicates=[self.tied_weight] if self.tied_weight is not None and not self.first else [],
         )
 
-    def gather(self, into: nn.Module | None) -> None:
+    def gather_weights(self, into: nn.Module | None) -> None:
         """As in `DistributedModel`: every stage sends the parameters that the first process does not hold."""
-        own = dict(self.piece.named_parameters())
+        own = dict(self.stage_module.named_parameters())
         held: list[Any] = [None] * self.world.size
         dist.all_gather_object(held, sorted(own))
         targets = dict(into.named_parameters()) if into is not None else {}
         for name in self.names:
-            whole = full(own[name]).contiguous() if name in own else None
+            whole = to_full(own[name]).contiguous() if name in own else None
             owner = next(rank for rank, names in enumerate(held) if name in names)
             if self.world.rank == owner != 0:
                 dist.send(whole, 0)  # type: ignore[arg-type]
@@ -155,7 +171,7 @@ class Pipelined:
                     targets[name].copy_(whole)  # type: ignore[arg-type]
 
 
-def average(gradients: Sequence[Tensor], group: Any, shares: int) -> None:
+def average_gradients(gradients: Sequence[Tensor], group: Any, shares: int) -> None:
     """Average the gradients over a group in one all-reduce.
 
     DDP cannot be combined with a pipeline: it takes each micro-batch for a step.
@@ -167,14 +183,14 @@ def average(gradients: Sequence[Tensor], group: Any, shares: int) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def _ends(world: World) -> Any:
+def _create_tied_groups(world: World) -> Any:
     """Create the groups of first and last stages; return that of this process's pipeline. A collective operation."""
     ranks = world.mesh.mesh  # [pipeline, data, tensor]
     mine = None
     for at in range(ranks.shape[1]):
-        for way in range(ranks.shape[2]):
-            pair = [int(ranks[0, at, way]), int(ranks[-1, at, way])]
+        for tensor_rank in range(ranks.shape[2]):
+            pair = [int(ranks[0, at, tensor_rank]), int(ranks[-1, at, tensor_rank])]
             group = dist.new_group(pair)
-            if world.at("data") == at and world.at("tensor") == way:
+            if world.get_axis_rank("data") == at and world.get_axis_rank("tensor") == tensor_rank:
                 mine = group
     return mine

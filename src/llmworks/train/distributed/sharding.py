@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmworks.core.errors import UserError
-from llmworks.train.distributed.config import DataParallel, Parallel
+from llmworks.train.distributed.config import DataParallelConfig, ParallelConfig
 from llmworks.train.distributed.world import World
 
 Loss = Callable[[Any, Any], Tensor]
-WIDTHS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolved(precision: str, device: torch.device, *, spread: bool = False) -> str:
+def resolve_precision(precision: str, device: torch.device, *, sharded: bool = False) -> str:
     """Resolve precision `auto`: bf16 on a GPU of compute capability 8.0 or newer, fp16 on an older one, fp32 on a CPU.
 
     `sharded`: fp16 is not an option, since its gradient scaler does not support shards.
@@ -30,15 +30,15 @@ def resolved(precision: str, device: torch.device, *, spread: bool = False) -> s
         return precision
     if device.type != "cuda":
         return "fp32"
-    return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32" if spread else "fp16"
+    return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32" if sharded else "fp16"
 
 
-def cast(device: torch.device, precision: str) -> Any:
+def autocast(device: torch.device, precision: str) -> Any:
     """Return the autocast context of a precision."""
-    return torch.autocast(device.type, WIDTHS[precision]) if precision != "fp32" else contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[precision]) if precision != "fp32" else contextlib.nullcontext()
 
 
-class Placed:
+class DistributedModel:
     """The model of this process, ready for training.
 
     `parameters`: the trainable ones, by their names in the full model.
@@ -48,42 +48,42 @@ class Placed:
         self.network, self.world, self.forward = network, world, forward if forward is not None else network
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
 
-    def backward(self, batches: Sequence[Any], loss: Loss, labels: float, scaler: Any, precision: str) -> float:
+    def backward(self, batches: Sequence[Any], loss: Loss, num_labels: float, scaler: Any, precision: str) -> float:
         """Accumulate the gradients of all micro-batches; return this process's share of the mean loss.
 
         `num_labels`: label tokens of the step over all processes.
         """
-        shares, total = self.world.count("data"), 0.0
+        shares, total = self.world.get_axis_size("data"), 0.0
         for number, batch in enumerate(batches):
-            with self._in_step(last=number + 1 == len(batches)):
-                with cast(self.world.device, precision):
-                    part = loss(self.forward, batch) / labels
+            with self._sync_gradients(last=number + 1 == len(batches)):
+                with autocast(self.world.device, precision):
+                    part = loss(self.forward, batch) / num_labels
                     if shares > 1:
                         part = part * shares  # DDP and FSDP average gradients; a sum is needed
                 scaler.scale(part).backward()
             total += float(part.detach()) / shares
-        add_partial(self.parameters, self.world)
+        reduce_norm_gradients(self.parameters, self.world)
         return total
 
-    def clip(self, most: float) -> float:
+    def clip_gradients(self, max_norm: float) -> float:
         """Clip the gradients to `max_norm`; return their norm before clipping."""
         if self.world.size == 1:
-            return float(nn.utils.clip_grad_norm_(self.parameters.values(), most))
-        return clip(self.parameters.values(), most, self.world)
+            return float(nn.utils.clip_grad_norm_(self.parameters.values(), max_norm))
+        return clip_sharded_gradients(self.parameters.values(), max_norm, self.world)
 
-    def gather(self, into: nn.Module | None) -> None:
+    def gather_weights(self, into: nn.Module | None) -> None:
         """Copy all weights into a full model in the first process. A collective operation."""
         if into is self.network:
             return
         targets = dict(into.named_parameters()) if into is not None else {}
         for name, p in self.network.named_parameters():
-            whole = full(p)
+            whole = to_full(p)
             if name in targets:
                 with torch.no_grad():
                     targets[name].copy_(whole)
 
     @contextlib.contextmanager
-    def _in_step(self, last: bool) -> Iterator[None]:
+    def _sync_gradients(self, last: bool) -> Iterator[None]:
         """Synchronize gradients only after the last micro-batch of a step."""
         if isinstance(self.forward, nn.parallel.DistributedDataParallel) and not last:
             with self.forward.no_sync():
@@ -95,29 +95,29 @@ class Placed:
         yield
 
 
-def place(
+def distribute_model(
     network: nn.Module,
-    parallel: Parallel | DataParallel,
+    parallel: ParallelConfig | DataParallelConfig,
     world: World,
     *,
     precision: str = "fp32",
     compiled: bool = False,
-) -> Placed:
+) -> DistributedModel:
     """Prepare the model for this process. Errors: UserError for a model that cannot be parallelized so."""
-    blocks: Any = blocks_of(network)
-    spread = parallel.data_parallel == "fsdp" or parallel.tensor_parallel_size > 1
-    if world.size == 1 or not spread:
+    blocks: Any = get_layers(network)
+    sharded = parallel.data_parallel == "fsdp" or parallel.tensor_parallel_size > 1
+    if world.size == 1 or not sharded:
         forward: Any = torch.compile(network) if compiled else network
         if world.size > 1:
             experts = bool(getattr(getattr(network, "shape", None), "experts", None))
             forward = nn.parallel.DistributedDataParallel(
                 forward,
-                process_group=world.group("data"),
+                process_group=world.get_axis_group("data"),
                 forward_sync_buffers=False,
                 find_unused_parameters=experts,
                 gradient_as_bucket_view=True,
             )
-        return Placed(network, world, forward)
+        return DistributedModel(network, world, forward)
     if blocks is None:
         raise UserError(
             "parallel: only decoders can be sharded or tensor-parallel; set parallel.data_parallel to replicate,"
@@ -129,7 +129,7 @@ def place(
             " parallel.data_parallel shard or parallel.tensor_parallel_size"
         )
     if parallel.tensor_parallel_size > 1:
-        share_matrices(network, blocks, world)
+        apply_tensor_parallel(network, blocks, world)
     if compiled:
         for block in blocks:
             block.compile()
@@ -137,47 +137,47 @@ def place(
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         policy = (
-            MixedPrecisionPolicy(param_dtype=WIDTHS[precision], reduce_dtype=torch.float32)
+            MixedPrecisionPolicy(param_dtype=DTYPES[precision], reduce_dtype=torch.float32)
             if precision != "fp32"
             else MixedPrecisionPolicy()
         )
         for module in (*blocks, network):
             fully_shard(module, mesh=world.mesh["data"], mp_policy=policy)
-    return Placed(network, world)
+    return DistributedModel(network, world)
 
 
-def blocks_of(network: nn.Module) -> Any:
+def get_layers(network: nn.Module) -> Any:
     """Return the decoder layers that this process holds; None for other architectures."""
     blocks = getattr(getattr(network, "decoder", None), "blocks", None)
     return None if blocks is None else list(blocks.children())
 
 
-def add_partial(parameters: Mapping[str, nn.Parameter], world: World) -> None:
+def reduce_norm_gradients(parameters: Mapping[str, nn.Parameter], world: World) -> None:
     """Sum the gradients of query and key norms over the tensor parallel group.
 
     These norms are replicated, but each process computes gradients of its own heads only.
     """
-    if world.count("tensor") > 1:
+    if world.get_axis_size("tensor") > 1:
         for name, p in parameters.items():
             if p.grad is not None and ("query_norm" in name or "key_norm" in name):
-                dist.all_reduce(local(p.grad), group=world.group("tensor"))
+                dist.all_reduce(to_local(p.grad), group=world.get_axis_group("tensor"))
 
 
-def share_matrices(network: Any, blocks: Any, world: World) -> None:
+def apply_tensor_parallel(network: Any, blocks: Any, world: World) -> None:
     """Apply tensor parallelism: split the heads and the MLP hidden dimension of each layer along `tensor`.
 
     Embedding, LM head and norms are replicated. Errors: UserError for a shape that cannot be divided.
     """
     from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-    shape, ways = network.shape, world.count("tensor")
+    shape, tensor_size = network.shape, world.get_axis_size("tensor")
     for name, number in (
         ("num_attention_heads", shape.num_attention_heads),
-        ("num_key_value_heads", shape.groups),
-        ("intermediate_size", shape.inner),
+        ("num_key_value_heads", shape.num_kv_heads),
+        ("intermediate_size", shape.inner_size),
     ):
-        if number % ways:
-            raise UserError(f"parallel.tensor_parallel_size {ways} does not divide the model's {name} {number}")
+        if number % tensor_size:
+            raise UserError(f"parallel.tensor_parallel_size {tensor_size} does not divide the model's {name} {number}")
     if shape.experts or shape.position_embedding_type == "alibi":
         raise UserError(
             f"parallel.tensor_parallel_size: a model with {'experts' if shape.experts else 'ALiBi'} cannot be"
@@ -193,20 +193,25 @@ def share_matrices(network: Any, blocks: Any, world: World) -> None:
         if shape.gated_mlp:
             plan["feed_forward.gate"] = ColwiseParallel()
         parallelize_module(block, world.mesh["tensor"], plan)
-        block.attention.heads, block.attention.groups = shape.num_attention_heads // ways, shape.groups // ways
+        block.attention.num_heads, block.attention.num_kv_heads = (
+            shape.num_attention_heads // tensor_size,
+            shape.num_kv_heads // tensor_size,
+        )
 
 
-def local(x: Any) -> Tensor:
+def to_local(x: Any) -> Tensor:
     """Return the local shard of a tensor."""
     return x.to_local() if hasattr(x, "to_local") else x  # type: ignore[no-any-return]
 
 
-def full(x: Any) -> Tensor:
+def to_full(x: Any) -> Tensor:
     """Return the full tensor; a collective operation of all processes that share it."""
     return x.detach().full_tensor() if hasattr(x, "full_tensor") else x.detach()  # type: ignore[no-any-return]
 
 
-def clip(parameters: Any, most: float, world: World, *, twice: Sequence[nn.Parameter] = ()) -> float:
+def clip_sharded_gradients(
+    parameters: Any, max_norm: float, world: World, *, duplicates: Sequence[nn.Parameter] = ()
+) -> float:
     """Clip sharded gradients to `max_norm`; return their global norm before clipping.
 
     `duplicates`: parameters that another process counts, too.
@@ -214,7 +219,7 @@ def clip(parameters: Any, most: float, world: World, *, twice: Sequence[nn.Param
     squares: dict[tuple[str, ...], Tensor] = {}
     found = [p for p in parameters if p.grad is not None]
     for p in found:
-        if not any(p is other for other in twice):
+        if not any(p is other for other in duplicates):
             axes = (
                 tuple(
                     name
@@ -225,19 +230,19 @@ def clip(parameters: Any, most: float, world: World, *, twice: Sequence[nn.Param
                 else ()
             )
             squares[axes] = (
-                squares.get(axes, torch.zeros((), device=world.device)) + local(p.grad).float().square().sum()
+                squares.get(axes, torch.zeros((), device=world.device)) + to_local(p.grad).float().square().sum()
             )
     total = torch.zeros((), device=world.device)
     # the same collectives in the same order in all processes
     for axes in sorted({*squares, (), ("data",), ("tensor",), ("data", "tensor")}):
         here = squares.get(axes, torch.zeros((), device=world.device))
         for axis in axes:
-            dist.all_reduce(here, group=world.group(axis))
+            dist.all_reduce(here, group=world.get_axis_group(axis))
         total = total + here
-    if world.count("pipeline") > 1:
-        dist.all_reduce(total, group=world.group("pipeline"))
+    if world.get_axis_size("pipeline") > 1:
+        dist.all_reduce(total, group=world.get_axis_group("pipeline"))
     norm = float(total.sqrt())
-    if norm > most:
+    if norm > max_norm:
         for p in found:
-            local(p.grad).mul_(most / (norm + 1e-6))
+            to_local(p.grad).mul_(max_norm / (norm + 1e-6))
     return norm

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from llmworks.core.errors import LlmworksError, WorkerLost
-from llmworks.train.distributed.config import DataParallel, Parallel
+from llmworks.train.distributed.config import DataParallelConfig, ParallelConfig
 
 AXES = ("pipeline", "data", "tensor")  # the innermost axis has neighboring ranks, with the fastest links
-PATIENCE = timedelta(hours=1)  # other ranks wait while the first evaluates, samples and saves
+TIMEOUT = timedelta(hours=1)  # other ranks wait while the first evaluates, samples and saves
 Value = TypeVar("Value")
 
 
@@ -34,31 +34,31 @@ class World:
     mesh: Any = None
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the main process, which evaluates, logs and saves."""
         return self.rank == 0
 
-    def count(self, axis: str) -> int:
+    def get_axis_size(self, axis: str) -> int:
         """Return the number of processes along an axis."""
         return 1 if self.mesh is None else int(self.mesh[axis].size())
 
-    def at(self, axis: str) -> int:
+    def get_axis_rank(self, axis: str) -> int:
         """Return the rank of this process along an axis."""
         return 0 if self.mesh is None else int(self.mesh[axis].get_local_rank())
 
-    def group(self, axis: str) -> Any:
+    def get_axis_group(self, axis: str) -> Any:
         """Return the process group along an axis."""
         return self.mesh[axis].get_group()
 
-    def total(self, values: list[float], axis: str = "data") -> list[float]:
+    def sum_over_axis(self, values: list[float], axis: str = "data") -> list[float]:
         """Sum each value over the processes along an axis (all-reduce)."""
-        if self.count(axis) == 1:
+        if self.get_axis_size(axis) == 1:
             return values
         summed = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(summed, group=self.group(axis))
+        dist.all_reduce(summed, group=self.get_axis_group(axis))
         return summed.tolist()
 
-    def agreed(self, value: Value) -> Value:
+    def broadcast(self, value: Value) -> Value:
         """Return the first process's value in all processes (broadcast)."""
         if self.size == 1:
             return value
@@ -66,13 +66,13 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait for all processes (barrier)."""
         if self.size > 1:
             dist.barrier()
 
 
-def own_device() -> torch.device:
+def get_device() -> torch.device:
     """Return the device of this process: its GPU, if there is one."""
     return (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -81,30 +81,30 @@ def own_device() -> torch.device:
     )
 
 
-def processes() -> int:
+def get_world_size() -> int:
     """Return the number of processes launched together (torchrun, `--nproc`)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextlib.contextmanager
-def opened(parallel: Parallel | DataParallel) -> Iterator[World]:
+def init_world(parallel: ParallelConfig | DataParallelConfig) -> Iterator[World]:
     """Initialize the process group that this process was launched in.
 
     Errors: UserError for a number of processes that is not divisible; WorkerLost if another process is gone.
     """
-    size, rank = processes(), int(os.environ.get("RANK", "0"))
-    parallel.over(size)
-    device = own_device()
+    size, rank = get_world_size(), int(os.environ.get("RANK", "0"))
+    parallel.get_data_parallel_size(size)
+    device = get_device()
     if size == 1:
         yield World(device)
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         mesh = init_device_mesh(
             device.type,
-            (parallel.pipeline_parallel_size, parallel.over(size), parallel.tensor_parallel_size),
+            (parallel.pipeline_parallel_size, parallel.get_data_parallel_size(size), parallel.tensor_parallel_size),
             mesh_dim_names=AXES,
         )
         yield World(device, rank, size, mesh)

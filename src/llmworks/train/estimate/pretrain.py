@@ -17,18 +17,18 @@ from typing import Any, Protocol
 
 from llmworks.core import errors
 from llmworks.core.errors import LlmworksError, UserError
-from llmworks.model.anatomy.parts import parts_of
+from llmworks.model.anatomy.parts import list_parts
 from llmworks.model.shape import RecurrentShape, Shape
-from llmworks.train.distributed.config import share_of
+from llmworks.train.distributed.config import get_micro_batch_rows
 from llmworks.train.pretrain import PretrainConfig
 
-NUMBER = 4  # bytes per fp32 weight, gradient or optimizer moment
-PROCESS = 700_000_000  # bytes of Python, torch and transformers with no model loaded
+BYTES_PER_NUMBER = 4  # bytes per fp32 weight, gradient or optimizer moment
+BASE_PROCESS_BYTES = 700_000_000  # bytes of Python, torch and transformers with no model loaded
 LAYERS, WHOLE = 8, 60_000_000  # larger decoders are tried with one and with two layers, then extrapolated
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialMeasurement:
     """Measurements of a trial run.
 
     Seconds per step, per held-out row, of all samples, and of startup and saving; peak memory in bytes.
@@ -40,12 +40,12 @@ class Trial:
     around: float
     memory: float
 
-    def deeper(self, other: Trial, times: int) -> Trial:
+    def deeper(self, other: TrialMeasurement, times: int) -> TrialMeasurement:
         """Extrapolate from a trial with one layer (`self`) and one with two (`other`) to `extra_layers` more than one.
 
         A layer never counts as negative, even if timing noise says so.
         """
-        return Trial(
+        return TrialMeasurement(
             *(
                 one + max(0.0, two - one) * times
                 for one, two in zip(asdict(self).values(), asdict(other).values(), strict=True)
@@ -53,7 +53,7 @@ class Trial:
         )
 
 
-class Estimate(Protocol):
+class TrainingEstimate(Protocol):
     """What `plan` needs to know of a training."""
 
     @property
@@ -62,12 +62,12 @@ class Estimate(Protocol):
         ...
 
     @property
-    def learned(self) -> int:
+    def trainable_parameters(self) -> int:
         """Number of trainable parameters."""
         ...
 
     @property
-    def saved(self) -> int:
+    def saved_parameters(self) -> int:
         """Number of parameters that are saved at the end."""
         ...
 
@@ -77,12 +77,12 @@ class Estimate(Protocol):
         ...
 
     @property
-    def read(self) -> int:
+    def num_tokens(self) -> int:
         """Number of tokens over all steps."""
         ...
 
     @property
-    def work(self) -> float:
+    def flops(self) -> float:
         """FLOPs of all steps."""
         ...
 
@@ -92,7 +92,7 @@ class Estimate(Protocol):
         ...
 
     @property
-    def ready(self) -> bool:
+    def can_try(self) -> bool:
         """Whether a trial run is possible now."""
         ...
 
@@ -100,31 +100,31 @@ class Estimate(Protocol):
         """Reject early what the training would reject at its start, as far as it is known. Errors: UserError."""
         ...
 
-    def attempt(self) -> Trial:
+    def try_steps(self) -> TrialMeasurement:
         """Run a few steps here. Errors: LlmworksError when that fails."""
         ...
 
-    def seconds(self, trial: Trial) -> float:
+    def estimate_seconds(self, trial: TrialMeasurement) -> float:
         """Estimate the duration of the stage from a trial run."""
         ...
 
 
-def kept_of(shape: Shape) -> int:
+def count_activations(shape: Shape) -> int:
     """Return the activations that a token keeps per layer for the backward pass.
 
     Inputs of each matrix product and activation function (Korthikanti et al. 2022, arXiv:2205.05198, section 4, for our
     layers).
     """
-    inner = shape.inner * (shape.experts.num_experts_per_tok if shape.experts else 1)
+    inner = shape.inner_size * (shape.experts.num_experts_per_tok if shape.experts else 1)
     return (
         shape.hidden_size * 6
-        + (shape.num_attention_heads * 4 + shape.groups * 4) * shape.per_head
+        + (shape.num_attention_heads * 4 + shape.num_kv_heads * 4) * shape.head_size
         + inner * (4 if shape.gated_mlp else 2)
     )
 
 
 @dataclass(frozen=True)
-class Training:
+class PretrainEstimate:
     """Estimate of a pretraining: `rows` and `tokens` of its data, held-out rows; 0 if they do not exist yet."""
 
     config: PretrainConfig
@@ -139,20 +139,20 @@ class Training:
     @cached_property
     def parameters(self) -> int:
         """Number of parameters, all trainable."""
-        return sum(part.parameters for part in parts_of(self.shape, self.length))
+        return sum(part.parameters for part in list_parts(self.shape, self.length))
 
     @property
-    def learned(self) -> int:
+    def trainable_parameters(self) -> int:
         """All parameters."""
         return self.parameters
 
     @property
-    def saved(self) -> int:
+    def saved_parameters(self) -> int:
         """All parameters."""
         return self.parameters
 
     @property
-    def ready(self) -> bool:
+    def can_try(self) -> bool:
         """Whether a trial run is possible now."""
         return True
 
@@ -187,7 +187,7 @@ class Training:
         if parallel.tensor_parallel_size > 1 and (
             isinstance(shape, RecurrentShape)
             or shape.num_attention_heads % parallel.tensor_parallel_size
-            or shape.groups % parallel.tensor_parallel_size
+            or shape.num_kv_heads % parallel.tensor_parallel_size
         ):
             raise UserError(
                 f"parallel.tensor_parallel_size {parallel.tensor_parallel_size} does not divide the model's heads"
@@ -207,15 +207,15 @@ class Training:
         return max(1, round(self.config.num_train_epochs * (self.rows // self.per_step or 1))) if self.rows else 0
 
     @property
-    def read(self) -> int:
+    def num_tokens(self) -> int:
         """Number of tokens over all steps."""
         return round(self.steps * self.per_step * (self.tokens / self.rows if self.rows else self.length))
 
     @property
-    def work(self) -> float:
+    def flops(self) -> float:
         """FLOPs of all steps: the backward pass is twice the forward; gradient checkpointing adds one forward."""
-        each = sum(part.work for part in parts_of(self.shape, self.length // 2))
-        return (4.0 if self.config.gradient_checkpointing else 3.0) * each * self.read
+        each = sum(part.flops for part in list_parts(self.shape, self.length // 2))
+        return (4.0 if self.config.gradient_checkpointing else 3.0) * each * self.num_tokens
 
     @property
     def memory(self) -> float:
@@ -234,42 +234,46 @@ class Training:
             )
         )
         moments = {"adamw": 2.0, "lion": 1.0, "muon": 1.0, "adamw_8bit": 0.5}[self.config.optimizer.name]
-        states = self.parameters * NUMBER * (2 + moments + (1 if self.config.ema_decay else 0)) / share
-        return PROCESS + states + self.activations()
+        states = self.parameters * BYTES_PER_NUMBER * (2 + moments + (1 if self.config.ema_decay else 0)) / share
+        return BASE_PROCESS_BYTES + states + self.estimate_activations()
 
-    def activations(self) -> float:
+    def estimate_activations(self) -> float:
         """Bytes of activations that a micro-batch keeps for the backward pass."""
         shape, parallel = self.shape, self.config.parallel
-        rows = share_of(
+        rows = get_micro_batch_rows(
             self.per_step,
             max(1, self.processes // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)),
             self.config.batch_size,
         )
-        tokens, number = rows * self.length, 2 if self.config.precision in ("bf16", "fp16") else NUMBER
-        logits = min(tokens, 512) * shape.vocab_size * NUMBER * 2
+        tokens, number = rows * self.length, 2 if self.config.precision in ("bf16", "fp16") else BYTES_PER_NUMBER
+        logits = min(tokens, 512) * shape.vocab_size * BYTES_PER_NUMBER * 2
         if isinstance(shape, RecurrentShape):
             gates = {"mlp": 1, "rnn": 2, "gru": 6, "lstm": 8}[shape.rnn_type]
             return (
                 tokens
-                * NUMBER
+                * BYTES_PER_NUMBER
                 * (
                     4 * shape.embedding_dim
-                    + gates * shape.inner * (shape.num_hidden_layers if shape.rnn_type != "mlp" else 1)
+                    + gates * shape.inner_size * (shape.num_hidden_layers if shape.rnn_type != "mlp" else 1)
                 )
                 + logits
             )
-        layer = kept_of(shape)
+        layer = count_activations(shape)
         layers = -(-shape.num_hidden_layers // parallel.pipeline_parallel_size)
         kept = shape.hidden_size * layers + layer if self.config.gradient_checkpointing else layer * layers
-        return tokens * number * kept / parallel.tensor_parallel_size + tokens * NUMBER * shape.hidden_size * 4 + logits
+        return (
+            tokens * number * kept / parallel.tensor_parallel_size
+            + tokens * BYTES_PER_NUMBER * shape.hidden_size * 4
+            + logits
+        )
 
-    def seconds(self, trial: Trial) -> float:
+    def estimate_seconds(self, trial: TrialMeasurement) -> float:
         """Estimate the duration of the stage: steps, evaluations during training, and the final evaluation."""
-        looks = self.steps // self.config.eval_steps + 1
-        rows = looks * min(self.config.eval_samples, self.held_out) + self.held_out
-        return trial.around + self.steps * trial.step + (looks + 2) * trial.samples + rows * trial.row
+        evaluations = self.steps // self.config.eval_steps + 1
+        rows = evaluations * min(self.config.eval_samples, self.held_out) + self.held_out
+        return trial.around + self.steps * trial.step + (evaluations + 2) * trial.samples + rows * trial.row
 
-    def attempt(self) -> Trial:
+    def try_steps(self) -> TrialMeasurement:
         """Run a few steps here in one process, on its first rows if they exist, else on random ids.
 
         Large models are tried with one and with two layers.
@@ -277,13 +281,13 @@ class Training:
         if isinstance(self.shape, RecurrentShape) or (
             self.shape.num_hidden_layers <= LAYERS and self.parameters <= WHOLE
         ):
-            return self._tried(self.shape)
-        one, two = (self._tried(self.shape.model_copy(update={"num_hidden_layers": n})) for n in (1, 2))
+            return self._try_shape(self.shape)
+        one, two = (self._try_shape(self.shape.model_copy(update={"num_hidden_layers": n})) for n in (1, 2))
         return one.deeper(two, self.shape.num_hidden_layers - 1)
 
-    def _tried(self, shape: Shape | RecurrentShape) -> Trial:
+    def _try_shape(self, shape: Shape | RecurrentShape) -> TrialMeasurement:
         recurrent = isinstance(shape, RecurrentShape)
-        has_room(replace(self, shape=shape, processes=1).memory)
+        require_memory(replace(self, shape=shape, processes=1).memory)
         return run_trial(
             "pretrain",
             {
@@ -296,13 +300,13 @@ class Training:
         )
 
 
-def run_trial(kind: str, given: dict[str, Any]) -> Trial:
+def run_trial(kind: str, request: dict[str, Any]) -> TrialMeasurement:
     """Run a trial in its own process. Errors: LlmworksError when that fails."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    asked = {"threads": int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1), **given}
+    message = {"threads": int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1), **request}
     done = subprocess.run(
         [sys.executable, "-m", "llmworks.train.estimate.trial", kind],
-        input=json.dumps(asked),
+        input=json.dumps(message),
         capture_output=True,
         text=True,
         env=environment,
@@ -312,10 +316,10 @@ def run_trial(kind: str, given: dict[str, Any]) -> Trial:
     found = json.loads(done.stdout.splitlines()[-1])
     if "error" in found:
         raise getattr(errors, found["kind"], LlmworksError)(found["error"])
-    return Trial(**found)
+    return TrialMeasurement(**found)
 
 
-def has_room(needed: float) -> None:
+def require_memory(needed: float) -> None:
     """Reject a trial run that does not fit in this machine's memory. Errors: UserError."""
     free = (
         next(

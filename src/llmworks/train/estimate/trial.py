@@ -21,30 +21,32 @@ if TYPE_CHECKING:
     from torch._C import device
     from torch.optim.optimizer import Optimizer
 
-    from llmworks.train.finetune.examples import Example, Steps
-    from llmworks.train.finetune.trainable import Tuned
+    from llmworks.train.finetune.examples import Example, ExampleSteps
+    from llmworks.train.finetune.trainable import TrainableModel
     from llmworks.train.loop.packed import PackedBatch
     from llmworks.train.pretrain import PretrainConfig
     from llmworks.train.sft import SftConfig
 
-STEPS, MOST, ENOUGH, LOOKS = (
+MIN_STEPS, MAX_STEPS, MIN_SECONDS, EVAL_BATCHES = (
     5,
     60,
     10.0,
     4,
     # minimum and maximum steps, seconds to run (the first quarter warms up and is not counted), batches to evaluate
 )
-ENCODED = 1000  # conversations to tokenize, spread over the data
+MAX_ROWS = 1000  # conversations to tokenize, spread over the data
 
 
 def main() -> None:
     """Run the trial of the kind in argv[1] with JSON from standard input; print a Trial as JSON."""
     import torch
 
-    given = json.load(sys.stdin)
-    torch.set_num_threads(int(given["threads"]))
+    request = json.load(sys.stdin)
+    torch.set_num_threads(int(request["threads"]))
     try:
-        found: dict[str, Any] = {"pretrain": pretrain, "sft": sft}[sys.argv[1]](given) | {"memory": peak()}
+        found: dict[str, Any] = {"pretrain": pretrain, "sft": sft}[sys.argv[1]](request) | {
+            "memory": measure_peak_memory()
+        }
     except LlmworksError as error:
         found = {"error": str(error), "kind": type(error).__name__}
     print(json.dumps(found))
@@ -52,37 +54,37 @@ def main() -> None:
     os._exit(0)
 
 
-def pretrain(given: dict[str, Any]) -> dict[str, float]:
+def pretrain(request: dict[str, Any]) -> dict[str, float]:
     """Run a few steps of `train.pretrain`. `request`: {shape, recurrent, config, length, data}."""
     began = time.perf_counter()
     import matplotlib.figure  # noqa: F401
     import torch
 
-    from llmworks.train.distributed.sharding import cast, resolved
-    from llmworks.train.loop.optimizers import optimizers_of
+    from llmworks.train.distributed.sharding import autocast, resolve_precision
+    from llmworks.train.loop.optimizers import create_optimizers
     from llmworks.train.loop.packed import packed_loss
     from llmworks.train.pretrain import PretrainConfig
 
-    config = PretrainConfig.model_validate(given["config"])
-    network = model_of(given).train()
+    config = PretrainConfig.model_validate(request["config"])
+    network = create_model(request).train()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device)
     if config.gradient_checkpointing and network.supports_gradient_checkpointing:
         network.activation_checkpointing_enable({"use_reentrant": False})
-    optimizers = optimizers_of(network, config.optimizer)
+    optimizers = create_optimizers(network, config.optimizer)
     average = [p.detach().clone() for p in network.parameters()] if config.ema_decay else []
-    batches = batches_of(given, config, network.config.vocab_size, device)
+    batches = create_batches(request, config, network.config.vocab_size, device)
     loading = time.perf_counter() - began
     seconds: list[float] = []
-    while not enough(seconds):
+    while not is_enough(seconds):
         start = time.perf_counter()
         batch = batches[len(seconds) % len(batches)]
         for _ in range(min(2, config.gradient_accumulation_steps)):
-            with cast(device, resolved(config.precision, device)):
+            with autocast(device, resolve_precision(config.precision, device)):
                 loss = packed_loss(network, batch) / batch.labels
             loss.backward()  # type: ignore[no-untyped-call]
         part = time.perf_counter()
-        update(network, optimizers)
+        step_optimizers(network, optimizers)
         for mean, p in zip(average, network.parameters(), strict=False):
             mean.lerp_(p.detach(), 0.1)
         seconds.append(
@@ -93,9 +95,9 @@ def pretrain(given: dict[str, Any]) -> dict[str, float]:
     network.eval()
     with torch.no_grad():
         start = time.perf_counter()
-        for batch in batches[:LOOKS]:
+        for batch in batches[:EVAL_BATCHES]:
             float(packed_loss(network, batch))
-        row = (time.perf_counter() - start) / config.batch_size / len(batches[:LOOKS])
+        row = (time.perf_counter() - start) / config.batch_size / len(batches[:EVAL_BATCHES])
         ids, start = batches[0].ids, time.perf_counter()
         tokens = min(config.sample_max_tokens, 8, ids.shape[1] - 2)
         if tokens and config.sample_prompts:
@@ -110,7 +112,7 @@ def pretrain(given: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def sft(given: dict[str, Any]) -> dict[str, float]:
+def sft(request: dict[str, Any]) -> dict[str, float]:
     """Run a few steps of `train.sft` on its own conversations, the longest first.
 
     `request`: {config, model, data, held_out}.
@@ -119,43 +121,47 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
     import matplotlib.figure  # noqa: F401
 
     from llmworks.core.artifact import Dataset
-    from llmworks.data.conversations.training_rows import training_rows
+    from llmworks.data.conversations.training_rows import read_training_rows
     from llmworks.generate.engines.torch import TorchEngine
-    from llmworks.tokenize.chat.named import use_template
-    from llmworks.tokenize.load import load_tokenizer, stop_ids
+    from llmworks.tokenize.chat.named import set_template
+    from llmworks.tokenize.load import get_stop_ids, load_tokenizer
     from llmworks.train.distill import DistillConfig
-    from llmworks.train.finetune.examples import Steps
-    from llmworks.train.finetune.generation_check import answerable, answers
-    from llmworks.train.finetune.trainable import open_tuned
+    from llmworks.train.finetune.examples import ExampleSteps
+    from llmworks.train.finetune.generation_check import generate_completions, select_prompt_rows
+    from llmworks.train.finetune.trainable import open_trainable_model
     from llmworks.train.sft import SftConfig, make_examples
 
     config, model = (
-        (DistillConfig if given.get("teacher") else SftConfig).model_validate(given["config"]),
-        Path(given["model"]),
+        (DistillConfig if request.get("teacher") else SftConfig).model_validate(request["config"]),
+        Path(request["model"]),
     )
     tokenizer = load_tokenizer(model)
-    stops = stop_ids(model, tokenizer)
-    use_template(tokenizer, config.chat_template)
-    rows = training_rows(Dataset(Path(given["data"])))
-    some = rows[:: -(-len(rows) // ENCODED)]
+    stops = get_stop_ids(model, tokenizer)
+    set_template(tokenizer, config.chat_template)
+    rows = read_training_rows(Dataset(Path(request["data"])))
+    some = rows[:: -(-len(rows) // MAX_ROWS)]
     start = time.perf_counter()
     examples, _ = make_examples(tokenizer, some, config)
     encoding = time.perf_counter() - start
-    tuned = open_tuned(model)
-    network = tuned.network
-    questions = answerable(Dataset(Path(given["eval_data"])))[: config.num_sample_prompts] if given["eval_data"] else []
+    trainable = open_trainable_model(model)
+    network = trainable.network
+    questions = (
+        select_prompt_rows(Dataset(Path(request["eval_data"])))[: config.num_sample_prompts]
+        if request["eval_data"]
+        else []
+    )
     loading = time.perf_counter() - began - encoding
     start = time.perf_counter()
-    answers(TorchEngine(network, tokenizer, stops, ""), questions[:1], None)
+    generate_completions(TorchEngine(network, tokenizer, stops, ""), questions[:1], None)
     samples = (time.perf_counter() - start) * len(questions)
-    network, device, loss_of, optimizers = _prepare(tuned, config, given)
-    steps = Steps(
+    network, device, loss_of, optimizers = _prepare_training(trainable, config, request)
+    steps = ExampleSteps(
         examples,
         epochs=config.num_train_epochs,
-        size=config.batch_size,
-        accumulation=config.gradient_accumulation_steps,
+        batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         seed=0,
-        free=tuned.free,
+        padding_free=trainable.padding_free,
         device=device,
     )
     seconds, padded = _time_steps(examples, config, steps, device, loss_of, network, optimizers)
@@ -169,30 +175,35 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _prepare(tuned: Tuned, config: SftConfig, given: dict[str, Any]) -> tuple[Any, device, Any, list[Optimizer]]:
+def _prepare_training(
+    trainable: TrainableModel, config: SftConfig, request: dict[str, Any]
+) -> tuple[Any, device, Any, list[Optimizer]]:
     """Set up the trainable parameters; return (model, device, loss, optimizers)."""
     import torch
 
     from llmworks.train.distill import DistillConfig
-    from llmworks.train.finetune.distillation_loss import DIRECTIONS, taught
-    from llmworks.train.finetune.run import prepare
-    from llmworks.train.finetune.trainable import open_tuned
+    from llmworks.train.finetune.distillation_loss import BETAS, create_distillation_loss
+    from llmworks.train.finetune.run import prepare_trainable
+    from llmworks.train.finetune.trainable import open_trainable_model
     from llmworks.train.loop.losses import next_token_loss
-    from llmworks.train.loop.optimizers import optimizers_of
+    from llmworks.train.loop.optimizers import create_optimizers
     from llmworks.train.loop.packed import packed_loss
 
-    prepare(tuned, config)
-    network = tuned.network
+    prepare_trainable(trainable, config)
+    network = trainable.network
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device).train()
     if config.gradient_checkpointing and network.supports_gradient_checkpointing:
         network.activation_checkpointing_enable({"use_reentrant": False})
-    optimizers = optimizers_of(network, config.optimizer)
-    loss_of: Any = packed_loss if tuned.free else next_token_loss
+    optimizers = create_optimizers(network, config.optimizer)
+    loss_of: Any = packed_loss if trainable.padding_free else next_token_loss
     if isinstance(config, DistillConfig):
-        guide = open_tuned(Path(given["teacher"])).network.requires_grad_(False).eval().to(device)
-        loss_of = taught(
-            guide, beta=DIRECTIONS.get(config.divergence, 0.5), temperature=config.temperature, mix=config.ce_weight
+        teacher_model = open_trainable_model(Path(request["teacher"])).network.requires_grad_(False).eval().to(device)
+        loss_of = create_distillation_loss(
+            teacher_model,
+            beta=BETAS.get(config.divergence, 0.5),
+            temperature=config.temperature,
+            ce_weight=config.ce_weight,
         )
     return network, device, loss_of, optimizers
 
@@ -200,38 +211,38 @@ def _prepare(tuned: Tuned, config: SftConfig, given: dict[str, Any]) -> tuple[An
 def _time_steps(
     examples: list[Example],
     config: SftConfig,
-    steps: Steps,
+    steps: ExampleSteps,
     device: device,
     loss_of: Any,
     network: Any,
     optimizers: list[Optimizer],
 ) -> tuple[list[float], list[int]]:
     """Return seconds and padded tokens of some steps, the longest rows first."""
-    from llmworks.train.distributed.sharding import cast, resolved
+    from llmworks.train.distributed.sharding import autocast, resolve_precision
 
     longest = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))[-config.batch_size :]
     seconds: list[float] = []
     padded: list[int] = []
-    for batches in itertools.chain([[steps.part(longest)]], ([make() for make in parts] for parts in steps)):
+    for batches in itertools.chain([[steps.collate(longest)]], ([make() for make in parts] for parts in steps)):
         start = time.perf_counter()
         for batch in batches:
-            with cast(device, resolved(config.precision, device)):
+            with autocast(device, resolve_precision(config.precision, device)):
                 loss = loss_of(network, batch) / max(1, batch.labels)
             loss.backward()
-        update(network, optimizers)
+        step_optimizers(network, optimizers)
         seconds.append(time.perf_counter() - start)
         padded.append(sum(batch.ids.numel() for batch in batches))
-        if enough(seconds):
+        if is_enough(seconds):
             break
     return seconds, padded
 
 
-def enough(seconds: list[float]) -> bool:
+def is_enough(seconds: list[float]) -> bool:
     """Return whether these steps suffice for an estimate."""
-    return len(seconds) >= STEPS and (len(seconds) >= MOST or sum(seconds) >= ENOUGH)
+    return len(seconds) >= MIN_STEPS and (len(seconds) >= MAX_STEPS or sum(seconds) >= MIN_SECONDS)
 
 
-def update(network: Any, optimizers: list[Any]) -> None:
+def step_optimizers(network: Any, optimizers: list[Any]) -> None:
     """Clip gradients and apply the optimizers."""
     import torch
 
@@ -241,8 +252,8 @@ def update(network: Any, optimizers: list[Any]) -> None:
         optimizer.zero_grad()
 
 
-def batches_of(
-    given: dict[str, Any], config: PretrainConfig, vocabulary: int, device: torch.device
+def create_batches(
+    request: dict[str, Any], config: PretrainConfig, vocabulary: int, device: torch.device
 ) -> list[PackedBatch]:
     """Return micro-batches of the first steps as the training will read them.
 
@@ -252,28 +263,34 @@ def batches_of(
     import torch
 
     from llmworks.core.artifact import Dataset
-    from llmworks.data.store.packed_tokens import Packed
+    from llmworks.data.store.packed_tokens import PackedDataset
     from llmworks.train.loop.packed import PackedBatch, PackedSteps
 
-    length = int(given["length"])
-    packed = Packed(Dataset(Path(given["data"]))) if given["data"] else None
+    length = int(request["length"])
+    packed = PackedDataset(Dataset(Path(request["data"]))) if request["data"] else None
     if packed is not None and len(packed) >= config.batch_size:
         return [
             make()
             for parts in PackedSteps(
-                packed, MOST, rows=config.batch_size, parts=1, length=length, seed=0, device=device
+                packed,
+                MAX_STEPS,
+                batch_size=config.batch_size,
+                num_micro_batches=1,
+                length=length,
+                seed=0,
+                device=device,
             )
             for make in parts
         ]
     ids = torch.randint(0, vocabulary, (config.batch_size, length), device=device)
     places = torch.arange(length, device=device).expand(config.batch_size, -1)
-    parted = torch.randint(1, length, (config.batch_size, 1), device=device)
-    parted[::2] = length
-    segments = (places >= parted).long()
+    boundaries = torch.randint(1, length, (config.batch_size, 1), device=device)
+    boundaries[::2] = length
+    segments = (places >= boundaries).long()
     return [
         PackedBatch(
             ids,
-            places - segments * parted,
+            places - segments * boundaries,
             segments,
             ids.clone(),
             config.batch_size * (length - 1),
@@ -283,24 +300,24 @@ def batches_of(
     ]
 
 
-def model_of(given: dict[str, Any]) -> Any:
+def create_model(request: dict[str, Any]) -> Any:
     """Create the requested model with random weights."""
-    if given["recurrent"]:
+    if request["recurrent"]:
         from llmworks.model.nn import recurrent
 
-        return recurrent.RecurrentForCausalLM(recurrent.RecurrentConfig(shape=given["shape"]))
+        return recurrent.RecurrentForCausalLM(recurrent.RecurrentModelConfig(shape=request["shape"]))
     from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 
-    return DecoderForCausalLM(DecoderConfig(shape=given["shape"]))
+    return DecoderForCausalLM(DecoderConfig(shape=request["shape"]))
 
 
-def peak() -> float:
+def measure_peak_memory() -> float:
     """Return the peak memory in bytes of this process, or of its GPU."""
     import torch
 
-    from llmworks.train.loop.loop import memory
+    from llmworks.train.loop.loop import peak_memory
 
-    return float(memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    return float(peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 if __name__ == "__main__":

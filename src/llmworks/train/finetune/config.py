@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from llmworks.core.artifact import Adapter, Config, Model
-from llmworks.tokenize.chat.named import CHOICES, Template
-from llmworks.train.distributed.config import DataParallel
+from llmworks.tokenize.chat.named import TEMPLATE_DESCRIPTION, Template
+from llmworks.train.distributed.config import DataParallelConfig
 from llmworks.train.finetune.lora_config import LoraConfig
 from llmworks.train.loop.schedule import OptimizerConfig
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class TuneConfig(Config):
     """What is trained, and on how much data."""
 
-    rates: ClassVar[Mapping[str, float]] = {
+    default_learning_rates: ClassVar[Mapping[str, float]] = {
         "full": 5e-5
     }  # default learning rates by method: the one for adapters is too large for all weights
 
@@ -46,7 +46,7 @@ class TuneConfig(Config):
     )
     max_length: int = Field(2048, gt=1, description="maximum sequence length in tokens")
     chat_template: Template = Field(
-        "keep", description=f"chat template used for training and saved with the model. {CHOICES}"
+        "keep", description=f"chat template used for training and saved with the model. {TEMPLATE_DESCRIPTION}"
     )
     golden: str = Field(
         "keep",
@@ -88,7 +88,9 @@ class TuneConfig(Config):
     def _rate(cls, values: Any) -> Any:
         given = values.get("optimizer", {}) if isinstance(values, dict) else None
         rate = (
-            cls.rates.get(values.get("method", cls.model_fields["method"].default)) if isinstance(given, dict) else None
+            cls.default_learning_rates.get(values.get("method", cls.model_fields["method"].default))
+            if isinstance(given, dict)
+            else None
         )
         return (
             {**values, "optimizer": {**given, "learning_rate": rate}}
@@ -107,12 +109,12 @@ class TuneConfig(Config):
         return self
 
     @property
-    def spread(self) -> DataParallel:
+    def parallelism(self) -> DataParallelConfig:
         """How training is parallelized over processes; a single process here."""
-        return DataParallel()
+        return DataParallelConfig()
 
     @property
-    def makes(self) -> type[Adapter] | type[Model]:
+    def artifact_type(self) -> type[Adapter] | type[Model]:
         """The kind of artifact that is made."""
         return Model if self.method == "full" else Adapter
 

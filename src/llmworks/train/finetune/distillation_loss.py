@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from llmworks.model.loss.linear_cross_entropy import chunk
-from llmworks.train.finetune.examples import Batch
-from llmworks.train.loop.losses import states_of
+from llmworks.model.loss.linear_cross_entropy import get_chunk_size
+from llmworks.train.finetune.examples import PaddedBatch
+from llmworks.train.loop.losses import get_label_states
 from llmworks.train.loop.packed import PackedBatch
 
-DIRECTIONS = {"forward_kl": 0.0, "reverse_kl": 1.0}
+BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}
 
 
 def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0) -> Tensor:
@@ -37,23 +37,25 @@ def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float
     return beta * (t.exp() * (t - middle)).sum(-1) + (1 - beta) * (s.exp() * (s - middle)).sum(-1)
 
 
-def taught(teacher: Any, *, beta: float, temperature: float, mix: float) -> Callable[[Any, Any], Tensor]:
+def create_distillation_loss(
+    teacher: Any, *, beta: float, temperature: float, ce_weight: float
+) -> Callable[[Any, Any], Tensor]:
     """Return the distillation loss of a batch for a teacher with the same vocabulary, summed over the labels.
 
     (1 - ce_weight) T^2 divergence + ce_weight cross-entropy. Logits are materialized in chunks.
     """
 
-    def loss(student: Any, batch: Batch | PackedBatch) -> Tensor:
+    def loss(student: Any, batch: PaddedBatch | PackedBatch) -> Tensor:
         with torch.no_grad():
-            right, guide, guide_head = states_of(teacher, batch)
-        labels, states, head = states_of(student, batch)
+            right, guide, guide_head = get_label_states(teacher, batch)
+        labels, states, head = get_label_states(student, batch)
         assert torch.equal(labels, right)
         total = states.new_zeros((), dtype=torch.float32)
-        step = chunk(student.config.vocab_size)
+        step = get_chunk_size(student.config.vocab_size)
         for first in range(0, len(states), step):
             part = slice(first, first + step)
             total = total + checkpoint(
-                _part,
+                _chunk_loss,
                 states[part],
                 guide[part],
                 labels[part],
@@ -61,7 +63,7 @@ def taught(teacher: Any, *, beta: float, temperature: float, mix: float) -> Call
                 guide_head,
                 beta,
                 temperature,
-                mix,
+                ce_weight,
                 use_reentrant=False,
             )
         return total
@@ -69,18 +71,18 @@ def taught(teacher: Any, *, beta: float, temperature: float, mix: float) -> Call
     return loss
 
 
-def _part(
+def _chunk_loss(
     states: Tensor,
-    guide: Tensor,
+    teacher_states: Tensor,
     labels: Tensor,
     head: Any,
-    guide_head: Any,
+    teacher_head: Any,
     beta: float,
     temperature: float,
-    mix: float,
+    ce_weight: float,
 ) -> Tensor:
     logits = head(states).float()
     with torch.no_grad():
-        wanted = guide_head(guide).float()
-    total = (1 - mix) * temperature**2 * divergence(logits, wanted, beta, temperature).sum()
-    return total + mix * F.cross_entropy(logits, labels, reduction="sum") if mix else total
+        teacher_logits = teacher_head(teacher_states).float()
+    total = (1 - ce_weight) * temperature**2 * divergence(logits, teacher_logits, beta, temperature).sum()
+    return total + ce_weight * F.cross_entropy(logits, labels, reduction="sum") if ce_weight else total

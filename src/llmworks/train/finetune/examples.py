@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from llmworks.core.errors import ModelError, RequestError, UserError
-from llmworks.data.conversations.training_rows import ids_of
+from llmworks.data.conversations.training_rows import tokenize_row
 from llmworks.data.store.rows import Row
-from llmworks.model.loss.linear_cross_entropy import IGNORED
+from llmworks.model.loss.linear_cross_entropy import IGNORE_INDEX
 from llmworks.train.loop.packed import PackedBatch
 
-BUCKET = 16  # batches per bucket that is sorted by length
+BATCHES_PER_BUCKET = 16  # batches per bucket that is sorted by length
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Batch:
+class PaddedBatch:
     """Right-padded examples.
 
     ids: [rows, length]; `rows` and `columns`: position of each label token; lengths: [rows].
@@ -57,35 +57,37 @@ class Batch:
         """Number of label tokens."""
         return len(self.rows)
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> PaddedBatch:
         """Move the batch to a device."""
-        return Batch(self.ids.to(device), self.rows.to(device), self.columns.to(device), self.lengths, self.where)
+        return PaddedBatch(self.ids.to(device), self.rows.to(device), self.columns.to(device), self.lengths, self.where)
 
 
-def make_example(tokenizer: Any, row: Row, max_tokens: int, *, last: bool = False, cut: bool = False) -> Example | str:
+def make_example(
+    tokenizer: Any, row: Row, max_length: int, *, last: bool = False, truncate: bool = False
+) -> Example | str:
     """Tokenize one row (conversation, `text`, or `prompt` and `completion`), or return why it cannot be trained on.
 
     `last`: train only on the last assistant turn. `truncate`: cut sequences that are too long at the end; otherwise
     they are rejected, since a truncated completion lacks its end token.
     """
     try:
-        ids, mask = ids_of(tokenizer, row)
+        ids, mask = tokenize_row(tokenizer, row)
     except (RequestError, ModelError, ValueError) as error:
         return str(error)
     if last:
-        mask = _last_run(mask)
-    if cut:
-        ids, mask = ids[:max_tokens], mask[:max_tokens]
+        mask = _keep_last_run(mask)
+    if truncate:
+        ids, mask = ids[:max_length], mask[:max_length]
     end = max((i for i, m in enumerate(mask) if m), default=0)
     ids, mask = ids[: end + 1], mask[: end + 1]  # tokens after the last label have no effect on the loss
     if not any(mask[1:]):
         return "no assistant tokens to train on" if "messages" in row else "no tokens to train on"
-    if len(ids) > max_tokens:
-        return f"{len(ids)} tokens, longer than max_length {max_tokens}"
+    if len(ids) > max_length:
+        return f"{len(ids)} tokens, longer than max_length {max_length}"
     return Example(tuple(ids), tuple(mask), str(row["id"]))
 
 
-def _last_run(mask: Sequence[int]) -> list[int]:
+def _keep_last_run(mask: Sequence[int]) -> list[int]:
     """Keep only the last run of ones."""
     end = max((i for i, m in enumerate(mask) if m), default=-1)
     begin = end
@@ -94,7 +96,7 @@ def _last_run(mask: Sequence[int]) -> list[int]:
     return [int(begin <= i <= end and bool(m)) for i, m in enumerate(mask)]
 
 
-def collate(examples: Sequence[Example]) -> Batch:
+def collate(examples: Sequence[Example]) -> PaddedBatch:
     """Pad on the right. Causal attention never attends to right padding, so no attention mask is needed.
 
     Padding has no labels.
@@ -106,16 +108,16 @@ def collate(examples: Sequence[Example]) -> Batch:
         ids[i, : len(e.ids)] = torch.tensor(e.ids)
         mask[i, 1 : len(e.ids)] = torch.tensor(e.mask[1:], dtype=torch.bool)
     rows, columns = mask.nonzero(as_tuple=True)
-    return Batch(ids, rows, columns, torch.tensor([len(e.ids) for e in examples]), where(examples))
+    return PaddedBatch(ids, rows, columns, torch.tensor([len(e.ids) for e in examples]), format_row_ids(examples))
 
 
-def joined(examples: Sequence[Example], device: torch.device | str = "cpu") -> PackedBatch:
+def collate_padding_free(examples: Sequence[Example], device: torch.device | str = "cpu") -> PackedBatch:
     """Concatenate examples in one row without padding; no attention across examples, positions restart at 0."""
     ids = torch.tensor([[i for e in examples for i in e.ids]], device=device)
     labels = torch.tensor(
         [
             [
-                i if m and place else IGNORED
+                i if m and place else IGNORE_INDEX
                 for e in examples
                 for place, (i, m) in enumerate(zip(e.ids, e.mask, strict=True))
             ]
@@ -124,16 +126,18 @@ def joined(examples: Sequence[Example], device: torch.device | str = "cpu") -> P
     )
     positions = torch.tensor([[place for e in examples for place in range(len(e.ids))]], device=device)
     segments = torch.tensor([[number for number, e in enumerate(examples) for _ in e.ids]], device=device)
-    return PackedBatch(ids, positions, segments, labels, sum(e.labels for e in examples), ids.shape[1], where(examples))
+    return PackedBatch(
+        ids, positions, segments, labels, sum(e.labels for e in examples), ids.shape[1], format_row_ids(examples)
+    )
 
 
-def where(examples: Sequence[Any]) -> str:
+def format_row_ids(examples: Sequence[Any]) -> str:
     """Name the rows of a batch, to find one that broke a training."""
     names = [e.id for e in examples if e.id]
     return f"rows {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else ""
 
 
-def plan_epoch(lengths: Sequence[int], size: int, seed: int, *, by_length: bool = True) -> list[list[int]]:
+def plan_epoch(lengths: Sequence[int], batch_size: int, seed: int, *, by_length: bool = True) -> list[list[int]]:
     """Return the example indices of one epoch's batches, shuffled.
 
     `by_length`: sort by length within buckets of 16 batches, so that there is little padding, then shuffle the batches.
@@ -142,19 +146,19 @@ def plan_epoch(lengths: Sequence[int], size: int, seed: int, *, by_length: bool 
     order = list(range(len(lengths)))
     rng.shuffle(order)
     if by_length:
-        span = size * BUCKET
+        span = batch_size * BATCHES_PER_BUCKET
         order = [
             i
             for start in range(0, len(order), span)
             for i in sorted(order[start : start + span], key=lambda j: lengths[j])
         ]
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     if by_length:
         rng.shuffle(batches)
     return batches
 
 
-class Steps(Sequence[list[Callable[[], Any]]]):
+class ExampleSteps(Sequence[list[Callable[[], Any]]]):
     """The steps of a training over examples, determined by the seed: each a list of factories of micro-batches.
 
     A micro-batch has `batch_size` examples. `padding_free`: examples are concatenated without padding, else padded;
@@ -170,37 +174,38 @@ class Steps(Sequence[list[Callable[[], Any]]]):
         examples: Sequence[Any],
         *,
         epochs: float,
-        size: int,
-        accumulation: int,
+        batch_size: int,
+        gradient_accumulation_steps: int,
         seed: int,
-        free: bool,
+        padding_free: bool,
         device: torch.device | str = "cpu",
-        share: tuple[int, int] = (0, 1),
-        cut: int = 0,
-        join: Callable[[Sequence[Any], Sequence[Any]], Any] | None = None,
+        shard: tuple[int, int] = (0, 1),
+        micro_batch_size: int = 0,
+        collate_fn: Callable[[Sequence[Any], Sequence[Any]], Any] | None = None,
     ) -> None:
-        self.examples, self.size, self.free, self.device, self.share, self.join = (
+        self.examples, self.micro_batch_size, self.padding_free, self.device, self.shard, self.collate_fn = (
             examples,
-            cut or size,
-            free,
+            micro_batch_size or batch_size,
+            padding_free,
             device,
-            share,
-            join,
+            shard,
+            collate_fn,
         )
         lengths = [len(e.ids) for e in examples]
-        wanted = max(1, round(epochs * -(-len(examples) // size)))
+        wanted = max(1, round(epochs * -(-len(examples) // batch_size)))
         parts: list[list[int]] = []
         epoch = 0
         while len(parts) < wanted:
-            parts += plan_epoch(lengths, size, seed * 1000 + epoch, by_length=not free)
+            parts += plan_epoch(lengths, batch_size, seed * 1000 + epoch, by_length=not padding_free)
             epoch += 1
         parts = parts[:wanted]
         self.steps = [
-            [i for part in parts[at : at + accumulation] for i in part] for at in range(0, len(parts), accumulation)
+            [i for part in parts[at : at + gradient_accumulation_steps] for i in part]
+            for at in range(0, len(parts), gradient_accumulation_steps)
         ]
-        self.steps = [step for whole in self.steps if (step := whole[: len(whole) // share[1] * share[1]])]
+        self.steps = [step for whole in self.steps if (step := whole[: len(whole) // shard[1] * shard[1]])]
         if not self.steps:
-            raise UserError(f"{len(examples)} rows cannot be divided among {share[1]} processes; start fewer processes")
+            raise UserError(f"{len(examples)} rows cannot be divided among {shard[1]} processes; start fewer processes")
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -213,14 +218,17 @@ class Steps(Sequence[list[Callable[[], Any]]]):
         """Return the factories of a step's micro-batches."""
         if isinstance(step, slice):
             return [self[i] for i in range(*step.indices(len(self)))]
-        at, shares = self.share
+        at, shares = self.shard
         whole = self.steps[step]
         own = whole[at * len(whole) // shares : (at + 1) * len(whole) // shares]
-        return [functools.partial(self.part, own[i : i + self.size], whole) for i in range(0, len(own), self.size)]
+        return [
+            functools.partial(self.collate, own[i : i + self.micro_batch_size], whole)
+            for i in range(0, len(own), self.micro_batch_size)
+        ]
 
-    def part(self, numbers: Sequence[int], step: Sequence[int] = ()) -> Any:
+    def collate(self, numbers: Sequence[int], step: Sequence[int] = ()) -> Any:
         """Collate these examples of a step as one batch."""
         some = [self.examples[i] for i in numbers]
-        if self.join is not None:
-            return self.join(some, [self.examples[i] for i in step or numbers])
-        return joined(some, self.device) if self.free else collate(some).to(self.device)
+        if self.collate_fn is not None:
+            return self.collate_fn(some, [self.examples[i] for i in step or numbers])
+        return collate_padding_free(some, self.device) if self.padding_free else collate(some).to(self.device)

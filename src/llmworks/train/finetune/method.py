@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Material:
+class TrainingData:
     """Tokenized data of a training.
 
     `examples`: training examples; `dropped`: (id, reason) of rows that cannot be trained on; `eval_examples`: held-out
@@ -21,15 +21,15 @@ class Material:
     """
 
     tokenizer: Any
-    stops: Sequence[int]
+    stop_ids: Sequence[int]
     examples: Sequence[Any]
-    set_aside: list[tuple[str, str]]
-    unseen: Sequence[Any]
-    questions: list[Row]
+    dropped: list[tuple[str, str]]
+    eval_examples: Sequence[Any]
+    prompt_rows: list[Row]
 
 
 @dataclass(frozen=True)
-class Way:
+class TrainMethod:
     """What differs between training methods.
 
     `collate`: make a batch of some examples, given all examples of the step; `evaluate`: metrics of held-out examples,
@@ -41,10 +41,10 @@ class Way:
     """
 
     loss: Callable[[Any, Any], Any]
-    join: Callable[[Sequence[Any], Sequence[Any]], Any]
-    look: Callable[[Any, Sequence[Any]], dict[str, float]]
-    said: Callable[[Mapping[str, float]], str]
-    told: Callable[[], Mapping[str, float]] | None = None
+    collate: Callable[[Sequence[Any], Sequence[Any]], Any]
+    evaluate: Callable[[Any, Sequence[Any]], dict[str, float]]
+    format_metrics: Callable[[Mapping[str, float]], str]
+    step_metrics: Callable[[], Mapping[str, float]] | None = None
     steps: Sequence[Any] | None = None
-    again: Callable[[], bool] | None = None
-    done: Callable[[], None] | None = None
+    needs_final_evaluation: Callable[[], bool] | None = None
+    on_train_end: Callable[[], None] | None = None

@@ -15,16 +15,16 @@ from llmworks.core.artifact import Adapter, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import GoldenMismatch, ModelError, TrainingError, UserError
 from llmworks.core.report import ReportBuilder
-from llmworks.train.distributed.config import share_of
+from llmworks.train.distributed.config import get_micro_batch_rows
 from llmworks.train.finetune.config import TuneConfig
-from llmworks.train.finetune.method import Material, Way
+from llmworks.train.finetune.method import TrainingData, TrainMethod
 
 if TYPE_CHECKING:
     from llmworks.train.distributed.world import World
-    from llmworks.train.finetune.examples import Steps
-    from llmworks.train.finetune.trainable import Tuned
-    from llmworks.train.loop.early_stopping import Best
-    from llmworks.train.loop.loop import Habits
+    from llmworks.train.finetune.examples import ExampleSteps
+    from llmworks.train.finetune.trainable import TrainableModel
+    from llmworks.train.loop.early_stopping import EarlyStopping
+    from llmworks.train.loop.loop import LoopConfig
 
 
 Describe = Callable[
@@ -32,23 +32,23 @@ Describe = Callable[
     None,
 ]
 
-Finish = Callable[["Tuned", dict[str, Any]], Adapter | Model]
+Finish = Callable[["TrainableModel", dict[str, Any]], Adapter | Model]
 
 
-def require_held_out(config: TuneConfig, *, given: bool) -> None:
+def require_eval_data(config: TuneConfig, *, given: bool) -> None:
     """Raise UserError if a config evaluates on an eval set that is not given."""
     if (config.metric_for_best_model or config.eval_steps) and not given:
         field = "metric_for_best_model" if config.metric_for_best_model else "eval_steps"
         raise UserError(f"config.{field} needs held-out rows; provide them as eval_data")
 
 
-def tune(
+def run_training(
     config: TuneConfig,
     model: Model,
     ctx: Context,
     world: World,
-    material: Material,
-    way_of: Callable[[Tuned, Material], Way],
+    training_data: TrainingData,
+    create_method: Callable[[TrainableModel, TrainingData], TrainMethod],
     describe: Describe,
     *,
     adapter: Adapter | None = None,
@@ -61,78 +61,100 @@ def tune(
     """
     import torch
 
-    from llmworks.train.distributed.sharding import cast, place
-    from llmworks.train.finetune.trainable import open_tuned
+    from llmworks.train.distributed.sharding import autocast, distribute_model
+    from llmworks.train.finetune.trainable import open_trainable_model
     from llmworks.train.loop.loop import train
 
-    tuned = open_tuned(model.path)
-    before = _answers_before(material, world, adapter, tuned, model, ctx)
+    trainable = open_trainable_model(model.path)
+    before = _generate_before(training_data, world, adapter, trainable, model, ctx)
     torch.manual_seed(ctx.seed)
-    precision, network = _prepare_network(tuned, config, adapter, world)
-    with cast(world.device, precision):  # so that reference log-probabilities use the policy's precision
-        way = way_of(tuned, material)
-    steps = _steps_of(config, world, way, material, ctx, tuned)
-    placed = place(network, config.spread, world, precision=precision)
-    whole = _whole_of(tuned, config, world, model, adapter)
+    precision, network = _prepare_network(trainable, config, adapter, world)
+    with autocast(world.device, precision):  # so that reference log-probabilities use the policy's precision
+        method = create_method(trainable, training_data)
+    steps = _create_steps(config, world, method, training_data, ctx, trainable)
+    distributed_model = distribute_model(network, config.parallelism, world, precision=precision)
+    full_model = _open_full_model(trainable, config, world, model, adapter)
 
-    def look(step: int) -> dict[str, float]:
-        placed.gather(whole.network if world.first else None)
-        if not world.first:
+    def evaluate(step: int) -> dict[str, float]:
+        distributed_model.gather_weights(full_model.network if world.is_main else None)
+        if not world.is_main:
             return {}
-        with cast(world.device, precision):
-            found = way.look(whole.network, material.unseen)
-        ctx.progress.say(f"step {step + 1}: {way.said(found)}")
+        with autocast(world.device, precision):
+            found = method.evaluate(full_model.network, training_data.eval_examples)
+        ctx.progress.log(f"step {step + 1}: {method.format_metrics(found)}")
         return found
 
-    best, habits = _habits_of(config, ctx, precision, material, look, way)
+    early_stopping, loop_config = _create_loop_config(config, ctx, precision, training_data, evaluate, method)
     metrics: dict[str, Any] = dict(
-        train(placed, steps, way.loss, config.optimizer, habits, scratch=ctx.scratch, progress=ctx.progress)
+        train(
+            distributed_model,
+            steps,
+            method.loss,
+            config.optimizer,
+            loop_config,
+            scratch=ctx.scratch,
+            progress=ctx.progress,
+        )
     )
-    placed.gather(whole.network if world.first else None)
-    if world.first and material.unseen and way.again is not None and way.again():
-        with cast(world.device, precision):
-            way.look(whole.network, material.unseen)
-    if way.done is not None:
-        way.done()
-    if not world.first:
-        made: Adapter | Model = config.makes(ctx.out)
+    distributed_model.gather_weights(full_model.network if world.is_main else None)
+    if (
+        world.is_main
+        and training_data.eval_examples
+        and method.needs_final_evaluation is not None
+        and method.needs_final_evaluation()
+    ):
+        with autocast(world.device, precision):
+            method.evaluate(full_model.network, training_data.eval_examples)
+    if method.on_train_end is not None:
+        method.on_train_end()
+    if not world.is_main:
+        made: Adapter | Model = config.artifact_type(ctx.out)
         return made
-    whole.network.to("cpu").eval()
-    metrics |= looked(ctx.progress.read_metrics(), None if best is None else best.step)
+    full_model.network.to("cpu").eval()
+    metrics |= get_eval_metrics(
+        ctx.progress.read_metrics(), None if early_stopping is None else early_stopping.best_step
+    )
     if finish is not None:
-        return finish(whole, metrics)
-    return _finish(config, model, material, ctx, whole, before, metrics, describe)
+        return finish(full_model, metrics)
+    return _save_result(config, model, training_data, ctx, full_model, before, metrics, describe)
 
 
-def _answers_before(
-    material: Material, world: World, adapter: Adapter | None, tuned: Tuned, model: Model, ctx: Context
+def _generate_before(
+    training_data: TrainingData,
+    world: World,
+    adapter: Adapter | None,
+    trainable: TrainableModel,
+    model: Model,
+    ctx: Context,
 ) -> list[str]:
     """Generate completions of the held-out prompts before training."""
     from llmworks.generate.engines.torch import TorchEngine
-    from llmworks.train.finetune.generation_check import answers
+    from llmworks.train.finetune.generation_check import generate_completions
 
     before: list[str] = []
-    if material.questions and world.first:  # on the CPU, before the model moves to its device
+    if training_data.prompt_rows and world.is_main:  # on the CPU, before the model moves to its device
         engine = (
-            TorchEngine(tuned.network, material.tokenizer, material.stops, model.name)
+            TorchEngine(trainable.network, training_data.tokenizer, training_data.stop_ids, model.name)
             if adapter is None
             else TorchEngine.open(model.path, adapter=adapter.path)
         )
-        before = answers(engine, material.questions, ctx.scratch / "before.json")
+        before = generate_completions(engine, training_data.prompt_rows, ctx.scratch / "before.json")
     return before
 
 
-def _prepare_network(tuned: Tuned, config: TuneConfig, adapter: Adapter | None, world: World) -> tuple[str, Any]:
+def _prepare_network(
+    trainable: TrainableModel, config: TuneConfig, adapter: Adapter | None, world: World
+) -> tuple[str, Any]:
     """Select the trainable parameters, precision and device."""
-    from llmworks.train.distributed.sharding import resolved
+    from llmworks.train.distributed.sharding import resolve_precision
 
-    prepare(tuned, config, adapter)
-    precision = resolved(config.precision, world.device, spread=config.spread.data_parallel == "fsdp")
+    prepare_trainable(trainable, config, adapter)
+    precision = resolve_precision(config.precision, world.device, sharded=config.parallelism.data_parallel == "fsdp")
     if (
-        precision != "fp32" and config.method == "lora" and config.spread.data_parallel != "fsdp"
+        precision != "fp32" and config.method == "lora" and config.parallelism.data_parallel != "fsdp"
     ):  # FSDP shards need one dtype
-        tuned.narrow(precision)
-    network = tuned.network.to(world.device)
+        trainable.cast_frozen_weights(precision)
+    network = trainable.network.to(world.device)
     if config.gradient_checkpointing:
         if not network.supports_gradient_checkpointing:
             raise UserError("config.gradient_checkpointing: this architecture does not support it")
@@ -140,132 +162,139 @@ def _prepare_network(tuned: Tuned, config: TuneConfig, adapter: Adapter | None, 
     return precision, network
 
 
-def _steps_of(
-    config: TuneConfig, world: World, way: Way, material: Material, ctx: Context, tuned: Tuned
-) -> Sequence[Any] | Steps:
+def _create_steps(
+    config: TuneConfig,
+    world: World,
+    method: TrainMethod,
+    training_data: TrainingData,
+    ctx: Context,
+    trainable: TrainableModel,
+) -> Sequence[Any] | ExampleSteps:
     """Return the steps: those of the method, else batches of the examples."""
-    from llmworks.train.finetune.examples import Steps
+    from llmworks.train.finetune.examples import ExampleSteps
 
-    each, shares = config.batch_size * config.gradient_accumulation_steps, world.count("data")
-    size = share_of(each, shares, config.batch_size)
+    each, shares = config.batch_size * config.gradient_accumulation_steps, world.get_axis_size("data")
+    size = get_micro_batch_rows(each, shares, config.batch_size)
     steps = (
-        way.steps
-        if way.steps is not None
-        else Steps(
-            material.examples,
+        method.steps
+        if method.steps is not None
+        else ExampleSteps(
+            training_data.examples,
             epochs=config.num_train_epochs,
-            size=config.batch_size,
-            accumulation=config.gradient_accumulation_steps,
+            batch_size=config.batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
             seed=ctx.seed,
-            free=tuned.free,
-            join=way.join,
-            share=(world.at("data"), shares),
-            cut=size,
+            padding_free=trainable.padding_free,
+            collate_fn=method.collate,
+            shard=(world.get_axis_rank("data"), shares),
+            micro_batch_size=size,
         )
     )
     return steps
 
 
-def _whole_of(tuned: Tuned, config: TuneConfig, world: World, model: Model, adapter: Adapter | None) -> Tuned:
+def _open_full_model(
+    trainable: TrainableModel, config: TuneConfig, world: World, model: Model, adapter: Adapter | None
+) -> TrainableModel:
     """Return the full model that the first process evaluates and saves: a second copy if weights are sharded."""
-    from llmworks.train.finetune.trainable import open_tuned
-    from llmworks.train.pretrain import parallel_whole
+    from llmworks.train.finetune.trainable import open_trainable_model
+    from llmworks.train.pretrain import holds_all_weights
 
-    whole = tuned
-    if not parallel_whole(config.spread, world.size) and world.first:
-        whole = open_tuned(model.path)
-        prepare(whole, config, adapter)
+    whole = trainable
+    if not holds_all_weights(config.parallelism, world.size) and world.is_main:
+        whole = open_trainable_model(model.path)
+        prepare_trainable(whole, config, adapter)
         whole.network.to(world.device)
     return whole
 
 
-def _habits_of(
+def _create_loop_config(
     config: TuneConfig,
     ctx: Context,
     precision: str,
-    material: Material,
-    look: Callable[[int], dict[str, float]],
-    way: Way,
-) -> tuple[Best | None, Habits]:
+    training_data: TrainingData,
+    evaluate: Callable[[int], dict[str, float]],
+    method: TrainMethod,
+) -> tuple[EarlyStopping | None, LoopConfig]:
     """Create early stopping, if configured, and the loop settings."""
-    from llmworks.train.loop.early_stopping import Best
-    from llmworks.train.loop.loop import Habits
+    from llmworks.train.loop.early_stopping import EarlyStopping
+    from llmworks.train.loop.loop import LoopConfig
 
-    best = (
-        Best(config.metric_for_best_model, ctx.scratch, config.early_stopping_patience)
+    early_stopping = (
+        EarlyStopping(config.metric_for_best_model, ctx.scratch, config.early_stopping_patience)
         if config.metric_for_best_model
         else None
     )
-    habits = Habits(
+    loop_config = LoopConfig(
         config.save_steps,
         precision=precision,
-        look=look if material.unseen else None,
-        look_every=config.eval_steps,
-        best=best,
-        faster={"b": config.lora.loraplus_lr_ratio} if config.lora.loraplus_lr_ratio > 1 else {},
-        told=way.told,
+        evaluate=evaluate if training_data.eval_examples else None,
+        eval_steps=config.eval_steps,
+        early_stopping=early_stopping,
+        lr_multipliers={"b": config.lora.loraplus_lr_ratio} if config.lora.loraplus_lr_ratio > 1 else {},
+        step_metrics=method.step_metrics,
     )
-    return best, habits
+    return early_stopping, loop_config
 
 
-def looked(rows: Sequence[Mapping[str, Any]], best: int | None) -> dict[str, Any]:
+def get_eval_metrics(rows: Sequence[Mapping[str, Any]], best_step: int | None) -> dict[str, Any]:
     """Return the metrics of the evaluation of the saved weights."""
-    looks = [row for row in rows if "eval_loss" in row]
-    if not looks:
+    evaluations = [row for row in rows if "eval_loss" in row]
+    if not evaluations:
         return {}
-    chosen = next((row for row in looks if row["step"] == best), looks[-1])
+    evaluation = next((row for row in evaluations if row["step"] == best_step), evaluations[-1])
     return {
-        "eval_loss": round(chosen["eval_loss"], 5),
-        **({"accuracy": round(chosen["accuracy"], 5)} if "accuracy" in chosen else {}),
-        "best_step": chosen["step"],
+        "eval_loss": round(evaluation["eval_loss"], 5),
+        **({"accuracy": round(evaluation["accuracy"], 5)} if "accuracy" in evaluation else {}),
+        "best_step": evaluation["step"],
     }
 
 
-def save_records(ctx: Context, set_aside: Sequence[tuple[str, str]]) -> None:
+def save_records(ctx: Context, dropped: Sequence[tuple[str, str]]) -> None:
     """Save step metrics and dropped rows with their reasons beside the result."""
     if ctx.progress.metrics is not None:
         shutil.copyfile(ctx.progress.metrics, ctx.out / "metrics.jsonl")
-    if set_aside:
-        lines = [json.dumps({"id": id, "reason": reason}, ensure_ascii=False) + "\n" for id, reason in set_aside]
+    if dropped:
+        lines = [json.dumps({"id": id, "reason": reason}, ensure_ascii=False) + "\n" for id, reason in dropped]
         (ctx.out / "set_aside.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def _finish(
+def _save_result(
     config: TuneConfig,
     model: Model,
-    material: Material,
+    training_data: TrainingData,
     ctx: Context,
-    tuned: Tuned,
+    trainable: TrainableModel,
     before: list[str],
     metrics: dict[str, Any],
     describe: Describe,
 ) -> Adapter | Model:
     """Save the model, generate completions again, write the report, and record golden tokens."""
     from llmworks.generate.engines.torch import TorchEngine
-    from llmworks.model.golden import record as recorded
-    from llmworks.model.golden import torch_logits
-    from llmworks.tokenize.chat.golden import record
-    from llmworks.train.finetune.generation_check import answers, write_samples
+    from llmworks.model.golden import make_logits_function
+    from llmworks.model.golden import record_golden as recorded
+    from llmworks.tokenize.chat.golden import record_golden
+    from llmworks.train.finetune.generation_check import generate_completions, write_samples
 
     rows = ctx.progress.read_metrics()
     metrics |= {
-        "rows": len(material.examples),
-        "dropped": len(material.set_aside),
-        "trainable_parameters": tuned.trained,
+        "rows": len(training_data.examples),
+        "dropped": len(training_data.dropped),
+        "trainable_parameters": trainable.num_trainable_parameters,
     }
-    tuned.save(ctx.out, model.ref or model.name)
-    material.tokenizer.save_pretrained(ctx.out)
-    save_records(ctx, material.set_aside)
+    trainable.save(ctx.out, model.ref or model.name)
+    training_data.tokenizer.save_pretrained(ctx.out)
+    save_records(ctx, training_data.dropped)
     engine = (
         TorchEngine.open(model.path, adapter=ctx.out)
-        if tuned.soft or tuned.narrowed
-        else TorchEngine(tuned.network, material.tokenizer, material.stops, model.name)
+        if trainable.is_soft_prompt or trainable.is_cast
+        else TorchEngine(trainable.network, training_data.tokenizer, training_data.stop_ids, model.name)
     )
-    after = answers(engine, material.questions, None) if material.questions else []
-    describe(ctx.report, model.name, rows, metrics, config.model_dump(), material.set_aside)
-    warnings = write_samples(ctx.report, material.questions, before, after)
+    after = generate_completions(engine, training_data.prompt_rows, None) if training_data.prompt_rows else []
+    describe(ctx.report, model.name, rows, metrics, config.model_dump(), training_data.dropped)
+    warnings = write_samples(ctx.report, training_data.prompt_rows, before, after)
     for warning in warnings:
-        ctx.progress.say(f"warning: {warning}")
+        ctx.progress.log(f"warning: {warning}")
     metrics["warnings"] = len(warnings)
     if config.method == "full":  # from the files that were written, in their dtype
         return Model(
@@ -274,7 +303,7 @@ def _finish(
             golden=recorded(ctx.out),
             about={"format": "hf", "architecture": str(model.about.get("architecture", ""))},
         )
-    golden = record(material.tokenizer, material.stops, torch_logits(engine.model))
+    golden = record_golden(training_data.tokenizer, training_data.stop_ids, make_logits_function(engine.model))
     return Adapter(
         ctx.out,
         metrics=metrics,
@@ -282,28 +311,28 @@ def _finish(
         about={
             "base": model.digest,
             "method": config.method,
-            **({"rank": tuned.lora.rank} if tuned.lora is not None else {}),
+            **({"rank": trainable.lora.rank} if trainable.lora is not None else {}),
             "template": config.chat_template,
-            "base_kept": "nf4" if tuned.kept else "as-is",
+            "base_kept": "nf4" if trainable.quantization else "as-is",
         },
     )
 
 
-def prepare(tuned: Any, config: Any, adapter: Adapter | None = None) -> None:
+def prepare_trainable(trainable: Any, config: Any, adapter: Adapter | None = None) -> None:
     """Set up the trainable parameters. Seed torch before: a new adapter is initialized randomly."""
     if adapter is not None:
-        tuned.go_on(adapter.path)
+        trainable.load_adapter(adapter.path)
     elif config.method == "lora":
-        tuned.adapt(config.lora)
+        trainable.add_adapter(config.lora)
     elif config.method in ("prompt_tuning", "prefix_tuning"):
-        tuned.put_before(
+        trainable.add_soft_prompt(
             config.method, config.soft_prompt.num_virtual_tokens, config.soft_prompt.prompt_tuning_init_text
         )
     else:
-        tuned.freeze(config.freeze)
+        trainable.freeze(config.freeze)
 
 
-def in_memory(error: RuntimeError) -> TrainingError | None:
+def explain_out_of_memory(error: RuntimeError) -> TrainingError | None:
     """Return the error to raise when a step ran out of memory; None for any other error."""
     if "allocate memory" not in str(error) and "out of memory" not in str(error):
         return None
@@ -322,7 +351,7 @@ def require_directory(model: Model) -> None:
         )
 
 
-def context_of(model: Model) -> int:
+def get_context_length(model: Model) -> int:
     """Return a model's maximum context length in tokens."""
     from llmworks.tokenize.load import read_json
 
@@ -334,14 +363,14 @@ def context_of(model: Model) -> int:
 
 
 def check_golden(
-    config: TuneConfig, model: Model | Adapter, tokenizer: Any, stops: Sequence[int], stage: str = "train.sft"
+    config: TuneConfig, model: Model | Adapter, tokenizer: Any, stop_ids: Sequence[int], stage: str = "train.sft"
 ) -> None:
     """Check that the model's golden tokens replay, or may change. GoldenMismatch, with what to do, otherwise."""
-    from llmworks.tokenize.chat.golden import require
+    from llmworks.tokenize.chat.golden import require_replay
 
     if model.golden is not None and config.golden == "keep":
         try:
-            require(model.golden, tokenizer, stops, step=f"{stage} (golden: keep)")
+            require_replay(model.golden, tokenizer, stop_ids, step=f"{stage} (golden: keep)")
         except GoldenMismatch as error:
             raise GoldenMismatch(
                 f"{error}; if the template is meant to change (chat_template: {config.chat_template}), set golden to"

@@ -19,21 +19,21 @@ from torch import nn
 
 from llmworks.core.errors import MissingDependency, ModelError
 from llmworks.model.io.decoder_files import to_standard
-from llmworks.model.io.load import open_adaptable
+from llmworks.model.io.load import load_adaptable
 from llmworks.model.io.weights import read_header
 from llmworks.model.lora import adapter_io as adapter
 from llmworks.model.lora import lora
-from llmworks.model.lora.lora import Lora
-from llmworks.model.lowbit.nf4 import keep_in_nf4
+from llmworks.model.lora.lora import LoraSettings
+from llmworks.model.lowbit.nf4 import replace_with_nf4
 from llmworks.train.finetune.lora_config import LoraConfig
 
-KEPT = Path(__file__).with_name("adapter_readme.md").read_text(encoding="utf-8")
-HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+ADAPTER_README = Path(__file__).with_name("adapter_readme.md").read_text(encoding="utf-8")
+HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass
-class Tuned:
+class TrainableModel:
     """A model in training.
 
     `rename`: maps layer names to the names in the model's files; `padding_free`: whether it keeps sequences of one row
@@ -43,36 +43,36 @@ class Tuned:
     network: Any
     rename: Callable[[str], str]
     source: Path
-    free: bool
-    lora: Lora | None = None
-    kept: dict[str, Any] | None = None
-    soft: bool = False
-    narrowed: bool = False
+    padding_free: bool
+    lora: LoraSettings | None = None
+    quantization: dict[str, Any] | None = None
+    is_soft_prompt: bool = False
+    is_cast: bool = False
 
-    def adapt(self, config: LoraConfig) -> None:
+    def add_adapter(self, config: LoraConfig) -> None:
         """Freeze all weights and attach a new LoRA adapter. Seed torch before."""
-        self.lora = Lora(config.r, config.lora_alpha, config.lora_dropout, config.use_rslora, config.use_dora)
+        self.lora = LoraSettings(config.r, config.lora_alpha, config.lora_dropout, config.use_rslora, config.use_dora)
         if config.load_in_4bit:
-            names = lora.linear_layers(self.network)
-            keep_in_nf4(self.network, names, double=config.bnb_4bit_use_double_quant)
-            self.kept = {
+            names = lora.find_linear_layers(self.network)
+            replace_with_nf4(self.network, names, double_quant=config.bnb_4bit_use_double_quant)
+            self.quantization = {
                 "kept": "nf4",
                 "double": config.bnb_4bit_use_double_quant,
                 "layers": sorted(map(self.rename, names)),
             }
-        lora.attach(self.network, config.target_modules, self.lora, self.rename)
+        lora.attach_lora(self.network, config.target_modules, self.lora, self.rename)
 
-    def go_on(self, path: Path) -> None:
+    def load_adapter(self, path: Path) -> None:
         """Freeze all weights and load an existing LoRA adapter to continue training it.
 
         Errors: ModelError for an adapter that is not a LoRA, or is for other layers.
         """
         config, tensors = adapter.read_adapter(path)
-        kept = adapter.base_of(path)
+        kept = adapter.read_base_quantization(path)
         names = sorted(
             {name.removeprefix(adapter.PREFIX).rpartition(".lora_A")[0] for name in tensors if ".lora_A" in name}
         )
-        here = {self.rename(name): name for name in lora.linear_layers(self.network)}
+        here = {self.rename(name): name for name in lora.find_linear_layers(self.network)}
         if not names or any(name not in here for name in names):
             raise ModelError(
                 f"{path}: the adapter is for layers that this model does not have,"
@@ -83,7 +83,7 @@ class Tuned:
                 f"{path}: layers differ in rank or alpha; merge the adapter first (llmworks merge adapter) and"
                 " train a new one"
             )
-        self.lora = Lora(
+        self.lora = LoraSettings(
             int(config["r"]),
             float(config["lora_alpha"]),
             float(config.get("lora_dropout") or 0.0),
@@ -91,12 +91,14 @@ class Tuned:
             bool(config.get("use_dora")),
         )
         if kept:
-            keep_in_nf4(self.network, [here[name] for name in kept["layers"]], double=bool(kept.get("double")))
-            self.kept = kept
-        lora.attach_to(self.network, [here[name] for name in names], self.lora)
-        adapter.load_state(self.network, tensors, self.rename)
+            replace_with_nf4(
+                self.network, [here[name] for name in kept["layers"]], double_quant=bool(kept.get("double"))
+            )
+            self.quantization = kept
+        lora.attach_lora_to(self.network, [here[name] for name in names], self.lora)
+        adapter.load_adapter_state(self.network, tensors, self.rename)
 
-    def put_before(self, kind: str, tokens: int, text: str) -> None:
+    def add_soft_prompt(self, kind: str, num_virtual_tokens: int, init_text: str) -> None:
         """Freeze all weights and prepend a soft prompt: prompt tuning or prefix tuning, through peft.
 
         `kind`: prompt or prefix. A prompt is initialized from `init_text`, or from sampled tokens if it is empty.
@@ -110,19 +112,19 @@ class Tuned:
 
         from llmworks.model.io.load import load_model
 
-        self.network, self.rename, self.free, self.soft = load_model(self.source), str, False, True
-        config: Any = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+        self.network, self.rename, self.padding_free, self.is_soft_prompt = load_model(self.source), str, False, True
+        config: Any = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens)
         if kind == "prompt_tuning":
-            begins: dict[str, Any] = (
+            init_options: dict[str, Any] = (
                 {
                     "prompt_tuning_init": PromptTuningInit.TEXT,
-                    "prompt_tuning_init_text": text,
+                    "prompt_tuning_init_text": init_text,
                     "tokenizer_name_or_path": str(self.source),
                 }
-                if text
+                if init_text
                 else {"prompt_tuning_init": PromptTuningInit.SAMPLE_VOCAB}
             )
-            config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens, **begins)
+            config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, **init_options)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft uses a name that transformers renamed
             self.network = get_peft_model(self.network, config)
@@ -146,7 +148,7 @@ class Tuned:
         if not any(p.requires_grad for p in self.network.parameters()):
             raise ModelError("freeze: all weights are frozen; nothing is left to train")
 
-    def narrow(self, precision: str) -> None:
+    def cast_frozen_weights(self, precision: str) -> None:
         """Cast frozen linear weights to the autocast dtype: the same results in half the memory.
 
         Embeddings and LM head keep their dtype.
@@ -157,45 +159,47 @@ class Tuned:
                 and layer is not self.network.get_output_embeddings()
                 and not layer.weight.requires_grad
             ):
-                layer.weight.data = layer.weight.data.to(HALVES[precision])
-                self.narrowed = True
+                layer.weight.data = layer.weight.data.to(HALF_DTYPES[precision])
+                self.is_cast = True
 
     @property
-    def trained(self) -> int:
+    def num_trainable_parameters(self) -> int:
         """Number of trainable parameters."""
         return sum(p.numel() for p in self.network.parameters() if p.requires_grad)
 
     def save(self, out: Path, base_name: str) -> None:
         """Write the adapter, or the full model in the file format and dtype that it was loaded from."""
         if self.lora is not None:
-            adapter.save_adapter(self.network, out, self.lora, base_name=base_name, rename=self.rename, base=self.kept)
-            if self.kept is not None:
+            adapter.save_adapter(
+                self.network, out, self.lora, base_name=base_name, rename=self.rename, base=self.quantization
+            )
+            if self.quantization is not None:
                 (out / "README.md").write_text(
-                    KEPT.format(base=base_name, double=bool(self.kept["double"])), encoding="utf-8"
+                    ADAPTER_README.format(base=base_name, double=bool(self.quantization["double"])), encoding="utf-8"
                 )
             return
-        if self.soft:
+        if self.is_soft_prompt:
             config = self.network.peft_config["default"]
             config.base_model_name_or_path, config.tokenizer_name_or_path = base_name, None
             self.network.save_pretrained(out, save_embedding_layers=False)  # else peft queries the hub
             (out / "README.md").unlink(missing_ok=True)  # peft's empty model card
             return
-        save_like(self.network, self.source, out)
+        save_like_source(self.network, self.source, out)
 
 
-def open_tuned(path: Path) -> Tuned:
+def open_trainable_model(path: Path) -> TrainableModel:
     """Open the model of a directory in fp32, all weights trainable. ModelError for a broken directory."""
     from llmworks.model.nn.decoder import DecoderForCausalLM
 
-    network, rename = open_adaptable(path)
-    return Tuned(network, rename, path, isinstance(network, DecoderForCausalLM))
+    network, rename = load_adaptable(path)
+    return TrainableModel(network, rename, path, isinstance(network, DecoderForCausalLM))
 
 
-def save_like(network: nn.Module, source: Path, out: Path) -> None:
+def save_like_source(network: nn.Module, source: Path, out: Path) -> None:
     """Save a model's weights like its source: tensor names, dtype, config and generation config."""
     from safetensors.torch import save_file
 
-    from llmworks.model.io.families import shape_of
+    from llmworks.model.io.families import parse_shape
     from llmworks.model.nn.decoder import DecoderForCausalLM
     from llmworks.tokenize.load import read_json
 
@@ -205,12 +209,12 @@ def save_like(network: nn.Module, source: Path, out: Path) -> None:
         for name, entry in read_header(file).items()
         if name != "__metadata__"
     )
-    dtype = TYPES.get(formats.most_common(1)[0][0], torch.float32)
+    dtype = DTYPES.get(formats.most_common(1)[0][0], torch.float32)
     if isinstance(network, DecoderForCausalLM):
         state = {name: tensor.detach().to(dtype) for name, tensor in network.state_dict().items()}
         if network.shape.tie_word_embeddings:
             state.pop("head.weight", None)
-        kind, _ = shape_of(read_json(source / "config.json"))
+        kind, _ = parse_shape(read_json(source / "config.json"))
         save_file(
             {name: tensor.contiguous() for name, tensor in (to_standard(state, kind) if kind else state).items()},
             out / "model.safetensors",

@@ -31,7 +31,7 @@ STATE = "state.json"
 
 
 @dataclass
-class Running:
+class TrainingState:
     """The state of a training run that this process holds.
 
     `ema`: exponential moving average of the parameters, if one is kept; `scaler`: the fp16 gradient scaler.
@@ -39,23 +39,23 @@ class Running:
 
     parameters: Mapping[str, nn.Parameter]
     optimizers: Sequence[torch.optim.Optimizer]
-    average: dict[str, Tensor] = field(default_factory=dict)
+    ema: dict[str, Tensor] = field(default_factory=dict)
     scaler: Any = None
     world: World = field(default_factory=lambda: World(torch.device("cpu")))
 
-    def tensors(self) -> dict[str, Any]:
+    def get_tensors(self) -> dict[str, Any]:
         """Return all tensors of the run, by name."""
-        found: dict[str, Any] = {f"parameters.{name}": p.detach() for name, p in self.parameters.items()}
-        found |= {f"average.{name}": mean for name, mean in self.average.items()}
-        for name, (optimizer, p) in self._owners().items():
-            found |= {
+        tensors: dict[str, Any] = {f"parameters.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"average.{name}": mean for name, mean in self.ema.items()}
+        for name, (optimizer, p) in self._map_optimizers().items():
+            tensors |= {
                 f"moments.{name}.{key}": value
                 for key, value in optimizer.state.get(p, {}).items()
                 if isinstance(value, Tensor)
             }
-        return found
+        return tensors
 
-    def _owners(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Parameter]]:
+    def _map_optimizers(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Parameter]]:
         """Return each parameter with its optimizer, by parameter name."""
         names = {id(p): name for name, p in self.parameters.items()}
         return {
@@ -66,32 +66,36 @@ class Running:
         }
 
 
-def save(running: Running, step: int, scratch: Path, keep: int) -> None:
+def save(training_state: TrainingState, step: int, scratch: Path, save_total_limit: int) -> None:
     """Write the checkpoint after `step` finished steps and delete all but the newest `keep`.
 
     A collective operation: all processes take part.
 
     Errors: OSError for a full disk; existing checkpoints stay.
     """
-    world = running.world
+    world = training_state.world
     target = scratch / FOLDER / f"step-{step:09d}"
     temporary = target.with_suffix(".tmp")
-    if world.first:
+    if world.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    world.wait()
+    world.barrier()
     try:
         random = {f"random.{world.rank}": torch.get_rng_state()} | (
             {f"cuda.{world.rank}": torch.cuda.get_rng_state(world.device)} if world.device.type == "cuda" else {}
         )
-        with _unwarned():
-            write(running.tensors() | random, storage_writer=FileSystemWriter(temporary), no_dist=world.size == 1)
-        if world.first:
+        with _ignore_warnings():
+            write(
+                training_state.get_tensors() | random,
+                storage_writer=FileSystemWriter(temporary),
+                no_dist=world.size == 1,
+            )
+        if world.is_main:
             state = {
                 "step": step,
                 "processes": world.size,
-                "optimizers": [type(o).__name__ for o in running.optimizers],
-                "scaler": running.scaler.state_dict() if running.scaler is not None else {},
+                "optimizers": [type(o).__name__ for o in training_state.optimizers],
+                "scaler": training_state.scaler.state_dict() if training_state.scaler is not None else {},
             }
             with (temporary / STATE).open("w", encoding="utf-8") as stream:
                 json.dump(state, stream)
@@ -107,33 +111,33 @@ def save(running: Running, step: int, scratch: Path, keep: int) -> None:
                 else TrainingError(f"{temporary}: cannot write the checkpoint ({type(first).__name__}: {first})")
             ) from None
         raise
-    if world.first:
+    if world.is_main:
         temporary.replace(target)
-        for old in found(scratch)[:-keep]:
+        for old in list_checkpoints(scratch)[:-save_total_limit]:
             shutil.rmtree(old)
-    world.wait()
+    world.barrier()
 
 
-def found(scratch: Path) -> list[Path]:
+def list_checkpoints(scratch: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
     return sorted(path for path in (scratch / FOLDER).glob("step-*") if path.suffix != ".tmp")
 
 
-def resume(running: Running, scratch: Path) -> int:
+def resume(training_state: TrainingState, scratch: Path) -> int:
     """Load the newest checkpoint, if there is one, and return the number of finished steps.
 
     A collective operation. The number of processes may differ from the one that wrote the checkpoint.
 
     Errors: TrainingError for an unreadable checkpoint, or one of another model or optimizer.
     """
-    world = running.world
-    files = found(scratch)
+    world = training_state.world
+    files = list_checkpoints(scratch)
     if not files:
         return 0
     folder = files[-1]
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        made_by, processes, finished, scaler = (
+        optimizer_names, processes, finished, scaler = (
             state["optimizers"],
             int(state["processes"]),
             int(state["step"]),
@@ -146,29 +150,32 @@ def resume(running: Running, scratch: Path) -> int:
             if hasattr(entry, "size")
         }
     except Exception as error:  # torch raises many exception types for a broken file
-        raise TrainingError(_broken(folder, error)) from None
-    wanted = _require_same(running, world, sizes, made_by, folder)
-    for name, (optimizer, p) in running._owners().items():  # optimizer moments exist only after the first step
+        raise TrainingError(_describe_broken(folder, error)) from None
+    wanted = _check_compatible(training_state, world, sizes, optimizer_names, folder)
+    for name, (
+        optimizer,
+        p,
+    ) in training_state._map_optimizers().items():  # optimizer moments exist only after the first step
         for key in [k for k in sizes if k.startswith(f"moments.{name}.") and "." not in k[len(f"moments.{name}.") :]]:
-            made = (
+            moment = (
                 torch.zeros_like(p.detach())
                 if sizes[key] == tuple(p.shape)
                 else torch.zeros(sizes[key], device=p.device)
             )
-            optimizer.state[p][key.rpartition(".")[2]] = made
-            wanted[key] = made
+            optimizer.state[p][key.rpartition(".")[2]] = moment
+            wanted[key] = moment
     random = {
         name: torch.empty(sizes[name], dtype=torch.uint8)
         for name in (f"random.{world.rank}", f"cuda.{world.rank}")
         if name in sizes
     }
     try:
-        with _unwarned():
+        with _ignore_warnings():
             load(wanted | random, storage_reader=reader, no_dist=world.size == 1)
     except (Exception, CheckpointException) as error:  # CheckpointException is not an Exception
-        raise TrainingError(_broken(folder, error)) from None
-    if running.scaler is not None:
-        running.scaler.load_state_dict(scaler)
+        raise TrainingError(_describe_broken(folder, error)) from None
+    if training_state.scaler is not None:
+        training_state.scaler.load_state_dict(scaler)
     if processes == world.size:  # with another number of processes the random states do not carry over
         torch.set_rng_state(random[f"random.{world.rank}"])
         if f"cuda.{world.rank}" in random and world.device.type == "cuda":
@@ -176,16 +183,16 @@ def resume(running: Running, scratch: Path) -> int:
     return finished
 
 
-def _require_same(
-    running: Running, world: World, sizes: dict[str, tuple[Any, ...]], made_by: Any, folder: Path
+def _check_compatible(
+    training_state: TrainingState, world: World, sizes: dict[str, tuple[Any, ...]], optimizer_names: Any, folder: Path
 ) -> dict[str, Any]:
     """Return the tensors to load. TrainingError for a checkpoint of another model or optimizer."""
-    wanted = running.tensors()
+    wanted = training_state.get_tensors()
     own = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     differs = next((name for name, size in own.items() if sizes.get(name) != size), "")
-    if not differs and world.count("pipeline") == 1:
+    if not differs and world.get_axis_size("pipeline") == 1:
         differs = next((name for name in sizes if name.startswith(("parameters.", "average.")) and name not in own), "")
-    if differs or made_by != [type(o).__name__ for o in running.optimizers]:
+    if differs or optimizer_names != [type(o).__name__ for o in training_state.optimizers]:
         what = differs.removeprefix("parameters.") if differs else "the optimizer"
         raise TrainingError(
             f"{folder}: checkpoint of another configuration ({what} differs); delete {folder.parent} to start over"
@@ -194,12 +201,12 @@ def _require_same(
 
 
 @contextlib.contextmanager
-def _unwarned() -> Iterator[None]:
+def _ignore_warnings() -> Iterator[None]:
     """Suppress torch's warning about a single process, which is intended here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def _broken(folder: Path, error: BaseException) -> str:
+def _describe_broken(folder: Path, error: BaseException) -> str:
     return f"{folder}: cannot read the checkpoint ({type(error).__name__}); delete it to resume from the previous one"

@@ -19,21 +19,21 @@ from torch import Tensor, nn
 
 from llmworks.core.errors import TrainingError
 from llmworks.core.progress import Progress
-from llmworks.train.distributed.pipeline import Pipelined
-from llmworks.train.distributed.sharding import Placed
+from llmworks.train.distributed.pipeline import PipelinedModel
+from llmworks.train.distributed.sharding import DistributedModel
 from llmworks.train.distributed.world import World
 from llmworks.train.loop import checkpoints
-from llmworks.train.loop.early_stopping import Best
-from llmworks.train.loop.loss_guard import Watch
-from llmworks.train.loop.optimizers import optimizers_of
+from llmworks.train.loop.early_stopping import EarlyStopping
+from llmworks.train.loop.loss_guard import LossGuard
+from llmworks.train.loop.optimizers import create_optimizers
 from llmworks.train.loop.schedule import OptimizerConfig, learning_rate
 
 if TYPE_CHECKING:
-    from llmworks.core.progress import Bar
-    from llmworks.train.loop.checkpoints import Running
+    from llmworks.core.progress import ProgressBar
+    from llmworks.train.loop.checkpoints import TrainingState
 
 
-class Batch(Protocol):
+class MicroBatch(Protocol):
     """What the loop needs of a micro-batch."""
 
     @property
@@ -48,34 +48,34 @@ class Batch(Protocol):
 
 
 @dataclass(frozen=True)
-class Habits:
+class LoopConfig:
     """Settings of the loop besides the optimizer.
 
     `evaluate(step)` runs every `eval_steps` steps and after the last one; the first process writes its result to the
     metrics.
     """
 
-    checkpoint_every: int
-    keep: int = 2
+    save_steps: int
+    save_total_limit: int = 2
     precision: str = "fp32"  # fp32, bf16 or fp16 under autocast; master weights stay fp32
-    average: float = 0.0  # EMA decay; the averaged weights are the result; 0 = off
-    spike: float = 0.0
-    look: Callable[[int], dict[str, float]] | None = None
-    look_every: int = 0
-    rate: Callable[[int], float] | None = None  # learning rate of a step, instead of the schedule
-    best: Best | None = None  # the weights of the best evaluation are the result
-    told: Callable[[], Mapping[str, float]] | None = None  # further metrics of a step, beside its loss
-    faster: Mapping[str, float] = field(
+    ema_decay: float = 0.0  # EMA decay; the averaged weights are the result; 0 = off
+    loss_spike_threshold: float = 0.0
+    evaluate: Callable[[int], dict[str, float]] | None = None
+    eval_steps: int = 0
+    lr_at_step: Callable[[int], float] | None = None  # learning rate of a step, instead of the schedule
+    early_stopping: EarlyStopping | None = None  # the weights of the best evaluation are the result
+    step_metrics: Callable[[], Mapping[str, float]] | None = None  # further metrics of a step, beside its loss
+    lr_multipliers: Mapping[str, float] = field(
         default_factory=dict
     )  # learning rate multiplier by the last component of the parameter name
 
 
 def train(
-    model: nn.Module | Placed | Pipelined,
+    model: nn.Module | DistributedModel | PipelinedModel,
     steps: Sequence[Sequence[Callable[[], Any]]],
     loss: Callable[[Any, Any], Tensor],
     config: OptimizerConfig,
-    habits: Habits,
+    loop_config: LoopConfig,
     *,
     scratch: Path,
     progress: Progress,
@@ -86,95 +86,122 @@ def train(
 
     Errors: TrainingError when the loss is not finite or spikes.
     """
-    placed = Placed(model, World(next(model.parameters()).device)) if isinstance(model, nn.Module) else model
-    best = habits.best
-    running, world = _running(placed, config, habits), placed.world
-    start = checkpoints.resume(running, scratch)
+    distributed_model = (
+        DistributedModel(model, World(next(model.parameters()).device)) if isinstance(model, nn.Module) else model
+    )
+    early_stopping = loop_config.early_stopping
+    training_state, world = _create_state(distributed_model, config, loop_config), distributed_model.world
+    start = checkpoints.resume(training_state, scratch)
     rows = [row for row in progress.read_metrics() if row.get("step", -1) < start]
-    progress.keep_metrics(rows)
-    if best is not None:
-        best.begin(world.agreed(rows))  # only the first process has them
-    watch = Watch(habits.spike, world.agreed([row["loss"] for row in rows if "loss" in row]))
-    network = placed.network
+    progress.rewrite_metrics(rows)
+    if early_stopping is not None:
+        early_stopping.restore_state(world.broadcast(rows))  # only the first process has them
+    loss_guard = LossGuard(
+        loop_config.loss_spike_threshold, world.broadcast([row["loss"] for row in rows if "loss" in row])
+    )
+    network = distributed_model.network
     network.train()
     with progress.bar("train", len(steps), "steps") as bar:
         bar.resume(start)
         if start:
-            progress.say(f"resuming from step {start} of {len(steps)}")
+            progress.log(f"resuming from step {start} of {len(steps)}")
         for step in range(start, len(steps)):
-            _take_step(habits, step, steps, config, running, world, placed, loss, watch, progress, bar)
+            _take_step(
+                loop_config,
+                step,
+                steps,
+                config,
+                training_state,
+                world,
+                distributed_model,
+                loss,
+                loss_guard,
+                progress,
+                bar,
+            )
             last = step + 1 == len(steps)
-            if habits.look is not None and (last or (habits.look_every and (step + 1) % habits.look_every == 0)):
-                with averaged(running), torch.random.fork_rng(enabled=True):
-                    seen = world.agreed(habits.look(step))
-                    progress.metric(step=step, **seen)
-                    enough = best is not None and best.heard(step, seen, placed.parameters, first=world.first)
+            if loop_config.evaluate is not None and (
+                last or (loop_config.eval_steps and (step + 1) % loop_config.eval_steps == 0)
+            ):
+                with use_ema_weights(training_state), torch.random.fork_rng(enabled=True):
+                    metrics = world.broadcast(loop_config.evaluate(step))
+                    progress.log_metrics(step=step, **metrics)
+                    should_stop = early_stopping is not None and early_stopping.update(
+                        step, metrics, distributed_model.parameters, is_main=world.is_main
+                    )
                 network.train()
-                if enough:
-                    progress.say(
-                        f"step {step + 1}: early stopping: no improvement of {best.metric if best else ''}"
-                        f" in {best.patience if best else 0} evaluations"
+                if should_stop:
+                    progress.log(
+                        f"step {step + 1}: early stopping: no improvement of"
+                        f" {early_stopping.metric if early_stopping else ''}"
+                        f" in {early_stopping.patience if early_stopping else 0} evaluations"
                     )
                     break
-            if (step + 1) % habits.checkpoint_every == 0 and not last:
-                checkpoints.save(running, step + 1, scratch, habits.keep)
-    world.wait()
-    if best is not None and best.step is not None:
-        best.restore(placed.parameters)
+            if (step + 1) % loop_config.save_steps == 0 and not last:
+                checkpoints.save(training_state, step + 1, scratch, loop_config.save_total_limit)
+    world.barrier()
+    if early_stopping is not None and early_stopping.best_step is not None:
+        early_stopping.load_best_weights(distributed_model.parameters)
     else:
         with torch.no_grad():
-            for name, mean in running.average.items():
-                running.parameters[name].copy_(mean)
+            for name, mean in training_state.ema.items():
+                training_state.parameters[name].copy_(mean)
     network.eval()
-    return summary([row for row in progress.read_metrics() if "loss" in row])
+    return summarize([row for row in progress.read_metrics() if "loss" in row])
 
 
 def _take_step(
-    habits: Habits,
+    loop_config: LoopConfig,
     step: int,
     steps: Sequence[Sequence[Callable[[], Any]]],
     config: OptimizerConfig,
-    running: Running,
+    training_state: TrainingState,
     world: World,
-    placed: Placed | Pipelined,
+    distributed_model: DistributedModel | PipelinedModel,
     loss: Callable[[Any, Any], Tensor],
-    watch: Watch,
+    loss_guard: LossGuard,
     progress: Progress,
-    bar: Bar,
+    bar: ProgressBar,
 ) -> None:
     """Run one optimizer step: forward, backward, gradient clipping, update, EMA, metrics."""
     began = time.monotonic()
-    rate = habits.rate(step) if habits.rate is not None else learning_rate(step, len(steps), config)
-    for group in (group for optimizer in running.optimizers for group in optimizer.param_groups):
+    rate = (
+        loop_config.lr_at_step(step) if loop_config.lr_at_step is not None else learning_rate(step, len(steps), config)
+    )
+    for group in (group for optimizer in training_state.optimizers for group in optimizer.param_groups):
         group["lr"] = rate * group.get("times", 1.0)
     batches = [make() for make in steps[step]]
     loaded = time.monotonic() - began
-    labels, tokens = (int(n) for n in world.total([sum(b.labels for b in batches), sum(b.tokens for b in batches)]))
+    labels, tokens = (
+        int(n) for n in world.sum_over_axis([sum(b.labels for b in batches), sum(b.tokens for b in batches)])
+    )
     if not labels:
         raise TrainingError("batch has no trainable tokens (all labels are masked)")
-    (total,) = world.total([placed.backward(batches, loss, labels, running.scaler, habits.precision)])
-    for optimizer in running.optimizers:
-        running.scaler.unscale_(optimizer)
-    norm = placed.clip(config.max_grad_norm)
+    (total,) = world.sum_over_axis(
+        [distributed_model.backward(batches, loss, labels, training_state.scaler, loop_config.precision)]
+    )
+    for optimizer in training_state.optimizers:
+        training_state.scaler.unscale_(optimizer)
+    norm = distributed_model.clip_gradients(config.max_grad_norm)
     batch = "; ".join(filter(None, (getattr(b, "where", "") for b in batches)))
-    watch.look(
+    loss_guard.check(
         step,
         len(steps),
         total,
         norm,
         batch + (f"; and the batches of {world.size - 1} other processes" if world.size > 1 else ""),
-        scaled=habits.precision == "fp16",
+        scaled=loop_config.precision == "fp16",
     )
-    for optimizer in running.optimizers:
-        running.scaler.step(optimizer)
+    for optimizer in training_state.optimizers:
+        training_state.scaler.step(optimizer)
         optimizer.zero_grad()
-    running.scaler.update()
-    for name, mean in running.average.items():
+    training_state.scaler.update()
+    for name, mean in training_state.ema.items():
         mean.lerp_(
-            running.parameters[name].detach(), 1 - min(habits.average, (1 + step) / (10 + step))
+            training_state.parameters[name].detach(), 1 - min(loop_config.ema_decay, (1 + step) / (10 + step))
         )  # warm-up: the initial weights are soon forgotten
     seconds = time.monotonic() - began
-    progress.metric(
+    progress.log_metrics(
         step=step,
         loss=total,
         learning_rate=rate,
@@ -183,45 +210,53 @@ def _take_step(
         num_label_tokens=labels,
         seconds=seconds,
         loading=loaded,
-        memory=memory(world.device),
-        **(habits.told() if habits.told is not None else {}),
+        memory=peak_memory(world.device),
+        **(loop_config.step_metrics() if loop_config.step_metrics is not None else {}),
     )
     bar.advance(1, loss=total, tokens_per_s=tokens / seconds)
 
 
-def _running(placed: Placed | Pipelined, config: OptimizerConfig, habits: Habits) -> checkpoints.Running:
-    if not placed.parameters:
+def _create_state(
+    distributed_model: DistributedModel | PipelinedModel, config: OptimizerConfig, loop_config: LoopConfig
+) -> checkpoints.TrainingState:
+    if not distributed_model.parameters:
         raise TrainingError("the model has no trainable parameters")
-    average = {name: p.detach().clone() for name, p in placed.parameters.items()} if habits.average else {}
-    scaler = torch.amp.GradScaler(placed.world.device.type, enabled=habits.precision == "fp16")
-    return checkpoints.Running(
-        placed.parameters, optimizers_of(placed.network, config, habits.faster), average, scaler, placed.world
+    ema = (
+        {name: p.detach().clone() for name, p in distributed_model.parameters.items()} if loop_config.ema_decay else {}
+    )
+    scaler = torch.amp.GradScaler(distributed_model.world.device.type, enabled=loop_config.precision == "fp16")
+    return checkpoints.TrainingState(
+        distributed_model.parameters,
+        create_optimizers(distributed_model.network, config, loop_config.lr_multipliers),
+        ema,
+        scaler,
+        distributed_model.world,
     )
 
 
 @contextlib.contextmanager
-def averaged(running: checkpoints.Running) -> Iterator[None]:
+def use_ema_weights(training_state: checkpoints.TrainingState) -> Iterator[None]:
     """Swap in the EMA weights, if there are any, for the duration of the context."""
-    own = {name: running.parameters[name].detach().clone() for name in running.average}
+    own = {name: training_state.parameters[name].detach().clone() for name in training_state.ema}
     with torch.no_grad():
-        for name, mean in running.average.items():
-            running.parameters[name].copy_(mean)
+        for name, mean in training_state.ema.items():
+            training_state.parameters[name].copy_(mean)
     try:
         yield
     finally:
         with torch.no_grad():
             for name, weight in own.items():
-                running.parameters[name].copy_(weight)
+                training_state.parameters[name].copy_(weight)
 
 
-def memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Return peak memory in bytes: of the GPU when training runs on one, else of this process (RSS)."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Summarize a finished training: mean loss of the first and last tenth, tokens, seconds, tokens per second."""
     tenth = max(1, len(rows) // 10)
     tokens, seconds = sum(r["tokens"] for r in rows), sum(r["seconds"] for r in rows)

@@ -38,8 +38,8 @@ class Lion(torch.optim.Optimizer):
                 momentum.mul_(b2).add_(p.grad, alpha=1 - b2)
 
 
-def optimizers_of(
-    model: nn.Module, config: OptimizerConfig, faster: Mapping[str, float] | None = None
+def create_optimizers(
+    model: nn.Module, config: OptimizerConfig, lr_multipliers: Mapping[str, float] | None = None
 ) -> list[torch.optim.Optimizer]:
     """Create the optimizers of all trainable parameters.
 
@@ -55,27 +55,32 @@ def optimizers_of(
         return [
             {"params": same, "weight_decay": d, "times": times}
             for params, d in ((decayed, decay), (rest, 0.0))
-            for times, some in _by_speed(params)
-            for same in _alike(some)
+            for times, some in _split_by_multiplier(params)
+            for same in _group_by_placement(some)
         ]
 
-    speeds = {id(p): (faster or {}).get(name.rpartition(".")[2], 1.0) for name, p in trained.items()}
+    multipliers = {id(p): (lr_multipliers or {}).get(name.rpartition(".")[2], 1.0) for name, p in trained.items()}
 
-    def _by_speed(params: list[nn.Parameter]) -> list[tuple[float, list[nn.Parameter]]]:
-        return [(times, [p for p in params if speeds[id(p)] == times]) for times in sorted(set(speeds.values()))]
+    def _split_by_multiplier(params: list[nn.Parameter]) -> list[tuple[float, list[nn.Parameter]]]:
+        return [
+            (lr_multiplier, [p for p in params if multipliers[id(p)] == lr_multiplier])
+            for lr_multiplier in sorted(set(multipliers.values()))
+        ]
 
     if config.name == "lion":
         return [Lion(groups(matrices, vectors), rate, betas)]
     if config.name == "adamw_8bit":
-        return [_eight_bit()(groups(matrices, vectors), lr=rate, betas=betas)]
+        return [_import_adamw_8bit()(groups(matrices, vectors), lr=rate, betas=betas)]
     if config.name == "muon":
-        inner = inner_matrices(model)
-        turned = [p for p in matrices if id(p) in inner]
+        inner = find_linear_weights(model)
+        muon_matrices = [p for p in matrices if id(p) in inner]
         other = [p for p in matrices if id(p) not in inner]
         # update RMS matched to AdamW's, so that one learning rate and one weight decay serve both (Liu et al. 2025,
         # arXiv:2502.16982)
         found: list[torch.optim.Optimizer] = (
-            [torch.optim.Muon(turned, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")] if turned else []
+            [torch.optim.Muon(muon_matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")]
+            if muon_matrices
+            else []
         )
         return [
             *found,
@@ -88,7 +93,7 @@ def optimizers_of(
     return [torch.optim.AdamW(groups(matrices, vectors), lr=rate, betas=betas, fused=True)]
 
 
-def _alike(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+def _group_by_placement(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Group parameters that one fused kernel may update together: same device mesh and same placements."""
     found: dict[Any, list[nn.Parameter]] = {}
     for p in params:
@@ -96,13 +101,13 @@ def _alike(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     return list(found.values())
 
 
-def inner_matrices(model: nn.Module) -> set[int]:
+def find_linear_weights(model: nn.Module) -> set[int]:
     """Return the ids of the weight matrices of all linear layers except the LM head."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     return {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
 
 
-def _eight_bit() -> Any:
+def _import_adamw_8bit() -> Any:
     try:
         from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, attr-defined, unused-ignore]
     except ImportError:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from llmworks.core.artifact import Dataset
 from llmworks.core.errors import DataError
-from llmworks.data.store.packed_tokens import Packed, stack
-from llmworks.model.loss.linear_cross_entropy import IGNORED
+from llmworks.data.store.packed_tokens import PackedDataset, collate_packed
+from llmworks.model.loss.linear_cross_entropy import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -43,30 +43,40 @@ class PackedSteps(Sequence[list[Callable[[], PackedBatch]]]):
 
     def __init__(
         self,
-        packed: Packed,
+        packed: PackedDataset,
         steps: int,
         *,
-        rows: int,
-        parts: int,
+        batch_size: int,
+        num_micro_batches: int,
         length: int,
         seed: int,
         device: torch.device | str = "cpu",
-        share: tuple[int, int] = (0, 1),
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
-        if len(packed) < rows * parts:
+        if len(packed) < batch_size * num_micro_batches:
             raise DataError(
-                f"the data has {len(packed):,} rows, a step needs {rows * parts:,} (batch_size {rows},"
-                f" gradient_accumulation_steps {parts}); provide more data, or make the step smaller"
+                f"the data has {len(packed):,} rows, a step needs {batch_size * num_micro_batches:,} (batch_size"
+                f" {batch_size},"
+                f" gradient_accumulation_steps {num_micro_batches}); provide more data, or make the step smaller"
             )
-        self.packed, self.steps, self.rows, self.parts, self.length, self.seed, self.device, self.share = (
+        (
+            self.packed,
+            self.steps,
+            self.batch_size,
+            self.num_micro_batches,
+            self.length,
+            self.seed,
+            self.device,
+            self.shard,
+        ) = (
             packed,
             steps,
-            rows,
-            parts,
+            batch_size,
+            num_micro_batches,
             length,
             seed,
             device,
-            share,
+            shard,
         )
 
     def __len__(self) -> int:
@@ -82,40 +92,45 @@ class PackedSteps(Sequence[list[Callable[[], PackedBatch]]]):
             return [self[i] for i in range(*step.indices(self.steps))]
         if not 0 <= step < self.steps:
             raise IndexError(step)
-        numbers, (at, shares) = self.numbers(step), self.share
+        numbers, (at, shares) = self.get_row_indices(step), self.shard
         numbers = numbers[at * len(numbers) // shares : (at + 1) * len(numbers) // shares]
-        return [functools.partial(self.batch, numbers[i : i + self.rows]) for i in range(0, len(numbers), self.rows)]
+        return [
+            functools.partial(self.collate, numbers[i : i + self.batch_size])
+            for i in range(0, len(numbers), self.batch_size)
+        ]
 
-    def numbers(self, step: int) -> list[int]:
+    def get_row_indices(self, step: int) -> list[int]:
         """Return the row indices of a step.
 
         Rows left over at the end of an epoch are skipped, so that no step reads a row twice.
         """
-        each = self.rows * self.parts
+        each = self.batch_size * self.num_micro_batches
         epoch, place = divmod(step, len(self.packed) // each)
-        order = _order(len(self.packed), self.seed, epoch)
+        order = _permute_rows(len(self.packed), self.seed, epoch)
         found: list[int] = order[place * each : (place + 1) * each].tolist()
         return found
 
-    def batch(self, numbers: Sequence[int]) -> PackedBatch:
+    def collate(self, row_indices: Sequence[int]) -> PackedBatch:
         """Collate these rows."""
-        rows = [self.packed[number] for number in numbers]
-        arrays = {name: torch.from_numpy(array).to(self.device) for name, array in stack(rows, self.length).items()}
-        learned = arrays["learned"].clone()
-        learned[:, 0] = False  # nothing predicts a row's first token
-        label_ids = arrays["input_ids"].masked_fill(~learned, IGNORED)
+        rows = [self.packed[number] for number in row_indices]
+        arrays = {
+            name: torch.from_numpy(array).to(self.device) for name, array in collate_packed(rows, self.length).items()
+        }
+        label_mask = arrays["learned"].clone()
+        label_mask[:, 0] = False  # nothing predicts a row's first token
+        label_ids = arrays["input_ids"].masked_fill(~label_mask, IGNORE_INDEX)
         return PackedBatch(
             arrays["input_ids"],
             arrays["position_ids"],
             arrays["segment_ids"],
             label_ids,
-            int(learned.sum()),
+            int(label_mask.sum()),
             sum(len(row.ids) for row in rows),
-            f"rows {', '.join(map(str, numbers))}",
+            f"rows {', '.join(map(str, row_indices))}",
         )
 
 
-def same_tokenizer(data: Dataset, tokenizer: Any, name: str) -> None:
+def check_tokenizer(data: Dataset, tokenizer: Any, name: str) -> None:
     """Check that the packed tokens come from this tokenizer.
 
     Errors: DataError when the digest of the tokenizer differs.
@@ -133,7 +148,7 @@ def same_tokenizer(data: Dataset, tokenizer: Any, name: str) -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def _order(rows: int, seed: int, epoch: int) -> Any:
+def _permute_rows(rows: int, seed: int, epoch: int) -> Any:
     import numpy as np
 
     return np.random.default_rng([seed, epoch]).permutation(rows)

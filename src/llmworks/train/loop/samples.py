@@ -6,37 +6,37 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def continued(
-    model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, seed: int, temperature: float = 0.8
+def sample_continuations(
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_tokens: int, seed: int, temperature: float = 0.8
 ) -> list[str]:
     """Sample a continuation of at most `max_tokens` tokens of each prompt; "" for each when `max_tokens` is 0."""
     import torch
 
-    if not tokens:
+    if not max_tokens:
         return [""] * len(prompts)
     training = model.training
     model.train(False)
-    texts = []
+    continuations = []
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         for prompt in prompts:
             ids = tokenizer(prompt, add_special_tokens=True)["input_ids"] or [tokenizer.eos_token_id]
             while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers append EOS
                 ids = ids[:-1]
-            given = torch.tensor([ids], device=model.device)
-            room = min(tokens, model.config.max_position_embeddings - len(ids))
+            input_ids = torch.tensor([ids], device=model.device)
+            room = min(max_tokens, model.config.max_position_embeddings - len(ids))
             if room < 1:
-                texts.append("")
+                continuations.append("")
                 continue
-            made = model.generate(
-                given,
-                attention_mask=torch.ones_like(given),
+            output_ids = model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
                 max_new_tokens=room,
                 do_sample=True,
                 temperature=temperature,
                 top_k=0,
                 pad_token_id=tokenizer.pad_token_id or 0,
             )
-            texts.append(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True))
+            continuations.append(tokenizer.decode(output_ids[0, len(ids) :], skip_special_tokens=True))
     model.train(training)
-    return texts
+    return continuations

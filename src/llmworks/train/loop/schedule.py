@@ -52,16 +52,16 @@ class OptimizerConfig(Config):
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     """Return the learning rate of step `step` (0-based) of `steps`: linear warm-up, then decay to the minimum."""
-    warm = max(1, round(config.warmup_ratio * steps))
-    if step < warm:
-        return config.learning_rate * (step + 1) / warm
+    warmup_steps = max(1, round(config.warmup_ratio * steps))
+    if step < warmup_steps:
+        return config.learning_rate * (step + 1) / warmup_steps
     floor = config.min_lr_ratio
     if config.lr_scheduler_type == "constant":
         return config.learning_rate
     if config.lr_scheduler_type == "wsd":
-        begin = max(warm, steps - max(1, round(config.decay_ratio * steps)))
+        begin = max(warmup_steps, steps - max(1, round(config.decay_ratio * steps)))
         left = 1 - max(0, step - begin) / max(1, steps - begin)
         return config.learning_rate * (floor + (1 - floor) * left)
-    progress = (step - warm) / max(1, steps - warm)
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     left = 1 - progress if config.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.learning_rate * (floor + (1 - floor) * left)

@@ -10,19 +10,19 @@ from llmworks.core.errors import LlmworksError
 from llmworks.model.shape import RecurrentShape, Shape
 
 LENGTH, VOCABULARY = 64, 512
-EXACT, NEAR = 1e-4, 0.03  # relative tolerance of a loss in fp32, and under autocast
+EXACT, LOOSE = 1e-4, 0.03  # relative tolerance of a loss in fp32, and under autocast
 
 
 @dataclass(frozen=True)
-class Check:
+class SelftestCheck:
     """What was checked, whether it passed, and details."""
 
-    what: str
-    holds: bool
+    name: str
+    passed: bool
     detail: str
 
 
-class Reading:
+class RecordingConfig:
     """A config that records which of its fields are read."""
 
     def __init__(self, config: Any, read: set[str], before: str = "") -> None:
@@ -33,11 +33,11 @@ class Reading:
         if name in type(self._config).model_fields:
             self._read.add(self._before + name)
             if hasattr(type(value), "model_fields"):
-                return Reading(value, self._read, f"{self._before}{name}.")
+                return RecordingConfig(value, self._read, f"{self._before}{name}.")
         return value
 
 
-def shrunken(shape: Shape | RecurrentShape) -> Shape | RecurrentShape:
+def shrink_shape(shape: Shape | RecurrentShape) -> Shape | RecurrentShape:
     """Return the same architecture with small dimensions."""
     if isinstance(shape, RecurrentShape):
         return shape.model_copy(
@@ -50,7 +50,7 @@ def shrunken(shape: Shape | RecurrentShape) -> Shape | RecurrentShape:
             }
         )
     heads = 4
-    groups = 4 if shape.groups == shape.num_attention_heads else 1 if shape.groups == 1 else 2
+    groups = 4 if shape.num_kv_heads == shape.num_attention_heads else 1 if shape.num_kv_heads == 1 else 2
     more: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -69,30 +69,30 @@ def shrunken(shape: Shape | RecurrentShape) -> Shape | RecurrentShape:
     return Shape.model_validate(shape.model_dump() | more)
 
 
-def near_of(precision: str) -> float:
+def get_tolerance(precision: str) -> float:
     """Return the relative tolerance for losses in the precision that this machine computes in."""
-    from llmworks.train.distributed.sharding import resolved
-    from llmworks.train.distributed.world import own_device
+    from llmworks.train.distributed.sharding import resolve_precision
+    from llmworks.train.distributed.world import get_device
 
-    return EXACT if resolved(precision, own_device()) == "fp32" else NEAR
+    return EXACT if resolve_precision(precision, get_device()) == "fp32" else LOOSE
 
 
-def in_turn(tests: Sequence[tuple[str, Callable[[], tuple[bool, str]]]]) -> Iterator[Check]:
+def run_checks(tests: Sequence[tuple[str, Callable[[], tuple[bool, str]]]]) -> Iterator[SelftestCheck]:
     """Run every check and yield its result; after one whose training fails the rest is skipped."""
-    for number, (what, test) in enumerate(tests):
+    for number, (name, test) in enumerate(tests):
         try:
-            holds, detail = test()
+            passed, detail = test()
         except LlmworksError as error:
-            yield Check(what, False, str(error))
-            yield from (Check(other, False, "skipped") for other, _ in tests[number + 1 :])
+            yield SelftestCheck(name, False, str(error))
+            yield from (SelftestCheck(other, False, "skipped") for other, _ in tests[number + 1 :])
             return
-        yield Check(what, holds, detail)
+        yield SelftestCheck(name, passed, detail)
 
 
-def keys_of(config: Any, default: Any, read: set[str]) -> tuple[bool, str]:
+def check_fields_read(config: Any, default: Any, read: set[str]) -> tuple[bool, str]:
     """Check that every field that differs from its default was read."""
-    usual = dict(_flat(default))
-    given = [name for name, value in _flat(config) if value != usual.get(name)]
+    usual = dict(_flatten_fields(default))
+    given = [name for name, value in _flatten_fields(config) if value != usual.get(name)]
     unread = [name for name in given if name not in read]
     return (
         not unread,
@@ -104,9 +104,13 @@ def keys_of(config: Any, default: Any, read: set[str]) -> tuple[bool, str]:
     )
 
 
-def _flat(config: Any, before: str = "") -> list[tuple[str, Any]]:
+def _flatten_fields(config: Any, before: str = "") -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for name in type(config).model_fields:
         value = getattr(config, name)
-        found += _flat(value, f"{before}{name}.") if hasattr(type(value), "model_fields") else [(before + name, value)]
+        found += (
+            _flatten_fields(value, f"{before}{name}.")
+            if hasattr(type(value), "model_fields")
+            else [(before + name, value)]
+        )
     return found

@@ -17,29 +17,37 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llmworks.core.artifact import Adapter, Dataset, Manifest, Model, artifact_digest, digest_files
+from llmworks.core.artifact import Adapter, Dataset, Manifest, Model, compute_artifact_digest, hash_files
 from llmworks.core.context import Context
 from llmworks.core.errors import GoldenMismatch, LlmworksError, UserError
-from llmworks.data.conversations.training_rows import training_rows
-from llmworks.data.store.rows import Row, flat_messages
+from llmworks.data.conversations.training_rows import read_training_rows
+from llmworks.data.store.rows import Row, flatten_messages
 from llmworks.train.distill import distill
-from llmworks.train.distributed.config import DataParallel
+from llmworks.train.distributed.config import DataParallelConfig
 from llmworks.train.finetune.run import check_golden
-from llmworks.train.selftest.bench import Bench, parts_are_the_step, resumes, seed_replays
-from llmworks.train.selftest.check import EXACT, Check, Reading, in_turn, keys_of, near_of, shrunken
+from llmworks.train.selftest.bench import SelftestBench, check_accumulation, check_resume, check_seed
+from llmworks.train.selftest.check import (
+    EXACT,
+    RecordingConfig,
+    SelftestCheck,
+    check_fields_read,
+    get_tolerance,
+    run_checks,
+    shrink_shape,
+)
 from llmworks.train.selftest.pretrain import STEPS
 from llmworks.train.sft import SftConfig, sft
 
-HEART, LONGEST = 80, 512  # steps to memorize some rows; maximum tokens per row
-LOUDER = 10.0  # scale of the initial weights
+MEMORIZE_STEPS, MAX_LENGTH = 80, 512  # steps to memorize some rows; maximum tokens per row
+WEIGHT_SCALE = 10.0  # scale of the initial weights
 
 
-def reduced(config: SftConfig, longest: int) -> SftConfig:
+def reduce_config(config: SftConfig, max_length: int) -> SftConfig:
     """Shrink the config: micro-batches of at most 4 rows, one process; long rows are truncated.
 
     Truncation is fine here, since the rows are used for their loss masks.
     """
-    looks = {
+    evaluation_fields = {
         "eval_steps": 3 if config.eval_steps or config.metric_for_best_model else 0,
         "eval_samples": 4,
         "num_sample_prompts": 0,
@@ -50,19 +58,19 @@ def reduced(config: SftConfig, longest: int) -> SftConfig:
             "num_train_epochs": 1.0,
             "batch_size": min(4, config.batch_size),
             "gradient_accumulation_steps": min(4, config.gradient_accumulation_steps),
-            "parallel": DataParallel(),
+            "parallel": DataParallelConfig(),
             "golden": "renew: a shrunken model",
             "early_stopping_patience": 0,
             "overlong": "truncate",
-            "max_length": min(config.max_length, longest),
-            **looks,
+            "max_length": min(config.max_length, max_length),
+            **evaluation_fields,
         }
     )
 
 
 def selftest_sft(
     config: SftConfig, model: Path, data: Dataset, *, golden: Model | None = None, teacher: bool = False
-) -> Iterator[Check]:
+) -> Iterator[SelftestCheck]:
     """Yield the result of every check.
 
     `golden`: the model with its golden tokens, if it has some; `teacher`: whether a distillation uses logits.
@@ -70,23 +78,23 @@ def selftest_sft(
     Errors: UserError for an architecture that cannot be shrunken.
     """
     with tempfile.TemporaryDirectory() as folder:
-        bench = _Bench(Path(folder), model, config, data, teacher=teacher)
-        near = near_of(config.precision)
+        bench = _SftBench(Path(folder), model, config, data, teacher=teacher)
+        near = get_tolerance(config.precision)
         tests: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
-            ("every config field is read", functools.partial(_keys, bench, config)),
-            ("loss mask covers assistant turns only", functools.partial(_labels, bench)),
-            ("no attention across rows", functools.partial(_apart, bench)),
-            ("gradient accumulation is exact", functools.partial(_parts, bench, near)),
-            ("runs are reproducible by seed", functools.partial(seed_replays, bench)),
-            ("resuming is exact, bit for bit", functools.partial(resumes, bench)),
-            ("golden tokens replay or may change", functools.partial(_golden, bench, config, golden)),
-            ("a few rows can be memorized", functools.partial(_heart, bench)),
-            ("the saved model is the trained model", functools.partial(_saved, bench)),
+            ("every config field is read", functools.partial(_check_fields_read, bench, config)),
+            ("loss mask covers assistant turns only", functools.partial(_check_labels, bench)),
+            ("no attention across rows", functools.partial(_check_row_isolation, bench)),
+            ("gradient accumulation is exact", functools.partial(_check_accumulation, bench, near)),
+            ("runs are reproducible by seed", functools.partial(check_seed, bench)),
+            ("resuming is exact, bit for bit", functools.partial(check_resume, bench)),
+            ("golden tokens replay or may change", functools.partial(_check_golden_tokens, bench, config, golden)),
+            ("a few rows can be memorized", functools.partial(_check_memorization, bench)),
+            ("the saved model is the trained model", functools.partial(_check_saved, bench)),
         ]
-        yield from in_turn(tests)
+        yield from run_checks(tests)
 
 
-class _Bench(Bench):
+class _SftBench(SelftestBench):
     """A small model with the user's tokenizer, the first rows, and runs of `sft` on them, or of `distill`.
 
     The teacher of `distill` is another small model.
@@ -96,34 +104,36 @@ class _Bench(Bench):
         import torch
 
         from llmworks.model.io.decoder_files import save_decoder
-        from llmworks.model.io.families import shape_of
+        from llmworks.model.io.families import parse_shape
         from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
-        from llmworks.tokenize.chat.named import use_template
-        from llmworks.tokenize.load import load_tokenizer, quiet_transformers, read_json, stop_ids
+        from llmworks.tokenize.chat.named import set_template
+        from llmworks.tokenize.load import get_stop_ids, load_tokenizer, read_json, silence_transformers
 
-        quiet_transformers()
+        silence_transformers()
         self.folder = folder
         given = read_json(model / "config.json")
         try:
-            _, shape = shape_of(given)
+            _, shape = parse_shape(given)
         except LlmworksError as error:
             raise UserError(f"the self-test needs a known architecture: {error}") from None
-        longest = min(LONGEST, shape.max_position_embeddings)
-        small = shrunken(shape).model_copy(update={"vocab_size": shape.vocab_size, "max_position_embeddings": longest})
+        longest = min(MAX_LENGTH, shape.max_position_embeddings)
+        small = shrink_shape(shape).model_copy(
+            update={"vocab_size": shape.vocab_size, "max_position_embeddings": longest}
+        )
         torch.manual_seed(0)
         network = DecoderForCausalLM(DecoderConfig(shape=small.model_dump()))
         # larger weights, so that tokens attend to one another as in a trained model and an adapter on frozen weights
         # has an effect
         with torch.no_grad():
             for p in network.parameters():
-                p.mul_(LOUDER if p.dim() > 1 else 1.0)
+                p.mul_(WEIGHT_SCALE if p.dim() > 1 else 1.0)
         self.model = folder / "model"
         ids: dict[str, Any] = {
             name: given[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in given
         }
         save_decoder(network, self.model, token_ids=ids)
         self.tokenizer = load_tokenizer(model)
-        self.stops = stop_ids(model, self.tokenizer)
+        self.stops = get_stop_ids(model, self.tokenizer)
         self.tokenizer.save_pretrained(self.model)
         self.teacher: Model | None = None
         if teacher:  # same architecture, other random weights
@@ -134,25 +144,27 @@ class _Bench(Bench):
         generation = model / "generation_config.json"
         if generation.exists():
             (self.model / generation.name).write_bytes(generation.read_bytes())
-        use_template(self.tokenizer, config.chat_template)
-        small_config = reduced(config, longest)
-        self.rows = training_rows(data)[: small_config.batch_size * small_config.gradient_accumulation_steps * STEPS]
-        self._base_of()
-        super().__init__(folder, small_config, self.kept("rows", self.rows), self._train)
+        set_template(self.tokenizer, config.chat_template)
+        small_config = reduce_config(config, longest)
+        self.rows = read_training_rows(data)[
+            : small_config.batch_size * small_config.gradient_accumulation_steps * STEPS
+        ]
+        self._create_base()
+        super().__init__(folder, small_config, self.write_rows("rows", self.rows), self._train)
 
     def _train(self, config: Any, data: Dataset, ctx: Context) -> object:
         if self.teacher is None:  # completions of a teacher are trained on like any other
             return sft(config, self.base, data, ctx, self.data)
         return distill(config, self.teacher, self.base, data, ctx, self.data)
 
-    def _base_of(self) -> None:
+    def _create_base(self) -> None:
         """Wrap the shrunken model as an artifact."""
-        files = digest_files(self.model)
+        files = hash_files(self.model)
         self.base = Model(
             self.model,
             manifest=Manifest(
                 kind="model",
-                digest=artifact_digest("model", "", files),
+                digest=compute_artifact_digest("model", "", files),
                 key="",
                 stage="",
                 revision=0,
@@ -165,7 +177,7 @@ class _Bench(Bench):
             name="model",
         )
 
-    def kept(self, name: str, rows: list[Row]) -> Dataset:
+    def write_rows(self, name: str, rows: list[Row]) -> Dataset:
         """Write rows as a dataset."""
         import json
 
@@ -180,82 +192,85 @@ class _Bench(Bench):
         return Dataset(file, name=name)
 
 
-def _keys(bench: _Bench, config: SftConfig) -> tuple[bool, str]:
+def _check_fields_read(bench: _SftBench, config: SftConfig) -> tuple[bool, str]:
     read: set[str] = {"golden"}  # read only for a model with golden tokens; the shrunken one has none
-    bench.run("keys", Reading(bench.config, read))
-    return keys_of(config, type(config)(), read)
+    bench.run("keys", RecordingConfig(bench.config, read))
+    return check_fields_read(config, type(config)(), read)
 
 
-def _examples(bench: _Bench) -> list[Any]:
+def _make_examples(bench: _SftBench) -> list[Any]:
     from llmworks.train.sft import make_examples
 
     return make_examples(bench.tokenizer, bench.rows, bench.config)[0]
 
 
-def _labels(bench: _Bench) -> tuple[bool, str]:
+def _check_labels(bench: _SftBench) -> tuple[bool, str]:
     """Check the text of the label tokens, and the number of labels in the steps."""
     by_id = {row["id"]: row for row in bench.rows}
     checked = 0
-    for example in _examples(bench):
+    for example in _make_examples(bench):
         row = by_id[example.id]
         if "messages" not in row or len(example.ids) >= bench.config.max_length:
             continue
-        said = _plain(
+        label_text = _strip_whitespace(
             str(
                 bench.tokenizer.decode(
                     [i for i, m in zip(example.ids, example.mask, strict=True) if m], skip_special_tokens=True
                 )
             )
         )
-        turns = [m for m in flat_messages(row) if m.content.strip()]
+        turns = [m for m in flatten_messages(row) if m.content.strip()]
         answers = [m for m in turns if m.role == "assistant" and m.weight]
         for turn in answers[-1:] if bench.config.train_on == "last_assistant" else answers:
-            if not row["messages"][-1].get("tool_calls") and _plain(turn.content) not in said:
+            if not row["messages"][-1].get("tool_calls") and _strip_whitespace(turn.content) not in label_text:
                 return False, f"row {example.id}: an assistant turn is not in the loss mask: {turn.content[:50]!r}"
-        asked = next(
+        prompt_turn = next(
             (
                 m
                 for m in turns
                 if m.role in ("user", "system")
-                and len(_plain(m.content)) > 12
-                and _plain(m.content) in said
-                and not any(_plain(m.content) in _plain(a.content) for a in answers)
+                and len(_strip_whitespace(m.content)) > 12
+                and _strip_whitespace(m.content) in label_text
+                and not any(_strip_whitespace(m.content) in _strip_whitespace(a.content) for a in answers)
             ),
             None,
         )
-        if asked is not None:
-            return False, f"row {example.id}: the prompt is in the loss mask: {asked.content[:50]!r}"
+        if prompt_turn is not None:
+            return False, f"row {example.id}: the prompt is in the loss mask: {prompt_turn.content[:50]!r}"
         checked += 1
     wanted, found = (
-        sum(example.labels for example in _examples(bench)),
-        sum(row["num_label_tokens"] for row in bench.usual),
+        sum(example.labels for example in _make_examples(bench)),
+        sum(row["num_label_tokens"] for row in bench.baseline),
     )
     return (
         wanted == found,
-        (f"{found:,} labels in {len(bench.usual)} steps, {wanted:,} in the rows; compared the text of {checked} rows"),
+        (
+            f"{found:,} labels in {len(bench.baseline)} steps, {wanted:,} in the rows; compared the text of"
+            f" {checked} rows"
+        ),
     )
 
 
-def _plain(text: str) -> str:
+def _strip_whitespace(text: str) -> str:
     return "".join(text.split())
 
 
-def _apart(bench: _Bench) -> tuple[bool, str]:
-    from llmworks.train.finetune.examples import joined
-    from llmworks.train.finetune.trainable import open_tuned
+def _check_row_isolation(bench: _SftBench) -> tuple[bool, str]:
+    from llmworks.train.finetune.examples import collate_padding_free
+    from llmworks.train.finetune.trainable import open_trainable_model
     from llmworks.train.loop.packed import packed_loss
 
-    network = open_tuned(bench.model).network
-    some = _examples(bench)[:8]
-    together = float(packed_loss(network, joined(some)).detach())
-    apart = sum(float(packed_loss(network, joined([example])).detach()) for example in some)
+    network = open_trainable_model(bench.model).network
+    some = _make_examples(bench)[:8]
+    together = float(packed_loss(network, collate_padding_free(some)).detach())
+    separate = sum(float(packed_loss(network, collate_padding_free([example])).detach()) for example in some)
     return (
-        abs(together - apart) <= EXACT * abs(apart),
-        f"{len(some)} rows: {together:.4f} nats packed, {apart:.4f} separately",
+        abs(together - separate) <= EXACT * abs(separate),
+        f"{len(some)} rows: {together:.4f} nats packed, {separate:.4f} separately",
     )
 
 
-def _parts(bench: _Bench, near: float) -> tuple[bool, str]:
+def _check_accumulation(bench: _SftBench, tolerance: float) -> tuple[bool, str]:
     if bench.config.lora.lora_dropout or bench.config.neftune_noise_alpha:
         return True, "not compared: dropout and noise are sampled per micro-batch"
     if bench.config.method in ("prompt_tuning", "prefix_tuning"):
@@ -263,10 +278,10 @@ def _parts(bench: _Bench, near: float) -> tuple[bool, str]:
             True,
             "not compared: rows of similar length are padded together, so batches depend on the batch size",
         )
-    return parts_are_the_step(bench, "batch_size", near)
+    return check_accumulation(bench, "batch_size", tolerance)
 
 
-def _golden(bench: _Bench, config: SftConfig, model: Model | None) -> tuple[bool, str]:
+def _check_golden_tokens(bench: _SftBench, config: SftConfig, model: Model | None) -> tuple[bool, str]:
     if model is None or model.golden is None:
         return True, "it has no golden tokens"
     try:
@@ -276,22 +291,22 @@ def _golden(bench: _Bench, config: SftConfig, model: Model | None) -> tuple[bool
     return True, "they replay" if config.golden == "keep" else config.golden
 
 
-def _heart(bench: _Bench) -> tuple[bool, str]:
+def _check_memorization(bench: _SftBench) -> tuple[bool, str]:
     config = bench.config
     rate = (0.003 if config.method == "full" else 0.03) / (5 if config.optimizer.name == "lion" else 1)
     optimizer = config.optimizer.model_copy(
         update={"learning_rate": rate, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0}
     )
-    few = bench.kept("few", bench.rows[:2])
+    few = bench.write_rows("few", bench.rows[:2])
     more = {
-        "num_train_epochs": float(HEART),
+        "num_train_epochs": float(MEMORIZE_STEPS),
         "batch_size": 2,
         "gradient_accumulation_steps": 1,
         "optimizer": optimizer,
         "neftune_noise_alpha": 0.0,
         "metric_for_best_model": "",
         "eval_steps": 0,
-        "save_steps": HEART + 1,
+        "save_steps": MEMORIZE_STEPS + 1,
     }
     losses = [row["loss"] for row in bench.run("heart", config.model_copy(update=more), data=few)]
     return (
@@ -300,7 +315,7 @@ def _heart(bench: _Bench) -> tuple[bool, str]:
     )
 
 
-def _saved(bench: _Bench) -> tuple[bool, str]:
+def _check_saved(bench: _SftBench) -> tuple[bool, str]:
     """Compare logits of the saved artifact in an engine with those of the trained weights.
 
     For an adapter: of the merged model and of the unmerged adapter.
@@ -309,11 +324,11 @@ def _saved(bench: _Bench) -> tuple[bool, str]:
 
     from llmworks.generate.engines.torch import TorchEngine
     from llmworks.model.lora import adapter_io as files
-    from llmworks.train.finetune.run import prepare
-    from llmworks.train.finetune.trainable import open_tuned
+    from llmworks.train.finetune.run import prepare_trainable
+    from llmworks.train.finetune.trainable import open_trainable_model
 
     out = bench.runs.get("heart") or bench.runs["usual"]
-    ids = torch.tensor([list(_examples(bench)[0].ids[:32])])
+    ids = torch.tensor([list(_make_examples(bench)[0].ids[:32])])
     with torch.no_grad():
         if bench.config.method == "full":
             from llmworks.model.io.decoder_files import load_decoder
@@ -333,10 +348,10 @@ def _saved(bench: _Bench) -> tuple[bool, str]:
             other = TorchEngine.open(bench.model, adapter=Adapter(out).path).model(input_ids=ids).logits
             what = "in peft and in the engine"
         else:
-            tuned = open_tuned(bench.model)
-            prepare(tuned, bench.config)
+            tuned = open_trainable_model(bench.model)
+            prepare_trainable(tuned, bench.config)
             tuned.network.eval()
-            files.load_state(tuned.network, files.read_adapter(out)[1], tuned.rename)
+            files.load_adapter_state(tuned.network, files.read_adapter(out)[1], tuned.rename)
             one, other = (
                 tuned.network(input_ids=ids).logits,
                 TorchEngine.open(bench.model, adapter=Adapter(out).path).model(input_ids=ids).logits,

@@ -17,61 +17,68 @@ from typing import Any
 from llmworks.core.artifact import Dataset, Model
 from llmworks.core.context import Context
 from llmworks.model.shape import RecurrentShape, Shape
-from llmworks.train.distributed.config import Parallel
+from llmworks.train.distributed.config import ParallelConfig
 from llmworks.train.pretrain import PretrainConfig, pretrain
-from llmworks.train.selftest.bench import Bench, parts_are_the_step, resumes, seed_replays
+from llmworks.train.selftest.bench import SelftestBench, check_accumulation, check_resume, check_seed
 from llmworks.train.selftest.check import (
     EXACT,
     LENGTH,
-    NEAR,
+    LOOSE,
     VOCABULARY,
-    Check,
-    Reading,
-    in_turn,
-    keys_of,
-    near_of,
-    shrunken,
+    RecordingConfig,
+    SelftestCheck,
+    check_fields_read,
+    get_tolerance,
+    run_checks,
+    shrink_shape,
 )
 
-STEPS, OVERFIT = 6, 60
+STEPS, MEMORIZE_STEPS = 6, 60
 
 
-def reduced(config: PretrainConfig) -> PretrainConfig:
+def reduce_config(config: PretrainConfig) -> PretrainConfig:
     """Shrink the config: batch size and gradient accumulation of at most 4, one process, no torch.compile."""
     accumulation, batch = min(4, config.gradient_accumulation_steps), min(4, config.batch_size)
-    looks = {"eval_steps": 3, "eval_samples": 4, "sample_max_tokens": min(4, config.sample_max_tokens), "save_steps": 2}
+    evaluation_fields = {
+        "eval_steps": 3,
+        "eval_samples": 4,
+        "sample_max_tokens": min(4, config.sample_max_tokens),
+        "save_steps": 2,
+    }
     return config.model_copy(
         update={
             "num_train_epochs": 1.0,
             "num_train_tokens": 0,
             "batch_size": batch,
             "gradient_accumulation_steps": accumulation,
-            "parallel": Parallel(),
+            "parallel": ParallelConfig(),
             "torch_compile": False,
-            **looks,
+            **evaluation_fields,
         }
     )
 
 
-def selftest(config: PretrainConfig, shape: Shape | RecurrentShape, data: Dataset | None = None) -> Iterator[Check]:
+def selftest_pretrain(
+    config: PretrainConfig, shape: Shape | RecurrentShape, data: Dataset | None = None
+) -> Iterator[SelftestCheck]:
     """Yield the result of every check. `data`: packed tokens whose first rows are used; else random rows."""
-    small = reduced(config)
+    small = reduce_config(config)
     with tempfile.TemporaryDirectory() as folder:
-        bench = _Bench(Path(folder), shrunken(shape), small, data)
-        near = near_of(config.precision)
+        bench = _PretrainBench(Path(folder), shrink_shape(shape), small, data)
+        near = get_tolerance(config.precision)
         tests: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
-            ("every config field is read", functools.partial(_keys, bench, config)),
-            ("labels match the rows", functools.partial(_labels, bench)),
-            ("no attention across documents of a row", functools.partial(_apart, bench)),
-            ("gradient accumulation is exact", functools.partial(_parts, bench, near)),
-            ("runs are reproducible by seed", functools.partial(seed_replays, bench)),
-            ("resuming is exact, bit for bit", functools.partial(resumes, bench)),
-            ("the rows of one step can be memorized", functools.partial(_overfit, bench)),
+            ("every config field is read", functools.partial(_check_fields_read, bench, config)),
+            ("labels match the rows", functools.partial(_check_labels, bench)),
+            ("no attention across documents of a row", functools.partial(_check_document_isolation, bench)),
+            ("gradient accumulation is exact", functools.partial(_check_accumulation, bench, near)),
+            ("runs are reproducible by seed", functools.partial(check_seed, bench)),
+            ("resuming is exact, bit for bit", functools.partial(check_resume, bench)),
+            ("the rows of one step can be memorized", functools.partial(_check_memorization, bench)),
         ]
-        yield from in_turn(tests)
+        yield from run_checks(tests)
 
 
-class _Bench(Bench):
+class _PretrainBench(SelftestBench):
     """A small model with a byte tokenizer, few rows, and runs of `pretrain` on them."""
 
     def __init__(
@@ -79,21 +86,21 @@ class _Bench(Bench):
     ) -> None:
         import torch
 
-        from llmworks.tokenize.load import quiet_transformers
+        from llmworks.tokenize.load import silence_transformers
 
-        quiet_transformers()
+        silence_transformers()
         self.folder, self.shape = folder, shape
-        self.rows = _rows(data, config.batch_size * config.gradient_accumulation_steps * STEPS)
+        self.rows = _take_rows(data, config.batch_size * config.gradient_accumulation_steps * STEPS)
         self.model = folder / "model"
         torch.manual_seed(0)
-        _network(shape).save_pretrained(self.model)
-        _tokenizer().save_pretrained(self.model)
-        super().__init__(folder, config, self.packed("rows", self.rows), self._pretrain)
+        _create_model(shape).save_pretrained(self.model)
+        _create_tokenizer().save_pretrained(self.model)
+        super().__init__(folder, config, self.write_packed("rows", self.rows), self._pretrain)
 
     def _pretrain(self, config: Any, data: Dataset, ctx: Context) -> Model:
         return pretrain(config, Model(self.model, about={"format": "hf"}), data, ctx, self.data)
 
-    def packed(self, name: str, rows: Sequence[Any]) -> Dataset:
+    def write_packed(self, name: str, rows: Sequence[Any]) -> Dataset:
         """Write rows as a dataset of packed tokens."""
         import numpy as np
         from safetensors.numpy import save_file
@@ -101,13 +108,13 @@ class _Bench(Bench):
         pieces = [0]
         for row in rows:
             begin = pieces[-1]
-            pieces += [begin + int(edge) for edge in (*(np.flatnonzero(np.diff(row.segments)) + 1), len(row.ids))]
+            pieces += [begin + int(edge) for edge in (*(np.flatnonzero(np.diff(row.segment_ids)) + 1), len(row.ids))]
         tensors: dict[str, Any] = {
             "tokens": np.concatenate([row.ids for row in rows]).astype(np.uint16),
             "rows": np.cumsum([0, *(len(row.ids) for row in rows)]).astype(np.int64),
             "pieces": np.array(pieces, np.int64),
             "origins": np.arange(len(pieces) - 1, dtype=np.int64),
-            "learned": np.concatenate([row.learned for row in rows]).astype(np.uint8),
+            "learned": np.concatenate([row.loss_mask for row in rows]).astype(np.uint8),
         }
         target = self.folder / name
         target.mkdir()
@@ -115,68 +122,70 @@ class _Bench(Bench):
         return Dataset(target, about={"schema": "tokens", "length": LENGTH})
 
 
-def _keys(bench: _Bench, config: PretrainConfig) -> tuple[bool, str]:
+def _check_fields_read(bench: _PretrainBench, config: PretrainConfig) -> tuple[bool, str]:
     read: set[str] = set()
-    bench.run("keys", Reading(bench.config, read))
-    return keys_of(config, PretrainConfig(), read)
+    bench.run("keys", RecordingConfig(bench.config, read))
+    return check_fields_read(config, PretrainConfig(), read)
 
 
-def _labels(bench: _Bench) -> tuple[bool, str]:
+def _check_labels(bench: _PretrainBench) -> tuple[bool, str]:
     each = bench.config.batch_size * bench.config.gradient_accumulation_steps
-    wanted = sum(int(row.learned[1:].sum()) for row in bench.rows[: len(bench.rows) // each * each])
-    found = sum(row["num_label_tokens"] for row in bench.usual)
+    wanted = sum(int(row.loss_mask[1:].sum()) for row in bench.rows[: len(bench.rows) // each * each])
+    found = sum(row["num_label_tokens"] for row in bench.baseline)
     return (
-        found == wanted and len(bench.usual) == STEPS,
-        f"{found:,} labels in {len(bench.usual)} steps, {wanted:,} in the rows",
+        found == wanted and len(bench.baseline) == STEPS,
+        f"{found:,} labels in {len(bench.baseline)} steps, {wanted:,} in the rows",
     )
 
 
-def _apart(bench: _Bench) -> tuple[bool, str]:
+def _check_document_isolation(bench: _PretrainBench) -> tuple[bool, str]:
     import torch
 
-    from llmworks.data.store.packed_tokens import Packed
-    from llmworks.model.io.load import open_trainable
+    from llmworks.data.store.packed_tokens import PackedDataset
+    from llmworks.model.io.load import load_trainable
     from llmworks.train.loop.packed import PackedSteps, packed_loss
 
-    model = open_trainable(bench.model).eval()
-    batch = PackedSteps(Packed(bench.data), 1, rows=min(8, len(bench.rows)), parts=1, length=LENGTH, seed=0)[0][0]()
-    together, apart, texts = float(packed_loss(model, batch).detach()), 0.0, 0
+    model = load_trainable(bench.model).eval()
+    batch = PackedSteps(
+        PackedDataset(bench.data), 1, batch_size=min(8, len(bench.rows)), num_micro_batches=1, length=LENGTH, seed=0
+    )[0][0]()
+    together, separate, documents = float(packed_loss(model, batch).detach()), 0.0, 0
     for ids, segments, labels in zip(batch.ids, batch.segments, batch.label_ids, strict=True):
         for text in range(int(segments.max()) + 1):
             own, learned = ids[segments == text][None], labels[segments == text][None].clone()
             learned[:, 0] = -100
-            texts += 1
+            documents += 1
             if int((learned != -100).sum()):
-                apart += float(model(input_ids=own, labels=learned).loss.detach()) * int((learned != -100).sum())
-    more = torch.tensor(apart)
+                separate += float(model(input_ids=own, labels=learned).loss.detach()) * int((learned != -100).sum())
+    more = torch.tensor(separate)
     return (
-        abs(together - apart) <= EXACT * float(more.abs()),
-        f"{texts} documents in {len(batch.ids)} rows: {together:.4f} nats packed, {apart:.4f} separately",
+        abs(together - separate) <= EXACT * float(more.abs()),
+        f"{documents} documents in {len(batch.ids)} rows: {together:.4f} nats packed, {separate:.4f} separately",
     )
 
 
-def _parts(bench: _Bench, near: float) -> tuple[bool, str]:
+def _check_accumulation(bench: _PretrainBench, tolerance: float) -> tuple[bool, str]:
     if getattr(bench.shape, "dropout", 0):
         return True, "not compared: dropout is sampled per micro-batch"
     if getattr(bench.shape, "experts", None):
-        near = max(near, NEAR)  # the load-balancing loss is computed per micro-batch
-    return parts_are_the_step(bench, "batch_size", near)
+        tolerance = max(tolerance, LOOSE)  # the load-balancing loss is computed per micro-batch
+    return check_accumulation(bench, "batch_size", tolerance)
 
 
-def _overfit(bench: _Bench) -> tuple[bool, str]:
+def _check_memorization(bench: _PretrainBench) -> tuple[bool, str]:
     config, each = bench.config, bench.config.batch_size * bench.config.gradient_accumulation_steps
     rate = {"lion": 0.002}.get(config.optimizer.name, 0.01)
     optimizer = config.optimizer.model_copy(
         update={"learning_rate": rate, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0}
     )
-    few = bench.packed("few", bench.rows[:each])
+    few = bench.write_packed("few", bench.rows[:each])
     more = {
-        "num_train_epochs": float(OVERFIT),
+        "num_train_epochs": float(MEMORIZE_STEPS),
         "optimizer": optimizer,
         "loss_spike_threshold": 0.0,
         "ema_decay": 0.0,
-        "eval_steps": OVERFIT + 1,
-        "save_steps": OVERFIT + 1,
+        "eval_steps": MEMORIZE_STEPS + 1,
+        "save_steps": MEMORIZE_STEPS + 1,
         "sample_max_tokens": 0,
     }
     losses = [row["loss"] for row in bench.run("heart", config.model_copy(update=more), data=few)]
@@ -186,22 +195,22 @@ def _overfit(bench: _Bench) -> tuple[bool, str]:
     )
 
 
-def _rows(data: Dataset | None, count: int) -> list[Any]:
+def _take_rows(data: Dataset | None, count: int) -> list[Any]:
     """Return the first rows, cut to LENGTH, with ids modulo VOCABULARY; or random rows of one to three documents."""
     import numpy as np
 
-    from llmworks.data.store.packed_tokens import Packed, PackedRow
+    from llmworks.data.store.packed_tokens import PackedDataset, PackedRow
 
     if data is not None:
-        packed = Packed(data)
+        packed = PackedDataset(data)
         found = [packed[i % len(packed)] for i in range(count)]
         return [
             PackedRow(
                 r.ids[:LENGTH] % VOCABULARY,
-                r.learned[:LENGTH],
-                r.positions[:LENGTH],
-                r.segments[:LENGTH],
-                r.origins[: int(r.segments[:LENGTH].max()) + 1],
+                r.loss_mask[:LENGTH],
+                r.position_ids[:LENGTH],
+                r.segment_ids[:LENGTH],
+                r.origins[: int(r.segment_ids[:LENGTH].max()) + 1],
             )
             for r in found
         ]
@@ -218,17 +227,17 @@ def _rows(data: Dataset | None, count: int) -> list[Any]:
     return rows
 
 
-def _network(shape: Shape | RecurrentShape) -> Any:
+def _create_model(shape: Shape | RecurrentShape) -> Any:
     if isinstance(shape, RecurrentShape):
         from llmworks.model.nn import recurrent
 
-        return recurrent.RecurrentForCausalLM(recurrent.RecurrentConfig(shape=shape.model_dump()))
+        return recurrent.RecurrentForCausalLM(recurrent.RecurrentModelConfig(shape=shape.model_dump()))
     from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 
     return DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
 
 
-def _tokenizer() -> Any:
+def _create_tokenizer() -> Any:
     """Create a byte tokenizer with names for the other ids, so that any id can be decoded."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE

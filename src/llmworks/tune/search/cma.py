@@ -18,35 +18,35 @@ from pathlib import Path
 from typing import Any
 
 from llmworks.core.errors import MissingDependency
-from llmworks.tune.search.genome import Gene
+from llmworks.tune.search.genome import MergeParameter
 
-STEP = 0.25  # initial step size sigma, as a fraction of the range
+INITIAL_SIGMA = 0.25  # initial step size sigma, as a fraction of the range
 
 
 @dataclass(frozen=True)
-class Attempt:
+class MergeCandidate:
     """One candidate: its values, score and scores by task."""
 
     number: int
     generation: int
     values: tuple[float, ...]
     score: float
-    parts: dict[str, float]
+    task_scores: dict[str, float]
 
 
-Judge = Callable[[Sequence[float]], tuple[float, dict[str, float]]]
+FitnessFunction = Callable[[Sequence[float]], tuple[float, dict[str, float]]]
 
 
 def evolve(
-    genes: Sequence[Gene],
-    judge: Judge,
+    genes: Sequence[MergeParameter],
+    fitness: FitnessFunction,
     journal: Path,
     *,
     attempts: int,
     population: int,
     seed: int,
-    told: Callable[[Attempt, bool], None] = lambda one, known: None,
-) -> list[Attempt]:
+    on_candidate: Callable[[MergeCandidate, bool], None] = lambda one, known: None,
+) -> list[MergeCandidate]:
     """Maximize the score with CMA-ES; runs at least the requested number of candidates, in whole generations.
 
     The first candidate has the genes' start values. MissingDependency without cma.
@@ -57,48 +57,48 @@ def evolve(
             import cma
     except ImportError:
         raise MissingDependency("evolutionary merging needs cma: pip install 'llmworks[tune]'") from None
-    known = _read(journal)
-    begin = [(gene.start - gene.low) / (gene.high - gene.low) for gene in genes]
-    options = _options(seed, population)
-    found: list[Attempt] = []
+    cached = _read_journal(journal)
+    start = [(gene.start - gene.low) / (gene.high - gene.low) for gene in genes]
+    options = _build_options(seed, population)
+    candidates: list[MergeCandidate] = []
 
-    def attempt(point: Sequence[float], generation: int) -> Attempt:
+    def evaluate(point: Sequence[float], generation: int) -> MergeCandidate:
         values = tuple(
             round(gene.low + float(share) * (gene.high - gene.low), 6) for gene, share in zip(genes, point, strict=True)
         )
-        before = known.get(values)
-        score, parts = before or judge(values)
-        score = score if math.isfinite(score) else min((one.score for one in found), default=0.0)
-        made = Attempt(len(found), generation, values, score, parts)
+        before = cached.get(values)
+        score, parts = before or fitness(values)
+        score = score if math.isfinite(score) else min((one.score for one in candidates), default=0.0)
+        made = MergeCandidate(len(candidates), generation, values, score, parts)
         if before is None:
             with journal.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"values": list(values), "score": score, "parts": parts}) + "\n")
                 stream.flush()
-            known[values] = (score, parts)
-        found.append(made)
-        told(made, before is not None)
+            cached[values] = (score, parts)
+        candidates.append(made)
+        on_candidate(made, before is not None)
         return made
 
-    attempt(begin, 0)
+    evaluate(start, 0)
     if len(genes) == 1:  # CMA-ES needs two parameters or more: use an even grid
         steps = max(2, attempts - 1)
         for at in range(steps):
-            attempt([at / (steps - 1)], 1)
-        return found
+            evaluate([at / (steps - 1)], 1)
+        return candidates
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        search = cma.CMAEvolutionStrategy(begin, STEP, options)
+        search = cma.CMAEvolutionStrategy(start, INITIAL_SIGMA, options)
         generation = 1
         while (
-            len(found) < attempts
+            len(candidates) < attempts
         ):  # ignore CMA-ES's own stopping rules: they assume smooth functions, but scores of few samples often tie
             points = search.ask()
-            search.tell(points, [-attempt(point, generation).score for point in points])
+            search.tell(points, [-evaluate(point, generation).score for point in points])
             generation += 1
-    return found
+    return candidates
 
 
-def _options(seed: int, population: int) -> dict[str, Any]:
+def _build_options(seed: int, population: int) -> dict[str, Any]:
     """Build the options of CMA-ES."""
     options: dict[str, Any] = {
         "bounds": [0, 1],
@@ -110,7 +110,7 @@ def _options(seed: int, population: int) -> dict[str, Any]:
     return options
 
 
-def _read(journal: Path) -> dict[tuple[float, ...], tuple[float, dict[str, float]]]:
+def _read_journal(journal: Path) -> dict[tuple[float, ...], tuple[float, dict[str, float]]]:
     """Read the results of an interrupted search; a truncated line is skipped."""
     found: dict[tuple[float, ...], tuple[float, dict[str, float]]] = {}
     for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []:

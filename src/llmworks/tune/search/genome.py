@@ -23,14 +23,14 @@ BOUNDS = {
     "select_topk": (0.05, 1.0),
     "scale": (0.0, 2.0),
 }
-Path = tuple[str | int, ...]
+ParameterPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
-class Gene:
+class MergeParameter:
     """One parameter: its path in the configuration, bounds and initial value."""
 
-    path: Path
+    path: ParameterPath
     low: float
     high: float
     start: float
@@ -41,7 +41,7 @@ class Gene:
         return ".".join(map(str, self.path))
 
 
-def genes_of(config: Mapping[str, Any], *, gradient: int = 1, negative: bool = False) -> list[Gene]:
+def list_parameters(config: Mapping[str, Any], *, gradient: int = 1, negative: bool = False) -> list[MergeParameter]:
     """List the numeric parameters of a merge configuration (as plain JSON).
 
     `gradient`: number of points over the layers; weights and t get one value per point, and existing gradients are
@@ -49,25 +49,31 @@ def genes_of(config: Mapping[str, Any], *, gradient: int = 1, negative: bool = F
 
     UserError for a merge without numeric parameters.
     """
-    found: list[Gene] = []
+    found: list[MergeParameter] = []
 
-    def walk(value: Any, path: Path, name: str) -> None:
+    def walk(value: Any, path: ParameterPath, name: str) -> None:
         if isinstance(value, dict):
             for key, inside in value.items():
                 walk(inside, (*path, key), key if path and path[-1] == "parameters" else name if key == "value" else "")
         elif (
-            gradient > 1 and name in ("weight", "t") and not isinstance(path[-1], int) and (numbers := _numbers(value))
+            gradient > 1
+            and name in ("weight", "t")
+            and not isinstance(path[-1], int)
+            and (numbers := _parse_gradient(value))
         ):
-            found.extend(gene((*path, at), name, start) for at, start in enumerate(_points(numbers, gradient)))
+            found.extend(
+                build_parameter((*path, at), name, start)
+                for at, start in enumerate(_resample_gradient(numbers, gradient))
+            )
         elif isinstance(value, list):
             for at, inside in enumerate(value):
                 walk(inside, (*path, at), name)
-        elif name in BOUNDS and _number(value):
-            found.append(gene(path, name, float(value)))
+        elif name in BOUNDS and _is_number(value):
+            found.append(build_parameter(path, name, float(value)))
 
-    def gene(path: Path, name: str, start: float) -> Gene:
+    def build_parameter(path: ParameterPath, name: str, start: float) -> MergeParameter:
         low, high = (-1.0, 1.5) if negative and name == "weight" else BOUNDS[name]
-        return Gene(path, min(low, start), max(high, start), start)
+        return MergeParameter(path, min(low, start), max(high, start), start)
 
     walk(config, (), "")
     if not found:
@@ -77,7 +83,7 @@ def genes_of(config: Mapping[str, Any], *, gradient: int = 1, negative: bool = F
     return found
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     """Return whether it is a number, or a string that YAML does not parse as one (1e-1)."""
     try:
         return not isinstance(value, bool) and math.isfinite(float(value))
@@ -85,13 +91,13 @@ def _number(value: Any) -> bool:
         return False
 
 
-def _numbers(value: Any) -> list[float]:
+def _parse_gradient(value: Any) -> list[float]:
     """Return a number or a gradient as a gradient; empty for anything else."""
     numbers = value if isinstance(value, list) else [value]
-    return [float(one) for one in numbers] if all(map(_number, numbers)) else []
+    return [float(one) for one in numbers] if all(map(_is_number, numbers)) else []
 
 
-def _points(numbers: Sequence[float], count: int) -> list[float]:
+def _resample_gradient(numbers: Sequence[float], count: int) -> list[float]:
     """Resample a gradient to `count` points by linear interpolation."""
     last = len(numbers) - 1
     places = [at * last / (count - 1) for at in range(count)]
@@ -102,7 +108,7 @@ def _points(numbers: Sequence[float], count: int) -> list[float]:
     ]
 
 
-def with_values(config: Mapping[str, Any], genes: Sequence[Gene], values: Sequence[float]) -> dict[str, Any]:
+def set_values(config: Mapping[str, Any], genes: Sequence[MergeParameter], values: Sequence[float]) -> dict[str, Any]:
     """Return the configuration with new parameter values."""
     made: dict[str, Any] = json.loads(json.dumps(config))
     for gene, value in zip(genes, values, strict=True):
@@ -111,7 +117,9 @@ def with_values(config: Mapping[str, Any], genes: Sequence[Gene], values: Sequen
         for number, key in enumerate(above):
             points = sum(other.path[:-1] == gene.path[:-1] for other in genes)
             if (
-                isinstance(last, int) and number == len(above) - 1 and len(_numbers(place[key])) not in (0, points)
+                isinstance(last, int)
+                and number == len(above) - 1
+                and len(_parse_gradient(place[key])) not in (0, points)
             ):  # expand a number to a gradient, or resize a gradient
                 place[key] = [0.0] * points
             place = place[key]

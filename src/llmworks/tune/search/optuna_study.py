@@ -12,27 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from llmworks.core.errors import MissingDependency
-from llmworks.tune.search.search_space import Search, Space
+from llmworks.tune.search.search_space import FieldSpace, SweepConfig
 
 
 @dataclass(frozen=True)
-class Trial:
+class SweepTrial:
     """One trial: its values, and its score or error."""
 
     number: int
     values: Mapping[str, Any] = field(default_factory=dict)
     score: float | None = None
-    why: str = ""
+    error: str = ""
     seconds: float = 0.0
 
 
-class Study:
+class SweepStudy:
     """Ask-and-tell interface of the sweep.
 
     A trial that was running when a sweep was interrupted is retried with the same values.
     """
 
-    def __init__(self, search: Search, file: Path) -> None:
+    def __init__(self, search: SweepConfig, file: Path) -> None:
         try:
             import optuna
             from optuna.storages import JournalStorage
@@ -58,16 +58,18 @@ class Study:
                     self._study.enqueue_trial(trial.params)
         self._open: dict[int, Any] = {}
 
-    def ask(self) -> Trial:
+    def ask(self) -> SweepTrial:
         """Return a trial with the next values."""
         trial = self._study.ask()
         self._open[trial.number] = trial
-        return Trial(trial.number, {name: _suggest(trial, name, space) for name, space in self.search.fields.items()})
+        return SweepTrial(
+            trial.number, {name: _suggest(trial, name, space) for name, space in self.search.fields.items()}
+        )
 
-    def tell(self, trial: Trial) -> None:
+    def tell(self, trial: SweepTrial) -> None:
         """Record the result of a trial."""
         here = self._open.pop(trial.number)
-        here.set_user_attr("why", trial.why)
+        here.set_user_attr("why", trial.error)
         here.set_user_attr("seconds", trial.seconds)
         if trial.score is None:
             self._study.tell(trial.number, state=self._states.FAIL)
@@ -75,7 +77,7 @@ class Study:
             self._study.tell(trial.number, trial.score)
 
     @property
-    def trials(self) -> list[Trial]:
+    def trials(self) -> list[SweepTrial]:
         """All finished trials, in order; interrupted ones are left out."""
         ended = [
             t
@@ -83,9 +85,9 @@ class Study:
             if t.state == self._states.COMPLETE or (t.state == self._states.FAIL and t.user_attrs.get("why"))
         ]
         return [
-            Trial(
+            SweepTrial(
                 t.number,
-                {name: _value(space, t.params[name]) for name, space in self.search.fields.items()},
+                {name: _decode_value(space, t.params[name]) for name, space in self.search.fields.items()},
                 t.value,
                 str(t.user_attrs.get("why", "")),
                 float(t.user_attrs.get("seconds", 0)),
@@ -94,13 +96,13 @@ class Study:
         ]
 
     @property
-    def best(self) -> Trial | None:
+    def best(self) -> SweepTrial | None:
         """The best trial so far."""
         scored = [t for t in self.trials if t.score is not None]
         sign = 1 if self.search.direction == "maximize" else -1
         return max(scored, key=lambda t: sign * (t.score or 0.0), default=None)
 
-    def importance(self) -> dict[str, float]:
+    def compute_importance(self) -> dict[str, float]:
         """Compute parameter importance: each field's share of the score variance, given enough trials (PED-ANOVA:
         Watanabe et al. 2023, arXiv:2304.10255).
         """
@@ -123,14 +125,14 @@ class Study:
                 return {}
 
 
-def _suggest(trial: Any, name: str, space: Space) -> Any:
+def _suggest(trial: Any, name: str, space: FieldSpace) -> Any:
     if space.choices:
-        return _value(space, trial.suggest_categorical(name, [json.dumps(choice) for choice in space.choices]))
+        return _decode_value(space, trial.suggest_categorical(name, [json.dumps(choice) for choice in space.choices]))
     if space.whole:
         return trial.suggest_int(name, int(space.low or 0), int(space.high or 0), log=space.log)
     return trial.suggest_float(name, space.low, space.high, log=space.log)
 
 
-def _value(space: Space, stored: Any) -> Any:
+def _decode_value(space: FieldSpace, stored: Any) -> Any:
     """Decode a stored value. Choices are stored as JSON, because they may be lists or mappings."""
     return json.loads(stored) if space.choices else stored

@@ -16,7 +16,7 @@ from llmworks.core.errors import UserError
 Value = int | float | str | bool | None
 
 
-class Space(Config):
+class FieldSpace(Config):
     """Search space of one field: choices, or a numeric range."""
 
     choices: list[Any] = Field([], description="values to choose from (categorical)")
@@ -36,14 +36,16 @@ class Space(Config):
         return self
 
 
-class Search(Config):
+class SweepConfig(Config):
     """A sweep: the metric to optimize and the fields to search."""
 
     metric: str = Field(
         pattern=r"^[^.]+\..+$", description="STEP.METRIC of the recipe to optimize, for example tuned-score.score"
     )
     direction: Literal["maximize", "minimize"] = Field("maximize", description="direction of the optimization")
-    fields: dict[str, Space] = Field(min_length=1, description="map of STEP.FIELD, as in --set, to its search space")
+    fields: dict[str, FieldSpace] = Field(
+        min_length=1, description="map of STEP.FIELD, as in --set, to its search space"
+    )
     trials: int = Field(20, gt=0, description="total number of trials")
     random: int = Field(
         8,
@@ -53,17 +55,17 @@ class Search(Config):
     seed: int = Field(0, ge=0, description="seed of the sampler")
 
     @property
-    def step(self) -> str:
+    def step_name(self) -> str:
         """The step whose metric is optimized."""
         return self.metric.partition(".")[0]
 
     @property
-    def name(self) -> str:
+    def metric_name(self) -> str:
         """The metric's name."""
         return self.metric.partition(".")[2]
 
 
-def load_search(path: Path) -> Search:
+def load_search(path: Path) -> SweepConfig:
     """Read a search file. UserError in one line for an invalid one."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -74,7 +76,7 @@ def load_search(path: Path) -> Search:
     if not isinstance(values, dict):
         raise UserError(f"{path}: must be a mapping with metric and fields")
     try:
-        return Search.model_validate(values)
+        return SweepConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(
@@ -82,6 +84,6 @@ def load_search(path: Path) -> Search:
         ) from None
 
 
-def overrides(values: Mapping[str, Any]) -> list[str]:
+def format_overrides(values: Mapping[str, Any]) -> list[str]:
     """Format values as `--set` arguments."""
     return [f"{field}={json.dumps(value)}" for field, value in values.items()]

@@ -421,7 +421,14 @@ def language(folder: Path) -> dict[str, Any]:
     return {"seconds": time.process_time() - began, "documents": len(every)}
 
 
-CHAIN = ( ( "read" , "data" , [ ] ) , ( "clean" , "read" , [ ] ) , ( "redact" , "clean" , [ ] ) , ( "dedup" , "redact" , [ "--set" , "lines={}" ] ) , ( "decontaminate" , "dedup" , [ ] ) , ( "split" , "decontaminate" , [ "--set" , "split=train" , "--set" , "n_splits=50" ] ) , )  # fmt: skip
+CHAIN = (
+    ("read", "data", []),
+    ("clean", "read", []),
+    ("redact", "clean", []),
+    ("dedup", "redact", ["--set", "lines={}"]),
+    ("decontaminate", "dedup", []),
+    ("split", "decontaminate", ["--set", "split=train", "--set", "n_splits=50"]),
+)
 
 
 def chain(folder: Path, share: float) -> dict[str, Any]:

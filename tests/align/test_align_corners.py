@@ -24,7 +24,8 @@ from llmworks.align.preference.examples import CompletionTokens, PromptCompletio
 from llmworks.align.preference.objective import mismatch_completions
 from llmworks.align.reward_model.calibration import wilson_interval
 from llmworks.align.rl.experience import Rollout, SampledCompletion
-from llmworks.align.rl.objective import PolicyLossOptions, PpoObjective
+from llmworks.align.rl.objective import PolicyLossOptions
+from llmworks.align.rl.ppo_objective import PpoObjective
 from llmworks.align.rl.rewards import RewardFunctions
 from llmworks.align.rl.rollouts import RolloutSampler
 from llmworks.core.artifact import Dataset

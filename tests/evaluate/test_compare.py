@@ -27,9 +27,10 @@ from llmworks.core.report import ReportBuilder
 from llmworks.core.types import Engine
 from llmworks.evaluate.compare import CompareEvaluationsConfig, compare
 from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
-from llmworks.evaluate.leaderboard import LeaderboardConfig, LeaderboardEntry, describe_lead, leaderboard, rank_models
+from llmworks.evaluate.leaderboard import LeaderboardConfig, describe_lead, leaderboard, rank_models
 from llmworks.evaluate.protocol.load_task import task_names
 from llmworks.evaluate.statistics.bootstrap import holm
+from llmworks.evaluate.statistics.entries import LeaderboardEntry
 from llmworks.evaluate.suites import load_suites, resolve_items
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.runtime.session import load

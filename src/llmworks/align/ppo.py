@@ -64,7 +64,8 @@ def ppo(
     """
 
     def build_objective(context: MethodContext, sampler: RolloutSampler) -> RolloutObjective:
-        from llmworks.align.rl.objective import PolicyLossOptions, PpoObjective
+        from llmworks.align.rl.objective import PolicyLossOptions
+        from llmworks.align.rl.ppo_objective import PpoObjective
 
         objective = PolicyLossOptions(
             "clip",

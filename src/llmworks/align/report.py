@@ -131,20 +131,13 @@ def describe_scores(
         ("probability", "cases", "predicted", "observed"),
         [(f"{b.low:.2f} to {b.high:.2f}", b.size, f"{b.predicted:.3f}", f"{b.observed:.3f}") for b in bins],
     )
-    report.data |= {
-        "accuracy": share,
-        "low": lowest,
-        "high": highest,
-        "calibration_error": error,
-        "bins": [b._asdict() for b in bins],
-    }
+    report.data |= {"accuracy": share, "low": lowest, "high": highest}
+    report.data |= {"calibration_error": error, "bins": [b._asdict() for b in bins]}
     return {"accuracy": round(share, 5), "accuracy_low": round(lowest, 5), "calibration_error": round(error, 5)}
 
 
-MAX_LENGTH_GROWTH, MAX_REPETITION = (
-    1.5,
-    0.2,
-)  # growth of the completion length; share of repeated 4-grams
+MAX_LENGTH_GROWTH = 1.5  # of the mean completion length
+MAX_REPETITION = 0.2  # share of repeated 4-grams
 
 
 def find_reward_hacking(steps: Sequence[dict[str, Any]]) -> list[str]:

@@ -67,12 +67,8 @@ def pack(config: PackConfig, model: Model | Adapter | Tokenizer, data: Dataset, 
         how = TokenizationSettings(
             model.path, config.chat_template, config.max_length, allow_control_tokens=config.control_tokens == "keep"
         )
-        done = process_parts(
-            ctx,
-            "tokens",
-            partial(encode_chats, how),
-            plan_file_spans(list_row_files(data, "chat"), partial(open_rows, kind="chat")),
-        )
+        spans = plan_file_spans(list_row_files(data, "chat"), partial(open_rows, kind="chat"))
+        done = process_parts(ctx, "tokens", partial(encode_chats, how), spans)
         uses = done.sum_counters("uses")
         require_template(
             model.name,

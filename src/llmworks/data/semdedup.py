@@ -44,11 +44,8 @@ def semdedup(config: SemdedupConfig, data: Dataset, embedder: Model, ctx: Contex
     rows = sum(part.rows for part in parts)
     done = process_parts(ctx, "embed", partial(_embed_part, embedder.path), parts)
     vectors = np.concatenate([np.load(folder / VECTORS) for folder in done.folders])
-    sizes = (
-        np.concatenate([np.load(folder / LENGTHS) for folder in done.folders])
-        if config.keep == "longest"
-        else np.zeros(rows)
-    )
+    by_length = config.keep == "longest"
+    sizes = np.concatenate([np.load(folder / LENGTHS) for folder in done.folders]) if by_length else np.zeros(rows)
     clusters = Clusters(rows)
     compared, joined = cluster_similar(vectors, config.threshold, clusters, config.seed)
     drops: dict[int, DuplicateDrop] = {}

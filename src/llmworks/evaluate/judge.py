@@ -78,10 +78,7 @@ def judge(
         raise DataError("no answer has a grade: reward models have no fixed scale; add an LLM judge, or use --baseline")
     values = {i: {"A": 1.0, "B": 0.0, "C": 0.5}[v] if others is not None else v for i, v in jury.items()}
     score = mean_interval(list(values.values()), groups=[str(samples[i].get("group", "")) for i in values])
-    metrics: dict[str, Any] = {
-        "score": score.value,
-        "low": score.low,
-        "high": score.high,
+    metrics: dict[str, Any] = {"score": score.value, "low": score.low, "high": score.high} | {
         "samples": len(samples),
         "judged": len(values),
         "unparsed": sum(one.unparsable for one in judge_verdicts),

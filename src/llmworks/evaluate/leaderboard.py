@@ -5,10 +5,7 @@ Two evaluations share a column when task, definition, prompts and rows are the s
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -17,7 +14,7 @@ from llmworks.core.artifact import Config, Report
 from llmworks.core.context import Context
 from llmworks.core.report import format_count
 from llmworks.evaluate.statistics.bootstrap import holm, paired_difference, sign_flip
-from llmworks.evaluate.statistics.stored import ALL_FIELDS, read_evaluation
+from llmworks.evaluate.statistics.entries import LeaderboardEntry, keep_latest, read_entry
 
 if TYPE_CHECKING:
     from llmworks.core.report import ReportBuilder
@@ -36,23 +33,6 @@ class LeaderboardConfig(Config):
             " the others"
         ),
     )
-
-
-@dataclass(frozen=True)
-class LeaderboardEntry:
-    """One evaluation: its model, leaderboard column and data."""
-
-    model: str
-    name: str
-    column: str
-    finished: str
-    data: Mapping[str, Any]
-
-    @property
-    def score(self) -> tuple[float, float, float]:
-        """Score and its 95% interval."""
-        found = self.data["intervals"][self.data["metric"]]
-        return float(found["value"]), float(found["low"]), float(found["high"])
 
 
 def leaderboard(
@@ -180,57 +160,6 @@ def _describe_contamination(contaminations: list[Report] | None, page: ReportBui
             "Contaminated: a 13-gram of the sample occurs in what the model or its ancestors were trained on in this"
             " workspace. The training data of external models is unknown.",
         )
-
-
-def read_entry(report: Report) -> LeaderboardEntry:
-    """Read one evaluation as an entry. DataError where the report is not one."""
-    data = read_evaluation(report, *ALL_FIELDS, of_samples=("question", "group", "score"))
-    return LeaderboardEntry(
-        str(report.about.get("model", "")),
-        str(data["model"]),
-        get_column_key(data),
-        report.manifest.finished if report.manifest else "",
-        data,
-    )
-
-
-def get_column_key(data: Mapping[str, Any]) -> str:
-    """Return a column key: the task and a hash of definition and samples; any difference gives another key."""
-    definition = {k: v for k, v in data["definition"].items() if k not in ("what", "data", "examples", "format")}
-    setup = [definition, sorted((s["id"], s.get("row", "")) for s in data["samples"])]
-    return f"{data['task']} #{hashlib.sha256(json.dumps(setup, sort_keys=True).encode()).hexdigest()[:4]}"
-
-
-def keep_latest(entries: Sequence[LeaderboardEntry]) -> list[LeaderboardEntry]:
-    """Keep the latest evaluation of each model and column; shorten the column names."""
-    found = {(e.model, e.column): e for e in sorted(entries, key=lambda e: e.finished)}
-    labels = shorten_column_names({e.column: e.data for e in found.values()})
-    return [
-        LeaderboardEntry(e.model, e.name, labels[e.column], e.finished, e.data)
-        for e in sorted(found.values(), key=lambda e: (e.column, e.model))
-    ]
-
-
-def shorten_column_names(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Name every column: the task, plus what distinguishes it from other columns of the same task."""
-    out: dict[str, str] = {}
-    for task in {c.split(" #")[0] for c in columns}:
-        alike = {
-            c: [
-                f"{d['shots']} shots",
-                f"{len(d['samples'])} rows",
-                str(d["protocol"].get("prompt", "")),
-                str(d["protocol"].get("side", "all")),
-            ]
-            for c, d in columns.items()
-            if c.split(" #")[0] == task
-        }
-        differing = [i for i in range(4) if len({facts[i] for facts in alike.values()}) > 1]
-        named = {
-            c: f"{task} ({', '.join(facts[i] for i in differing)})" if differing else task for c, facts in alike.items()
-        }
-        out |= {c: label if list(named.values()).count(label) == 1 else c for c, label in named.items()}
-    return out
 
 
 def name_models(entries: Sequence[LeaderboardEntry]) -> dict[str, str]:

@@ -48,8 +48,7 @@ class EmbeddingConfig(Config):
         "skip-gram",
         description=(
             "skip-gram: predict the context from a word; cbow: predict a word from its context (Mikolov et al. 2013);"
-            " fasttext: skip-gram with character n-grams (Bojanowski et al. 2017); glove: factorize co-occurrence"
-            " counts (Pennington et al. 2014)"
+            " fasttext: skip-gram over character n-grams (Bojanowski et al. 2017); glove (Pennington et al. 2014)"
         ),
     )
     vector_size: int = Field(100, gt=1, description="vector dimensions")
@@ -77,10 +76,7 @@ class EmbeddingConfig(Config):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if not 1 <= self.char_ngrams[0] <= self.char_ngrams[1] <= 20:
-            raise ValueError(
-                f"char_ngrams is {list(self.char_ngrams)}: needs a minimum of at least 1 and a maximum of at least the"
-                " minimum and at most 20"
-            )
+            raise ValueError(f"char_ngrams is {list(self.char_ngrams)}; needs 1 <= minimum <= maximum <= 20")
         return self
 
 
@@ -272,11 +268,8 @@ def _train_gensim(
         "sg": int(config.method != "cbow"),
         "alpha": config.learning_rate or (0.05 if config.method == "cbow" else 0.025),
     }
-    model = (
-        FastText(min_n=config.char_ngrams[0], max_n=config.char_ngrams[1], **options)
-        if config.method == "fasttext"
-        else Word2Vec(**options)
-    )
+    ngrams = {"min_n": config.char_ngrams[0], "max_n": config.char_ngrams[1]}
+    model = FastText(**ngrams, **options) if config.method == "fasttext" else Word2Vec(**options)
     model.build_vocab_from_freq({word: counts[word] for word in words}, corpus_count=0)
     with ctx.progress.bar("training", epochs, "epochs") as bar:
         model.train(Sentences(), total_words=sum(counts.values()), epochs=epochs, callbacks=[ProgressCallback()])
@@ -284,12 +277,10 @@ def _train_gensim(
         from gensim.models.fasttext import save_facebook_model
 
         save_facebook_model(model, str(ctx.out / "fasttext.bin"))
-        return WordVectors(
-            words,
-            np.stack([model.wv[word] for word in words]).astype(np.float32),
-            lambda word: model.wv[word] if word else None,
-        )
-    return _make_word_vectors(words, np.stack([model.wv[word] for word in words]).astype(np.float32))
+    table = np.stack([model.wv[word] for word in words]).astype(np.float32)
+    if config.method == "fasttext":
+        return WordVectors(words, table, lambda word: model.wv[word] if word else None)
+    return _make_word_vectors(words, table)
 
 
 def _train_glove(

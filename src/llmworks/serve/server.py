@@ -152,11 +152,9 @@ def build_app(engine: Engine, name: str) -> FastAPI:
         identity, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         if not body.stream:
             answer = await turns.complete(request, http.is_disconnected)
-            return (
-                build_completion(identity, created, name, answer, bool(request.tools))
-                if answer
-                else Response(status_code=499)
-            )
+            if not answer:
+                return Response(status_code=499)
+            return build_completion(identity, created, name, answer, bool(request.tools))
         deltas = turns.stream(request)
         opening = await deltas.__anext__()  # invalid requests are refused before the stream begins
         with_usage = bool(body.stream_options and body.stream_options.include_usage)

@@ -89,9 +89,8 @@ def evolve(config: EvolveConfig, model: Model | Adapter, data: Dataset, ctx: Con
             steps = [(id, draw.choice(config.operators)) for id in current]
             prompts = [_prompt(config, operator, current[id]) for id, operator in steps]
             evolved = {}  # id -> (operator, prompt, instruction)
-            for (id, operator), prompt, answer in zip(
-                steps, prompts, builder.generate(f"step {step}", prompts), strict=True
-            ):
+            replies = builder.generate(f"step {step}", prompts)
+            for (id, operator), prompt, answer in zip(steps, prompts, replies, strict=True):
                 instruction = parse_labeled(answer.text, "new instruction") or strip_markup(answer.text)
                 reason = find_problem(config, operator, current[id], instruction, answer) or (
                     "" if pool.add(instruction) else "too similar to another instruction"
@@ -100,9 +99,8 @@ def evolve(config: EvolveConfig, model: Model | Adapter, data: Dataset, ctx: Con
                     builder.reject(f"{id}~{step}", reason, answer.text)
                 else:
                     evolved[id] = (operator, prompt, instruction)
-            for id in _find_unchanged(
-                config, builder, current, {id: instruction for id, (_, _, instruction) in evolved.items()}
-            ):
+            instructions = {id: instruction for id, (_, _, instruction) in evolved.items()}
+            for id in _find_unchanged(config, builder, current, instructions):
                 builder.reject(f"{id}~{step}", "unchanged", evolved.pop(id)[2])
             answer_prompts = {
                 id: GenerationPrompt((*systems[id], Message("user", instruction)))

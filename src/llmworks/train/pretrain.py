@@ -134,7 +134,6 @@ def _pretrain(
     config: PretrainConfig, model: Model, data: Dataset, ctx: Context, held_out: Dataset | None, world: World
 ) -> Model:
     """Run `pretrain` in one of the processes; the first one evaluates, samples and saves."""
-
     from llmworks.model.golden import record_golden
     from llmworks.tokenize.chat.named import load_model_tokenizer
     from llmworks.train.loop.heldout import evaluate_loss
@@ -147,28 +146,22 @@ def _pretrain(
     network, packed, eval_rows, length = _open_inputs(ctx, model, data, held_out, tokenizer, world, config)
     steps = _create_steps(config, world, packed, data, length, ctx)
     parameters = sum(p.numel() for p in network.parameters())
-    precision, distributed_model, full_model = _distribute(config, world, network, model)
-    samples_before = (
-        sample_continuations(full_model, tokenizer, config.sample_prompts, config.sample_max_tokens, ctx.seed)
-        if world.is_main
-        else []
-    )
+    precision, distributed, full_model = _distribute(config, world, network, model)
+    settings = (config.sample_prompts, config.sample_max_tokens, ctx.seed)
+    samples_before = sample_continuations(full_model, tokenizer, *settings) if world.is_main else []
     samples: dict[int, list[str]] = {}
 
     def evaluate(step: int) -> dict[str, float]:
-        distributed_model.gather_weights(full_model)
+        distributed.gather_weights(full_model)
         if not world.is_main:
             return {}
-        samples[step] = sample_continuations(
-            full_model, tokenizer, config.sample_prompts, config.sample_max_tokens, ctx.seed
-        )
+        samples[step] = sample_continuations(full_model, tokenizer, *settings)
         if config.sample_max_tokens and config.sample_prompts:
             ctx.progress.log(f"step {step + 1}: {config.sample_prompts[0]}{samples[step][0]}".replace("\n", "⏎"))
         if eval_rows is None:
             return {}
-        found = evaluate_loss(
-            full_model, eval_rows, tokenizer, max_rows=config.eval_samples, batch_size=config.batch_size
-        )
+        limits = {"max_rows": config.eval_samples, "batch_size": config.batch_size}
+        found = evaluate_loss(full_model, eval_rows, tokenizer, **limits)
         ctx.progress.log(
             f"step {step + 1}: eval {found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:,.1f}"
         )
@@ -178,18 +171,9 @@ def _pretrain(
     loop_config = LoopConfig(*saves, precision, *averages, evaluate, config.eval_steps)
     rows, more = config.batch_size * config.gradient_accumulation_steps, f", {world.size} processes"
     ctx.progress.log(f"{parameters:,} parameters, {len(steps):,} steps of {rows} rows{more if world.size > 1 else ''}")
-    metrics: dict[str, Any] = dict(
-        train(
-            distributed_model,
-            steps,
-            packed_loss,
-            config.optimizer,
-            loop_config,
-            scratch=ctx.scratch,
-            progress=ctx.progress,
-        )
-    )
-    distributed_model.gather_weights(full_model)
+    keep: dict[str, Any] = {"scratch": ctx.scratch, "progress": ctx.progress}
+    metrics: dict[str, Any] = dict(train(distributed, steps, packed_loss, config.optimizer, loop_config, **keep))
+    distributed.gather_weights(full_model)
     if not world.is_main or full_model is None:
         return Model(ctx.out)
     save_model(full_model.to("cpu"), tokenizer, model, ctx.out)
@@ -292,10 +276,10 @@ def _distribute(
         else None
     )
     precision = resolve_precision(config.precision, world.device, sharded=config.parallel != ParallelConfig())
-    distributed_model = (PipelinedModel if config.parallel.pipeline_parallel_size > 1 else distribute_model)(
+    distributed = (PipelinedModel if config.parallel.pipeline_parallel_size > 1 else distribute_model)(
         network, config.parallel, world, precision=precision, compiled=config.torch_compile
     )
-    return precision, distributed_model, full_model
+    return precision, distributed, full_model
 
 
 def _describe(

@@ -9,7 +9,7 @@ from typing import Any
 from llmworks.core.artifact import Adapter, Dataset, Model, Report
 from llmworks.core.errors import DataError, LlmworksError, UserError
 from llmworks.core.workspace import Workspace
-from llmworks.evaluate.leaderboard import read_entry
+from llmworks.evaluate.statistics.entries import read_entry
 from llmworks.evaluate.suites import SuiteTask
 from llmworks.runtime.resolve import resolve_stage
 from llmworks.runtime.runner import format_metrics

@@ -25,10 +25,8 @@ def train_scorer(
     kind: Any,
     labels: Mapping[str, Sequence[bool]],
 ) -> Model:
-    """Train a reward model of one kind (`whole` completions or `steps`) and report its scores.
-
-    Errors: UserError for an unsupported configuration.
-    """
+    """Train a reward model of one kind, `whole` completions or `steps`. UserError for an unsupported configuration."""
+    from llmworks.align.report import describe_scores
     from llmworks.align.reward_model.run import PairRewardObjective, ProcessRewardObjective, make_saver
     from llmworks.train.distributed import world
 
@@ -53,21 +51,12 @@ def train_scorer(
         make_saver(policy.model, ctx.out, ctx.scratch, kind, pad_token_id=choose_pad_token(material))(tuned)
         material.tokenizer.save_pretrained(ctx.out)
         save_records(ctx, material.dropped)
-        metrics |= {
-            "rows": len(material.examples),
-            "dropped": len(material.dropped),
-            "trainable_parameters": tuned.num_trainable_parameters,
-        }
-        from llmworks.align.report import describe_scores
-
-        metrics |= describe_scores(
-            ctx.report, policy.name, rows, metrics, config.model_dump(), material.dropped, objective.eval_scores, kind
-        )
-        return Model(
-            ctx.out,
-            metrics=metrics,
-            about={"format": "hf", "head": kind, "architecture": str(policy.model.about.get("architecture", ""))},
-        )
+        metrics |= {"rows": len(material.examples), "dropped": len(material.dropped)}
+        metrics["trainable_parameters"] = tuned.num_trainable_parameters
+        scores, fields = objective.eval_scores, config.model_dump()
+        metrics |= describe_scores(ctx.report, policy.name, rows, metrics, fields, material.dropped, scores, kind)
+        architecture = str(policy.model.about.get("architecture", ""))
+        return Model(ctx.out, metrics=metrics, about={"format": "hf", "head": kind, "architecture": architecture})
 
     with world.init_world(config.parallelism) as here:
         try:

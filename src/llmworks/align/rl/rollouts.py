@@ -226,14 +226,11 @@ class RolloutSampler:
     def _compute_metrics(self, rollout: Rollout) -> dict[str, float]:
         rewards, flat = rollout.rewards, [one for group in rollout.completions for one in group]
         known = rewards[~rewards.isnan()]
+        groups = rewards if self.options.num_generations > 1 else rewards.flatten()[None]
         metrics = {
             "reward": float(known.mean()) if len(known) else 0.0,
             "reward_deviation": float(known.std(correction=0)) if len(known) else 0.0,
-            "alike": (
-                sum(map(is_zero_variance, rewards)) / len(rewards)
-                if self.options.num_generations > 1
-                else float(is_zero_variance(rewards.flatten()))
-            ),
+            "alike": sum(map(is_zero_variance, groups)) / len(groups),
             "length": sum(len(one.ids) for one in flat) / len(flat),
             "cut": sum(one.truncated for one in flat) / len(flat),
             "repeated": sum(repeated_ngram_share(one.ids) for one in flat) / len(flat),

@@ -6,6 +6,7 @@ The loss is each method's own. Torch-free.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -207,7 +208,7 @@ def run_online(
     reward_model: Model | None,
     judge: Model | Adapter | None,
 ) -> Adapter | Model:
-    """Train the policy on its own completions. `compared`: whether the reference's log-probabilities are needed.
+    """Train the policy on its own completions. `use_reference`: whether the reference's log-probabilities are needed.
 
     Errors: DataError for rows without a prompt or that cannot be scored; UserError for a reward function without its
     model or file; TrainingError for a loss that is not finite, or, with on_reward_error raise, a failed reward.
@@ -221,10 +222,9 @@ def run_online(
     rewards = _open_rewards(config, reward_model, judge, failed_file, ctx)
     tokenizer, stops = policy.open_tokenizer(config, stage)
     max_length = min(config.max_length, get_context_length(policy.model))
-    prompts, rejected = read_prompts(config, tokenizer, data, max_length)
-    eval_prompts = (
-        read_prompts(config, tokenizer, eval_data, max_length, config.eval_samples)[0] if eval_data is not None else []
-    )
+    read = functools.partial(read_prompts, config, tokenizer, max_length=max_length)
+    prompts, rejected = read(data)
+    eval_prompts = read(eval_data, limit=config.eval_samples)[0] if eval_data is not None else []
     warn_shared_prompts(prompts, eval_prompts, lambda one: one.ids, ctx.progress.log)
     for one in (*prompts, *eval_prompts):
         rewards.check_row(one.row, one.prompt)
@@ -243,16 +243,10 @@ def run_online(
         def describe(report: Any, title: str, rows: Any, metrics: Any, fields: Any, set_aside: Any) -> None:
             _describe(failed_file, ctx, metrics, report, title, rows, fields, set_aside, objectives)
 
+        material = TrainingData(tokenizer, stops, prompts, rejected, eval_prompts, questions)
         try:
             return run_training(
-                config,
-                policy.model,
-                ctx,
-                here,
-                TrainingData(tokenizer, stops, prompts, rejected, eval_prompts, questions),
-                make_method,
-                describe,
-                adapter=policy.adapter,
+                config, policy.model, ctx, here, material, make_method, describe, adapter=policy.adapter
             )
         except RuntimeError as error:
             raise (explain_out_of_memory(error) or error) from error

@@ -163,9 +163,8 @@ def _forward(model: Any, cache: Any, parts: list[BranchSpan]) -> None:
         parent = {id(child): branch for branch, _, _ in parts for child in branch.children}
         for branch, start, end in parts:
             at = begins[id(branch)]
-            visible[at : at + end - start, at : at + end - start] = torch.ones(
-                end - start, end - start, dtype=torch.bool
-            ).tril()
+            causal = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+            visible[at : at + end - start, at : at + end - start] = causal
             above = parent.get(id(branch))
             if above is not None and id(above) in begins:  # all that its parent's last token attends to
                 last = begins[id(above)] + len(above.ids) - 1

@@ -96,22 +96,16 @@ def plan_merge(config: MergeConfig, models: Mapping[str, CheckpointLayout], rows
     jobs = tuple(planner.iter_jobs())
     unused = sorted({name for settings in planner.iter_settings() for name in settings} - known)
     names = {name for job in jobs for name in (job.name, *(tensor for _, tensor in job.sources))}
-    idle = sorted(
-        part
-        for part in {part for settings in planner.iter_settings() for part in iter_filters(settings)}
-        if not any(part in name for name in names)
-    )
+    filters = {part for settings in planner.iter_settings() for part in iter_filters(settings)}
+    idle = sorted(part for part in filters if not any(part in name for name in names))
     return MergePlan(method, jobs, planner.layers, tuple(unused), tuple(idle))
 
 
 def get_method(name: str) -> MergeMethod:
     """Look up a method by name. UserError for an unknown one."""
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        raise UserError(
-            f"merge_method: {name!r} is not known{f', did you mean {near[0]!r}?' if near else ''};"
-            f" known: {', '.join(METHODS)}"
-        )
+        near = "".join(f", did you mean {one!r}?" for one in difflib.get_close_matches(name, METHODS, n=1))
+        raise UserError(f"merge_method: {name!r} is not known{near}; known: {', '.join(METHODS)}")
     return METHODS[name]
 
 

@@ -186,19 +186,8 @@ def merge_vocabularies(
             _add_model_tokens(definition, tokens, definitions[name], known[name], name)
     for token in rule.tokens:
         if token not in tokens:
-            _add_token(
-                definition,
-                tokens,
-                token,
-                {
-                    "content": token,
-                    "single_word": False,
-                    "lstrip": False,
-                    "rstrip": False,
-                    "normalized": False,
-                    "special": False,
-                },
-            )
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+            _add_token(definition, tokens, token, {"content": token, **flags})
     count = max(tokens.values()) + 1
     rows = -(-count // (rule.pad_to_multiple_of or 1)) * (rule.pad_to_multiple_of or 1)
     take = {name: np.full(rows, -1, np.int64) for name in order}

@@ -52,14 +52,8 @@ GPT2_NAMES = {
     ".feed_forward.up.": ".mlp.c_fc.",
     ".feed_forward.down.": ".mlp.c_proj.",
 }
-HF_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
-OWN_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_pytorch_tanh",
-    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
-}
+TANH = "gelu_pytorch_tanh"
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": TANH, TANH: TANH}  # in config.json -> here
 
 
 @dataclass(frozen=True)
@@ -73,6 +67,9 @@ class StandardArchitecture:
     matches: Callable[[Shape], bool]
 
 
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+
+
 def _read_rope(config: Json, layers: str = "") -> Json:
     """Read the RoPE parameters of a config, in either of transformers' formats."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -81,9 +78,8 @@ def _read_rope(config: Json, layers: str = "") -> Json:
     if not isinstance(given, dict):
         raise ModelError(f"config.json: rope_parameters must be an object, not {given!r}")
     kind = given.get("rope_type", given.get("type", "default"))
-    known = {"default": "default", "linear": "linear", "yarn": "yarn", "llama3": "llama3"}
-    if kind not in known:
-        raise ModelError(f"config.json: RoPE type {kind!r} is not supported; supported: {', '.join(known)}")
+    if kind not in ROPE_TYPES:
+        raise ModelError(f"config.json: RoPE type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
     if given.get("truncate") is False:
         raise ModelError("config.json: rope_parameters.truncate false is not supported")
     if (
@@ -96,7 +92,7 @@ def _read_rope(config: Json, layers: str = "") -> Json:
         )
     rope: Json = {
         "rope_theta": float(given.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-        "rope_type": known[kind],
+        "rope_type": kind,
     }
     if kind != "default":
         rope |= {
@@ -111,8 +107,7 @@ def _read_rope(config: Json, layers: str = "") -> Json:
 
 
 def _write_rope(rope: Rope, context: int) -> Json:
-    kinds = {"default": "default", "linear": "linear", "yarn": "yarn", "llama3": "llama3"}
-    out: Json = {"rope_type": kinds[rope.rope_type], "rope_theta": rope.rope_theta}
+    out: Json = {"rope_type": rope.rope_type, "rope_theta": rope.rope_theta}
     if rope.rope_type != "default":
         out["factor"] = rope.factor
     if rope.rope_type in ("yarn", "llama3"):
@@ -133,15 +128,15 @@ def _read_common(config: Json) -> Json:
     """Read the fields that have the same names in all architectures but GPT-2."""
     heads = config["num_attention_heads"]
     activation = config.get("hidden_act") or config.get("hidden_activation")
-    if activation not in OWN_ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         raise ModelError(
-            f"config.json: the activation {activation!r} is not supported; supported: {', '.join(OWN_ACTIVATIONS)}"
+            f"config.json: the activation {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
         )
     return {name: config[name] for name in SAME} | {
         "num_key_value_heads": config.get("num_key_value_heads") or heads,
         "head_dim": config.get("head_dim") or 0,
         "norm_eps": config["rms_norm_eps"],
-        "hidden_act": OWN_ACTIVATIONS[activation],
+        "hidden_act": ACTIVATIONS[activation],
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
     }
 
@@ -152,7 +147,7 @@ def _write_common(shape: Shape) -> Json:
         "head_dim": shape.head_size,
         "intermediate_size": shape.inner_size,
         "rms_norm_eps": shape.norm_eps,
-        "hidden_act": HF_ACTIVATIONS[shape.hidden_act],
+        "hidden_act": shape.hidden_act,
         "tie_word_embeddings": shape.tie_word_embeddings,
         "rope_parameters": _write_rope(shape.rope_parameters, shape.max_position_embeddings),
         "attention_dropout": 0.0,
@@ -250,7 +245,7 @@ def _read_gpt2(config: Json) -> Json:
         "norm": "layer",
         "norm_eps": config["layer_norm_epsilon"],
         "position_embedding_type": "learned",
-        "hidden_act": OWN_ACTIVATIONS[config["activation_function"]],
+        "hidden_act": ACTIVATIONS[config["activation_function"]],
         "gated_mlp": False,
         "bias": "all",
         "tie_word_embeddings": config.get("tie_word_embeddings", True),
@@ -266,7 +261,7 @@ def _write_gpt2(shape: Shape) -> Json:
         "n_inner": shape.inner_size,
         "n_positions": shape.max_position_embeddings,
         "layer_norm_epsilon": shape.norm_eps,
-        "activation_function": {**HF_ACTIVATIONS, "gelu_pytorch_tanh": "gelu_new"}[shape.hidden_act],
+        "activation_function": "gelu_new" if shape.hidden_act == TANH else shape.hidden_act,
         "tie_word_embeddings": shape.tie_word_embeddings,
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,
@@ -371,13 +366,11 @@ def parse_shape(config: Json) -> tuple[str, Shape]:
     if kind == DecoderConfig.model_type:
         return "", Shape.model_validate(read_stored(config["shape"]))
     if kind not in STANDARD_ARCHITECTURES:
-        raise ModelError(
-            f"config.json: the architecture {kind!r} is not supported; supported: {', '.join(STANDARD_ARCHITECTURES)}"
-        )
+        known = ", ".join(STANDARD_ARCHITECTURES)
+        raise ModelError(f"config.json: the architecture {kind!r} is not supported; supported: {known}")
     try:
-        return kind, Shape.model_validate(
-            {**({} if kind == "gpt2" else _read_common(config)), **STANDARD_ARCHITECTURES[kind].read(config)}
-        )
+        common = {} if kind == "gpt2" else _read_common(config)
+        return kind, Shape.model_validate({**common, **STANDARD_ARCHITECTURES[kind].read(config)})
     except KeyError as error:
         raise ModelError(f"config.json: {error.args[0]!r} is missing") from None
     except ValidationError as error:

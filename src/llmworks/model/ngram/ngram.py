@@ -227,8 +227,7 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
     ) -> CausalLMOutputWithPast:
         """Compute next-token log-probabilities [batch, length, vocab_size]; with labels only their mean cross-entropy.
 
-        labels: [batch, length], -100 = ignored. Position ids that restart within a row, without a mask, separate packed
-        documents.
+        labels: [batch, length], -100 = ignored. Without a mask, position ids that restart separate packed documents.
         Errors: ModelError for ids beyond the vocabulary.
         """
         check_ids(input_ids, self.vocabulary)

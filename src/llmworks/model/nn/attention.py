@@ -188,49 +188,28 @@ class Attention(nn.Module):
             q, k = apply_rope(q, *rotation), apply_rope(k, *rotation)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        if (
-            attention_mask.query_blocks is not None
-            and memory is None
-            and k.shape[2] == length
-            and q.dtype == v.dtype == torch.float32
-        ):
-            output = blockwise_attention(
-                q,
-                k,
-                v,
-                self.scale,
-                attention_mask.mask,
-                attention_mask.query_blocks,
-                slice_block_masks(
-                    attention_mask.query_blocks, attention_mask.segment_bounds, attention_mask.segment_masks
-                )
-                if attention_mask.segment_masks
-                else None,
-            )
+        blocks, bounds, segment_masks = (
+            attention_mask.query_blocks,
+            attention_mask.segment_bounds,
+            attention_mask.segment_masks,
+        )
+        whole = memory is None and k.shape[2] == length
+        if blocks is not None and whole and q.dtype == v.dtype == torch.float32:
+            block_masks = slice_block_masks(blocks, bounds, segment_masks) if segment_masks else None
+            output = blockwise_attention(q, k, v, self.scale, attention_mask.mask, blocks, block_masks)
         else:
-            if self.num_kv_heads < self.num_heads:
-                k, v = (
-                    repeat_kv(k, self.num_heads // self.num_kv_heads),
-                    repeat_kv(v, self.num_heads // self.num_kv_heads),
-                )
-            if (
-                attention_mask.segment_bounds and memory is None
-            ):  # one call per document: without branches no mask is needed, so the fastest kernels apply
-                masks = attention_mask.segment_masks or [None] * len(attention_mask.segment_bounds)
-                output = torch.cat(
-                    [
-                        F.scaled_dot_product_attention(
-                            q[:, :, a:b],
-                            k[:, :, a:b],
-                            v[:, :, a:b],
-                            attn_mask=mask,
-                            is_causal=mask is None,
-                            scale=self.scale,
-                        )
-                        for (a, b), mask in zip(attention_mask.segment_bounds, masks, strict=True)
-                    ],
-                    dim=2,
-                )
+            repeats = self.num_heads // self.num_kv_heads
+            if repeats > 1:
+                k, v = repeat_kv(k, repeats), repeat_kv(v, repeats)
+            if bounds and memory is None:
+                # one call per document: without branches no mask is needed, so the fastest kernels apply
+                masks = segment_masks or [None] * len(bounds)
+                parts = [(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b]) for a, b in bounds]
+                outputs = [
+                    F.scaled_dot_product_attention(*part, attn_mask=mask, is_causal=mask is None, scale=self.scale)
+                    for part, mask in zip(parts, masks, strict=True)
+                ]
+                output = torch.cat(outputs, dim=2)
             else:
                 output = F.scaled_dot_product_attention(
                     q, k, v, attn_mask=attention_mask.mask, is_causal=attention_mask.causal, scale=self.scale

@@ -43,9 +43,7 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, im
     check_convertible(model)
     golden = model.golden or record_golden(model.path)
     if config.allocate_bits and data is None and imatrix_report is None:
-        raise DataError(
-            "config.allocate_bits requires `data`: conversations or documents like those the model is used for"
-        )
+        raise DataError("config.allocate_bits requires `data` like that the model is used for")
     importance_matrix: Mapping[str, Any] | None = None
     table: FormatCosts | None = None
     calibration_run: LayerwiseCalibration | None = None
@@ -55,12 +53,10 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, im
     if data is not None:
         source = LayerReader(model.path)
         check_length(config.max_seq_length, source.shape.max_position_embeddings)
-        num_samples = (
-            0 if imatrix_report is not None else config.num_calibration_samples if wanted or config.allocate_bits else 0
-        )
-        ids, eval_ids = load_samples(
-            load_tokenizer(model.path), data, num_samples, config.eval_samples, config.max_seq_length, ctx.seed
-        )
+        calibrates = imatrix_report is None and (wanted or config.allocate_bits)
+        num_samples = config.num_calibration_samples if calibrates else 0
+        sizes = (num_samples, config.eval_samples, config.max_seq_length)
+        ids, eval_ids = load_samples(load_tokenizer(model.path), data, *sizes, ctx.seed)
         found, calibration_run = compute_importance(source, ids, eval_ids, ctx)
         importance_matrix = found if imatrix_report is None and num_samples else importance_matrix
         if config.allocate_bits and imatrix_report is None:
@@ -73,14 +69,10 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, im
     try:
         bound = max_gap_for_type(config.type)
         bound = max(bound, BOUNDS["q8"]) if config.allocate_bits else bound  # whose formats have at most 8 bits
-        gap = require_replay(
-            golden, engine.tokenizer, engine.stops, engine.logits, mean_tolerance=bound, step="quantize.gguf"
-        )
-        divergence = (
-            _measure_divergence(calibration_run, engine)
-            if calibration_run is not None and len(calibration_run.eval_ids)
-            else {}
-        )
+        replayed = (golden, engine.tokenizer, engine.stops, engine.logits)
+        gap = require_replay(*replayed, mean_tolerance=bound, step="quantize.gguf")
+        compares = calibration_run is not None and len(calibration_run.eval_ids)
+        divergence = _measure_divergence(calibration_run, engine) if calibration_run is not None and compares else {}
     finally:
         engine.close()
     assert gap is not None

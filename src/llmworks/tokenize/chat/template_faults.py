@@ -51,6 +51,11 @@ class TemplateUses:
     turns: bool = False  # more than one assistant turn
 
 
+def _error(code: str, message: str, fix: str = "") -> TrainingFault:
+    """Return a fault that damages the training."""
+    return TrainingFault(code, "error", message, fix)
+
+
 def find_template_faults(
     tokenizer: Any, stop_ids: Sequence[int], uses: TemplateUses, vocab_size: int | None = None
 ) -> list[TrainingFault]:
@@ -62,9 +67,8 @@ def find_template_faults(
     if not tokenizer.chat_template:
         return [
             *found,
-            TrainingFault(
+            _error(
                 "no-template",
-                "error",
                 "the model has no chat template",
                 "name one (chat_template: chatml), or train on plain text",
             ),
@@ -74,9 +78,8 @@ def find_template_faults(
     except RequestError as error:
         return [
             *found,
-            TrainingFault(
+            _error(
                 "template-broken",
-                "error",
                 str(error),
                 "correct the template, or give the variable that it needs a default value",
             ),
@@ -88,7 +91,7 @@ def find_template_faults(
     except RequestError as error:
         return [
             *found,
-            TrainingFault("template-broken", "error", f"no answer can be rendered: {error}", "correct the template"),
+            _error("template-broken", f"no answer can be rendered: {error}", "correct the template"),
         ]
     found += (
         _check_marks(tokenizer, full) + _check_bos(tokenizer, full) + _check_generation_prompt(tokenizer, prompt, full)
@@ -103,17 +106,14 @@ def _check_tokens(tokenizer: Any, vocab_size: int | None) -> list[TrainingFault]
     found: list[TrainingFault] = []
     if vocab_size is not None and len(tokenizer) > vocab_size:
         found.append(
-            TrainingFault(
+            _error(
                 "vocabulary",
-                "error",
                 f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocab_size} rows",
                 "resize the embedding, or use the model's own tokenizer",
             )
         )
     if tokenizer.eos_token_id is None:
-        found.append(
-            TrainingFault("no-eos", "error", "the tokenizer has no end token", "set eos_token in tokenizer_config.json")
-        )
+        found.append(_error("no-eos", "the tokenizer has no end token", "set eos_token in tokenizer_config.json"))
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
         what = (
             f"the padding token is the end token {tokenizer.eos_token!r}: trainers that mask padding in the loss mask"
@@ -156,9 +156,8 @@ def _check_bos(tokenizer: Any, full: str) -> list[TrainingFault]:
         return []
     if own[:2] == (bos, bos):
         return [
-            TrainingFault(
+            _error(
                 "double-bos",
-                "error",
                 f"the template writes {tokenizer.bos_token!r} twice",
                 "remove one of them from the template",
             )
@@ -189,12 +188,11 @@ def _check_generation_prompt(tokenizer: Any, prompt: str, full: str) -> list[Tra
         "let the template write the same beginning of an answer with add_generation_prompt as before an assistant turn"
     )
     if ANSWER_TEXT not in full:
-        return [TrainingFault("answer-dropped", "error", "the template drops assistant turns", "correct the template")]
+        return [_error("answer-dropped", "the template drops assistant turns", "correct the template")]
     if not full.startswith(bare):
         return [
-            TrainingFault(
+            _error(
                 "rewrites-turns",
-                "error",
                 "the template renders a turn differently when another follows, so no loss mask can be computed",
                 "render every turn independently of later ones",
             )
@@ -204,13 +202,12 @@ def _check_generation_prompt(tokenizer: Any, prompt: str, full: str) -> list[Tra
             f"in generation an answer begins after {prompt[len(bare) :]!r}; in training after"
             f" {full[len(bare) : full.index(ANSWER_TEXT)]!r}"
         )
-        return [TrainingFault("generation-prompt", "error", what, fix)]
+        return [_error("generation-prompt", what, fix)]
     between = full[len(prompt) : full.index(ANSWER_TEXT)]
     if between.strip():
         return [
-            TrainingFault(
+            _error(
                 "generation-prompt",
-                "error",
                 f"add_generation_prompt does not write {between!r}, which precedes every answer in training",
                 fix,
             )
@@ -248,18 +245,16 @@ def _check_end_token(tokenizer: Any, stop_ids: Sequence[int], uses: TemplateUses
             text = tokenizer.decode([last])
             if text.strip() and (ANSWER_TEXT if number == 1 else SECOND_ANSWER_TEXT).endswith(text.strip()):
                 found.append(
-                    TrainingFault(
+                    _error(
                         "no-end",
-                        "error",
                         "answers end without an end token: the model is not trained to stop",
                         "write eos_token or an end-of-turn token after each answer",
                     )
                 )
             else:
                 found.append(
-                    TrainingFault(
+                    _error(
                         "end-not-stop",
-                        "error",
                         f"answers end with {text!r}, which is not among the stop ids {sorted(stop_ids)}",
                         "add its id to eos_token_id in generation_config.json",
                     )
@@ -292,18 +287,16 @@ def _check_generation_mask(tokenizer: Any) -> list[TrainingFault]:
     found: list[TrainingFault] = []
     if extra.strip():
         found.append(
-            TrainingFault(
+            _error(
                 "mask-too-wide",
-                "error",
                 f"the template's own generation marks cover {extra[:60]!r}",
                 "let {% generation %} enclose only the answer and its end token",
             )
         )
     if missing.strip():
         found.append(
-            TrainingFault(
+            _error(
                 "end-not-learned",
-                "error",
                 f"the template's own generation marks omit {missing[:60]!r}",
                 "let {% generation %} enclose the answer's end token too",
             )
@@ -320,14 +313,8 @@ def _check_system(tokenizer: Any, uses: TemplateUses) -> list[TrainingFault]:
             SYSTEM_TEXT in render_text(tokenizer, turns, generation_prompt=False),
         ]
     except RequestError as error:
-        return [
-            TrainingFault(
-                "system-refused",
-                level,
-                f"system turns are refused: {error}",
-                "put the system text into the first user turn",
-            )
-        ]
+        fix = "put the system text into the first user turn"
+        return [TrainingFault("system-refused", level, f"system turns are refused: {error}", fix)]
     if all(shown):
         return []
     where = (
@@ -369,7 +356,7 @@ def _check_tools(tokenizer: Any, uses: TemplateUses) -> list[TrainingFault]:
     except RequestError as error:
         return [
             *found,
-            TrainingFault("results-refused", "error", f"tool results are refused: {error}", "correct the template"),
+            _error("results-refused", f"tool results are refused: {error}", "correct the template"),
         ]
     if RESULT_TEXT not in text:
         found.append(
@@ -378,9 +365,7 @@ def _check_tools(tokenizer: Any, uses: TemplateUses) -> list[TrainingFault]:
             )
         )
     if "zqtool" not in text.partition(USER_TEXT)[2]:
-        found.append(
-            TrainingFault("calls-dropped", "error", "the template drops tool calls silently", "correct the template")
-        )
+        found.append(_error("calls-dropped", "the template drops tool calls silently", "correct the template"))
     return found
 
 

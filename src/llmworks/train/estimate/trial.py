@@ -131,10 +131,8 @@ def sft(request: dict[str, Any]) -> dict[str, float]:
     from llmworks.train.finetune.trainable import open_trainable_model
     from llmworks.train.sft import SftConfig, make_examples
 
-    config, model = (
-        (DistillConfig if request.get("teacher") else SftConfig).model_validate(request["config"]),
-        Path(request["model"]),
-    )
+    config = (DistillConfig if request.get("teacher") else SftConfig).model_validate(request["config"])
+    model = Path(request["model"])
     tokenizer = load_tokenizer(model)
     stops = get_stop_ids(model, tokenizer)
     set_template(tokenizer, config.chat_template)

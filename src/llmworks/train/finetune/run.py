@@ -56,8 +56,7 @@ def run_training(
 ) -> Adapter | Model:
     """Train in one of the processes; the first one evaluates, generates completions and saves.
 
-    `create_method` is called after the trainable parameters are set up; `adapter`: an adapter to continue training;
-    `finish`: saves something else than the model.
+    `create_method`: called once the trainable parameters are set up. `adapter`: continued. `finish`: saves the result.
     """
     import torch
 
@@ -72,11 +71,11 @@ def run_training(
     with autocast(world.device, precision):  # so that reference log-probabilities use the policy's precision
         method = create_method(trainable, training_data)
     steps = _create_steps(config, world, method, training_data, ctx, trainable)
-    distributed_model = distribute_model(network, config.parallelism, world, precision=precision)
+    distributed = distribute_model(network, config.parallelism, world, precision=precision)
     full_model = _open_full_model(trainable, config, world, model, adapter)
 
     def evaluate(step: int) -> dict[str, float]:
-        distributed_model.gather_weights(full_model.network if world.is_main else None)
+        distributed.gather_weights(full_model.network if world.is_main else None)
         if not world.is_main:
             return {}
         with autocast(world.device, precision):
@@ -85,35 +84,20 @@ def run_training(
         return found
 
     early_stopping, loop_config = _create_loop_config(config, ctx, precision, training_data, evaluate, method)
-    metrics: dict[str, Any] = dict(
-        train(
-            distributed_model,
-            steps,
-            method.loss,
-            config.optimizer,
-            loop_config,
-            scratch=ctx.scratch,
-            progress=ctx.progress,
-        )
-    )
-    distributed_model.gather_weights(full_model.network if world.is_main else None)
-    if (
-        world.is_main
-        and training_data.eval_examples
-        and method.needs_final_evaluation is not None
-        and method.needs_final_evaluation()
-    ):
+    keep: dict[str, Any] = {"scratch": ctx.scratch, "progress": ctx.progress}
+    metrics: dict[str, Any] = dict(train(distributed, steps, method.loss, config.optimizer, loop_config, **keep))
+    distributed.gather_weights(full_model.network if world.is_main else None)
+    needs_evaluation = method.needs_final_evaluation is not None and method.needs_final_evaluation()
+    if world.is_main and training_data.eval_examples and needs_evaluation:
         with autocast(world.device, precision):
             method.evaluate(full_model.network, training_data.eval_examples)
     if method.on_train_end is not None:
         method.on_train_end()
     if not world.is_main:
-        made: Adapter | Model = config.artifact_type(ctx.out)
-        return made
+        return config.artifact_type(ctx.out)
     full_model.network.to("cpu").eval()
-    metrics |= get_eval_metrics(
-        ctx.progress.read_metrics(), None if early_stopping is None else early_stopping.best_step
-    )
+    best_step = None if early_stopping is None else early_stopping.best_step
+    metrics |= get_eval_metrics(ctx.progress.read_metrics(), best_step)
     if finish is not None:
         return finish(full_model, metrics)
     return _save_result(config, model, training_data, ctx, full_model, before, metrics, describe)

@@ -83,69 +83,51 @@ def train(
     """Run all steps; each is a list of factories of micro-batches whose gradients are accumulated.
 
     Each process gets its own micro-batches. Trains the parameters that require gradients. Returns metrics.
-
     Errors: TrainingError when the loss is not finite or spikes.
     """
-    distributed_model = (
+    distributed = (
         DistributedModel(model, World(next(model.parameters()).device)) if isinstance(model, nn.Module) else model
     )
     early_stopping = loop_config.early_stopping
-    training_state, world = _create_state(distributed_model, config, loop_config), distributed_model.world
-    start = checkpoints.resume(training_state, scratch)
+    state, world = _create_state(distributed, config, loop_config), distributed.world
+    start = checkpoints.resume(state, scratch)
     rows = [row for row in progress.read_metrics() if row.get("step", -1) < start]
     progress.rewrite_metrics(rows)
     if early_stopping is not None:
         early_stopping.restore_state(world.broadcast(rows))  # only the first process has them
-    loss_guard = LossGuard(
-        loop_config.loss_spike_threshold, world.broadcast([row["loss"] for row in rows if "loss" in row])
-    )
-    network = distributed_model.network
+    losses = world.broadcast([row["loss"] for row in rows if "loss" in row])
+    loss_guard = LossGuard(loop_config.loss_spike_threshold, losses)
+    network = distributed.network
     network.train()
     with progress.bar("train", len(steps), "steps") as bar:
         bar.resume(start)
         if start:
             progress.log(f"resuming from step {start} of {len(steps)}")
         for step in range(start, len(steps)):
-            _take_step(
-                loop_config,
-                step,
-                steps,
-                config,
-                training_state,
-                world,
-                distributed_model,
-                loss,
-                loss_guard,
-                progress,
-                bar,
-            )
+            _take_step(loop_config, step, steps, config, state, world, distributed, loss, loss_guard, progress, bar)
             last = step + 1 == len(steps)
-            if loop_config.evaluate is not None and (
-                last or (loop_config.eval_steps and (step + 1) % loop_config.eval_steps == 0)
-            ):
-                with use_ema_weights(training_state), torch.random.fork_rng(enabled=True):
+            due = last or (loop_config.eval_steps and (step + 1) % loop_config.eval_steps == 0)
+            if loop_config.evaluate is not None and due:
+                with use_ema_weights(state), torch.random.fork_rng(enabled=True):
                     metrics = world.broadcast(loop_config.evaluate(step))
                     progress.log_metrics(step=step, **metrics)
                     should_stop = early_stopping is not None and early_stopping.update(
-                        step, metrics, distributed_model.parameters, is_main=world.is_main
+                        step, metrics, distributed.parameters, is_main=world.is_main
                     )
                 network.train()
-                if should_stop:
-                    progress.log(
-                        f"step {step + 1}: early stopping: no improvement of"
-                        f" {early_stopping.metric if early_stopping else ''}"
-                        f" in {early_stopping.patience if early_stopping else 0} evaluations"
-                    )
+                if should_stop and early_stopping is not None:
+                    better = f"no improvement of {early_stopping.metric} in {early_stopping.patience} evaluations"
+                    progress.log(f"step {step + 1}: early stopping: {better}")
                     break
             if (step + 1) % loop_config.save_steps == 0 and not last:
-                checkpoints.save(training_state, step + 1, scratch, loop_config.save_total_limit)
+                checkpoints.save(state, step + 1, scratch, loop_config.save_total_limit)
     world.barrier()
     if early_stopping is not None and early_stopping.best_step is not None:
-        early_stopping.load_best_weights(distributed_model.parameters)
+        early_stopping.load_best_weights(distributed.parameters)
     else:
         with torch.no_grad():
-            for name, mean in training_state.ema.items():
-                training_state.parameters[name].copy_(mean)
+            for name, mean in state.ema.items():
+                state.parameters[name].copy_(mean)
     network.eval()
     return summarize([row for row in progress.read_metrics() if "loss" in row])
 
@@ -155,9 +137,9 @@ def _take_step(
     step: int,
     steps: Sequence[Sequence[Callable[[], Any]]],
     config: OptimizerConfig,
-    training_state: TrainingState,
+    state: TrainingState,
     world: World,
-    distributed_model: DistributedModel | PipelinedModel,
+    distributed: DistributedModel | PipelinedModel,
     loss: Callable[[Any, Any], Tensor],
     loss_guard: LossGuard,
     progress: Progress,
@@ -165,24 +147,20 @@ def _take_step(
 ) -> None:
     """Run one optimizer step: forward, backward, gradient clipping, update, EMA, metrics."""
     began = time.monotonic()
-    rate = (
-        loop_config.lr_at_step(step) if loop_config.lr_at_step is not None else learning_rate(step, len(steps), config)
-    )
-    for group in (group for optimizer in training_state.optimizers for group in optimizer.param_groups):
+    scheduled = loop_config.lr_at_step
+    rate = scheduled(step) if scheduled is not None else learning_rate(step, len(steps), config)
+    for group in (group for optimizer in state.optimizers for group in optimizer.param_groups):
         group["lr"] = rate * group.get("times", 1.0)
     batches = [make() for make in steps[step]]
     loaded = time.monotonic() - began
-    labels, tokens = (
-        int(n) for n in world.sum_over_axis([sum(b.labels for b in batches), sum(b.tokens for b in batches)])
-    )
+    sums = [sum(b.labels for b in batches), sum(b.tokens for b in batches)]
+    labels, tokens = (int(n) for n in world.sum_over_axis(sums))
     if not labels:
         raise TrainingError("batch has no trainable tokens (all labels are masked)")
-    (total,) = world.sum_over_axis(
-        [distributed_model.backward(batches, loss, labels, training_state.scaler, loop_config.precision)]
-    )
-    for optimizer in training_state.optimizers:
-        training_state.scaler.unscale_(optimizer)
-    norm = distributed_model.clip_gradients(config.max_grad_norm)
+    (total,) = world.sum_over_axis([distributed.backward(batches, loss, labels, state.scaler, loop_config.precision)])
+    for optimizer in state.optimizers:
+        state.scaler.unscale_(optimizer)
+    norm = distributed.clip_gradients(config.max_grad_norm)
     batch = "; ".join(filter(None, (getattr(b, "where", "") for b in batches)))
     loss_guard.check(
         step,
@@ -192,13 +170,13 @@ def _take_step(
         batch + (f"; and the batches of {world.size - 1} other processes" if world.size > 1 else ""),
         scaled=loop_config.precision == "fp16",
     )
-    for optimizer in training_state.optimizers:
-        training_state.scaler.step(optimizer)
+    for optimizer in state.optimizers:
+        state.scaler.step(optimizer)
         optimizer.zero_grad()
-    training_state.scaler.update()
-    for name, mean in training_state.ema.items():
+    state.scaler.update()
+    for name, mean in state.ema.items():
         mean.lerp_(
-            training_state.parameters[name].detach(), 1 - min(loop_config.ema_decay, (1 + step) / (10 + step))
+            state.parameters[name].detach(), 1 - min(loop_config.ema_decay, (1 + step) / (10 + step))
         )  # warm-up: the initial weights are soon forgotten
     seconds = time.monotonic() - began
     progress.log_metrics(
@@ -217,36 +195,34 @@ def _take_step(
 
 
 def _create_state(
-    distributed_model: DistributedModel | PipelinedModel, config: OptimizerConfig, loop_config: LoopConfig
+    distributed: DistributedModel | PipelinedModel, config: OptimizerConfig, loop_config: LoopConfig
 ) -> checkpoints.TrainingState:
-    if not distributed_model.parameters:
+    if not distributed.parameters:
         raise TrainingError("the model has no trainable parameters")
-    ema = (
-        {name: p.detach().clone() for name, p in distributed_model.parameters.items()} if loop_config.ema_decay else {}
-    )
-    scaler = torch.amp.GradScaler(distributed_model.world.device.type, enabled=loop_config.precision == "fp16")
+    ema = {name: p.detach().clone() for name, p in distributed.parameters.items()} if loop_config.ema_decay else {}
+    scaler = torch.amp.GradScaler(distributed.world.device.type, enabled=loop_config.precision == "fp16")
     return checkpoints.TrainingState(
-        distributed_model.parameters,
-        create_optimizers(distributed_model.network, config, loop_config.lr_multipliers),
+        distributed.parameters,
+        create_optimizers(distributed.network, config, loop_config.lr_multipliers),
         ema,
         scaler,
-        distributed_model.world,
+        distributed.world,
     )
 
 
 @contextlib.contextmanager
-def use_ema_weights(training_state: checkpoints.TrainingState) -> Iterator[None]:
+def use_ema_weights(state: checkpoints.TrainingState) -> Iterator[None]:
     """Swap in the EMA weights, if there are any, for the duration of the context."""
-    own = {name: training_state.parameters[name].detach().clone() for name in training_state.ema}
+    own = {name: state.parameters[name].detach().clone() for name in state.ema}
     with torch.no_grad():
-        for name, mean in training_state.ema.items():
-            training_state.parameters[name].copy_(mean)
+        for name, mean in state.ema.items():
+            state.parameters[name].copy_(mean)
     try:
         yield
     finally:
         with torch.no_grad():
             for name, weight in own.items():
-                training_state.parameters[name].copy_(weight)
+                state.parameters[name].copy_(weight)
 
 
 def peak_memory(device: torch.device) -> int:

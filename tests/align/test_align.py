@@ -335,7 +335,7 @@ def test_pairs_that_cannot_be_used_are_set_aside(bench: Bench, tmp_path: Path) -
     assert reasons == ["the rejected side is empty", "both sides are equal", reasons[2]]
     assert "longer than max_length 100" in reasons[2]
     assert made.metrics["rows"] == 1
-    with pytest.raises(DataError, match="overlong to set-aside or cut"):
+    with pytest.raises(DataError, match="overlong to drop or truncate"):
         bench.run(
             "dpo", "b", {**SMALL, "max_length": 100, "overlong": "error"}, Dataset(tmp_path / "some", name="some")
         )

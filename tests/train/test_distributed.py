@@ -421,7 +421,7 @@ def test_mistakes(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str])
 
 
 def test_what_cannot_be_divided(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="to shard"):
+    with pytest.raises(UserError, match="to fsdp"):
         ParallelConfig(tensor_parallel_size=2).get_data_parallel_size(4)
     assert (
         ParallelConfig(tensor_parallel_size=2, data_parallel="fsdp", pipeline_parallel_size=2).get_data_parallel_size(8)

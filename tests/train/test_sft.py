@@ -658,7 +658,7 @@ CONTRADICTIONS = {
     "a frozen adapter": ({"freeze": ["*"]}, "freeze is for method full"),
     "an adapter of all": ({"method": "full", "lora": {"r": 4}}, "lora is for method lora"),
     "early_stopping_patience": ({"early_stopping_patience": 2}, "early_stopping_patience needs metric_for_best_model"),
-    "a soft adapter": ({"soft_prompt": {"num_virtual_tokens": 4}}, "soft_prompt is for methods prompt and prefix"),
+    "a soft adapter": ({"soft_prompt": {"num_virtual_tokens": 4}}, "soft_prompt is for methods prompt_tuning and prefix_tuning"),
     "a written prefix": (
         {"method": "prefix_tuning", "soft_prompt": {"prompt_tuning_init_text": "a"}},
         "a prefix is initialized randomly",
@@ -667,7 +667,7 @@ CONTRADICTIONS = {
     "no targets": ({"lora": {"target_modules": []}}, "target_modules is empty"),
     "a shared best": (
         {"metric_for_best_model": "eval_loss", "parallel": {"data_parallel": "fsdp"}},
-        "set parallel.data_parallel to replicate",
+        "set parallel.data_parallel to ddp",
     ),
     "matrices": ({"parallel": {"tensor": 2}}, "Extra inputs are not permitted"),
 }

@@ -52,7 +52,7 @@ class DpoConfig(PreferenceConfig):
     ] = Field(
         "sigmoid",
         description=(
-            "sigmoid: DPO, with label_smoothing cDPO; ipo and sigmoid-mean take means over tokens; the others are"
+            "sigmoid: DPO, with label_smoothing cDPO; ipo and sigmoid_norm take means over tokens; the others are"
             " named as in their papers, which align/losses/dpo.py cites"
         ),
     )
@@ -93,8 +93,8 @@ class DpoConfig(PreferenceConfig):
     precompute_ref_log_probs: bool = Field(
         True,
         description=(
-            "log-probabilities of the reference: cached: computed once before training; live: computed at every"
-            " step with the adapter switched off"
+            "compute the reference model's log-probabilities once before training; false: at every step, with the"
+            " adapter switched off"
         ),
     )
 

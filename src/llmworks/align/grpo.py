@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 class GrpoConfig(OnlineConfig):
     """Advantage scaling, loss aggregation and clipping of GRPO.
 
-    GRPO: the defaults with scale_rewards group, loss_aggregation answer, beta 0.04. Dr. GRPO: scale_rewards none,
-    loss_aggregation length. DAPO: loss_aggregation tokens, epsilon_high 0.28, dynamic_sampling_rounds,
-    overlong_buffer, mask_truncated_completions leave. GSPO: importance_sampling_level answer.
+    GRPO: loss_aggregation seq-mean-token-mean, beta 0.04. Dr. GRPO: scale_rewards none, loss_aggregation
+    seq-mean-token-sum-norm. DAPO: epsilon_high 0.28, dynamic_sampling_rounds, overlong_buffer,
+    mask_truncated_completions. GSPO: importance_sampling_level sequence. loss_aggregation is named as in verl.
     """
 
     num_generations: int = Field(8, ge=2, le=256, description="completions sampled per prompt (group size)")
@@ -41,8 +41,9 @@ class GrpoConfig(OnlineConfig):
         Field(
             "token-mean",
             description=(
-                "answer: mean per completion (GRPO); tokens: mean over all tokens (DAPO); length: sum over tokens"
-                " divided by max_completion_length (Dr. GRPO); sum: sum over the tokens of a completion (LUSPO)"
+                "seq-mean-token-mean: mean per completion (GRPO); token-mean: mean over all tokens (DAPO);"
+                " seq-mean-token-sum-norm: sum over tokens divided by max_completion_length (Dr. GRPO);"
+                " seq-mean-token-sum: sum over the tokens of a completion (LUSPO)"
             ),
         )
     )

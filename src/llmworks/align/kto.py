@@ -31,7 +31,7 @@ class KtoConfig(PreferenceConfig):
     loss_type: Literal["kto", "apo_zero_unpaired"] = Field(
         "kto",
         description=(
-            "kto: rewards are measured from the mean KL divergence from the reference; apo-zero: from 0"
+            "kto: rewards are measured from the mean KL divergence from the reference; apo_zero_unpaired: from 0"
             " (arXiv:2408.06266)"
         ),
     )
@@ -45,8 +45,8 @@ class KtoConfig(PreferenceConfig):
     precompute_ref_log_probs: bool = Field(
         True,
         description=(
-            "log-probabilities of the reference: cached: computed once before training; live: computed at every"
-            " step with the adapter switched off"
+            "compute the reference model's log-probabilities once before training; false: at every step, with the"
+            " adapter switched off"
         ),
     )
 

@@ -91,7 +91,7 @@ def describe_scores(
 ) -> dict[str, float]:
     """Write the report of a reward model: curves, accuracy and calibration. Return its metrics.
 
-    `seen`: scores of held-out pairs (chosen, rejected), or probabilities and labels of steps.
+    `eval_scores`: scores of held-out pairs (chosen, rejected), or probabilities and labels of steps.
     """
     describe_preference(report, title, rows, metrics, config, rejected)
     report.title = f"{'Reward model' if kind == 'whole' else 'Process reward model'} of {title}"
@@ -188,7 +188,7 @@ def describe_online(
 ) -> dict[str, float]:
     """Write the report of a training on rollouts. Return its metrics.
 
-    `began`, `ended`: rewards of greedy completions of held-out prompts before and after.
+    `initial_rewards`, `final_rewards`: rewards of greedy completions of held-out prompts before and after.
     """
     steps, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
     tenth = max(1, len(steps) // 10)
@@ -261,7 +261,7 @@ def _describe_win_rate(
 
 
 def _describe_samples(samples_file: Path, report: ReportBuilder) -> None:
-    """Show samples of a few rollouts. `samples`: the file that they were saved in."""
+    """Show samples of a few rollouts. `samples_file`: the file that they were saved in."""
     samples = json.loads(samples_file.read_text(encoding="utf-8")) if samples_file.exists() else {}
     numbers = sorted(samples, key=int)
     shown = (

@@ -31,7 +31,8 @@ class ExportConfig(Config):
     )
     extra_turn_fields: Literal["drop_rows", "drop_fields"] = Field(
         "drop_rows",
-        description="turn fields that only the original format has; set-aside: reject the row; drop: drop the fields",
+        description="turn fields that only the original format has; drop_rows: reject the row; drop_fields: drop the"
+        " fields",
     )
 
 

@@ -44,7 +44,7 @@ class PackConfig(Config):
     control_tokens: Literal["drop", "keep"] = Field(
         "drop",
         description=(
-            "set-aside: reject conversations whose text contains special tokens; keep: encode them as special tokens;"
+            "drop: reject conversations whose text contains special tokens; keep: encode them as special tokens;"
             " in documents they are always plain text"
         ),
     )
@@ -128,7 +128,7 @@ def _get_boundary_tokens(config: PackConfig, tokenizer: Any) -> tuple[tuple[int,
 
 
 def _assign_rows(config: PackConfig, done: PartResults, scratch: Path) -> tuple[Any, Any, Any]:
-    """Return (lengths of all pieces, order, row ends) from `best_fit`; the order is saved for the shard writers."""
+    """Return (lengths of all pieces, order, row ends) of `pack_best_fit`; save the order for the shard writers."""
     import numpy as np
 
     lengths = np.concatenate([np.load(folder / "lengths.npy") for folder in done.folders])

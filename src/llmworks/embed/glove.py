@@ -68,7 +68,7 @@ def train_glove(
 ) -> Tensor:
     """Train vectors [words, dimensions], each the sum of word and context vector, with AdaGrad on batches of pairs.
 
-    `each` is called with epoch and mean loss after every epoch.
+    `on_epoch` is called with epoch and mean loss after every epoch.
     """
     generator = torch.Generator().manual_seed(seed)
     first, second = (torch.from_numpy(x) for x in pairs[:2])

@@ -30,7 +30,7 @@ class ReplayCheck:
 def replay(golden: Golden, engine: Engine, tolerance: float, reference: Engine | None = None) -> list[ReplayCheck]:
     """Return every check that can be run on this engine.
 
-    `within`: bound of the mean absolute logit difference (nats). `reference`: engine whose greedy completions are
+    `tolerance`: bound of the mean absolute logit difference (nats). `reference`: engine whose greedy completions are
     compared.
     """
     checks: list[ReplayCheck] = []

@@ -177,7 +177,7 @@ def is_valid_iban(number: str) -> bool:
 
 
 def find_emails(text: str, include_reserved: bool = False) -> Iterator[SensitiveSpan]:
-    """Find e-mail addresses; those of reserved example domains only with `examples`."""
+    """Find e-mail addresses; those of reserved example domains only with `include_reserved`."""
     if "@" in text:
         for match in EMAIL.finditer(text):
             if (
@@ -189,7 +189,7 @@ def find_emails(text: str, include_reserved: bool = False) -> Iterator[Sensitive
 
 
 def find_ip_addresses(text: str, include_reserved: bool = False) -> Iterator[SensitiveSpan]:
-    """Find public IP addresses; private, local and documentation ranges only with `examples`."""
+    """Find public IP addresses; private, local and documentation ranges only with `include_reserved`."""
     for pattern, sign in ((IPV4, DOTTED), (IPV6, COLONS)):
         if not sign.search(text):
             continue

@@ -73,7 +73,7 @@ def entropy(value: str) -> float:
 def find_secrets(text: str, include_reserved: bool = False) -> Iterator[SensitiveSpan]:
     """Find keys, tokens, passwords in URLs, and random-looking values of names such as api_key.
 
-    Placeholders are found only with `examples`.
+    Placeholders are found only with `include_reserved`.
     """
     for begins, pattern in KNOWN.values():
         for match in pattern.finditer(text) if any(begin in text for begin in begins) else ():

@@ -16,8 +16,8 @@ Steps = dict[str, dict[str, Any]]
 class DatasetSource:
     """A dataset.
 
-    `shape`: a format of data.chat, or `text` for documents with their text in the field `text`; `rows`: maximum number
-    of rows, 0 = all.
+    `format`: a format of data.chat, or `text` for documents with their text in the field `text_field`. `max_rows`:
+    maximum number of rows, 0 = all.
     """
 
     ref: str

@@ -142,7 +142,7 @@ def translate_precision(keys: SourceKeys) -> None:
 
 
 def translate_sharding(keys: SourceKeys, reason: str) -> dict[str, Any]:
-    """Translate FSDP and DeepSpeed ZeRO stages to data parallelism. `whole`: why not to shard, or ""."""
+    """Translate FSDP and DeepSpeed ZeRO stages to data parallelism. `reason`: why not to use fsdp, or ""."""
     settings = {
         key: keys.take(key)
         for key in list(keys.values)

@@ -22,23 +22,23 @@ class Rope(Config):
         "default",
         description=(
             "RoPE scaling. linear: positions divided by factor; ntk: larger base; yarn: short wavelengths kept, long"
-            " ones divided; llama-3: the same with its own bounds"
+            " ones divided; llama3: the same with its own bounds"
         ),
     )
     factor: float = Field(1.0, ge=1, description="ratio of the extended to the trained context")
     original_max_position_embeddings: int = Field(
-        0, ge=0, description="trained context length (yarn, llama-3); 0 = max_position_embeddings / factor"
+        0, ge=0, description="trained context length (yarn, llama3); 0 = max_position_embeddings / factor"
     )
     beta_fast: float = Field(
         32.0,
         gt=0,
         description=(
-            "yarn: pairs with at least this many rotations within the trained context are not scaled; llama-3:"
+            "yarn: pairs with at least this many rotations within the trained context are not scaled; llama3:"
             " high_freq_factor, 4 in Llama 3.1"
         ),
     )
     beta_slow: float = Field(
-        1.0, gt=0, description="yarn: pairs with fewer rotations are divided by factor; llama-3: low_freq_factor"
+        1.0, gt=0, description="yarn: pairs with fewer rotations are divided by factor; llama3: low_freq_factor"
     )
 
     @model_validator(mode="after")
@@ -85,7 +85,7 @@ class Shape(Config):
     max_position_embeddings: int = Field(2048, gt=0, description="maximum sequence length in tokens")
     norm: Literal["rms", "layer"] = Field("rms", description="RMSNorm, or LayerNorm with bias")
     norm_position: Literal["pre", "post", "sandwich"] = Field(
-        "pre", description="pre-norm; post-norm (2017); or around: before and after each sublayer, as Gemma 3"
+        "pre", description="pre-norm; post-norm (2017); sandwich: before and after each sublayer, as Gemma 3"
     )
     norm_eps: float = Field(1e-5, gt=0, description="epsilon added to the variance")
     norm_unit_offset: bool = Field(False, description="RMSNorm gain is 1 + weight, as in Gemma")

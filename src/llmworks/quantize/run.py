@@ -295,8 +295,9 @@ def make_ignore_filter(source: LayerReader, ignore: Sequence[str]) -> Callable[[
     pattern that matches no layer.
     """
     names = [name.removesuffix(".weight") for name in source.files if source.get_block_number(name) >= 0]
-    for part in ignore:
-        if not any(part in name for name in names):
+    outside = [name for name in source.files if source.get_block_number(name) < 0] + ["lm_head"]  # or tied
+    for part in ignore:  # the embedding and the head are never quantized
+        if not any(part in name for name in names + outside):
             raise ModelError(f"config.ignore: no layer name contains {part!r}; an example of a name is {names[0]}")
     matrices = [name for name, shape in source.shapes.items() if source.get_block_number(name) >= 0 and len(shape) == 2]
     if all(any(part in name for part in ignore) for name in matrices):

@@ -59,7 +59,7 @@ def find_advice(stage: str, name: str) -> str:
 def find_value(field: str, value: object) -> str:
     """Our value of a field for another library's, or ""."""
     values = names()["values"].get(field, {})
-    return str(values.get(value, "")) if isinstance(value, str) else ""
+    return str(values.get(value, "")) if isinstance(value, str | bool) else ""
 
 
 def find_stage(name: str, known: Iterable[str]) -> str:

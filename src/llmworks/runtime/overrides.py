@@ -72,6 +72,8 @@ def config_problem(model: type[Config], item: Mapping[str, Any], label: str, sta
             "",
         )
         return f"{where} is missing{missing}"
+    if item["type"] == "string_type" and isinstance(item["input"], list):
+        return f"{where}: takes one string, not a list of {len(item['input'])}; run the stage once for each"
     ours = find_value(last, item["input"])
     shown = f" (is {item['input']!r}" + ("; put it in quotes)" if item["type"] == "string_type" else ")")
     return f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}" + (

@@ -47,7 +47,7 @@ class ResolvedStage:
     output: type[Artifact]
 
     def get_output(self, config: Config | None) -> type[Artifact]:
-        """Return the output kind for a config, where the config determines it (`makes`)."""
+        """Return the output kind for a config, where the config determines it (`artifact_type`)."""
         made: type[Artifact] = getattr(config, "artifact_type", self.output)
         return made
 

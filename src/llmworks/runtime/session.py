@@ -19,6 +19,7 @@ from llmworks.core.workers import WorkerPool
 from llmworks.core.workspace import Workspace, check_out, default_workspace
 from llmworks.runtime import references
 from llmworks.runtime.execute import Inputs, StageResult, compute_step_key, execute, find_missing_inputs
+from llmworks.runtime.names import find_input
 from llmworks.runtime.overrides import config_problem
 from llmworks.runtime.resolve import ResolvedStage, find_conversion, resolve_stage
 
@@ -123,8 +124,9 @@ class Session:
             wanted = stage.inputs.get(name)
             if wanted is None:
                 field = f"it is a field: config={{{name!r}: ...}}" if name in stage.config.model_fields else ""
-                inputs = f"inputs: {', '.join(stage.inputs)}"
-                raise UserError(f"{stage.name} has no input {name!r}; {field or inputs}")
+                near = find_input(name, stage.inputs)
+                answer = f"did you mean {near!r}?" if near else f"inputs: {', '.join(stage.inputs)}"
+                raise UserError(f"{stage.name} has no input {name!r}; {field or answer}")
             if value is None:
                 raise UserError(f"{stage.name}: {name} is None; it takes {wanted.describe()}")
             shape = (

@@ -86,7 +86,7 @@ def run(
 ) -> SandboxResult:
     """Run a command in `/box`, which contains `files` (relative path: content).
 
-    `show` lists further host paths that it may read.
+    `readable_paths` lists further host paths that it may read.
 
     Errors: MissingDependency without bubblewrap, UserError for a file path outside `/box`.
     """

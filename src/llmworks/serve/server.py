@@ -55,7 +55,7 @@ class RequestExecutor:
     async def complete(
         self, request: EngineRequest, is_disconnected: Callable[[], Awaitable[bool]]
     ) -> Completion | None:
-        """Return a whole completion; None, after stopping, once `gone` reports that the client has disconnected."""
+        """Return a whole completion; stop and return None once `is_disconnected` reports so."""
         deltas = self.stream(request)
         try:
             async for delta in deltas:

@@ -47,7 +47,7 @@ class GeneratedText(NamedTuple):
 
 @dataclass(frozen=True)
 class GenerationPrompt:
-    """A prompt; `turn` distinguishes repetitions of it."""
+    """A prompt; `repetition` distinguishes repetitions of it."""
 
     messages: tuple[Message, ...]
     repetition: int = 0
@@ -152,7 +152,7 @@ class SyntheticDatasetBuilder:
         answer: Any = None,
         **origin: Any,
     ) -> None:
-        """Keep a conversation generated from these prompts. `origin`: further provenance."""
+        """Keep a conversation generated from these prompts. `**origin`: further provenance."""
         self.rows.append(
             self.build_row(
                 id, prompts, group=group, tools=tools, answer=answer, messages=messages_to_json(messages), **origin

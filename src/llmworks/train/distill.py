@@ -39,7 +39,7 @@ class DistillConfig(SftConfig):
         "forward_kl",
         description=(
             "logits: forward KL(teacher || student), mode-covering; reverse KL(student || teacher), mode-seeking;"
-            " between: generalized Jensen-Shannon divergence"
+            " js_divergence: generalized Jensen-Shannon divergence"
         ),
     )
     temperature: float = Field(

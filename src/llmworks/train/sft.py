@@ -52,7 +52,8 @@ class SoftConfig(Config):
     prompt_tuning_init_text: str = Field(
         "",
         description=(
-            "prompt: text that initializes the virtual tokens, cut or repeated to their number; empty = sampled tokens"
+            "prompt_tuning: text that initializes the virtual tokens, cut or repeated to their number; empty ="
+            " sampled tokens"
         ),
     )
 
@@ -66,21 +67,26 @@ class SftConfig(WriterConfig):
         "lora",
         description=(
             "lora: train an adapter on frozen weights; full: train the weights themselves, except those that"
-            " `freeze` matches; prompt, prefix: prompt tuning or prefix tuning (peft), a few thousand parameters"
+            " `freeze` matches; prompt_tuning, prefix_tuning (peft), a few thousand parameters"
         ),
     )  # type: ignore[assignment]
-    soft_prompt: SoftConfig = Field(SoftConfig(), description="soft prompt settings of methods prompt and prefix")
+    soft_prompt: SoftConfig = Field(
+        SoftConfig(), description="soft prompt settings of methods prompt_tuning and prefix_tuning"
+    )
     gradient_accumulation_steps: int = Field(
         1, gt=0, description="micro-batches per optimizer step; the loss is normalized over all their label tokens"
     )
     train_on: Literal["all", "last_assistant"] = Field(
-        "all", description="which assistant turns of a conversation are trained on: all, or only the last"
+        "all",
+        description=(
+            "assistant turns of a conversation whose tokens are trained on (assistant-only loss): all, or the last"
+        ),
     )
     overlong: Literal["drop", "truncate", "error"] = Field(
         "drop",
         description=(
-            "rows longer than max_length: set-aside: drop and count them; cut: truncate them at the end, so that"
-            " they lack the end token; refuse: do not start training"
+            "rows longer than max_length. drop: drop and count them; truncate: truncate them at the end, so that"
+            " they lack the end token; error: do not start training"
         ),
     )
     neftune_noise_alpha: float = Field(
@@ -92,7 +98,8 @@ class SftConfig(WriterConfig):
         OptimizerConfig(),
         description=(
             "optimizer and learning rate schedule; the default learning rate is 0.001, for method"
-            f" full {DEFAULT_LEARNING_RATES['full']:g}, prompt {DEFAULT_LEARNING_RATES['prompt_tuning']:g}, prefix"
+            f" full {DEFAULT_LEARNING_RATES['full']:g}, prompt_tuning {DEFAULT_LEARNING_RATES['prompt_tuning']:g},"
+            " prefix_tuning"
             f" {DEFAULT_LEARNING_RATES['prefix_tuning']:g}"
         ),
     )
@@ -107,7 +114,7 @@ class SftConfig(WriterConfig):
     metric_for_best_model: Literal["", "eval_loss", "accuracy"] = Field(
         "",
         description=(
-            "save the weights of the evaluation with the lowest eval loss (held_out) or the highest token accuracy"
+            "save the weights of the evaluation with the lowest loss (eval_loss) or the highest token accuracy"
             " (accuracy); empty = the weights of the last step"
         ),
     )
@@ -115,14 +122,14 @@ class SftConfig(WriterConfig):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.metric_for_best_model and self.parallel.data_parallel == "fsdp":
-            raise ValueError("metric_for_best_model needs full weights; set parallel.data_parallel to replicate")
+            raise ValueError("metric_for_best_model needs full weights; set parallel.data_parallel to ddp")
         if self.lora.load_in_4bit and self.parallel.data_parallel == "fsdp":
-            raise ValueError("lora.load_in_4bit nf4 cannot be sharded; set parallel.data_parallel to replicate")
+            raise ValueError("lora.load_in_4bit cannot be sharded; set parallel.data_parallel to ddp")
         if self.method not in ("prompt_tuning", "prefix_tuning") and self.soft_prompt != SoftConfig():
-            raise ValueError(f"soft_prompt is for methods prompt and prefix, not for {self.method}")
+            raise ValueError(f"soft_prompt is for methods prompt_tuning and prefix_tuning, not for {self.method}")
         if self.method == "prefix_tuning" and self.soft_prompt.prompt_tuning_init_text:
             raise ValueError(
-                "soft_prompt.prompt_tuning_init_text is for method prompt; a prefix is initialized randomly"
+                "soft_prompt.prompt_tuning_init_text is for method prompt_tuning; a prefix is initialized randomly"
             )
         if self.method in ("prompt_tuning", "prefix_tuning") and (
             self.neftune_noise_alpha or self.gradient_checkpointing or self.parallel.data_parallel == "fsdp"
@@ -256,7 +263,7 @@ def make_examples(
         if isinstance(made, str):
             if config.overlong == "error" and "longer than max_length" in made:
                 raise DataError(
-                    f"{name}: row {row['id']!r}: {made}; raise max_length, or set overlong to set-aside or cut"
+                    f"{name}: row {row['id']!r}: {made}; raise max_length, or set overlong to drop or truncate"
                 )
             dropped.append((str(row["id"]), made))
         else:

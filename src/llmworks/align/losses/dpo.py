@@ -2,7 +2,7 @@
 reference.
 
 Rafailov et al. 2023 (arXiv:2305.18290). Each loss takes the difference of the two rewards, or both of them.
-Log-probabilities are summed over the tokens of a completion; `ipo` and `sigmoid-mean` take means over tokens. TRL's
+Log-probabilities are summed over the tokens of a completion; `ipo` and `sigmoid_norm` take means over tokens. TRL's
 `DPOTrainer` computes the same values.
 """
 
@@ -116,7 +116,7 @@ def dpo(
 ) -> PairLoss:
     """Return the loss of each pair.
 
-    `smoothing`: for sigmoid, robust, exo and aot. `divergence`: for all but nca, bco, apo and sppo, which take
+    `label_smoothing`: for sigmoid, robust, exo and aot. `divergence`: for all but nca, bco, apo and sppo, which take
     log-ratios unchanged.
     """
     ratios = pairs.log_ratios

@@ -22,8 +22,8 @@ def kto(
 ) -> Tensor:
     """Return the loss of each completion.
 
-    ratios: log-ratios of policy to reference [completions]; good: whether it is desirable [completions]; kl: reference
-    point in nats (0: unpaired APO).
+    `log_ratios` [completions]: log-ratios of policy to reference. `desirable` [completions]: whether each completion is
+    desirable. `kl`: reference point in nats (0: unpaired APO).
     """
     toward = torch.where(desirable, log_ratios - kl, kl - log_ratios)
     return torch.where(desirable, desirable_weight, undesirable_weight) * (1 - torch.sigmoid(beta * toward))

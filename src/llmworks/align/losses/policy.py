@@ -21,9 +21,9 @@ EPSILON = 1e-4  # epsilon added to a standard deviation in a denominator
 def group_advantages(rewards: Tensor, scale_rewards: Literal["group", "batch", "none"] = "group") -> Tensor:
     """Return group-relative advantages [prompts, completions]: reward minus the mean of its group.
 
-    Completions without a reward (NaN) are ignored and get 0. `scale`: divide by the standard deviation of the group
-    (GRPO), of the batch (REINFORCE++), or not (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783: dividing favors prompts
-    that are too easy or too hard).
+    Completions without a reward (NaN) are ignored and get 0. `scale_rewards`: divide by the standard deviation of
+    the group (GRPO), of the batch (REINFORCE++), or not (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783: dividing favors
+    prompts that are too easy or too hard).
     """
     advantages = rewards - rewards.nanmean(1, keepdim=True)
     if scale_rewards != "none":
@@ -55,7 +55,7 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
     """Return DAPO's soft overlong penalty (Yu et al. 2025, arXiv:2503.14476, equation 13).
 
-    0 up to `most` - `soft` tokens, then falling linearly to -1 at `most`.
+    0 up to `max_length` - `buffer` tokens, then falling linearly to -1 at `max_length`.
     """
     return -((lengths - (max_length - buffer)) / max(1, buffer)).clamp(0, 1)
 
@@ -102,9 +102,10 @@ def policy_loss(
 ) -> PolicyLoss:
     """Return the policy loss of each token, without the KL penalty. `advantages`: of each token [n].
 
-    clip: PPO's, between 1 - `low` and 1 + `high` (DAPO: high above low); `ceiling`: upper bound of the ratio in any
-    case (0: none). cispo: REINFORCE with ratios clipped at `high` (MiniMax 2025, arXiv:2506.13585). sapo: a soft gate
-    (arXiv:2511.20347). vespo: a gamma-shaped weight of whole completions (arXiv:2602.10693).
+    `loss_type` clip: PPO's, between 1 - `epsilon_low` and 1 + `epsilon_high` (DAPO: epsilon_high is the larger);
+    `delta`: upper bound of the ratio in any case (0: none). cispo: REINFORCE with ratios clipped at `epsilon_high`
+    (MiniMax 2025, arXiv:2506.13585). sapo: a soft gate (arXiv:2511.20347). vespo: a gamma-shaped weight of whole
+    completions (arXiv:2602.10693).
     """
     ratio = log_ratio.exp()
     not_clipped = torch.zeros_like(ratio, dtype=torch.bool)
@@ -159,9 +160,10 @@ def token_weights(
     """Return the loss weight of each token [n]; summed over all micro-batches of a step they give its loss times its
     completions.
 
-    answer: mean per completion, whatever its length (GRPO). tokens: mean over tokens (DAPO). length: sum over tokens
-    divided by the longest possible completion (Dr. GRPO: long wrong completions are not favored). sum: sum over the
-    tokens of a completion. `answers`, `tokens`: counts of the whole step.
+    seq-mean-token-mean: mean per completion, whatever its length (GRPO). token-mean: mean over tokens (DAPO).
+    seq-mean-token-sum-norm: sum over tokens divided by the longest possible completion (Dr. GRPO: long wrong
+    completions are not favored). seq-mean-token-sum: sum over the tokens of a completion. `num_completions`,
+    `num_tokens`: counts of the whole step.
     """
     if aggregation == "seq-mean-token-mean":
         return 1.0 / counts.clamp(min=1)[owner]

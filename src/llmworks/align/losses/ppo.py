@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, owner: Tensor, *, kl_coef: float) -> Tensor:
-    """Return the reward of each token [n]: -`kl` times its log-ratio to the reference, plus the score at the last
+    """Return the reward of each token [n]: -`kl_coef` times its log-ratio to the reference, plus the score at the last
     token.
 
     `scores`: [completions]. Tokens are in the order of their completions.
@@ -26,10 +26,10 @@ def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, owner:
 def gae(
     rewards: Tensor, values: Tensor, owner: Tensor, *, gamma: float = 1.0, gae_lambda: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """Return (advantages, returns) of each token [n]: the sum of later TD errors, decayed by discount * trace per
-    token.
+    """Return (advantages, returns) of each token [n] by generalized advantage estimation (Schulman et al. 2015).
 
-    `trace`: GAE lambda. The value after a completion's last token is 0.
+    An advantage is the sum of later TD errors, decayed by gamma * gae_lambda per token. The value after a completion's
+    last token is 0.
     """
     advantages = torch.zeros_like(rewards)
     advantage, owners = 0.0, owner.tolist()
@@ -43,7 +43,7 @@ def gae(
 
 
 def whiten(x: Tensor, *, center: bool = True) -> Tensor:
-    """Scale to standard deviation 1 and mean 0, or keep the mean (`centred` false). Uses the population variance."""
+    """Scale to standard deviation 1 and mean 0, or keep the mean (`center` false). Uses the population variance."""
     mean, variance = x.mean(), x.var(correction=0)
     scaled = (x - mean) * torch.rsqrt(variance + 1e-8)
     return scaled if center else scaled + mean

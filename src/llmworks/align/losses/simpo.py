@@ -23,7 +23,7 @@ def simpo(
 ) -> PairLoss:
     """Return the loss of each pair.
 
-    `margin`: gamma of the paper, in units of the reward (beta times the mean log-probability).
+    `gamma`: target reward margin, in units of the reward (beta times the mean log-probability).
     """
     chosen, rejected = (alpha_reward(mean, alpha) for mean in pairs.mean_logprobs)
     return PairLoss(

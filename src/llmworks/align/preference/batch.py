@@ -21,13 +21,13 @@ from llmworks.train.finetune.examples import format_row_ids
 class CompletionBatch:
     """A batch of completions. `ids`: input ids [rows, length].
 
-    For the n label tokens: `at`, index in the flattened hidden states that predicts the token; `wanted`, its id;
-    `owner`, the index of its completion.
+    For the n label tokens: `positions_before`, index in the flattened hidden states that predicts the token;
+    `target_ids`, its id; `owner`, the index of its completion.
 
-    `lasts` [completions]: index of each completion's last token. `positions`, `segments`, `branches` [1, length]: of
-    the single row in which prompts branch; None for padded rows. `spoken`: indices and ids of the prompts' own tokens,
-    where they are requested. `tokens`: input tokens without padding; `labels`: divisor of the step's loss, here
-    examples; `given`: additional values of a method.
+    `last_positions` [completions]: index of each completion's last token. `positions`, `segments`, `branches` [1,
+    length]: of the single row in which prompts branch; None for padded rows. `prompt_targets`: indices and ids of the
+    prompts' own tokens, where they are requested. `tokens`: input tokens without padding; `labels`: divisor of the
+    step's loss, here examples; `extras`: additional values of a method.
     """
 
     ids: Tensor
@@ -61,7 +61,7 @@ def collate_shared_prompts(
     """Collate examples into one row: each is a segment of a prompt and its completions, which do not attend to each
     other.
 
-    `prompts`: the prompts' own tokens are predicted, too.
+    `include_prompts`: the prompts' own tokens are predicted, too.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -117,7 +117,7 @@ def collate_padded(
 ) -> CompletionBatch:
     """Collate each completion with its prompt into a right-padded row.
 
-    `prompts`: the prompts' own tokens are predicted, too.
+    `include_prompts`: the prompts' own tokens are predicted, too.
     """
     rows = [
         ((*example.prompt, *answer.ids), (*(0 for _ in example.prompt), *answer.mask))

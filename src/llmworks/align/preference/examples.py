@@ -67,9 +67,9 @@ def tokenize_completions(
     max_length: int,
     truncate: bool = False,
 ) -> PromptCompletions | str:
-    """Tokenize a prompt and the completions `sides` with the chat template; return the reason where it cannot be used.
+    """Tokenize a prompt and the `completions` with the chat template; return the reason where it cannot be used.
 
-    `most`: longest prompt plus completion in tokens; `cut`: truncate longer ones at the end.
+    `max_length`: longest prompt plus completion in tokens; `truncate`: truncate longer ones at the end.
     """
     tokenized: list[CompletionTokens] = []
     for side, messages in completions.items():
@@ -197,7 +197,7 @@ def split_rejected(
 def make_ids_unique(examples: Sequence[PromptCompletions], id_suffix: str = "") -> list[PromptCompletions]:
     """Return the examples with unique ids, since reference log-probabilities are stored by id.
 
-    `mark` is appended to every id.
+    `id_suffix` is appended to every id.
     """
     counts: Counter[str] = Counter()
     renamed = []

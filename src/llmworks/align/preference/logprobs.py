@@ -24,7 +24,7 @@ def collate(
     device: torch.device | str = "cpu",
     include_prompts: bool = False,
 ) -> CompletionBatch:
-    """Collate examples for a model. `free`: the model supports separate sequences in one row (`Tuned.free`)."""
+    """Collate examples for a model. `supports_segments`: it supports separate sequences in one row."""
     return (
         collate_shared_prompts(examples, device, include_prompts=include_prompts)
         if supports_segments

@@ -100,9 +100,9 @@ class MetricMeans:
 class PairObjective:
     """Losses of preference pairs.
 
-    `judge`: the method's loss function; `learn`: weight of an NLL loss on chosen completions, in nats per token, with
-    `prompts` on their prompts too; `tail`: weight of tokens beyond the shorter completion of a pair; `compared`:
-    whether there is a reference; `live`: whether it is computed at every step.
+    `loss_function`: the method's loss; `nll_weight`: weight of an NLL loss on chosen completions, in nats per token,
+    with `train_on_prompts` on their prompts too; `ld_alpha`: weight of tokens beyond the shorter completion of a pair;
+    `use_reference`: whether there is a reference; `live_reference`: whether it is computed at every step.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class PairObjective:
     def collate(
         self, pairs: Sequence[PromptCompletions], step: Sequence[PromptCompletions], *, without_reference: bool = False
     ) -> CompletionBatch:
-        """Collate some pairs of a step. `bare`: without the reference's log-probabilities."""
+        """Collate some pairs of a step. `without_reference`: without the reference's log-probabilities."""
         batch = self.context.collate(pairs, include_prompts=self.train_on_prompts and not without_reference)
         more: dict[str, Any] = {}
         if self.nll_weight:  # a mean over all tokens of the step, though micro-batches are divided by pairs
@@ -363,7 +363,7 @@ class KtoObjective:
 def mismatch_completions(examples: Sequence[PromptCompletions], max_length: int) -> list[PromptCompletions]:
     """Return each example's prompt with the completion of the nearest earlier example that has another prompt.
 
-    Together they have at most `most` tokens. Used for the KL estimate of KTO.
+    Together they have at most `max_length` tokens. Used for the KL estimate of KTO.
     """
     mismatched = []
     longest = min(

@@ -53,8 +53,8 @@ class OfflineConfig(TuneConfig):
     overlong: Literal["drop", "truncate", "error"] = Field(
         "drop",
         description=(
-            "rows whose prompt and completion exceed max_length: set-aside: rejected and counted; cut: truncated"
-            " at the end; refuse: the run stops before training"
+            "rows whose prompt and completion exceed max_length. drop: drop and count them; truncate: truncate them"
+            " at the end; error: do not start training"
         ),
     )
 
@@ -114,7 +114,7 @@ class Policy:
 
 
 def read_rows(data: Dataset, *, single_completions: bool) -> list[Row]:
-    """Return preference pairs, or with `singles` conversations too.
+    """Return preference pairs, or with `single_completions` conversations too.
 
     Errors: DataError for any other schema.
     """
@@ -194,7 +194,7 @@ def tokenize_rows(
         for one in some:
             if config.overlong == "error" and isinstance(one, str) and "longer than max_length" in one:
                 raise DataError(
-                    f"{name}: row {row['id']!r}: {one}; raise max_length, or set overlong to set-aside or cut"
+                    f"{name}: row {row['id']!r}: {one}; raise max_length, or set overlong to drop or truncate"
                 )
             results.append((str(row["id"]), one))
     return split_rejected(results, name)
@@ -214,8 +214,9 @@ def run_preference(
 ) -> Adapter | Model:
     """Train a policy on given completions.
 
-    `way_of` builds the training method once the policy is loaded. Errors: as `read`; TrainingError when the loss is
-    not finite.
+    `build_method` builds the training method once the policy is loaded.
+
+    Errors: as `read_material`; TrainingError when the loss is not finite.
     """
     from llmworks.align.report import describe_preference
     from llmworks.train.distributed import world
@@ -245,7 +246,7 @@ def run_preference(
 
 
 def check_run(config: TuneConfig, *, has_eval_data: bool) -> None:
-    """Check what every alignment needs before a model is opened. `held_out`: whether an eval set is given.
+    """Check what every alignment needs before a model is opened. `has_eval_data`: whether an eval set is given.
 
     Errors: UserError.
     """

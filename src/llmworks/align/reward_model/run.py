@@ -28,7 +28,7 @@ from llmworks.train.finetune.trainable import TrainableModel
 class PairRewardObjective:
     """Bradley-Terry reward model: scores of both completions of a pair, each at its last token.
 
-    `margin`: weight of the pairs' own margins; `seen`: scores of the last evaluation.
+    `margin`: weight of the pairs' own margins; `eval_scores`: scores of the last evaluation.
     """
 
     def __init__(self, context: MethodContext, *, margin: float, center: float) -> None:
@@ -88,7 +88,7 @@ class PairRewardObjective:
 class ProcessRewardObjective:
     """Process reward model: scores of the steps of completions, each at its last token.
 
-    A score is the logit of the step being correct. `seen`: probabilities and labels of the last evaluation.
+    A score is the logit of the step being correct. `eval_scores`: probabilities and labels of the last evaluation.
     """
 
     def __init__(self, context: MethodContext, labels: Mapping[str, Sequence[bool]]) -> None:

@@ -39,8 +39,8 @@ NUM_SAMPLES, MAX_SAMPLE_CHARACTERS = 2, 600  # samples of a rollout kept for the
 class PolicyLossOptions:
     """Options of the policy loss in `losses/policy.py`.
 
-    `kl`: weight of the KL penalty; `unbiased`: weight the KL estimate by the importance ratio; `whole`: truncated
-    completions are trained on, too.
+    `kl_coef`: weight of the KL penalty; `use_bias_correction_kl`: weight the KL estimate by the importance ratio;
+    `train_on_truncated`: truncated completions are trained on, too.
     """
 
     loss_type: LossType = "clip"
@@ -58,8 +58,8 @@ class PolicyLossOptions:
 class RolloutObjective:
     """Training on completions sampled from the policy during training.
 
-    `advantages`: function from a rollout to advantages [prompts, completions]; `old`: whether it needs the
-    log-probabilities at sampling time.
+    `compute_advantages`: function from a rollout to advantages [prompts, completions]; `needs_old_logprobs`: whether
+    the loss needs the log-probabilities at sampling time.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from llmworks.model.io.reward_head import create_reward_head
 class PpoObjective(RolloutObjective):
     """PPO: a value head on the policy's hidden states is trained together with the policy.
 
-    `worth`: weight of the value loss; `held`: clipping range of the value prediction.
+    `vf_coef`: weight of the value loss; `cliprange_value`: clipping range of the value prediction.
     """
 
     def __init__(

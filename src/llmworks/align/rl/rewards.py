@@ -28,7 +28,7 @@ MAX_REWARD = 1e30  # largest value: sums and squares of more overflow fp32
 
 @dataclass(frozen=True)
 class RewardResult:
-    """The reward of a completion in total (NaN: a function failed) and by function; `why`: what failed."""
+    """The reward of a completion in total (NaN: a function failed) and by function; `error`: what failed."""
 
     total: float
     by_function: dict[str, float]
@@ -55,8 +55,8 @@ def check_names(names: Mapping[str, float]) -> None:
 class RewardFunctions:
     """Named reward functions with weights.
 
-    `reward`: the reward model of function `model`; `judge`: opens the engine of function `judge`; `most`: longest
-    completion in tokens, the last `soft` of which the function `overlong` penalizes.
+    `reward_model`: the reward model of function `model`; `judge`: opens the engine of function `judge`;
+    `max_completion_length`: in tokens, the last `overlong_buffer` of which the function `overlong` penalizes.
 
     Errors: UserError for a function whose model or file is missing.
     """
@@ -168,12 +168,17 @@ class RewardFunctions:
         """
         for name in self.weights:
             if name in SCORES:
-                get_score_function(name)(prompt, "", row)
+                try:
+                    get_score_function(name)(prompt, "", row)
+                except DataError as error:
+                    raise DataError(
+                        f"reward_funcs {name}: {error}; give such answers or set other reward_funcs"
+                    ) from None
 
     def compute_rewards(self, inputs: Sequence[RewardInput], *, is_eval: bool = False) -> list[RewardResult]:
-        """Return the reward of each case. `held`: the completions are of held-out prompts.
+        """Return the reward of each case. `is_eval`: the completions are of held-out prompts.
 
-        Errors: TrainingError for a completion without a reward when on_reward_error is stop.
+        Errors: TrainingError for a completion without a reward when on_reward_error is raise.
         """
         parts: list[dict[str, float]] = [{} for _ in inputs]
         problems: list[list[str]] = [[] for _ in inputs]

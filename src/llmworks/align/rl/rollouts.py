@@ -40,9 +40,10 @@ from llmworks.train.finetune.trainable import open_trainable_model
 class RolloutOptions:
     """Options of sampling and reuse of rollouts.
 
-    `each`: prompts per rollout; `size`: prompts per micro-batch; `updates`: optimizer steps per pass; `passes`: passes
-    over each rollout; `fresh`: rounds of dynamic sampling, in which prompts whose completions all have the same reward
-    are replaced; `compared`: whether log-probabilities of the reference are needed.
+    `num_prompts`: prompts per rollout; `batch_size`: prompts per micro-batch; `num_minibatches`: optimizer steps per
+    pass; `num_iterations`: passes over each rollout; `dynamic_sampling_rounds`: rounds in which prompts whose
+    completions all have the same reward are replaced; `use_reference`: whether log-probabilities of the reference are
+    needed.
     """
 
     num_generations: int
@@ -122,7 +123,7 @@ class RolloutSampler:
     def score_completions(
         self, groups: Sequence[Sequence[tuple[Completion, RewardInput]]], *, is_eval: bool = False
     ) -> list[list[RewardResult]]:
-        """Return the rewards of completions. `held`: they are of held-out prompts.
+        """Return the rewards of completions. `is_eval`: they are of held-out prompts.
 
         Errors: TrainingError when no completion has a reward.
         """
@@ -138,7 +139,7 @@ class RolloutSampler:
     def make_rollout(self, number: int, prompts: Sequence[int], *, with_old_logprobs: bool) -> Rollout:
         """Sample and score completions, and record log-probabilities.
 
-        Those of the trainer (`old`: before any update) and of the reference.
+        Log-probabilities are those of the trainer before any update (`with_old_logprobs`) and of the reference.
         """
         with self.context.autocast():
             return self._make_rollout(number, prompts, with_old_logprobs=with_old_logprobs)
@@ -286,7 +287,7 @@ def _seed(*parts: int) -> int:
 class RolloutSteps(Sequence[list[Callable[[], Any]]]):
     """The steps of a training on rollouts, which are sampled when their first step is requested.
 
-    `heard`: called with each rollout, new or loaded; `join`: collates some of its prompts into a batch.
+    `on_rollout`: called with each rollout, new or loaded; `collate`: collates some of its prompts into a batch.
     """
 
     def __init__(

@@ -58,8 +58,8 @@ class OnlineConfig(WriterConfig):
     mask_truncated_completions: bool = Field(
         False,
         description=(
-            "truncated completions: learn: trained on by their reward, without an end token; leave: masked out of"
-            " the loss (DAPO)"
+            "mask completions truncated at max_completion_length out of the loss (DAPO); false: train on them by"
+            " their reward, without an end token"
         ),
     )
     overlong_buffer: int = Field(
@@ -76,8 +76,8 @@ class OnlineConfig(WriterConfig):
     on_reward_error: Literal["drop", "raise"] = Field(
         "drop",
         description=(
-            "completions on which a reward function fails or returns NaN: aside: recorded with the reason and not"
-            " trained on; stop: the run stops"
+            "completions on which a reward function fails or returns NaN. drop: record them with the reason, do not"
+            " train on them; raise: stop the run"
         ),
     )
     criteria: str = Field("", description="grading criteria for the judge, in words")
@@ -109,8 +109,8 @@ class OnlineConfig(WriterConfig):
     metric_for_best_model: Literal["", "accuracy"] = Field(
         "",
         description=(
-            "which evaluation's weights are saved: accuracy: the one with the highest mean reward; empty: the"
-            " last step's"
+            "save the weights of the evaluation with the highest mean reward (accuracy); empty = the weights of the"
+            " last step"
         ),
     )
 

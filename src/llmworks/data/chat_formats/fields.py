@@ -46,7 +46,7 @@ def _to_string(value: Any) -> str:
 
 
 def restore_fields(row: Row, format_name: str) -> Json:
-    """Restore the fields that `common` took from a raw row of this format; else id, group, tools and answer."""
+    """Restore the fields that were read from a raw row of this format; else id, group, tools and answer."""
     extra = row.get("extra") or {}
     given = (
         extra.get("given", [])
@@ -96,8 +96,9 @@ def find_unmapped_keys(turns: Sequence[Any], known: Collection[str]) -> Json:
 def parse_prompt(raw: Json, key: str) -> tuple[list[Message], int, tuple[str, ...]]:
     """Build the prompt turns from a prompt field and the fields beside it.
 
-    Returns (turns up to the answer, form of the field as in `side`, the other fields that were used). The order is
-    system prompt, history, then context, question and input in one turn. ValueError for a field of an unexpected type.
+    Returns (turns up to the answer, form of the field as in `parse_turns`, the other fields that were used). The order
+    is system prompt, history, then context, question and input in one turn. ValueError for a field of an unexpected
+    type.
     """
     turns, form = parse_turns(raw, key, "user")
     used: list[str] = []

@@ -90,9 +90,8 @@ def _encoder(settings: TokenizationSettings) -> ConversationEncoder:
 def encode_chats(settings: TokenizationSettings, part: Span, folder: Path) -> Json:
     """Tokenize one part of a dataset of conversations.
 
-    A row that is too long, has no trainable token, or fails to render is rejected, never truncated.
-
-    So is one with a control token in message content, unless `how` allows it.
+    A row that is too long, has no trainable token, or fails to render is rejected, never truncated. So is
+    one with a control token in message content, unless `settings` allow it.
     """
     encoder = _encoder(settings)
     sequences = TokenizedSequences()

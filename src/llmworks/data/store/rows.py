@@ -106,7 +106,7 @@ def detect_schema(dataset: Dataset) -> str:
 
 
 def detect_full_schema(dataset: Dataset) -> str:
-    """Detect the schema as `schema_of`, but require every column of the schema, not only the turns."""
+    """Detect the schema as `detect_schema`, but require every column of the schema, not only the turns."""
     names = _column_names(dataset)
     return next((kind for kind in TURNS if set(_schema(kind).names) <= names), "")
 

@@ -177,7 +177,7 @@ class Task(Config):
             except expressions.error as error:
                 raise ValueError(f"{pattern!r} is not a valid regular expression ({error})") from None
         if self.kind == "choice" and not self.choices and not self.contexts:
-            raise ValueError("a task of kind choice needs `choices`, or `contexts`")
+            raise ValueError("a task of kind choice needs `choices` (doc_to_choice), or `contexts`")
         if self.rows == "raw" and self.kind in ("generate", "perplexity") and not self.question:
             raise ValueError(f"a task of kind {self.kind} over raw rows needs `question`")
         if self.rows == "chat" and not self.question and (self.kind != "generate" or self.prompt == "plain"):

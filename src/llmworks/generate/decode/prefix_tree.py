@@ -24,9 +24,9 @@ BranchSpan = tuple["PrefixBranch", int, int]  # branch, start, end (exclusive) o
 class PrefixBranch:
     """A run of tokens without a fork, and its children.
 
-    `depth`: number of tokens before it. `asked`: first position, counted from the root, that any sequence through this
-    branch scores. `size`: tokens to compute from here on. `chances`: log-probability of each token, NaN where not
-    scored. `best`: whether no other token was more probable there.
+    `depth`: number of tokens before it. `first_scored`: first position, counted from the root, that any sequence
+    through this branch scores. `size`: tokens to compute from here on. `logprobs`: log-probability of each token, NaN
+    where not scored. `greedy`: whether no other token was more probable there.
     """
 
     ids: list[int]

@@ -45,8 +45,8 @@ class ProviderApi(Protocol):
     Bodies and replies are parsed JSON; malformed ones raise KeyError, IndexError, TypeError, ValueError or
     AttributeError.
 
-    `key`: environment variable that usually holds the API key. `can`: capabilities of an engine over it. `plain`:
-    whether the API takes no sampling parameters today.
+    `key`: environment variable that usually holds the API key. `can`: capabilities of an engine over it.
+    `omit_sampling`: whether the API takes no sampling parameters today.
     """
 
     key: str
@@ -62,7 +62,10 @@ class ProviderApi(Protocol):
         ...
 
     def build_body(self, model: str, request: Request, *, stream: bool, omit_sampling: bool) -> Json:
-        """Build the request body; `plain` omits sampling parameters. RequestError for what the API does not offer."""
+        """Build the request body; `omit_sampling`: without sampling parameters.
+
+        RequestError for what the API does not offer.
+        """
         ...
 
     def parse_reply(self, reply: Json) -> Completion:

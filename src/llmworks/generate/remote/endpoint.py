@@ -118,7 +118,7 @@ def get_remote_identity(url: str, model: str, options: RemoteOptions) -> str:
 
 
 def get_api_key(url: str, options: RemoteOptions, default_variable: str) -> str:
-    """Return the key to send, or ""; `usual` is the API's default variable.
+    """Return the key to send, or ""; `default_variable` is the API's own environment variable.
 
     UserError when the variable named in the options is not set.
     """

@@ -102,7 +102,7 @@ class Journal:
 
 
 def compute_request_id(request: Request, repetition: int = 0) -> str:
-    """Return the hash that identifies a request; `turn` distinguishes repeated ones."""
+    """Return the hash that identifies a request; `repetition` distinguishes repeated ones."""
     content = [
         messages_to_json(request.messages),
         list(request.ids),

@@ -23,7 +23,7 @@ def generate_in_threads(
     """Yield (index, completion or the error of that request) as they finish.
 
     Closing the iterator, or an interrupt, starts no further request. Running requests are then waited for, unless
-    `leave`: a server that hangs must not block the end of the program.
+    `abandon_running`: a server that hangs must not block the end of the program.
     """
     todo: queue.SimpleQueue[tuple[int, Request]] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, Completion | BaseException]] = queue.SimpleQueue()

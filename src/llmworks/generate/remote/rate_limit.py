@@ -28,7 +28,7 @@ class RateLimiter:
         self._closed = threading.Event()
 
     def acquire(self, tokens: int) -> list[float]:
-        """Wait until a request of about this many tokens may be sent; return the entry for `settle`.
+        """Wait until a request of about this many tokens may be sent; return the entry for `correct_usage`.
 
         EngineError when closed meanwhile.
         """

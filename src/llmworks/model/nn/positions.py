@@ -16,7 +16,7 @@ def rope_frequencies(rope: Rope, width: int, context: int) -> tuple[Tensor, floa
     linear: position interpolation (Chen et al. 2023, arXiv:2306.15595). ntk: larger base, so that the longest wave is
     stretched by `factor` and the shortest is kept. yarn: Peng et al. 2023 (arXiv:2309.00071), section 3: pairs with
     more than `beta_fast` rotations within the trained context are kept, those with less than `beta_slow` are divided by
-    `factor`, with a ramp between; attention is sharpened by 0.1 ln(factor) + 1. llama-3: Llama 3.1's scaling.
+    `factor`, with a ramp between; attention is sharpened by 0.1 ln(factor) + 1. llama3: Llama 3.1's scaling.
     """
     theta = rope.rope_theta
     powers = torch.arange(0, width, 2, dtype=torch.float32) / width

@@ -23,7 +23,7 @@ BYTE_ORDER = [
 class BPE:
     """Byte-level BPE tokenizer given by a list of merges.
 
-    Ids start at `first`: 256 for the bytes, then one for each merge that gives a new token.
+    Ids start at `first_id`: 256 for the bytes, then one for each merge that gives a new token.
 
     `pattern` splits text into words; no token crosses a word boundary.
     """
@@ -56,8 +56,9 @@ class BPE:
         ]
 
     def train(self, texts: Iterable[str], vocab_size: int, *, min_frequency: int = 1) -> None:
-        """Train merges until the vocabulary has `size` ids (including those before `first`), or no pair occurs `least`
-        times.
+        """Train merges until the vocabulary has `vocab_size` ids (including those before `first_id`).
+
+        Stop earlier when no pair occurs `min_frequency` times.
 
         Of equally frequent pairs the one with the smaller ids is merged first.
         """

@@ -32,7 +32,7 @@ BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]  # byte-fallback tokens
 def train_tokenizer(
     config: TrainConfig, special_tokens: Sequence[str], texts: Callable[[], Iterable[str]]
 ) -> Tokenizer:
-    """Train a tokenizer with the configured algorithm; `control` are its first tokens."""
+    """Train a tokenizer with the configured algorithm; `special_tokens` are its first tokens."""
     return {"bpe": train_bpe, "unigram": train_unigram, "wordpiece": train_wordpiece}[config.algorithm](
         config, special_tokens, texts
     )

@@ -61,7 +61,7 @@ def find_template_faults(
 ) -> list[TrainingFault]:
     """Find all faults of a template for these uses.
 
-    `vocabulary` is the number of rows of the model's embedding, None if unknown.
+    `vocab_size` is the number of rows of the model's embedding, None if unknown.
     """
     found = _check_tokens(tokenizer, vocab_size)
     if not tokenizer.chat_template:

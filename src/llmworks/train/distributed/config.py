@@ -13,7 +13,7 @@ from llmworks.core.artifact import Config
 from llmworks.core.errors import UserError
 
 DATA_DESCRIPTION = (
-    "data parallelism: replicate: every process holds all weights (DDP); shard: weights, gradients and"
+    "data parallelism. ddp: every process holds all weights; fsdp: weights, gradients and"
     " optimizer states are sharded (FSDP2, ZeRO-3)"
 )
 
@@ -83,7 +83,7 @@ class ParallelConfig(Config):
             raise UserError(
                 f"{processes} processes with parallel.tensor_parallel_size {self.tensor_parallel_size} also divide"
                 " the rows; set"
-                " parallel.data_parallel to shard"
+                " parallel.data_parallel to fsdp"
             )
         return processes // each
 

@@ -120,7 +120,7 @@ def distribute_model(
         return DistributedModel(network, world, forward)
     if blocks is None:
         raise UserError(
-            "parallel: only decoders can be sharded or tensor-parallel; set parallel.data_parallel to replicate,"
+            "parallel: only decoders can be sharded or tensor-parallel; set parallel.data_parallel to ddp,"
             " and parallel.tensor_parallel_size to 1"
         )
     if precision == "fp16":

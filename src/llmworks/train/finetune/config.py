@@ -74,7 +74,7 @@ class TuneConfig(Config):
     metric_for_best_model: Literal["", "eval_loss", "accuracy"] = Field(
         "",
         description=(
-            "save the weights of the evaluation with the lowest eval loss (held_out) or the highest accuracy"
+            "save the weights of the evaluation with the lowest loss (eval_loss) or the highest accuracy"
             " (accuracy); empty = the weights of the last step"
         ),
     )

@@ -58,7 +58,7 @@ def _get_prompt(row: Row) -> tuple[Message, ...]:
 def evaluate_examples(
     network: Any, examples: Sequence[Example], *, padding_free: bool, batch_size: int, device: Any
 ) -> dict[str, float]:
-    """Evaluate on the labels of examples: `held_out` (mean cross-entropy in nats), `perplexity`, `accuracy`.
+    """Evaluate on the labels of examples: `eval_loss` (mean cross-entropy in nats), `perplexity`, `accuracy`.
 
     Accuracy is the share of label tokens that are the most probable token.
     """

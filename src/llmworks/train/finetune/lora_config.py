@@ -34,8 +34,7 @@ class LoraConfig(Config):
     load_in_4bit: bool = Field(
         False,
         description=(
-            "frozen linear layers: unchanged, or quantized to 4-bit NF4 (QLoRA, arXiv:2305.14314), an eighth of"
-            " the memory of fp32"
+            "QLoRA: quantize the frozen linear layers to 4-bit NF4 (arXiv:2305.14314), an eighth of the memory of fp32"
         ),
     )
     bnb_4bit_use_double_quant: bool = Field(

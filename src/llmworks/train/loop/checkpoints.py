@@ -67,7 +67,7 @@ class TrainingState:
 
 
 def save(training_state: TrainingState, step: int, scratch: Path, save_total_limit: int) -> None:
-    """Write the checkpoint after `step` finished steps and delete all but the newest `keep`.
+    """Write the checkpoint after `step` finished steps and delete all but the newest `save_total_limit`.
 
     A collective operation: all processes take part.
 

@@ -71,10 +71,10 @@ def ours(what: str, steps: int, scratch: Path) -> dict[str, float]:
     from llmworks.align.losses.policy import group_advantages
     from llmworks.align.preference.examples import PromptCompletions, tokenize_pair
     from llmworks.align.preference.objective import MethodContext
-    from llmworks.align.rl.experience import RolloutPrompt
     from llmworks.align.rl.objective import PolicyLossOptions, RolloutObjective
     from llmworks.align.rl.rewards import RewardFunctions
-    from llmworks.align.rl.rollouts import RolloutOptions, RolloutSampler
+    from llmworks.align.rl.rollout import RolloutPrompt
+    from llmworks.align.rl.sampling import RolloutOptions, RolloutSampler
     from llmworks.core.context import Context
     from llmworks.core.progress import Progress
     from llmworks.core.report import ReportBuilder
@@ -157,7 +157,9 @@ def ours(what: str, steps: int, scratch: Path) -> dict[str, float]:
         progress=progress,
     )
     done = [row for row in progress.read_metrics() if "loss" in row][WARM:]
-    units = PAIRS * len(done) if what == "dpo" else sum(row["length"] * PROMPTS * ANSWERS for row in done)
+    units = (
+        PAIRS * len(done) if what == "dpo" else sum(row["completions/mean_length"] * PROMPTS * ANSWERS for row in done)
+    )
     return {
         "units": units,
         "seconds": before + sum(row["seconds"] for row in done),

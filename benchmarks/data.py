@@ -389,7 +389,7 @@ def encode(folder: Path) -> dict[str, Any]:
     from tokenizers import Tokenizer
 
     from llmworks.runtime.session import load
-    from llmworks.tokenize.bpe.fast import build_bulk_encoder
+    from llmworks.tokenize.bpe.bulk_encoder import build_bulk_encoder
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_file(str(load("asset:smollm2-135m-instruct").path / "tokenizer.json"))

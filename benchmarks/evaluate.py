@@ -273,7 +273,7 @@ def engines(size: float, ref: str, only: str) -> None:
     from llmworks.evaluate.compare import CompareEvaluationsConfig
     from llmworks.evaluate.compare import compare as compared
     from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
-    from llmworks.evaluate.protocol.inputs import task_inputs
+    from llmworks.evaluate.protocol.task_inputs import task_inputs
     from llmworks.quantize.llamacpp.writer import write_gguf
     from llmworks.runtime.session import Session, load, open_engine
 
@@ -320,9 +320,9 @@ def engines(size: float, ref: str, only: str) -> None:
                     reports[kind],
                     Context(place, place, 0, Progress(quiet=True), ReportBuilder(), open_engine),
                 ).metrics
-                same[kind] += made["same_answer"] * made["samples"]
+                same[kind] += made["answer_agreement"] * made["samples"]
                 cells += [
-                    f"{made['same_answer']:.1%}",
+                    f"{made['answer_agreement']:.1%}",
                     ", ".join(f"{n} {c}" for c, n in made.get("causes", {}).items()) or "-",
                 ]
             asked += made["samples"]

@@ -79,7 +79,7 @@ def ours(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float]:
     from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
     from llmworks.model.shape import Shape
     from llmworks.train.loop.loop import LoopConfig, train
-    from llmworks.train.loop.packed import PackedSteps, packed_loss
+    from llmworks.train.loop.packed_steps import PackedSteps, packed_loss
     from llmworks.train.loop.schedule import OptimizerConfig
 
     shape = Shape(
@@ -113,7 +113,7 @@ def ours(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float]:
         "least": min(seconds),
         "median": statistics.median(seconds),
         "megabytes": grown / 1024,
-        "loading": sum(r["loading"] for r in found) / sum(seconds),
+        "loading": sum(r["data_seconds"] for r in found) / sum(seconds),
         "matrices": matrices,
         "gemm": rate,
     }
@@ -136,7 +136,7 @@ def plain(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float]:
     import torch
 
     from llmworks.data.store.packed_tokens import PackedDataset
-    from llmworks.train.loop.packed import PackedSteps
+    from llmworks.train.loop.packed_steps import PackedSteps
 
     model = llama().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, weight_decay=0.1)
@@ -163,7 +163,7 @@ def trainer(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from llmworks.data.store.packed_tokens import PackedDataset
-    from llmworks.train.loop.packed import PackedSteps
+    from llmworks.train.loop.packed_steps import PackedSteps
 
     packed = PackedDataset(data)
 

@@ -183,7 +183,7 @@ def prepared(texts: int, file: Path) -> None:
     import numpy as np
 
     from llmworks import Dataset, Session, load
-    from llmworks.quantize.calibrate.texts import load_samples
+    from llmworks.quantize.calibrate.calibration_data import load_samples
     from llmworks.tokenize.load import load_tokenizer
 
     session = Session(file.parent / "ws", quiet=True)

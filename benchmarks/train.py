@@ -34,7 +34,7 @@ def examples(what: str, model: Path, count: int) -> list[dict[str, Any]]:
     from llmworks import assets
     from llmworks.core.artifact import Dataset
     from llmworks.data.store.rows import read_chat
-    from llmworks.tokenize.chat.named import set_template
+    from llmworks.tokenize.chat.named_templates import set_template
     from llmworks.tokenize.load import load_tokenizer
     from llmworks.train.finetune.examples import Example, make_example
 
@@ -61,7 +61,7 @@ def ours(method: str, rows: list[dict[str, Any]], steps: int, scratch: Path) -> 
     from llmworks.train.finetune.run import prepare_trainable
     from llmworks.train.finetune.trainable import open_trainable_model
     from llmworks.train.loop.loop import LoopConfig, train
-    from llmworks.train.loop.packed import packed_loss
+    from llmworks.train.loop.packed_steps import packed_loss
     from llmworks.train.sft import SftConfig
 
     config = SftConfig.model_validate({"method": method, "batch_size": ROWS})

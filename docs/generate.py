@@ -5,6 +5,7 @@ Run `make docs`.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import typing
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmworks.commands.table import COMMANDS, STAGE_USAGE
+from llmworks.commands.table import COMMANDS, STAGE_USAGE, Command
 from llmworks.core.artifact import Config
 from llmworks.runtime.config_help import field_help
 from llmworks.runtime.names import names
@@ -20,6 +21,7 @@ from llmworks.runtime.resolve import ResolvedStage, resolve_stage
 from llmworks.runtime.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
+HEADINGS = {"stages": "Stages", "inputs": "Inputs", "flags": "Flags of commands", "metrics": "Metrics"}
 MADE = "Made by `make docs` from the code."
 
 
@@ -159,6 +161,14 @@ def _code(words: list[str]) -> str:
     return ", ".join(f"`{word}`" for word in words)
 
 
+def flags_of(command: str) -> list[str]:
+    """The long options of a command."""
+    module = importlib.import_module(f"llmworks.commands.{Command.get_module_name(command)}")
+    return [
+        option for action in module.build_parser()._actions for option in action.option_strings if option[:2] == "--"
+    ]
+
+
 def names_page() -> str:
     """The page of names: ours, the library each is from, the names before 0.3, and what other libraries call it."""
     data = names()
@@ -187,14 +197,20 @@ def names_page() -> str:
         for field, values in sorted(data["values"].items())
         for other, ours in values.items()
     ]
-    for kind, heading in (
-        ("stages", "Stages"),
-        ("inputs", "Inputs"),
-        ("flags", "Flags of commands"),
-        ("metrics", "Metrics"),
-    ):
-        parts += [f"\n## {heading}\n", _row(["name", "name from", "before 0.3", "also called"]), "|---|---|---|---|"]
-        for name, row in data[kind].items():
+    kinds: dict[str, list[str]] = {
+        "stages": [stage.name for stage in stages()],
+        "inputs": sorted({name for stage in stages() for name in stage.inputs}),
+        "flags": [f"{name} {flag}" for name in COMMANDS for flag in flags_of(name)],
+        "metrics": sorted(data["metrics"]),
+    }
+    for kind, found in kinds.items():
+        parts += [
+            f"\n## {HEADINGS[kind]}\n",
+            _row(["name", "name from", "before 0.3", "also called"]),
+            "|---|---|---|---|",
+        ]
+        for name in found:
+            row = data[kind].get(name) or {}
             was = row.get("was", [])
             parts.append(
                 _row(

@@ -1,48 +1,48 @@
-"""The rows of the house: which room may know which. `test_house.py` walks the imports, CONTRIBUTING shows the table."""
+"""Layers of packages and what each may import. `test_house.py` checks the imports, CONTRIBUTING shows the table."""
 
 from __future__ import annotations
 
-# Rows from the bottom up. Rooms of one row do not know one another, except in the first and the last row, where the
-# order of the list holds. What each room is for stands beside its name; a room that is not built yet has a place.
+# Rows from the bottom up. Packages of one row do not import one another, except in the first and the last row, where
+# the order of the list counts. An empty description: the package does not exist yet, its row is decided.
 ROWS: list[dict[str, str]] = [
     {
-        "core": "the nouns that every room exchanges: errors, types, artifacts, context, workspace, report, workers",
-        "assets": "named real models and data: source, sha256, licence",
-        "lineage": "the family tree of a workspace: ancestors, diff, verify, drawings",
+        "core": "types that all packages share: errors, types, artifacts, context, workspace, report, workers",
+        "assets": "named real models and data: source, sha256, license",
+        "lineage": "lineage of artifacts: ancestors, diff, verify, drawings",
     },
     {
         "tokenize": "train and compare tokenizers; templates, golden tokens and encoding of chats; byte-pair encoding",
-        "embed": "texts to vectors",
-        "guard": "text to a verdict: personal data, secrets",
-        "sandbox": "run untrusted code",
+        "embed": "embedding models: texts to vectors",
+        "guard": "detectors of personal data and secrets",
+        "sandbox": "run untrusted code in isolation",
         "observe": "",
-        "importers": "configurations of other tools to recipes",
+        "importers": "convert configurations of other tools to recipes",
     },
     {
-        "data": "one file a stage: read, clean, dedup, chat, pack ...",
-        "model": "make, show and convert models; modules, losses, adapters, low-bit layers, files",
-        "score": "(prompt, completion, row) to a score",
+        "data": "read, clean, deduplicate, convert, mix, split and pack datasets",
+        "model": "create, show and convert models; modules, losses, adapters, quantized layers, files",
+        "score": "score functions of a completion: verifiers, judges, constraints",
     },
-    {"generate": "engines, providers, decoding"},
+    {"generate": "inference engines, remote providers, decoding"},
     {
-        "train": "pretrain, sft, distill ...; the loop, processes, estimates, self-tests",
-        "merge": "several models as one: methods, plans, tokenizers, experts, adapters",
-        "quantize": "fewer bits: algorithms, calibration, GGUF",
+        "train": "pretraining, SFT, distillation; training loop, distributed training, estimates, self-tests",
+        "merge": "merge models: methods, plans, tokenizers, mixtures of experts, adapters",
+        "quantize": "quantize models: algorithms, calibration, GGUF",
         "interpret": "",
     },
     {
-        "align": "preferences, rewards, reinforcement learning",
-        "evaluate": "tasks, statistics, comparisons, judges, arenas",
+        "align": "preference optimization, reward models, reinforcement learning",
+        "evaluate": "evaluation tasks, statistics, comparisons, judges, arenas",
         "retrieve": "",
-        "synthesize": "data made by a model, with its origin",
+        "synthesize": "synthetic data, with provenance",
     },
-    {"rag": "", "agent": "", "tune": "search judged by evaluation; what it takes to run a model"},
-    {"serve": "the OpenAI API over HTTP", "studio": "", "deploy": ""},
+    {"rag": "", "agent": "", "tune": "search by evaluation; benchmarks of running models"},
+    {"serve": "OpenAI-compatible server", "studio": "", "deploy": ""},
     {
-        "runtime": "the stage table, execute, references, recipes, the runner, the session",
-        "workflows": "what runs several stages",
-        "commands": "one file a command: its parser and its handler",
-        "cli": "an argument shell",
+        "runtime": "stage table, execution, references, recipes, sessions",
+        "workflows": "workflows of several stages",
+        "commands": "commands: one file each, with parser and handler",
+        "cli": "entry point of the command line",
         "__main__": "",
     },
 ]

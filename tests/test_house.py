@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from llmworks.runtime.config_help import config_help
 from llmworks.runtime.resolve import resolve_stage
 from llmworks.runtime.stages import STAGES
 from tests.budgets import BUDGETS, NEW_ROOM, TOTAL
+from tests.plant_faults import read_faults
 from tests.rows import ROWS
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +29,15 @@ ORDERED = (0, 8)  # rows in which the order of the list holds
 FILES, SHARED, LINES, STATEMENTS = 12, 3, 400, 60  # of machinery in a folder, beside stages, of a file, of a function
 FAMILIES = ("merge/methods", "commands")  # one method, one command a file
 NOUNS_OF_RECIPES = ("workflows", "commands", "importers")  # who may name stages besides the table
+
+
+PRIVATE = frozenset(
+    ("told", "said", "asked", "asking", "heard", "chances", "looks", "thought", "spoken", "worth", "among", "went")
+)
+PARTICIPLE = re.compile(
+    r"[a-z]+(ed|ing)|told|said|thought|found|made|given|taken|held|kept|drawn|written|shown|known|sent"
+)
+NO_PARTICIPLES = frozenset(("seed", "feed", "embed", "embedding"))
 
 
 def room(module: str) -> str:
@@ -270,6 +281,56 @@ def test_stages_are_named_in_the_table_and_where_several_run(tmp_path: Path) -> 
     assert len(named_stages(tmp_path / "a.py", "runtime")) == 1
 
 
+def private_names(file: Path) -> list[str]:
+    """Names that are no words of the field: functions that are no verbs or nouns, and any name of `PRIVATE` words."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        name, words = "", set[str]()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            name = node.name.strip("_") if not node.name.endswith("__") else ""
+            stage = stage_file(f"{file.parent.name}.{name}").endswith(f"/{file.name}")
+            decorated = {getattr(d, "id", getattr(d, "attr", "")) for d in node.decorator_list}
+            if PARTICIPLE.fullmatch(name) and name not in NO_PARTICIPLES and not stage and "property" not in decorated:
+                found.append(f"{file}:{node.lineno}: {node.name} is a bare participle; a function is a verb")
+        elif isinstance(node, ast.ClassDef):
+            name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", node.name)
+        elif isinstance(node, ast.arg):
+            name = node.arg
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            name = node.attr
+        words = set(name.lower().split("_")) & PRIVATE
+        found += [f"{file}:{getattr(node, 'lineno', 0)}: {name}: {word} is no word of the field" for word in words]
+    return found
+
+
+def test_names_are_words_of_the_field(tmp_path: Path) -> None:
+    found = [name for file in SOURCE.rglob("*.py") for name in private_names(file)]
+    assert found == []
+    (tmp_path / "planted.py").write_text(
+        "def weighed(): ...\ndef f(chances): ...\nclass WayTold: ...\nclass A:\n    looks: int = 0\n"
+    )
+    assert len(private_names(tmp_path / "planted.py")) == 4
+
+
+def public_classes(source: Path) -> dict[str, list[str]]:
+    """Files of each public class name."""
+    found: dict[str, list[str]] = {}
+    for file in source.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(str(file.relative_to(source)))
+    return found
+
+
+def test_no_two_public_classes_have_one_name(tmp_path: Path) -> None:
+    assert {name: files for name, files in public_classes(SOURCE).items() if len(files) > 1} == {}
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.py").write_text("class Row: ...\n")
+    assert len(public_classes(tmp_path)["Row"]) == 2
+
+
 def test_only_the_session_executes() -> None:
     callers = [
         file.relative_to(SOURCE).as_posix()
@@ -297,6 +358,15 @@ def test_tests_are_found_by_the_name_of_their_file() -> None:
         if not any(stem == name or stem.startswith(f"{name}_") for name in known):
             lost.append(str(test.relative_to(ROOT)))
     assert lost == []
+
+
+def test_planted_faults_quote_the_code() -> None:
+    """`make faults` runs rarely: a fault whose line or test was renamed is found here."""
+    for fault in read_faults(ROOT / "tests" / "faults.md"):
+        lines = (SOURCE / fault.file).read_text(encoding="utf-8").splitlines()
+        assert sum(line.strip() == fault.line for line in lines) == 1, fault
+        file, _, test = fault.test.partition("::")
+        assert f"def {test.partition('[')[0]}(" in (ROOT / file).read_text(encoding="utf-8"), fault
 
 
 def test_the_suite_stays_short() -> None:

@@ -19,12 +19,12 @@ from tests.conftest import make_pico
 from llmworks.align import cpo, dpo, grpo, kto, online_dpo, orpo, ppo, process, reward, rloo, simpo
 from llmworks.align.preference.examples import PromptCompletions, tokenize_pair, tokenize_singles
 from llmworks.align.preference.reference import AdapterSnapshot
-from llmworks.align.report import find_reward_hacking
 from llmworks.align.reward_model.calibration import compute_bins, expected_calibration_error, wilson_interval
-from llmworks.align.rl.cases import RewardInput
+from llmworks.align.rl.reward_hacking import CLIPPED_RATIO, MEAN_LENGTH, ZERO_STD, find_reward_hacking
+from llmworks.align.rl.reward_input import RewardInput
 from llmworks.align.rl.reward_model import load_reward_function
 from llmworks.align.rl.rewards import RewardFunctions
-from llmworks.align.rl.rollouts import RolloutSampler, repeated_ngram_share
+from llmworks.align.rl.sampling import RolloutSampler, repeated_ngram_share
 from llmworks.align.rl.user_reward import UserRewardFunction
 from llmworks.core.artifact import Adapter, Artifact, Dataset, Model
 from llmworks.core.context import Context
@@ -222,7 +222,7 @@ def test_the_reference_of_a_tuned_policy_is_the_tuned_policy(bench: Bench, pairs
             adapter=adapter,
         )
         assert found[way][0]["loss"] == pytest.approx(0.693147, abs=1e-4)
-        assert abs(found[way][0]["margin"]) < 1e-4
+        assert abs(found[way][0]["rewards/margins"]) < 1e-4
         assert made.about["rank"] == 4  # the shape that it had
     for one, other in zip(found[True], found[False], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
@@ -255,7 +255,7 @@ def test_a_separate_reference_that_is_the_same_model_changes_nothing(bench: Benc
     ]
     for rows in zip(*found, strict=True):
         assert all(row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5) for row in rows)
-        assert all(row["margin"] == pytest.approx(rows[0]["margin"], abs=1e-5) for row in rows)
+        assert all(row["rewards/margins"] == pytest.approx(rows[0]["rewards/margins"], abs=1e-5) for row in rows)
 
 
 def test_held_out_rows_with_the_ids_of_others_are_apart(bench: Bench, tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_a_reference_with_another_vocabulary_is_refused(bench: Bench, pairs: Dat
     _, steps = bench.run(
         "dpo", "a", {**SMALL}, pairs, ref_model=other
     )  # of the same vocabulary: another model's chances
-    assert abs(steps[0]["margin"]) > 1e-3
+    assert abs(steps[0]["rewards/margins"]) > 1e-3
     tokenizer = load_tokenizer(other.path)
     tokenizer.add_tokens(["<more>"])
     tokenizer.save_pretrained(other.path)
@@ -421,7 +421,7 @@ def test_a_reward_model_ranks_scores_as_transformers_does_and_writes_nothing(ben
     )
     assert isinstance(made, Model)
     assert made.metrics["accuracy"] == 1.0
-    assert made.metrics["calibration_error"] < 0.5
+    assert made.metrics["expected_calibration_error"] < 0.5
     assert get_reward_kind(made.path) == "whole"
     assert {"Calibration", "Calibration table"} <= {block.heading for block in bench.report.blocks}
     tokenizer = load_tokenizer(made.path)
@@ -525,10 +525,12 @@ def test_a_policy_learns_what_is_rewarded(stage: str, config: dict[str, Any], be
     """More of its answers have an `o` in the end than at first, drawn ones and greedy ones."""
     made, steps = bench.run(stage, "a", {**DRAWN, "num_train_epochs": 16, **config}, prompts, eval_data=prompts)
     third = len(steps) // 3
-    assert sum(row["reward_regex"] for row in steps[-third:]) > sum(row["reward_regex"] for row in steps[:third])
-    assert made.metrics["reward"] > made.metrics["reward_first"]
+    assert sum(row["rewards/regex/mean"] for row in steps[-third:]) > sum(
+        row["rewards/regex/mean"] for row in steps[:third]
+    )
+    assert made.metrics["reward"] > made.metrics["initial_reward"]
     assert made.metrics["win_rate"] >= 0.5
-    assert any(row["alike"] < 1 for row in steps)
+    assert any(row["frac_reward_zero_std"] < 1 for row in steps)
     if stage != "online":
         assert 0 < steps[0]["engine_gap"] < 1e-4
     assert {"Reward", "Entropy", "Completion length", "Sample completions during training"} <= {
@@ -625,15 +627,15 @@ def test_old_chances_are_at_the_temperature_of_the_draws(bench: Bench, prompts: 
 
 def test_answers_that_are_all_worth_the_same_are_told(bench: Bench, prompts: Dataset) -> None:
     _, steps = bench.run("grpo", "a", {**DRAWN, "num_train_epochs": 2, "reward_funcs": {"regex": 1e-12}}, prompts)
-    assert steps[-1]["alike"] == 1.0
+    assert steps[-1]["frac_reward_zero_std"] == 1.0
     assert any("there is no learning signal" in line for line in bench.said)
     assert any("little learning signal" in alarm for alarm in bench.report.data["alarms"])
 
 
 def test_alarms() -> None:
-    quiet = {"reward": 0.5, "length": 20.0, "repeated": 0.05, "cut": 0.0, "alike": 0.1}
+    quiet = {"reward": 0.5, MEAN_LENGTH: 20.0, "repeated": 0.05, CLIPPED_RATIO: 0.0, ZERO_STD: 0.1}
     assert find_reward_hacking([quiet] * 20) == []
-    found = find_reward_hacking([quiet] * 10 + [{**quiet, "length": 60.0, "repeated": 0.6, "cut": 0.9}] * 10)
+    found = find_reward_hacking([quiet] * 10 + [{**quiet, MEAN_LENGTH: 60.0, "repeated": 0.6, CLIPPED_RATIO: 0.9}] * 10)
     assert [
         bool(word in line)
         for word, line in zip(("times longer", "repeat themselves", "are truncated"), found, strict=True)

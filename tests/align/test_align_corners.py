@@ -23,11 +23,11 @@ from llmworks.align.ppo import PpoConfig
 from llmworks.align.preference.examples import CompletionTokens, PromptCompletions, tokenize_pair
 from llmworks.align.preference.objective import mismatch_completions
 from llmworks.align.reward_model.calibration import wilson_interval
-from llmworks.align.rl.experience import Rollout, SampledCompletion
 from llmworks.align.rl.objective import PolicyLossOptions
 from llmworks.align.rl.ppo_objective import PpoObjective
 from llmworks.align.rl.rewards import RewardFunctions
-from llmworks.align.rl.rollouts import RolloutSampler
+from llmworks.align.rl.rollout import Rollout, SampledCompletion
+from llmworks.align.rl.sampling import RolloutSampler
 from llmworks.core.artifact import Dataset
 from llmworks.core.errors import TrainingError
 from llmworks.core.progress import Progress
@@ -100,7 +100,7 @@ def test_ppo_does_not_reckon_with_answers_that_count_for_nothing(
         pytest.approx(one.advantages) for one in without.completions[0]
     ]
     assert all(not any(one.advantages) for one in beside.completions[1])
-    assert beside.metrics["explained"] == pytest.approx(without.metrics["explained"])
+    assert beside.metrics["explained_variance"] == pytest.approx(without.metrics["explained_variance"])
 
 
 def test_figures_are_those_of_the_weights_that_are_saved(
@@ -159,8 +159,8 @@ def test_single_answers_raise_no_alarm(bench: Bench, prompts: Dataset) -> None:
         },
         prompts,
     )
-    assert any(row["alike"] == 0.0 for row in steps if row["reward_deviation"] > 0)
-    assert all(row["alike"] == 0.0 for row in steps if row["reward_deviation"] > 1e-6)
+    assert any(row["frac_reward_zero_std"] == 0.0 for row in steps if row["reward_std"] > 0)
+    assert all(row["frac_reward_zero_std"] == 0.0 for row in steps if row["reward_std"] > 1e-6)
     with pytest.raises(ValidationError, match="it needs num_generations of at least 2"):
         PpoConfig(dynamic_sampling_rounds=1, num_generations=1)
 

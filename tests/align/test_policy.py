@@ -26,10 +26,10 @@ from llmworks.align.losses.policy import (
 )
 from llmworks.align.losses.ppo import gae, token_rewards, value_loss, whiten
 from llmworks.align.preference.objective import MethodContext
-from llmworks.align.rl.experience import Rollout, RolloutPrompt, SampledCompletion
 from llmworks.align.rl.objective import PolicyLossOptions, RolloutObjective
 from llmworks.align.rl.rewards import RewardFunctions
-from llmworks.align.rl.rollouts import RolloutOptions, RolloutSampler
+from llmworks.align.rl.rollout import Rollout, RolloutPrompt, SampledCompletion
+from llmworks.align.rl.sampling import RolloutOptions, RolloutSampler
 from llmworks.align.rloo import compute_advantages
 from llmworks.core.context import Context
 from llmworks.core.progress import Progress

@@ -16,7 +16,7 @@ import pytest
 
 from llmworks import assets
 from llmworks.assets import packages
-from llmworks.assets.catalogue import CATALOG, Asset, Deb, PackageTree, Wheel
+from llmworks.assets.catalog import CATALOG, Asset, Deb, PackageTree, Wheel
 from llmworks.core.errors import AssetError, MissingDependency
 
 

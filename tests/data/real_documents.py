@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from llmworks import assets
 from llmworks.core.documents import RejectedInput
 from llmworks.data.read import ReadConfig, read_source
-from llmworks.data.readers.source import find_files, make_input_file
+from llmworks.data.readers.input_files import find_files, make_input_file
 
 TEXTS = {
     "openwebtext-sample": "0",

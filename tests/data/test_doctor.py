@@ -223,8 +223,8 @@ TEMPLATES: dict[str, tuple[str, str, str]] = {
         "very helpful",
     ),
     "trims": ("trims", replaced(("message['content']", "(message['content'] | trim)")), "trims white space"),
-    "end-not-learned": (
-        "end-not-learned",
+    "end-not-trained": (
+        "end-not-trained",
         GENERATION.replace("OPEN", "").replace("INSIDE", "").replace("OUTSIDE", STOP),
         "omit '<|im_end|>",
     ),
@@ -239,7 +239,7 @@ def test_faults_of_templates(fault: str, diagnose: Diagnose) -> None:
     assert code in found, found
     assert says in found[code]["what"]
     others = {c for c, f in found.items() if f["level"] == "error"} - {code}
-    assert others <= {"not-rendered", "text-lost"}, found  # one fault is not told as many
+    assert others <= {"not-rendered", "text-lossy"}, found  # one fault is not told as many
 
 
 def test_no_template(diagnose: Diagnose) -> None:
@@ -326,26 +326,26 @@ ROWS: dict[str, tuple[str, list[Row], str]] = {
         ],
         "without a call",
     ),
-    "nothing-learned": (
-        "nothing-learned",
+    "no-label-tokens": (
+        "no-label-tokens",
         [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}],
         "no label tokens",
     ),
-    "other-turn-learned": (
-        "other-turn-learned",
+    "other-turn-trained": (
+        "other-turn-trained",
         [one(assistant="Yes.\n\nHuman: and then?\n\nAssistant: no")],
         "a turn of another role",
     ),
-    "other-turn-learned, alpaca": (
-        "other-turn-learned",
+    "other-turn-trained, alpaca": (
+        "other-turn-trained",
         [one(assistant="Yes.\n### Instruction:\nGo on")],
         "a turn of another role",
     ),
-    "twice": ("twice", [one(), one()], "duplicate row"),
+    "duplicate-row": ("duplicate-row", [one(), one()], "duplicate row"),
     "contradiction": ("contradiction", [one(), one(assistant="Go away.")], "different answers"),
     "white-space": ("white-space", [one(assistant=" Hello.")], "white space"),
-    "equal-sides": (
-        "equal-sides",
+    "identical-sides": (
+        "identical-sides",
         [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "b", "rejected": "c"}],
         "are identical",
     ),
@@ -359,9 +359,9 @@ def test_faults_of_rows(fault: str, diagnose: Diagnose) -> None:
     assert code in found, found
     assert says in found[code]["what"]
     assert found[code]["rows"] == 1
-    assert found[code]["examples"] == ["1" if code in ("twice", "contradiction") else "0"]
+    assert found[code]["examples"] == ["1" if code in ("duplicate-row", "contradiction") else "0"]
     extra = {c for c, f in found.items() if f["level"] != "note"} - {code}
-    assert extra <= {"turns"} if code == "nothing-learned" else not extra, found
+    assert extra <= {"turns"} if code == "no-label-tokens" else not extra, found
 
 
 def test_text_that_a_tokenizer_loses(diagnose: Diagnose) -> None:
@@ -370,7 +370,7 @@ def test_text_that_a_tokenizer_loses(diagnose: Diagnose) -> None:
 
         tokenizer.backend_tokenizer.normalizer = normalizers.Replace("é", "e")
 
-    assert "é" in diagnose([one("Café?")], change=drops)["text-lost"]["what"]
+    assert "é" in diagnose([one("Café?")], change=drops)["text-lossy"]["what"]
 
 
 def test_a_template_may_refuse_some_rows(diagnose: Diagnose) -> None:
@@ -473,4 +473,6 @@ def test_questions_that_are_in_the_held_out_data(
     )
     assert main(["data", "chat", str(held), "--out", str(tmp_path / "held"), "--quiet"]) == 0
     found = diagnose(PAIRS, words=("--eval-data", str(tmp_path / "held")))
-    assert {code: finding["examples"] for code, finding in found.items() if code not in NOTES} == {"in-held-out": ["3"]}
+    assert {code: finding["examples"] for code, finding in found.items() if code not in NOTES} == {
+        "in-eval-data": ["3"]
+    }

@@ -27,7 +27,7 @@ from llmworks.core.types import Document, Json, messages_from_json
 from llmworks.core.workers import WorkerPool
 from llmworks.data import pack as stage
 from llmworks.data.pack import PackConfig, pack
-from llmworks.data.packing.fit import pack_best_fit
+from llmworks.data.packing.bin_packing import pack_best_fit
 from llmworks.data.store import rows as rows_module
 from llmworks.data.store.packed_tokens import (
     PackedDataset,
@@ -125,8 +125,8 @@ def test_pieces_are_what_the_template_makes(tmp_path: Path, pico: Path, chats: D
         if sum(m["role"] == "assistant" and m.get("weight", 1) for m in row["messages"]) == 0
     ]
     assert {i for i, reason in reasons.items() if reason == "no assistant token to train on"} == {f"c{i}" for i in lone}
-    assert result.metrics["fill"] > 0.97
-    assert result.metrics["learned"] == sum(int(rows[i].loss_mask.sum()) for i in range(len(rows)))
+    assert result.metrics["packing_efficiency"] > 0.97
+    assert result.metrics["num_label_tokens"] == sum(int(rows[i].loss_mask.sum()) for i in range(len(rows)))
     assert result.metrics["tokens"] == sum(len(rows[i].ids) for i in range(len(rows)))
 
 
@@ -370,7 +370,7 @@ def test_documents_end_and_are_divided(tmp_path: Path, pico: Path) -> None:
     )  # each token but the first is learned once
     assert by_origin[3][0].count(2) == 1
     assert tokenizer.decode(by_origin[3][0]) == texts[3] + "<|im_end|>"
-    assert result.metrics["learned"] == sum(len(ids) - 1 for _, ids, _ in found)
+    assert result.metrics["num_label_tokens"] == sum(len(ids) - 1 for _, ids, _ in found)
     other = packed(tmp_path / "q", pico, documents(tmp_path / "e", texts), max_length=50, eos_token="<|endoftext|>")
     assert sum(int((PackedDataset(other)[i].ids == 0).sum()) for i in range(len(PackedDataset(other)))) == 3
 

@@ -30,7 +30,7 @@ from llmworks.core.documents import DocumentWriter, RejectedInput, read_document
 from llmworks.core.errors import DataError
 from llmworks.core.types import Document
 from llmworks.data.read import ReadConfig, read_source
-from llmworks.data.readers.source import InputFile, find_files, make_input_file
+from llmworks.data.readers.input_files import InputFile, find_files, make_input_file
 from llmworks.data.readers.text import NotTextError, decode_document
 
 PAGE = """<html><head><title>A harbour</title></head><body>

@@ -174,7 +174,7 @@ def test_packed_tokens(chats: Path, tmp_path: Path, pico: Path, capsys: pytest.C
         tokenizer.decode(render_masked(tokenizer, messages_from_json(row["messages"])).ids) for row in ROWS
     }
     facts = json.loads((tmp_path / "r" / "report.json").read_text())
-    assert (facts["pieces"], facts["learned"]) == (
+    assert (facts["pieces"], facts["num_label_tokens"]) == (
         5,
         sum(sum(map(int, (f in "13" for f in piece["flags"]))) for item in shown for piece in item["tokens"]),
     )

@@ -154,10 +154,10 @@ def hair(engine: TorchEngine) -> None:
 
 
 PLANTED: dict[str, tuple[str, dict[str, Any], dict[str, Any], Callable[[TorchEngine], None] | None]] = {
-    "other examples": ("worked examples", CHOICE, {**CHOICE, "shots": {"count": 3}}, None),
+    "other examples": ("few-shot examples", CHOICE, {**CHOICE, "shots": {"count": 3}}, None),
     "other words": ("prompt text", CHOICE, {**CHOICE, "question": "Question: {{q}}\nA:"}, None),
     "turns and text": ("prompt style", CHOICE, {**CHOICE, "prompt": "chat"}, None),
-    "a beginning token": ("beginning token", CHOICE, CHOICE, bos),
+    "a beginning token": ("BOS token", CHOICE, CHOICE, bos),
     "a template": ("template", {**CHOICE, "prompt": "chat"}, {**CHOICE, "prompt": "chat"}, template),
     "a short context": (
         "truncation",
@@ -169,11 +169,11 @@ PLANTED: dict[str, tuple[str, dict[str, Any], dict[str, Any], Callable[[TorchEng
         ),
     ),
     "weights": ("numbers", CHOICE, CHOICE, weights),
-    "fewer tokens": ("answer cut off", GENERATE, {**GENERATE, "max_tokens": 4}, None),
+    "fewer tokens": ("max_tokens reached", GENERATE, {**GENERATE, "max_tokens": 4}, None),
     "a stop string": ("stop string", GENERATE, {**GENERATE, "stop": ["e", "a", "t"]}, None),
-    "end tokens": ("end token", GENERATE, GENERATE, stops),
+    "end tokens": ("stop token", GENERATE, GENERATE, stops),
     "another way to read": (
-        "normalisation",
+        "answer extraction",
         GENERATE,
         {**GENERATE, "extract": [{"how": "regex", "pattern": "[a-z]"}]},
         None,
@@ -191,9 +191,9 @@ def test_the_cause_is_named(what: str, run: Run, tmp_path: Path, pico: Path) -> 
     made = compare(CompareEvaluationsConfig(bootstrap_iters=200), a, b, context(tmp_path / "compared"))
     causes = made.metrics["causes"]
     assert max(causes, key=causes.get) == wanted, causes
-    if wanted not in ("normalisation", "numbers", "answer cut off", "stop string", "end token"):
+    if wanted not in ("answer extraction", "numbers", "max_tokens reached", "stop string", "stop token"):
         assert set(causes) == {wanted}
-    assert made.metrics["differ"] == sum(causes.values()) > 0
+    assert made.metrics["num_differing"] == sum(causes.values()) > 0
 
 
 def test_rounding_is_a_close_call(run: Run, tmp_path: Path, pico: Path) -> None:
@@ -223,7 +223,11 @@ def test_the_same_run_twice_differs_in_nothing(run: Run, tmp_path: Path) -> None
         run("b", CHOICE),
         context(tmp_path / "compared"),
     )
-    assert (made.metrics["differ"], made.metrics["same_answer"], made.metrics["difference"]) == (0, 1.0, 0.0)
+    assert (made.metrics["num_differing"], made.metrics["answer_agreement"], made.metrics["difference"]) == (
+        0,
+        1.0,
+        0.0,
+    )
     assert "causes" not in made.metrics
 
 
@@ -300,7 +304,7 @@ def test_another_wording_is_no_other_answer(run: Run, tmp_path: Path) -> None:
             sample["text"] = text
         (report.path / "report.json").write_text(json.dumps(data))
     made = compare(CompareEvaluationsConfig(bootstrap_iters=200), a, b, context(tmp_path / "compared"))
-    assert (made.metrics["differ"], made.metrics["same_answer"]) == (1, pytest.approx(5 / 6))
+    assert (made.metrics["num_differing"], made.metrics["answer_agreement"]) == (1, pytest.approx(5 / 6))
 
 
 def test_of_several_changes_none_is_blamed_alone(run: Run, tmp_path: Path) -> None:
@@ -486,7 +490,7 @@ def test_autoeval_from_the_command_line(
     assert main(["autoeval", str(pico), str(second), "--suite", names, "--limit", "6", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [s["task"] for s in told["scores"]] == ["social-iqa", "medmcqa", "sarcasm"] * 2 or len(told["scores"]) + len(
-        told["not_asked"]
+        told["failures"]
     ) == 8
     assert all(s["samples"] == 6 for s in told["scores"])
     page = (Path(told["board"]) / "report.html").read_text()

@@ -79,7 +79,7 @@ def test_planted_rows_are_found_and_the_score_is_split(tmp_path: Path) -> None:
     made, data = run(tmp_path, questions, training, scores)
     assert set(data["contaminated"]) == {str(i) for i in range(0, 40, 2)}
     assert (made.metrics["score_contaminated"], made.metrics["score_clean"]) == (1.0, 0.5)
-    assert (made.metrics["contaminated"], made.metrics["clean"], made.metrics["short"]) == (20, 80, 0)
+    assert (made.metrics["contaminated"], made.metrics["clean"], made.metrics["too_short"]) == (20, 80, 0)
 
 
 def test_twelve_words_are_not_thirteen(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_short_samples_are_compared_whole_or_not_at_all(tmp_path: Path) -> None:
     nine, three = words(draw, 8), words(draw, 3)  # with the reference: nine and four words
     made, data = run(tmp_path, [nine, three, words(draw, 40)], [f"{nine} yes", three])
     assert list(data["contaminated"]) == ["0"]
-    assert data["short"] == ["1"]
+    assert data["too_short"] == ["1"]
     assert made.metrics["clean"] == 1
 
 

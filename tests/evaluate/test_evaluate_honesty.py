@@ -325,4 +325,4 @@ def test_one_model_that_is_gone_does_not_take_the_board_with_it(
     )
     told = json.loads(capsys.readouterr().out)
     assert len(told["scores"]) == 2
-    assert {m["model"] for m in told["not_asked"]} == {"dead"}
+    assert {m["model"] for m in told["failures"]} == {"dead"}

@@ -221,7 +221,7 @@ def test_grades_and_people(tmp_path: Path, world: dict[str, Any]) -> None:
     made, tables, _ = ask(tmp_path, world, {"j": "grader"}, pairs=False, labels=labels)
     assert made.metrics["score"] == pytest.approx(sum(world["quality"]["x"]) / 40 / 9)
     assert made.metrics["kappa"] == pytest.approx(1.0)
-    assert made.metrics["labelled"] == 30
+    assert made.metrics["num_labeled"] == 30
     assert tables["Agreement with human labels"][0]["95% interval"] == "100.0% to 100.0%"
 
 
@@ -244,7 +244,7 @@ def test_a_judge_without_verdicts(tmp_path: Path, world: dict[str, Any]) -> None
         with pytest.raises(DataError, match="no judge gave a verdict; the first response"):
             ask(tmp_path, world, {"j": habit}, pairs=False, place=habit)
     made, _, _ = ask(tmp_path, world, {"s": "silent", "g": "good"}, place="both")
-    assert (made.metrics["unparsed"], made.metrics["judged"]) == (40, 40)
+    assert (made.metrics["unparsed"], made.metrics["num_judged"]) == (40, 40)
 
 
 BAD = {
@@ -294,7 +294,7 @@ def test_a_reward_model_is_a_judge(tmp_path: Path, world: dict[str, Any], pico: 
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     from llmworks.core.types import Message
-    from llmworks.evaluate.statistics.reward import RewardJudge, is_reward_model
+    from llmworks.evaluate.statistics.reward_judge import RewardJudge, is_reward_model
     from llmworks.tokenize.load import load_tokenizer
 
     torch.manual_seed(0)

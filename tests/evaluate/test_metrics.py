@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from llmworks.evaluate.protocol.extract import PatternTimeout, extract
+from llmworks.evaluate.protocol.filters import PatternTimeout, extract
 from llmworks.evaluate.protocol.task import FilterStep, MetricSpec
 from llmworks.evaluate.statistics.bootstrap import bootstrap_interval
 from llmworks.evaluate.statistics.metrics import (

@@ -107,7 +107,7 @@ def test_the_best_mean_is_kept_and_what_it_lost_is_said(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").read_text() == "child"
     assert page.data["verdicts"]["x"].startswith(("not significantly different", "the best"))
     assert page.data["verdicts"]["y"].startswith("worse: -0.300")
-    assert made.metrics["lost_skills"] == 1
+    assert made.metrics["num_regressions"] == 1
     assert "worse than the best at y" in page.subtitle
 
 

@@ -22,8 +22,8 @@ from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.core.types import Completion, Engine, Scored
 from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
-from llmworks.evaluate.protocol.likelihood import LoglikelihoodRequest, build_request, get_encoder, rolling_windows
 from llmworks.evaluate.protocol.load_task import load_task
+from llmworks.evaluate.protocol.loglikelihood import LoglikelihoodRequest, build_request, get_encoder, rolling_windows
 from llmworks.evaluate.protocol.questions import build_questions
 from llmworks.evaluate.protocol.task import Task
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
@@ -358,7 +358,7 @@ class Breaks:
 def test_a_run_that_was_killed_scores_nothing_twice(
     run: Run, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmworks.evaluate.protocol.likelihood.CHUNK_TOKENS", 200)
+    monkeypatch.setattr("llmworks.evaluate.protocol.loglikelihood.CHUNK_TOKENS", 200)
     whole = run(CHOICE, ROWS, place="whole")
     first, second = Breaks(TorchEngine.open(pico), 3), Breaks(TorchEngine.open(pico), 1000)
     with pytest.raises(KeyboardInterrupt):
@@ -376,9 +376,9 @@ def test_a_run_that_was_killed_scores_nothing_twice(
 
 def test_what_was_left_out_of_a_prompt_is_counted(run: Run) -> None:
     made = run({**CHOICE, "question": "{{q * 200}}"}, ROWS)
-    assert made["metrics"]["prompts_cut"] == 24
+    assert made["metrics"]["truncated_prompts"] == 24
     assert all(s["cut"] > 0 for s in made["samples"])
-    assert "prompts_cut" not in run(CHOICE, ROWS, place="b")["metrics"]
+    assert "truncated_prompts" not in run(CHOICE, ROWS, place="b")["metrics"]
 
 
 def test_several_samples_and_pass_at_k(run: Run) -> None:
@@ -399,7 +399,7 @@ def test_several_samples_and_pass_at_k(run: Run) -> None:
 
 def test_a_pattern_that_takes_too_long_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """(x|xx)+$ on a long text of x and another letter: the answer counts as wrong, and the sample says why."""
-    monkeypatch.setattr("llmworks.evaluate.protocol.extract.SECONDS", 0.05)
+    monkeypatch.setattr("llmworks.evaluate.protocol.filters.SECONDS", 0.05)
     monkeypatch.setattr(
         TorchEngine,
         "each",
@@ -423,7 +423,7 @@ def test_one_question_that_is_refused_does_not_end_the_run(run: Run) -> None:
 
 def test_rows_that_are_left_out_are_counted(run: Run) -> None:
     made = run({**CHOICE, "only": "{{gold == 1}}"}, ROWS)
-    assert made["protocol"]["left_out"] == sum(row["gold"] != 1 for row in ROWS)
+    assert made["protocol"]["filtered_rows"] == sum(row["gold"] != 1 for row in ROWS)
     assert len(made["samples"]) == sum(row["gold"] == 1 for row in ROWS)
     with pytest.raises(DataError, match="none of the 24 rows passes the filter of task"):
         run({**CHOICE, "only": "{{gold > 7}}"}, ROWS, place="b")
@@ -482,7 +482,7 @@ def test_a_changed_task_asks_only_what_is_new(run: Run, pico: Path, tmp_path: Pa
                 theirs.pop("logprobs", []), abs=1e-4
             )  # read in another order
             assert ours == theirs
-    (memory,) = (tmp_path / "t").glob("asked-*")
+    (memory,) = (tmp_path / "t").glob("responses-*")
     memory.write_bytes(memory.read_bytes()[:-20])  # as a kill leaves it
     assert go(CHOICE, "t/four")[1] == 1
     assert go(CHOICE, "t/five")[1] == 0

@@ -23,10 +23,10 @@ from llmworks.core.context import Context
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
-from llmworks.evaluate.protocol.extract import extract
-from llmworks.evaluate.protocol.inputs import load_rows
+from llmworks.evaluate.protocol.filters import extract
 from llmworks.evaluate.protocol.load_task import load_task, task_names
 from llmworks.evaluate.protocol.questions import build_questions, filter_rows, read_rows
+from llmworks.evaluate.protocol.task_inputs import load_rows
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.model.io.load import load_model
 from llmworks.runtime.session import Session, load

@@ -87,7 +87,7 @@ def engine(name: str, pico: Path, pico_gguf: Path) -> Iterator[Engine]:
         return
     api = name.split()[0]
     loopback = Loopback(api, lambda request: behind.generate([request])[0], behind)
-    options = {"api": api, "retries": 0, "sampling": "asked", **({"tokenizer": str(pico)} if name != api else {})}
+    options = {"api": api, "retries": 0, "sampling": "explicit", **({"tokenizer": str(pico)} if name != api else {})}
     remote = RemoteEngine(loopback.url, "m", RemoteOptions.model_validate(options))
     yield remote
     remote.close()

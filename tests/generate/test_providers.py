@@ -422,7 +422,7 @@ def test_what_providers_say(what: str) -> None:
     server = Loopback(api)
     server.behaviours = [behaviour]
     engine = RemoteEngine(
-        server.url, "m", RemoteOptions.model_validate({"api": api, "retries": 0, "sampling": "asked"})
+        server.url, "m", RemoteOptions.model_validate({"api": api, "retries": 0, "sampling": "explicit"})
     )
     with pytest.raises(kind, match=message):
         engine.generate([Request((Message("user", "u"),))])
@@ -469,7 +469,7 @@ def test_a_model_that_takes_no_sampling(api: str, server: Loopback) -> None:
 
 @pytest.mark.parametrize("api", APIS)
 def test_a_model_that_takes_sampling(api: str, server: Loopback) -> None:
-    engine = RemoteEngine(server.url, "m", RemoteOptions.model_validate({"api": api, "sampling": "asked"}))
+    engine = RemoteEngine(server.url, "m", RemoteOptions.model_validate({"api": api, "sampling": "explicit"}))
     engine.generate([Request((Message("user", "u"),), sampling=Sampling(temperature=0.5, top_p=0.75))])
     ((_, body, _),) = server.seen
     sent = {**body, **body.get("generationConfig", {})}

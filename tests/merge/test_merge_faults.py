@@ -17,7 +17,7 @@ from llmworks.cli import main
 from llmworks.core.errors import LlmworksError, ModelError, UserError
 from llmworks.core.progress import Progress
 from llmworks.lineage.claims import list_claims
-from llmworks.lineage.licence import classify_license
+from llmworks.lineage.license import classify_license
 from llmworks.merge.ancestry import Ancestry, infer_ancestry
 from llmworks.merge.plan.config import MergeConfig
 from llmworks.merge.plan.layout import read_layout

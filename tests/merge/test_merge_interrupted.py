@@ -57,7 +57,7 @@ def attempt(given: dict[str, Any], family: Path, place: Path, *, small: bool = T
 def test_what_was_counted_is_not_forgotten(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The changes that are tied in files which were whole before the kill are told by the run that goes on."""
     straight = attempt(TIES, family, tmp_path / "straight")
-    assert straight.metrics["tied_at_a_threshold"] > 0
+    assert straight.metrics["threshold_ties"] > 0
     whole, opened = ShardWriter.__init__, 0
 
     def dies(self: ShardWriter, *args: Any) -> None:

@@ -18,8 +18,8 @@ from llmworks.model.io.load import load_adaptable, load_model
 from llmworks.model.io.weights import check_weights
 from llmworks.model.lora import adapter_io as adapter
 from llmworks.model.lora import lora
-from llmworks.model.lora.fold import make_weight_lookup, merge_adapter_into
 from llmworks.model.lora.lora import LoraLinear, LoraSettings
+from llmworks.model.lora.merge_adapter import make_weight_lookup, merge_adapter_into
 from llmworks.model.lowbit.nf4 import replace_with_nf4
 
 pytestmark = pytest.mark.filterwarnings(

@@ -72,7 +72,7 @@ def test_llama_cpp_says_what_the_folded_model_says(
 ) -> None:
     source = made_by_peft(pico, tmp_path / "adapter", **given)
     made = exported(pico, source, tmp_path, kind)
-    assert made.metrics["gap"] < (2e-3 if kind == "f32" else 0.02)
+    assert made.metrics["logprob_gap"] < (2e-3 if kind == "f32" else 0.02)
     assert made.metrics["greedy_agreement"] == 1.0
     assert made.metrics["layers"] == (4 if "target_modules" in given else 14)
     assert {file.name for file in made.path.iterdir()} >= {

@@ -221,8 +221,8 @@ def test_importance_lowers_the_divergence(pico: Path, texts: Dataset, tmp_path: 
     """At the same type, and the numbers are those of hooks on the model."""
     from llmworks.model.io.decoder_files import load_decoder
     from llmworks.model.io.layer_reader import LayerReader
+    from llmworks.quantize.calibrate.calibration_data import load_samples
     from llmworks.quantize.calibrate.imatrix import compute_importance
-    from llmworks.quantize.calibrate.texts import load_samples
     from llmworks.tokenize.load import load_tokenizer
     from tests.quantize.test_mixed import context
 

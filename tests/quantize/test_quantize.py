@@ -34,8 +34,8 @@ from llmworks.model.lowbit.integer import Grid
 from llmworks.quantize import awq, gguf, gptq, hqq, int8, mixed, nf4, rtn, smoothquant, zeroquant
 from llmworks.quantize.algorithms.calibrated import AwqMethod, GptqMethod
 from llmworks.quantize.algorithms.smoothquant import search_smoothing_scales
+from llmworks.quantize.calibrate.calibration_data import load_samples
 from llmworks.quantize.calibrate.layerwise import LayerwiseCalibration
-from llmworks.quantize.calibrate.texts import load_samples
 from llmworks.tokenize.load import load_tokenizer
 from tests.conftest import make_pico
 

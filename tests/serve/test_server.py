@@ -28,7 +28,7 @@ from llmworks.generate.engines.remote import RemoteEngine
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.generate.providers.openai import collect_calls
 from llmworks.generate.providers.protocol import PartialToolCall
-from llmworks.serve.answer import build_completion, stream_chunks
+from llmworks.serve.completion_objects import build_completion, stream_chunks
 from llmworks.serve.server import build_app, check_port
 from llmworks.tokenize.chat.templates import add_tool_support, render_tool_call
 

@@ -21,7 +21,7 @@ from llmworks.core.report import ReportBuilder
 from llmworks.data.store.rows import read_chat, write_chat
 from llmworks.score import get_score_function
 from llmworks.score.constraints import CHECKS, check_instructions
-from llmworks.synthesize import rules
+from llmworks.synthesize import instruction_rules
 from llmworks.synthesize.verifiable import VerifiableConfig, verifiable
 
 WORDS = [
@@ -89,7 +89,7 @@ def test_every_answer_passes_its_checks(made: Any) -> None:
     for row in rows:
         assert score([], row["messages"][-1]["content"], row).value == 1.0, row
         assert row["extra"]["text"] in row["messages"][0]["content"]
-    assert set(data["kinds"]) == {rule.name for rule in rules.RULES}
+    assert set(data["kinds"]) == {rule.name for rule in instruction_rules.RULES}
     assert {1, 2, 3} == {len(row["answer"]["constraints"]) for row in rows}
 
 
@@ -109,8 +109,8 @@ def test_a_text_that_follows_nothing_fails(made: Any) -> None:
             assert passed[name] <= 0.1 * asked[name], name
 
 
-@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.name)
-def test_a_rule_makes_what_its_check_wants(rule: rules.InstructionRule) -> None:
+@pytest.mark.parametrize("rule", instruction_rules.RULES, ids=lambda rule: rule.name)
+def test_a_rule_makes_what_its_check_wants(rule: instruction_rules.InstructionRule) -> None:
     checked = 0
     for number, text in enumerate(TEXTS):
         given = rule.sample_arguments(text, Random(number))
@@ -118,7 +118,7 @@ def test_a_rule_makes_what_its_check_wants(rule: rules.InstructionRule) -> None:
             checked += 1
             answer = rule.apply(text, text, given)
             assert CHECKS[rule.name](answer, given), (text, answer, given)
-            assert "{" not in rules.format_instruction(rule, given, Random(number))
+            assert "{" not in instruction_rules.format_instruction(rule, given, Random(number))
     assert checked > 20
 
 
@@ -161,7 +161,7 @@ def test_answers_are_what_is_said_not_only_what_is_checked() -> None:
     """The checks count; the words that are capitalised, highlighted or said again are to be those of the
     instruction.
     """
-    by_name = {rule.name: rule for rule in rules.RULES}
+    by_name = {rule.name: rule for rule in instruction_rules.RULES}
     seen: Counter[str] = Counter()
     for number, text in enumerate(
         [*TEXTS, "oops: hot mic catches senator praising rival", "what i learned at 40 from my old dog and a cat"]
@@ -178,11 +178,11 @@ def test_answers_are_what_is_said_not_only_what_is_checked() -> None:
             seen[name] += 1
             answer, asked, words = (
                 rule.apply(text, text, given),
-                rules.format_instruction(rule, given, random),
+                instruction_rules.format_instruction(rule, given, random),
                 text.split(),
             )
-            count = rules.NUMBERS.index(rules.number_word(given))
-            assert f" {rules.number_word(given)} " in asked
+            count = instruction_rules.NUMBERS.index(instruction_rules.number_word(given))
+            assert f" {instruction_rules.number_word(given)} " in asked
             assert ("one longest words" in asked, "one placeholders" in asked) == (False, False)
             if name.startswith("change_case"):
                 assert answer.split() == [word.upper() if place < count else word for place, word in enumerate(words)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from llmworks.tokenize.bpe.fast import GPT2
+from llmworks.tokenize.bpe.bulk_encoder import GPT2
 from llmworks.tokenize.bpe.reference import BPE, merge_pair
 from llmworks.tokenize.bpe.trainers import LLAMA3_PATTERN
 

@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 from llmworks.core.errors import ModelError, RequestError
 from llmworks.core.types import Message, ToolCall
 from llmworks.tokenize.chat.encode import ConversationEncoder
-from llmworks.tokenize.chat.named import NAMED_TEMPLATES, get_named_template
+from llmworks.tokenize.chat.named_templates import NAMED_TEMPLATES, get_named_template
 from llmworks.tokenize.chat.template_cache import SkeletonCache, get_pattern
 from llmworks.tokenize.chat.templates import adapt_tools, add_tool_support, render_masked
 from llmworks.tokenize.load import load_tokenizer

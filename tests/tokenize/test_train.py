@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from llmworks.tokenize.bpe.bulk_encoder import build_bulk_encoder
 from tests.tokenize.test_bpe_fast import TEXTS
 
 from llmworks.cli import main
@@ -19,8 +20,7 @@ from llmworks.core.artifact import Dataset
 from llmworks.core.documents import DocumentWriter, count_characters
 from llmworks.core.types import Document
 from llmworks.tokenize.bpe.config import TrainConfig
-from llmworks.tokenize.bpe.fast import build_bulk_encoder
-from llmworks.tokenize.chat.named import NAMED_TEMPLATES
+from llmworks.tokenize.chat.named_templates import NAMED_TEMPLATES
 from llmworks.tokenize.chat.template_faults import TemplateUses, find_template_faults
 from llmworks.tokenize.load import load_tokenizer
 from llmworks.tokenize.statistics import detect_script, find_unused_ids, measure_usage

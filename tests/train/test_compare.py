@@ -130,7 +130,7 @@ def test_the_stage(
         for name in ("a", "n")
     }
     assert {name: one["bits_per_byte"] for name, one in report["models"].items()} == figures
-    assert json.loads((tmp_path / "c" / "manifest.json").read_text())["metrics"]["ahead"] == round(
+    assert json.loads((tmp_path / "c" / "manifest.json").read_text())["metrics"]["improvement"] == round(
         figures["n"] - figures["a"], 5
     )
     page = (tmp_path / "c" / "report.html").read_text()

@@ -29,7 +29,7 @@ from llmworks.train.distill import DistillConfig, distill
 from llmworks.train.finetune import distillation_loss as room
 from llmworks.train.finetune.distillation_loss import create_distillation_loss, divergence
 from llmworks.train.finetune.examples import collate_padding_free
-from llmworks.train.loop.packed import packed_loss
+from llmworks.train.loop.packed_steps import packed_loss
 
 
 @pytest.mark.filterwarnings("ignore")  # it is of their experimental part

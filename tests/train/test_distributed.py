@@ -314,12 +314,12 @@ FAULT = """
 import os
 if os.environ.get("RANK") == "1":
     from llmworks.core.errors import DataError
-    from llmworks.train.loop import packed
+    from llmworks.train.loop import packed_steps
 
     def broken(model, batch):
         raise DataError("shard-00003: cannot be read here")
 
-    packed.packed_loss = broken
+    packed_steps.packed_loss = broken
 """
 
 

@@ -16,7 +16,7 @@ from llmworks.data.store.packed_tokens import PackedDataset
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.model.io.load import load_model
 from llmworks.tokenize.load import load_tokenizer
-from llmworks.train.loop.heldout import evaluate_loss
+from llmworks.train.loop.eval_loss import evaluate_loss
 
 
 @pytest.fixture

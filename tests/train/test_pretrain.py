@@ -23,7 +23,7 @@ from llmworks.cli import main
 from llmworks.core.artifact import Dataset
 from llmworks.data.store.packed_tokens import PackedDataset
 from llmworks.model.io.load import load_model, load_trainable
-from llmworks.train.loop.packed import PackedSteps, packed_loss
+from llmworks.train.loop.packed_steps import PackedSteps, packed_loss
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 
@@ -133,7 +133,7 @@ def test_learns_and_is_saved_as_what_it_was(model: str, made: Path, tmp_path: Pa
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert isinstance(trained, LlamaForCausalLM) == (model == "decoder")
     steps = [row for row in rows if "loss" in row]
-    assert {"loss", "grad_norm", "learning_rate", "tokens", "seconds", "loading", "memory"} <= set(steps[0])
+    assert {"loss", "grad_norm", "learning_rate", "tokens", "seconds", "data_seconds", "peak_memory"} <= set(steps[0])
     assert main(["verify", "--golden", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "report" / "curves.png").read_bytes().startswith(b"\x89PNG")
 

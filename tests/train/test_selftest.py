@@ -17,7 +17,7 @@ from llmworks.cli import main
 from llmworks.data.store.packed_tokens import PackedRow
 from llmworks.model.nn import decoder
 from llmworks.model.shape import Experts, RecurrentShape, Shape
-from llmworks.train.loop import packed
+from llmworks.train.loop import packed_steps
 from llmworks.train.pretrain import PretrainConfig, PretrainOptimizer
 from llmworks.train.selftest import pretrain as selftest
 
@@ -101,19 +101,19 @@ def wrong_segments(patch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_labels(patch: pytest.MonkeyPatch) -> None:
-    real = packed.collate_packed
+    real = packed_steps.collate_packed
 
     def cut(rows: Any, length: int) -> Any:
         found = real(rows, length)
         found["learned"][:, 3:6] = False
         return found
 
-    patch.setattr(packed, "collate_packed", cut)
+    patch.setattr(packed_steps, "collate_packed", cut)
 
 
 def wrong_seed(patch: pytest.MonkeyPatch) -> None:
-    real = packed._permute_rows
-    patch.setattr(packed, "_permute_rows", lambda rows, seed, epoch: real(rows, 0, epoch))
+    real = packed_steps._permute_rows
+    patch.setattr(packed_steps, "_permute_rows", lambda rows, seed, epoch: real(rows, 0, epoch))
 
 
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., tuple[bool, str]]]] = {

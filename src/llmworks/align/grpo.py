@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, model_validator
 
 from llmworks.align.preference.run import Policy
-from llmworks.align.rl.run import OnlineConfig, run_online
+from llmworks.align.rl.run import OnlineAlignmentConfig, run_online
 from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
 
 if TYPE_CHECKING:
     from llmworks.align.preference.objective import MethodContext
     from llmworks.align.rl.objective import RolloutObjective
-    from llmworks.align.rl.rollouts import RolloutSampler
+    from llmworks.align.rl.sampling import RolloutSampler
 
 
-class GrpoConfig(OnlineConfig):
+class GrpoConfig(OnlineAlignmentConfig):
     """Advantage scaling, loss aggregation and clipping of GRPO.
 
     GRPO: loss_aggregation seq-mean-token-mean, beta 0.04. Dr. GRPO: scale_rewards none, loss_aggregation

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from llmworks.align.preference.run import Policy
-from llmworks.align.rl.run import OnlineConfig, run_online
+from llmworks.align.rl.run import OnlineAlignmentConfig, run_online
 from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
 
 if TYPE_CHECKING:
     from llmworks.align.preference.objective import MethodContext
     from llmworks.align.rl.objective import RolloutObjective
-    from llmworks.align.rl.rollouts import RolloutSampler
+    from llmworks.align.rl.sampling import RolloutSampler
 
 
-class OnlineDpoConfig(OnlineConfig):
+class OnlineDpoConfig(OnlineAlignmentConfig):
     """Loss and KL strength of online DPO."""
 
     num_generations: int = Field(

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from llmworks.align.preference.run import Policy
-from llmworks.align.rl.run import OnlineConfig, run_online
+from llmworks.align.rl.run import OnlineAlignmentConfig, run_online
 from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
 
 if TYPE_CHECKING:
     from llmworks.align.preference.objective import MethodContext
     from llmworks.align.rl.objective import RolloutObjective
-    from llmworks.align.rl.rollouts import RolloutSampler
+    from llmworks.align.rl.sampling import RolloutSampler
 
 
-class PpoConfig(OnlineConfig):
+class PpoConfig(OnlineAlignmentConfig):
     """Clipping, KL penalty, GAE and value loss of PPO."""
 
     num_generations: int = Field(1, ge=1, le=256, description="completions sampled per prompt")

@@ -6,12 +6,14 @@ The output has a score head in place of the LM head; transformers loads it as a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
 from llmworks.align.preference.examples import CompletionTokens, PromptCompletions, split_rejected
 from llmworks.align.preference.run import EVAL_ID_SUFFIX, Policy
+from llmworks.align.reward_model.config import ScorerConfig
+from llmworks.align.reward_model.train import train_scorer
 from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError, ModelError, RequestError
@@ -21,12 +23,6 @@ from llmworks.data.store.raw_rows import read_raw_rows
 from llmworks.tokenize.chat.templates import encode, render_prompt
 from llmworks.train.finetune.method import TrainingData
 from llmworks.train.finetune.run import get_context_length
-
-if TYPE_CHECKING:
-    pass
-
-from llmworks.align.reward_model.config import ScorerConfig
-from llmworks.align.reward_model.train import train_scorer
 
 STEP_SEPARATOR = "\n"  # step separator
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from llmworks.align.reward_model.calibration import compute_bins, expected_calibration_error, wilson_interval
+from llmworks.align.rl.reward_hacking import CLIPPED_RATIO, MEAN_LENGTH, ZERO_STD, find_reward_hacking
 from llmworks.core.report import ReportBuilder
 from llmworks.train.loop.report import smooth, subsample
 
 NUM_SHOWN_ROLLOUTS = 6  # rollouts of a run whose samples are shown
 MARGIN_CURVES = (
-    ("Reward margin", "reward of chosen minus rejected", "margin", "eval_margin"),
-    ("Reward accuracy", "share of pairs", "ranked", "accuracy"),
+    ("Reward margin", "reward of chosen minus rejected", "rewards/margins", "eval_margin"),
+    ("Reward accuracy", "share of pairs", "rewards/accuracies", "accuracy"),
 )  # heading, unit, training metric, evaluation metric
 Curve = tuple[str, dict[str, list[tuple[float, float]]], str]
 
@@ -34,7 +36,7 @@ def describe_preference(
     report.title = f"Alignment of {title}"
     report.subtitle = (
         (
-            f"{len(steps):,} steps; loss {metrics['loss_first']:.3f} in the first tenth, {metrics['loss']:.3f} in the"
+            f"{len(steps):,} steps; loss {metrics['initial_loss']:.3f} in the first tenth, {metrics['loss']:.3f} in the"
             " last."
         )
         if steps
@@ -132,45 +134,12 @@ def describe_scores(
         [(f"{b.low:.2f} to {b.high:.2f}", b.size, f"{b.predicted:.3f}", f"{b.observed:.3f}") for b in bins],
     )
     report.data |= {"accuracy": share, "low": lowest, "high": highest}
-    report.data |= {"calibration_error": error, "bins": [b._asdict() for b in bins]}
-    return {"accuracy": round(share, 5), "accuracy_low": round(lowest, 5), "calibration_error": round(error, 5)}
-
-
-MAX_LENGTH_GROWTH = 1.5  # of the mean completion length
-MAX_REPETITION = 0.2  # share of repeated 4-grams
-
-
-def find_reward_hacking(steps: Sequence[dict[str, Any]]) -> list[str]:
-    """Return signs of reward hacking: changes from the first tenth of the steps to the last."""
-    tenth = max(1, len(steps) // 10)
-    first, last = (
-        {
-            name: sum(row.get(name, 0.0) for row in part) / len(part)
-            for name in ("reward", "length", "repeated", "cut", "alike")
-        }
-        for part in (steps[:tenth], steps[-tenth:])
-    )
-    warnings = []
-    if last["length"] > MAX_LENGTH_GROWTH * max(1.0, first["length"]):
-        warnings.append(
-            f"completions grew {last['length'] / max(1.0, first['length']):.1f} times longer"
-            f" ({first['length']:.0f} to {last['length']:.0f} tokens): check whether the reward favors length"
-        )
-    if last["repeated"] > MAX_REPETITION and last["repeated"] > 2 * first["repeated"]:
-        warnings.append(
-            f"completions repeat themselves: {last['repeated']:.0%} of their 4-grams occurred before,"
-            f" {first['repeated']:.0%} at first"
-        )
-    if last["cut"] > 0.5:
-        warnings.append(
-            f"{last['cut']:.0%} of the completions are truncated at max_completion_length, {first['cut']:.0%} at first"
-        )
-    if last["alike"] > 0.8:
-        warnings.append(
-            f"in {last['alike']:.0%} of the groups all completions have the same reward, so there is little"
-            " learning signal left"
-        )
-    return warnings
+    report.data |= {"expected_calibration_error": error, "bins": [b._asdict() for b in bins]}
+    return {
+        "accuracy": round(share, 5),
+        "accuracy_low": round(lowest, 5),
+        "expected_calibration_error": round(error, 5),
+    }
 
 
 def describe_online(
@@ -197,7 +166,7 @@ def describe_online(
     report.subtitle = (
         f"{len(steps):,} steps; mean reward of the rollouts {first:.3f} in the first tenth, {last:.3f} in the last."
     )
-    report_metrics = {"reward_first": round(first, 5), "reward": round(last, 5)}
+    report_metrics = {"initial_reward": round(first, 5), "reward": round(last, 5)}
     reward_pairs = [(a, b) for a, b in zip(initial_rewards, final_rewards, strict=False) if a == a and b == b]
     report_metrics = _describe_win_rate(reward_pairs, report_metrics, report)
     warnings = find_reward_hacking(steps)
@@ -240,14 +209,14 @@ def _describe_win_rate(
         won, lost = sum(b > a + 1e-9 for a, b in reward_pairs), sum(b < a - 1e-9 for a, b in reward_pairs)
         share, low, high = wilson_interval(won + (len(reward_pairs) - won - lost) / 2, len(reward_pairs))
         metrics |= {
-            "eval_reward_first": round(sum(a for a, _ in reward_pairs) / len(reward_pairs), 5),
+            "initial_eval_reward": round(sum(a for a, _ in reward_pairs) / len(reward_pairs), 5),
             "win_rate": round(share, 5),
             "win_rate_low": round(low, 5),
             "win_rate_high": round(high, 5),
         }
         report.subtitle += (
             f" Mean reward of greedy completions of {len(reward_pairs):,} held-out prompts:"
-            f" {metrics['eval_reward_first']:.3f} before, {sum(b for _, b in reward_pairs) / len(reward_pairs):.3f}"
+            f" {metrics['initial_eval_reward']:.3f} before, {sum(b for _, b in reward_pairs) / len(reward_pairs):.3f}"
             " after; "
         ) + (
             (
@@ -276,7 +245,7 @@ def _describe_samples(samples_file: Path, report: ReportBuilder) -> None:
         {
             "": f"rollout {int(number) + 1}, reward {one['reward']:.2f}",
             "prompt": one["prompt"],
-            "answer": one["answer"] + (" ..." if one["cut"] else ""),
+            "answer": one["answer"] + (" ..." if one["truncated"] else ""),
         }
         for number in shown
         for one in samples[number]
@@ -304,24 +273,24 @@ def make_online_curves(
             *((row["step"] + 1, row["accuracy"]) for row in evaluations),
         ]
     plots: list[Curve] = [("Reward", reward, "mean")]
-    parts = sorted({name for row in steps for name in row if name.startswith("reward_") and name != "reward_deviation"})
+    parts = sorted({name for row in steps for name in row if re.fullmatch(r"rewards/.+/mean", name)})
     if parts:
         plots.append(
             (
                 "Reward functions",
-                {name.removeprefix("reward_"): subsample(smooth(get_points(name), smoothing_window)) for name in parts},
+                {name.split("/")[1]: subsample(smooth(get_points(name), smoothing_window)) for name in parts},
                 f"mean of {smoothing_window} steps, unweighted",
             )
         )
     one: tuple[tuple[str, str, str], ...] = (
         ("KL divergence from the reference", "kl", "nats per token"),
         ("Entropy", "entropy", "nats per token"),
-        ("Clip ratio", "clipped", "share of tokens"),
-        ("Completion length", "length", "tokens"),
-        ("Truncated completions", "cut", "share of completions"),
+        ("Clip ratio", "clip_ratio", "share of tokens"),
+        ("Completion length", MEAN_LENGTH, "tokens"),
+        ("Truncated completions", CLIPPED_RATIO, "share of completions"),
         ("Repetition", "repeated", "share of repeated 4-grams"),
-        ("Groups with zero reward variance", "alike", "share of prompts"),
-        ("Explained variance", "explained", "of returns by values"),
+        ("Groups with zero reward variance", ZERO_STD, "share of prompts"),
+        ("Explained variance", "explained_variance", "of returns by values"),
         ("Log-probability gap of engine and trainer", "engine_gap", "nats per token"),
         ("Loss", "loss", ""),
         ("Gradient norm", "grad_norm", "before clipping"),
@@ -330,7 +299,11 @@ def make_online_curves(
     plots += [
         (heading, {heading.lower(): subsample(get_points(name))}, y) for heading, name, y in one if get_points(name)
     ]
-    seconds = {"sampling": get_points("drawing"), "scoring": get_points("valuing"), "whole step": get_points("seconds")}
+    seconds = {
+        "sampling": get_points("sampling_seconds"),
+        "scoring": get_points("scoring_seconds"),
+        "whole step": get_points("seconds"),
+    }
     return [
         *plots,
         ("Seconds", {name: subsample(points) for name, points in seconds.items() if points}, "per rollout, per step"),
@@ -354,9 +327,9 @@ def make_curves(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str,
         (
             "Rewards",
             {
-                side: subsample(smooth(get_points(side), smoothing_window))
+                side: subsample(smooth(get_points(f"rewards/{side}"), smoothing_window))
                 for side in ("chosen", "rejected")
-                if get_points(side)
+                if get_points(f"rewards/{side}")
             },
             f"mean of {smoothing_window} steps",
         ),
@@ -376,7 +349,7 @@ def make_curves(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str,
     ):
         if get_points(name):
             plots.append((heading, {heading.lower(): subsample(get_points(name))}, y))
-    most = list(accumulate((value for _, value in get_points("memory", 1e-9)), max))
+    most = list(accumulate((value for _, value in get_points("peak_memory", 1e-9)), max))
     plots.append(
         (
             "Memory",

@@ -6,20 +6,14 @@ as the input `reward_model` of `align.grpo`, `align.rloo`, `align.ppo` and `alig
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from llmworks.align.preference.examples import make_ids_unique
 from llmworks.align.preference.run import EVAL_ID_SUFFIX, Policy, read_rows, tokenize_rows
+from llmworks.align.reward_model.config import RewardConfig
+from llmworks.align.reward_model.train import train_scorer
 from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.train.finetune.method import TrainingData
 from llmworks.train.finetune.run import get_context_length
-
-if TYPE_CHECKING:
-    pass
-
-from llmworks.align.reward_model.config import RewardConfig
-from llmworks.align.reward_model.train import train_scorer
 
 
 def reward(

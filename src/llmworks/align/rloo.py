@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from llmworks.align.preference.run import Policy
-from llmworks.align.rl.run import OnlineConfig, run_online
+from llmworks.align.rl.run import OnlineAlignmentConfig, run_online
 from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llmworks.align.preference.objective import MethodContext
-    from llmworks.align.rl.experience import Rollout
     from llmworks.align.rl.objective import RolloutObjective
-    from llmworks.align.rl.rollouts import RolloutSampler
+    from llmworks.align.rl.rollout import Rollout
+    from llmworks.align.rl.sampling import RolloutSampler
 
 
-class RlooConfig(OnlineConfig):
+class RlooConfig(OnlineAlignmentConfig):
     """Clipping and KL penalty of RLOO."""
 
     num_generations: int = Field(

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from llmworks.assets.catalogue import CATALOG, Asset
+from llmworks.assets.catalog import CATALOG, Asset
 from llmworks.assets.packages import download_verified, extract, extract_tree
 from llmworks.core.artifact import sha256_file
 from llmworks.core.errors import AssetError

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from llmworks.commands.output import print_json, print_line, print_table
 from llmworks.commands.parsers import Parser, new_parser
 from llmworks.core.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def build_parser() -> Parser:
@@ -37,7 +33,7 @@ def handle(args: argparse.Namespace) -> None:
 def list_assets(args: argparse.Namespace) -> None:
     """`llmworks assets list`."""
     from llmworks import assets
-    from llmworks.assets.catalogue import CATALOG
+    from llmworks.assets.catalog import CATALOG
 
     if args.json:
         print_json(

@@ -65,7 +65,7 @@ def handle(args: argparse.Namespace) -> None:
                 "board": str(board.path),
                 "digest": board.digest,
                 "scores": [_score_to_json(r) for r in found.reports],
-                "not_asked": [{"model": m, "task": t, "why": w} for m, t, w in found.failures],
+                "failures": [{"model": m, "task": t, "why": w} for m, t, w in found.failures],
             }
         )
         return

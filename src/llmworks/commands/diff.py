@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from llmworks.commands.output import print_json, print_line, print_table, shorten
 from llmworks.commands.parsers import Parser, new_parser
 from llmworks.commands.session import create_session
-
-if TYPE_CHECKING:
-    pass
 
 
 def build_parser() -> Parser:

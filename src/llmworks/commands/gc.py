@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from llmworks.commands.output import print_json, print_line, relative_path
 from llmworks.commands.parsers import Parser, new_parser
 from llmworks.commands.session import get_workspace
 from llmworks.core.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def build_parser() -> Parser:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llmworks.commands.output import print_json, print_line, relative_path
 from llmworks.commands.parsers import Parser, add_workers, new_parser
 from llmworks.commands.session import create_pool, get_workspace
 from llmworks.core.trackers import check_trackers as check_trackers
-
-if TYPE_CHECKING:
-    pass
 
 
 def build_parser() -> Parser:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from llmworks.commands.output import print_json, print_line, print_table
 from llmworks.commands.parsers import Parser, new_parser
-
-if TYPE_CHECKING:
-    pass
 
 
 def build_parser() -> Parser:

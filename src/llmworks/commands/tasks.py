@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmworks.commands.output import print_json, print_line
 from llmworks.commands.parsers import Parser, new_parser
 from llmworks.core.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def build_parser() -> Parser:
@@ -61,7 +58,7 @@ def handle(args: argparse.Namespace) -> None:
 
 def _replace_references(fields: dict[str, Any]) -> dict[str, Any]:
     """Replace references by file paths in a task for the lm-evaluation-harness, which cannot resolve them."""
-    from llmworks.data.readers.source import find_files
+    from llmworks.data.readers.input_files import find_files
     from llmworks.runtime.session import load
 
     files = fields.get("dataset_kwargs", {}).get("data_files", {})

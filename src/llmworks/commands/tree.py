@@ -47,16 +47,16 @@ def handle(args: argparse.Namespace) -> None:
     """`llmworks tree [ARTIFACT]`."""
     from llmworks.lineage.drawing.formats import draw_mermaid, draw_png, draw_svg, draw_text
     from llmworks.lineage.drawing.page import draw_page
-    from llmworks.lineage.licence import find_license_conflicts
+    from llmworks.lineage.license import find_license_conflicts
     from llmworks.workflows.family import build_workspace_family, collect_licenses
 
     session = create_session(args)
     workspace = session.workspace
     chosen = session.load(args.artifact) if args.artifact else None
-    among = [session.load(ref) for ref in args.candidates]
-    if among:
-        _find_parents(session, chosen, among)
-    family = build_workspace_family(workspace, *([chosen] if chosen is not None else []), *among)
+    candidates = [session.load(ref) for ref in args.candidates]
+    if candidates:
+        _find_parents(session, chosen, candidates)
+    family = build_workspace_family(workspace, *([chosen] if chosen is not None else []), *candidates)
     if chosen is not None:
         family = family.subgraph([chosen.digest])
     if args.models:
@@ -95,15 +95,15 @@ def handle(args: argparse.Namespace) -> None:
         print_line(f"licenses: {line}")
 
 
-def _find_parents(session: Session, chosen: Artifact | None, among: Sequence[Artifact]) -> None:
+def _find_parents(session: Session, chosen: Artifact | None, candidates: Sequence[Artifact]) -> None:
     """Compare a model's weights with those of possible parents; the tree shows what is found."""
     from llmworks.core.artifact import Model
 
-    strange = next((one for one in [chosen, *among] if not isinstance(one, Model)), None)
+    strange = next((one for one in [chosen, *candidates] if not isinstance(one, Model)), None)
     if chosen is None:
         raise UserError(
             "--candidates: the model whose parents are searched is missing: llmworks tree MODEL --candidates REF"
         )
     if strange is not None:
         raise UserError(f"--candidates: {strange.name} is not a model")
-    session.make("merge.find_parents", child=chosen, candidates=among)
+    session.make("merge.find_parents", child=chosen, candidates=candidates)

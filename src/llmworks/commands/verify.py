@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmworks.commands.output import print_json, print_line
 from llmworks.commands.parsers import Parser, new_parser
 from llmworks.commands.session import create_session
 from llmworks.core.errors import GateFailed, UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def build_parser() -> Parser:

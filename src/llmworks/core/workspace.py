@@ -62,7 +62,7 @@ class Workspace:
 
     def find_digest(self, digest: str) -> Artifact | None:
         """Return the artifact with this digest, from the store or behind a name."""
-        for artifact in [*self.artifacts(), *self.named_artifacts().values()]:
+        for artifact in [*self.artifacts(), *self.list_named_artifacts().values()]:
             if artifact.digest == digest:
                 return artifact
         return None
@@ -138,7 +138,7 @@ class Workspace:
         replace_link(out, artifact.path)
         return before
 
-    def named_artifacts(self) -> dict[str, Artifact]:
+    def list_named_artifacts(self) -> dict[str, Artifact]:
         """Return every name (`group/step`) with its artifact; dangling names are omitted."""
         found: dict[str, Artifact] = {}
         for link in sorted(self.root.glob("*/*")):
@@ -177,7 +177,7 @@ class Workspace:
     def _collect(self, scratch: bool, dry_run: bool) -> list[tuple[Path, int]]:
         artifacts = {a.digest: a for a in self.artifacts()}
         alive: set[str] = set()
-        todo = [a.digest for a in self.named_artifacts().values()]
+        todo = [a.digest for a in self.list_named_artifacts().values()]
         for root in (self.root / "roots").glob("*"):
             target = root.resolve()
             if target.parent == self.store.resolve() and (target / MANIFEST).exists():

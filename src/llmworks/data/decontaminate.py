@@ -110,7 +110,7 @@ def _build_index(config: DecontaminateConfig, tests: Mapping[str, Dataset], path
     import pyarrow as pa
 
     from llmworks.data.duplicates import near
-    from llmworks.data.store.testsets import read_eval_rows
+    from llmworks.data.store.eval_texts import read_eval_rows
     from llmworks.data.text.hashing import hash_shingles, hash_words, unique_hashes
 
     names: list[tuple[str, str]] = []

@@ -45,7 +45,7 @@ class DedupConfig(Config):
     score_field: str = Field("quality", description="numeric metadata field compared by keep: highest")
 
     @model_validator(mode="after")
-    def _something(self) -> Self:
+    def _check_methods(self) -> Self:
         if not (self.exact or self.near or self.lines):
             raise ValueError("exact, near and lines are all null: set at least one")
         return self
@@ -160,7 +160,9 @@ def _cluster_duplicates(
     if config.near:
         # only one document of each exact cluster is compared
         chosen = np.array([row for row in range(rows) if clusters.find(row) == row])
-        facts["compared"], facts["joined"] = near.cluster_near_duplicates(config.near, hashed.folders, clusters, chosen)
+        facts["compared_pairs"], facts["merged_pairs"] = near.cluster_near_duplicates(
+            config.near, hashed.folders, clusters, chosen
+        )
     scores = np.concatenate([np.load(folder / SCORES) for folder in hashed.folders])
     drops: dict[int, DuplicateDrop] = {}
     sizes: Counter[int] = Counter()
@@ -220,7 +222,8 @@ def _report(
     if config.near:
         near = config.near
         report.subtitle += (
-            f" {facts['compared']:,} candidate pairs were compared, {facts['joined']:,} merged (Jaccard similarity of"
+            f" {facts['compared_pairs']:,} candidate pairs were compared, {facts['merged_pairs']:,} merged (Jaccard"
+            " similarity of"
             f" {near.ngram_size}-gram shingles at least {near.threshold})."
         )
     report.data = {

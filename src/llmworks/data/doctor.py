@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -19,19 +19,16 @@ from llmworks.core.errors import ModelError, RequestError
 from llmworks.core.types import Message
 from llmworks.data.chat import get_conversations
 from llmworks.data.conversations.turns import find_problems
-from llmworks.data.faults.case import LEVELS, DatasetFinding, add_finding
-from llmworks.data.faults.pairs import OTHER_TURN, check_pairs, check_rows
+from llmworks.data.faults.finding import LEVELS, DatasetFinding, add_finding
 from llmworks.data.faults.report import FIRST, SHOWN, write_report
+from llmworks.data.faults.row_checks import OTHER_TURN, check_pairs, check_rows
 from llmworks.data.store.rows import Row, detect_schema, read_chat, read_preference
 from llmworks.data.text.statistics import get_question
-from llmworks.tokenize.chat.control_tokens import SpecialTokenDetector
-from llmworks.tokenize.chat.named import TEMPLATE_DESCRIPTION, Template, load_model_tokenizer
+from llmworks.tokenize.chat.named_templates import TEMPLATE_DESCRIPTION, Template, load_model_tokenizer
+from llmworks.tokenize.chat.special_tokens import SpecialTokenDetector
 from llmworks.tokenize.chat.template_faults import TemplateUses, TrainingFault, find_template_faults
 from llmworks.tokenize.chat.templates import RenderedConversation, adapt_tools, encode, render_masked
 from llmworks.tokenize.load import get_stop_ids, read_json
-
-if TYPE_CHECKING:
-    pass
 
 
 class DoctorConfig(Config):
@@ -90,7 +87,7 @@ def doctor(
         cases.values(), key=lambda case: (LEVELS.index(case.finding.level), -len(case.rows), case.finding.code)
     )
     return write_report(
-        ctx, model, data, tokenizer, found, drawn, {"rows": len(rows), "tokens": tokens, "learned": learned}
+        ctx, model, data, tokenizer, found, drawn, {"rows": len(rows), "tokens": tokens, "num_label_tokens": learned}
     )
 
 
@@ -139,7 +136,7 @@ def check_conversation(
             cases,
             row,
             TrainingFault(
-                "nothing-learned",
+                "no-label-tokens",
                 "error",
                 "the row has no label tokens (all are masked)",
                 "it needs an assistant turn of weight 1",
@@ -165,7 +162,7 @@ def check_conversation(
             cases,
             row,
             TrainingFault(
-                "text-lost",
+                "text-lossy",
                 "warning",
                 f"the tokenizer does not round-trip the text, for example {lost!r}",
                 "the model sees other text than what is written",
@@ -205,7 +202,7 @@ def _find_turn_faults(
     learned = [m for m in messages if m.role == "assistant" and m.weight]
     if any(OTHER_TURN.search(m.content) for m in learned):
         yield (
-            "other-turn-learned",
+            "other-turn-trained",
             "warning",
             "a trained answer continues with a turn of another role (Human:, ### Instruction ...)",
             "the model would be trained to speak for the user: cut the answer there",
@@ -242,7 +239,7 @@ def find_contaminated_rows(rows: Sequence[Row], eval_data: Dataset, cases: dict[
                 cases,
                 row,
                 TrainingFault(
-                    "in-held-out",
+                    "in-eval-data",
                     "error",
                     f"the question is also in {eval_data.name}",
                     "the evaluation would be contaminated: split by question (data.split keeps groups together)",

@@ -1,8 +1,8 @@
 """Stage `data.pack`: tokenize conversations or documents and pack them into rows of max_length tokens.
 
-Text is tokenized in parts, `packing/fit.py` assigns the pieces to rows (best-fit decreasing), and the rows are written
-as shards that training memory-maps (`store/packed_tokens.py`). A conversation is never truncated; one that is too long
-is rejected.
+Text is tokenized in parts, `packing/bin_packing.py` assigns the pieces to rows (best-fit decreasing), and the rows
+are written as shards that training memory-maps (`store/packed_tokens.py`). A conversation is never truncated; one
+that is too long is rejected.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from llmworks.core.context import Context
 from llmworks.core.errors import DataError, ModelError
 from llmworks.core.types import Json
 from llmworks.data.doctor import require_template
-from llmworks.data.packing.fit import pack_best_fit
-from llmworks.data.packing.pieces import TokenizationSettings, encode_chats, encode_documents
+from llmworks.data.packing.bin_packing import pack_best_fit
+from llmworks.data.packing.sequences import TokenizationSettings, encode_chats, encode_documents
 from llmworks.data.store.parts import PartResults, link_or_copy, plan_file_spans, plan_spans, process_parts
 from llmworks.data.store.rows import detect_schema, list_row_files, open_rows
-from llmworks.tokenize.chat.named import TEMPLATE_DESCRIPTION, Template, load_model_tokenizer
+from llmworks.tokenize.chat.named_templates import TEMPLATE_DESCRIPTION, Template, load_model_tokenizer
 from llmworks.tokenize.chat.template_faults import TemplateUses
 from llmworks.tokenize.load import get_stop_ids
 
@@ -232,15 +232,16 @@ def _build_dataset(
         "rows": rows,
         "pieces": pieces,
         "tokens": tokens,
-        "learned": num_label_tokens,
+        "num_label_tokens": num_label_tokens,
         "dropped": sum(reasons.values()),
-        "fill": round(tokens / (rows * config.max_length), 5),
+        "packing_efficiency": round(tokens / (rows * config.max_length), 5),
         "pieces_per_row": round(pieces / rows, 2),
     }
     report = ctx.report
     report.title = f"{data.name} packed for {model.name}"
     report.subtitle = (
-        f"{pieces:,} pieces in {rows:,} rows of {config.max_length:,} tokens; {figures['fill']:.2%} of the"
+        f"{pieces:,} pieces in {rows:,} rows of {config.max_length:,} tokens; {figures['packing_efficiency']:.2%} of"
+        " the"
         " space is used."
     )
     report.data = {**figures, "length": config.max_length, "rejected": dict(reasons)}

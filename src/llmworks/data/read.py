@@ -24,7 +24,7 @@ from llmworks.data.card import finish_dataset
 from llmworks.data.store.parts import PART_BYTES, process_parts
 
 if TYPE_CHECKING:
-    from llmworks.data.readers.source import InputFile
+    from llmworks.data.readers.input_files import InputFile
 
 HTML = (".html", ".htm", ".xhtml")
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -63,7 +63,7 @@ def read(config: ReadConfig, data: Dataset, ctx: Context) -> Dataset:
     Errors: DataError when there is no file, or none gives a document; MissingDependency for HTML, PDF or WARC without
     the extra.
     """
-    from llmworks.data.readers.source import find_files
+    from llmworks.data.readers.input_files import find_files
 
     files = find_files(data.path, _is_arrow_metadata)
     if not files:
@@ -100,7 +100,7 @@ def batch_files(root: Path, files: Sequence[Path]) -> list[FileBatch]:
 
 
 def _read_files(config: ReadConfig, part: FileBatch, folder: Path) -> Json:
-    from llmworks.data.readers.source import make_input_file
+    from llmworks.data.readers.input_files import make_input_file
 
     formats: Counter[str] = Counter()
     with DocumentWriter(folder) as writer, RejectedFile(folder) as rejected:
@@ -123,7 +123,7 @@ def _read_files(config: ReadConfig, part: FileBatch, folder: Path) -> Json:
 
 def read_source(file: InputFile, config: ReadConfig) -> Iterator[Document | RejectedInput]:
     """Yield the documents of one file or archive, or an Unusable with the reason where it cannot be read."""
-    from llmworks.data.readers.source import BROKEN, TooLarge, expand_archives
+    from llmworks.data.readers.input_files import BROKEN, TooLarge, expand_archives
 
     for source in expand_archives(file, config.max_expanded_mb << 20):
         if isinstance(source, RejectedInput):

@@ -73,7 +73,7 @@ def semdedup(config: SemdedupConfig, data: Dataset, embedder: Model, ctx: Contex
         "kept": num_kept,
         "dropped": len(drops),
         "cluster_sizes": {str(k): v for k, v in sorted(counts.items())},
-        "compared": compared,
+        "compared_pairs": compared,
     }
     if counts:
         report.add_table("Clusters", ("cluster size", "clusters"), sorted(counts.items()))
@@ -82,8 +82,8 @@ def semdedup(config: SemdedupConfig, data: Dataset, embedder: Model, ctx: Contex
         "documents": num_kept,
         "dropped": len(drops),
         "clusters": counts.total(),
-        "compared": compared,
-        "joined": joined,
+        "compared_pairs": compared,
+        "merged_pairs": joined,
     }
     return finish_dataset(
         ctx, "data.semdedup", [data], dropped={"like meaning": len(drops)} if drops else {}, metrics=metrics

@@ -24,7 +24,7 @@ from llmworks.data.store.rows import Row, detect_schema, read_chat, read_prefere
 from llmworks.data.text.statistics import compute_statistics, find_duplicates, get_tags, get_turns
 from llmworks.tokenize import view
 from llmworks.tokenize.chat.encode import ConversationEncoder
-from llmworks.tokenize.chat.named import TEMPLATE_DESCRIPTION, Template, load_model_tokenizer
+from llmworks.tokenize.chat.named_templates import TEMPLATE_DESCRIPTION, Template, load_model_tokenizer
 
 WIDTH = 110
 COLORS = {"system": "35", "user": "34", "assistant": "32", "tool": "33", "chosen": "32", "rejected": "31"}
@@ -225,7 +225,7 @@ def _show_packed(config: ShowConfig, data: Dataset, tokenizer: Any, ctx: Context
             strict=True,
         )
     )
-    facts = {"rows": len(packed), "pieces": pieces_count, "tokens": tokens, "learned": learned}
+    facts = {"rows": len(packed), "pieces": pieces_count, "tokens": tokens, "num_label_tokens": learned}
     report = ctx.report
     report.title = f"{data.name}: {len(packed):,} rows of packed tokens"
     report.subtitle = (

@@ -17,9 +17,9 @@ from llmworks.core.context import Context
 from llmworks.core.errors import DataError
 from llmworks.evaluate.leaderboard import format_p_value
 from llmworks.evaluate.statistics.bootstrap import RESAMPLES, holm, paired_difference, sign_flip
-from llmworks.evaluate.statistics.causes import CAUSES, find_cause, list_changes, list_setting_differences
+from llmworks.evaluate.statistics.difference_causes import CAUSES, find_cause, list_changes, list_setting_differences
 from llmworks.evaluate.statistics.metrics import GENERATION_METRICS
-from llmworks.evaluate.statistics.stored import read_evaluation
+from llmworks.evaluate.statistics.read_evaluation import read_evaluation
 from llmworks.tokenize.chat.templates import parse_tool_calls
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class CompareEvaluationsConfig(Config):
 def compare(config: CompareEvaluationsConfig, before: Report, after: Report, ctx: Context) -> Report:
     """Compute the mean difference `after - before` with a 95% interval, and list the differing samples by cause.
 
-    Metrics: difference, low, high, p_not_better, p_not_worse, gained, lost, samples, differ, same_answer.
+    Metrics: difference, low, high, p_not_better, p_not_worse, gained, lost, samples, num_differing,
+    answer_agreement.
     Errors: DataError when the two reports do not have the same samples and task.
     """
     a, b = (read_evaluation(report, "task", of_samples=("question", "score", "text")) for report in (before, after))
@@ -64,8 +65,8 @@ def compare(config: CompareEvaluationsConfig, before: Report, after: Report, ctx
         "gained": gained,
         "lost": lost,
         "samples": len(ids),
-        "differ": len(changed),
-        "same_answer": sum(one[i] == other[i] for i in ids) / len(ids),
+        "num_differing": len(changed),
+        "answer_agreement": sum(one[i] == other[i] for i in ids) / len(ids),
     }
     low, high = sorted((sign * d.low, sign * d.high))
     verdict = "better" if low > 0 else "worse" if high < 0 else "not significantly different"
@@ -77,7 +78,7 @@ def compare(config: CompareEvaluationsConfig, before: Report, after: Report, ctx
     page.subtitle = (
         f"{after.name} is {verdict}: {formatted} (95% interval {between}) over {len(ids)} paired samples; {gained}"
         " gained,"
-        f" {lost} lost. Identical answers: {metrics['same_answer']:.1%}."
+        f" {lost} lost. Identical answers: {metrics['answer_agreement']:.1%}."
     )
     page.add_table("Paired bootstrap", ("statistic", "value"), list(metrics.items()))
     _describe_metrics(config, left, right, ids, groups, page)

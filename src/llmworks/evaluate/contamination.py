@@ -15,9 +15,9 @@ from pydantic import Field
 
 from llmworks.core.artifact import Config, Dataset, Report
 from llmworks.core.context import Context
-from llmworks.data.store.testsets import read_eval_rows
+from llmworks.data.store.eval_texts import read_eval_rows
 from llmworks.evaluate.statistics.bootstrap import mean_interval
-from llmworks.evaluate.statistics.stored import read_evaluation
+from llmworks.evaluate.statistics.read_evaluation import read_evaluation
 
 WORD = re.compile(r"[0-9A-Za-z\x80-\U0010ffff]+")
 COMMON_FRACTION = 0.02  # fraction of all samples; an n-gram in more of them is ignored
@@ -41,7 +41,7 @@ def contamination(
 ) -> Report:
     """Score contaminated and clean samples separately.
 
-    Metrics: contaminated, clean, short (not compared), score_clean, score_contaminated, score_short.
+    Metrics: contaminated, clean, too_short (not compared), and score_ of each.
     Errors: DataError for a report that is not an evaluation, or training sets that cannot be read as text.
     """
     data = read_evaluation(evaluation, "task", "model", of_samples=("question", "score"))
@@ -59,7 +59,7 @@ def contamination(
                 for sample in samples_by_ngram.get(run, ()):
                     touched.setdefault(sample, f"{dataset.name}: {id}: {' '.join(run)}")
     clean = [i for i in samples if i not in touched and i not in short]
-    sides = {"clean": clean, "contaminated": list(touched), "short": short}
+    sides = {"clean": clean, "contaminated": list(touched), "too_short": short}
     metrics: dict[str, object] = {"samples": len(samples), "training_rows": rows}
     metrics |= {name: len(ids) for name, ids in sides.items()}
     table = []
@@ -87,7 +87,7 @@ def contamination(
     )
     page.data = {
         "contaminated": touched,
-        "short": short,
+        "too_short": short,
         "metrics": metrics,
         "task": data["task"],
         "model": data["model"],

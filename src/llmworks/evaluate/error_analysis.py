@@ -17,7 +17,7 @@ from llmworks.core.artifact import Config, Report
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError, MissingDependency
 from llmworks.evaluate.statistics.bootstrap import holm
-from llmworks.evaluate.statistics.stored import read_evaluation
+from llmworks.evaluate.statistics.read_evaluation import read_evaluation
 
 if TYPE_CHECKING:
     from llmworks.core.report import ReportBuilder

@@ -13,9 +13,9 @@ from pydantic import Field, model_validator
 from llmworks.core.artifact import Adapter, Config, Dataset, Model, Report
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError
-from llmworks.evaluate.protocol.ask import RequestRunner
 from llmworks.evaluate.protocol.load_task import load_task, validate_task
 from llmworks.evaluate.protocol.questions import build_questions, filter_rows, read_rows, select_half
+from llmworks.evaluate.protocol.request_runner import RequestRunner
 from llmworks.evaluate.protocol.response_cache import ResponseCache
 from llmworks.evaluate.protocol.results import score_responses, write_report
 from llmworks.evaluate.protocol.task import FewShotConfig, Task
@@ -95,8 +95,8 @@ def evaluate(
         {
             **runner.protocol,
             "rows": len(all_rows),
-            "left_out": len(all_rows) - len(rows),
-            "asked": len(evaluated),
+            "filtered_rows": len(all_rows) - len(rows),
+            "num_samples": len(evaluated),
             "side": config.split_half,
         },
         ctx,

@@ -24,8 +24,8 @@ from llmworks.evaluate.statistics.judges import (
     describe_human_agreement,
 )
 from llmworks.evaluate.statistics.labels import read_labels
-from llmworks.evaluate.statistics.reward import RewardJudge, is_reward_model
-from llmworks.evaluate.statistics.stored import read_evaluation
+from llmworks.evaluate.statistics.read_evaluation import read_evaluation
+from llmworks.evaluate.statistics.reward_judge import RewardJudge, is_reward_model
 from llmworks.generate.remote.journal import Journal, JournalRecord
 from llmworks.score.judge import MAX_GRADE, comparison_prompt, grading_prompt, parse_choice, parse_grade
 
@@ -80,7 +80,7 @@ def judge(
     score = mean_interval(list(values.values()), groups=[str(samples[i].get("group", "")) for i in values])
     metrics: dict[str, Any] = {"score": score.value, "low": score.low, "high": score.high} | {
         "samples": len(samples),
-        "judged": len(values),
+        "num_judged": len(values),
         "unparsed": sum(one.unparsable for one in judge_verdicts),
     }
     metrics |= _describe_score(others, page, answers, judges, score, values, baseline, jury)

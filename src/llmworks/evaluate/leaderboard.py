@@ -305,7 +305,7 @@ def format_contamination_row(report: Report) -> tuple[Any, ...]:
         data["task"],
         m["samples"],
         m["contaminated"],
-        m["short"],
+        m["too_short"],
         *(f"{m[k]:.4g}" if k in m else "–" for k in ("score_clean", "score_contaminated")),
     )
 

@@ -15,7 +15,7 @@ from llmworks.core.artifact import Config, Model, Report, list_files
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError
 from llmworks.evaluate.statistics.bootstrap import paired_difference
-from llmworks.evaluate.statistics.stored import read_evaluation
+from llmworks.evaluate.statistics.read_evaluation import read_evaluation
 
 if TYPE_CHECKING:
     from llmworks.core.report import ReportBuilder
@@ -86,7 +86,7 @@ def select(config: SelectConfig, models: dict[str, Model], evaluations: list[Rep
     return Model(
         ctx.out,
         golden=model.golden,
-        metrics={"mean_score": means[chosen], "kept": chosen, "lost_skills": len(lost)},
+        metrics={"mean_score": means[chosen], "kept": chosen, "num_regressions": len(lost)},
         about={**model.about, "kept": chosen},
     )
 

@@ -19,7 +19,7 @@ from llmworks.data.card import finish_rows
 from llmworks.data.store.rows import Row
 from llmworks.evaluate.protocol.questions import build_questions, filter_rows, read_rows, select_half
 from llmworks.evaluate.protocol.task import Task
-from llmworks.evaluate.statistics.stored import read_evaluation
+from llmworks.evaluate.statistics.read_evaluation import read_evaluation
 
 if TYPE_CHECKING:
     from llmworks.evaluate.protocol.questions import Question

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from llmworks.core.artifact import Report
 from llmworks.core.errors import DataError, UserError
-from llmworks.evaluate.statistics.stored import read_evaluation
+from llmworks.evaluate.statistics.read_evaluation import read_evaluation
 
 KEYS = {"a": "A", "b": "B", "t": "C"}
 HELP = "a or b: the better answer, t: tie, s: skip, q: quit"

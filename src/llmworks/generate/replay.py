@@ -108,7 +108,7 @@ def _check_server(golden: Golden, engine: Engine, reference: Engine | None) -> l
         ]
     if reference is not None:
         expected: Sequence[Any] = reference.generate(requests)
-        same = sum(_stripped_text(a) == _stripped_text(b) for a, b in zip(done, expected, strict=True))
+        same = sum(_strip_text(a) == _strip_text(b) for a, b in zip(done, expected, strict=True))
         checks.append(
             ReplayCheck(
                 "greedy completions", None, f"the first {GREEDY_TOKENS} tokens agree in {same} of {len(requests)}"
@@ -117,5 +117,5 @@ def _check_server(golden: Golden, engine: Engine, reference: Engine | None) -> l
     return checks
 
 
-def _stripped_text(answer: Any) -> str:
+def _strip_text(answer: Any) -> str:
     return str(answer.text).strip()

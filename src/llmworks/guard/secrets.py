@@ -97,10 +97,10 @@ def find_secrets(text: str, include_reserved: bool = False) -> Iterator[Sensitiv
 
 
 def _is_secret(value: str, include_reserved: bool) -> bool:
-    return looks_random(value) and "://" not in value and (include_reserved or not PLACEHOLDER.search(value))
+    return is_random(value) and "://" not in value and (include_reserved or not PLACEHOLDER.search(value))
 
 
-def looks_random(value: str) -> bool:
+def is_random(value: str) -> bool:
     """Return whether a value looks random, not like a word, path or name: high entropy and mixed character classes."""
     kinds = (any(c.isdigit() for c in value), any(c.islower() for c in value), any(c.isupper() for c in value))
     if sum(kinds) < 2 or entropy(value) < min(MIN_ENTROPY, 0.85 * math.log2(len(value))):

@@ -19,7 +19,7 @@ from llmworks.core.context import Context
 from llmworks.core.errors import ModelError
 
 if TYPE_CHECKING:
-    from llmworks.model.lora.fold import AdapterMergeResult
+    from llmworks.model.lora.merge_adapter import AdapterMergeResult
 
 BOUNDS = {"F32": 1e-3, "F16": 0.02, "BF16": 0.15}  # mean differences of golden logits that rounding may cause
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -70,7 +70,7 @@ def adapter(config: MergeAdapterConfig, adapter: Adapter, model: Model, ctx: Con
             "the adapter was trained on a 4-bit base model (QLoRA), so it is merged into those weights; they differ"
             f" by {folded.base_error:.1%} from {model.name}"
         )
-        metrics["base_error"] = round(folded.base_error, 6)
+        metrics["base_relative_error"] = round(folded.base_error, 6)
     golden = adapter.golden
     if golden is None:
         from llmworks.model.golden import record_golden
@@ -87,7 +87,7 @@ def adapter(config: MergeAdapterConfig, adapter: Adapter, model: Model, ctx: Con
     return Model(
         ctx.out,
         golden=golden,
-        metrics={**metrics, "golden_gap_mean": round(gap.mean, 7), "golden_gap_largest": round(gap.maximum, 7)},
+        metrics={**metrics, "golden_gap_mean": round(gap.mean, 7), "golden_gap_max": round(gap.maximum, 7)},
         about={"format": "hf"},
     )
 
@@ -116,7 +116,7 @@ def fold_files(
 
     from llmworks.merge.execute.blocks import as_bytes
     from llmworks.model.io.safetensors_io import TORCH_DTYPES, ShardReader, ShardSpec, ShardWriter, TensorSpec
-    from llmworks.model.lora.fold import AdapterMerger
+    from llmworks.model.lora.merge_adapter import AdapterMerger
 
     shards = ShardReader(source)
     places = shards.locations

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from llmworks.assets.catalogue import CATALOG
+from llmworks.assets.catalog import CATALOG
 from llmworks.core.artifact import Adapter, Artifact, Model
 from llmworks.lineage import claims as declared
 

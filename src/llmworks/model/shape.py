@@ -42,7 +42,7 @@ class Rope(Config):
     )
 
     @model_validator(mode="after")
-    def _stretched(self) -> Self:
+    def _check_factor(self) -> Self:
         if self.rope_type == "default" and self.factor != 1:
             raise ValueError(f"rope_parameters.factor {self.factor} needs a rope_parameters.rope_type")
         return self
@@ -304,9 +304,9 @@ def read_stored(shape: Mapping[str, Any]) -> dict[str, Any]:
         return dict(shape)
     before = BEFORE | (BEFORE_RECURRENT if "kind" in shape else BEFORE_DECODER)
 
-    def renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    def rename_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         found = {
-            before.get(key, key): renamed(value) if isinstance(value, Mapping) else value
+            before.get(key, key): rename_fields(value) if isinstance(value, Mapping) else value
             for key, value in fields.items()
         }
         return {
@@ -314,4 +314,4 @@ def read_stored(shape: Mapping[str, Any]) -> dict[str, Any]:
             for key, value in found.items()
         }
 
-    return renamed(shape)
+    return rename_fields(shape)

@@ -95,7 +95,7 @@ def show(config: ModelShowConfig, model: Model, ctx: Context, other: Model | Non
         ctx.out,
         metrics={
             "parameters": sum(p.parameters for p in parts_by_model[names[0]]),
-            "work": sum(p.flops for p in parts_by_model[names[0]]),
+            "flops_per_token": sum(p.flops for p in parts_by_model[names[0]]),
         },
     )
 
@@ -150,7 +150,7 @@ def _store_figures(
             name: {
                 "parameters": sum(p.parameters for p in parts),
                 "active": sum(p.active_parameters for p in parts),
-                "work": sum(p.flops for p in parts),
+                "flops_per_token": sum(p.flops for p in parts),
                 "cache_bytes": sum(p.cache_elements for p in parts) * element_bytes,
             }
             for name, parts in parts_by_model.items()

@@ -21,8 +21,8 @@ from llmworks.core.errors import DataError, ModelError
 from llmworks.model.io.layer_forward import compute_logits
 from llmworks.model.io.layer_reader import LayerReader, concatenate_files
 from llmworks.model.lowbit.checkpoint import FORMATS
-from llmworks.quantize.calibrate.blocks import QuantizationMethod, quantize_blocks
-from llmworks.quantize.calibrate.texts import check_length, load_samples
+from llmworks.quantize.calibrate.calibration_data import check_length, load_samples
+from llmworks.quantize.calibrate.quantize_blocks import QuantizationMethod, quantize_blocks
 from llmworks.quantize.config import BaseQuantizeConfig, max_gap_for_bits
 from llmworks.quantize.report.card import hub_name, write_card
 from llmworks.tokenize.chat.golden import record_golden, require_replay
@@ -164,7 +164,7 @@ def _collect_metrics(
         "quantized_weights": weights,
         **{name: round(value, 6) for name, value in divergence.items()},
         "golden_gap_mean": round(gap.mean, 5),
-        "golden_gap_largest": round(gap.maximum, 5),
+        "golden_gap_max": round(gap.maximum, 5),
         "golden_greedy_agreement": round(gap.top1_agreement, 5),
     }
     return weights, metrics

@@ -24,7 +24,7 @@ from llmworks.runtime.recipe import (
     StageStep,
     Step,
     UseStep,
-    referenced_steps,
+    find_referenced_steps,
 )
 from llmworks.runtime.resolve import resolve_stage
 from llmworks.runtime.stages import get_stages
@@ -326,7 +326,7 @@ class _RecipeReader:
             if not isinstance(step, StageStep):
                 continue
             for role, value in step.inputs.items():
-                for given in referenced_steps({role: value}):
+                for given in find_referenced_steps({role: value}):
                     if given not in names:
                         self.add_problem(
                             ("steps", step.name, "inputs", role),
@@ -362,7 +362,7 @@ class _RecipeReader:
 def _get_dependencies(step: Step) -> list[str]:
     if isinstance(step, GateStep):
         return [step.step]
-    return referenced_steps(step.inputs) if isinstance(step, StageStep) else []
+    return find_referenced_steps(step.inputs) if isinstance(step, StageStep) else []
 
 
 def _get_kind(step: Step | None) -> str | None:

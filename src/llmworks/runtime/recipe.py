@@ -76,7 +76,7 @@ class Recipe:
 BOUNDS = ("above", "below", "at_least", "at_most")
 
 
-def referenced_steps(inputs: Mapping[str, InputNames]) -> list[str]:
+def find_referenced_steps(inputs: Mapping[str, InputNames]) -> list[str]:
     """Return all step names in a mapping of inputs."""
     return [
         name

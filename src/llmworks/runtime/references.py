@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmworks import assets
-from llmworks.assets.catalogue import CATALOG
+from llmworks.assets.catalog import CATALOG
 from llmworks.core.artifact import (
     KINDS,
     MANIFEST,
@@ -81,7 +81,7 @@ def _suggest(ref: str, workspace: Workspace | None) -> str:
     hub = f"; for a model on the Hugging Face Hub use hf:{ref}" if re.fullmatch(r"[\w-]+/[\w.-]+", ref) else ""
     if workspace is None:
         return hub
-    near = difflib.get_close_matches(ref, list(workspace.named_artifacts()), n=1)
+    near = difflib.get_close_matches(ref, list(workspace.list_named_artifacts()), n=1)
     return f", neither here nor in {workspace.root}" + (f"; did you mean {near[0]!r}?" if near else hub)
 
 

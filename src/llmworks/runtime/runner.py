@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmworks import assets
-from llmworks.assets.catalogue import CATALOG
+from llmworks.assets.catalog import CATALOG
 from llmworks.core.artifact import Artifact, load
 from llmworks.core.errors import ArtifactError, GateFailed, UserError
 from llmworks.core.workers import WorkerPool
@@ -19,7 +19,7 @@ from llmworks.core.workspace import Workspace, get_size
 from llmworks.runtime.code_digest import compute_code_digest
 from llmworks.runtime.execute import Inputs, compute_step_key, flatten_inputs
 from llmworks.runtime.read_recipe import load_recipe
-from llmworks.runtime.recipe import Expect, GateStep, Recipe, StageStep, UseStep, check_gate, referenced_steps
+from llmworks.runtime.recipe import Expect, GateStep, Recipe, StageStep, UseStep, check_gate, find_referenced_steps
 from llmworks.runtime.session import Session
 
 StepState = Literal["up to date", "to run", "waits", "from outside", "gate holds", "gate fails", "made"]
@@ -71,7 +71,7 @@ class RecipeRun:
 
     def resolve_inputs(self, step: StageStep) -> Inputs | None:
         """Return the step's artifacts by role, or None while one of them is missing."""
-        if any(name not in self.artifacts for name in referenced_steps(step.inputs)):
+        if any(name not in self.artifacts for name in find_referenced_steps(step.inputs)):
             return None
         out: dict[str, Any] = {}
         for role, value in step.inputs.items():
@@ -103,7 +103,7 @@ class RecipeRun:
         expect, source = self._get_expected(step)
         inputs = self.resolve_inputs(step)
         if inputs is None:
-            missing = sorted({n for n in referenced_steps(step.inputs) if n not in self.artifacts})
+            missing = sorted({n for n in find_referenced_steps(step.inputs) if n not in self.artifacts})
             return StepStatus(name, "waits", f"for {', '.join(missing)}", expect=expect, expect_source=source)
         key = compute_step_key(step.stage, step.config, inputs, self.recipe.seed)
         artifact = self.workspace.find(key)
@@ -296,7 +296,7 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
         "contaminated_test_rows",
         "auc",
         "rejected",
-        "reward_first",
+        "initial_reward",
         "reward",
         "win_rate",
         "alarms",

@@ -117,7 +117,7 @@ STAGES: dict[str, Stage] = {
         3,
         DECLARED,
         "Pretrain a model on packed tokens",
-        estimate="llmworks.workflows.estimate:pretraining_of",
+        estimate="llmworks.workflows.estimate:describe_pretraining",
     ),
     "train.scaling": Stage(
         "llmworks.train.scaling:scaling", 2, DECLARED, "Fit a scaling law to many small runs and predict a larger one"
@@ -127,7 +127,7 @@ STAGES: dict[str, Stage] = {
         4,
         DECLARED,
         "Run supervised fine-tuning (SFT) of an adapter or all weights",
-        estimate="llmworks.workflows.estimate:finetuning_of",
+        estimate="llmworks.workflows.estimate:describe_finetuning",
     ),
     "train.prune": Stage(
         "llmworks.train.prune:prune",
@@ -140,7 +140,7 @@ STAGES: dict[str, Stage] = {
         2,
         DECLARED,
         "Distill a teacher into a student, by token probabilities or completions",
-        estimate="llmworks.workflows.estimate:finetuning_of",
+        estimate="llmworks.workflows.estimate:describe_finetuning",
     ),
     "train.lr_finder": Stage(
         "llmworks.train.lr_finder:lr_finder",
@@ -264,7 +264,7 @@ STAGES: dict[str, Stage] = {
         3,
         DECLARED,
         "Evaluate a model on a task, sample by sample",
-        inputs="llmworks.evaluate.protocol.inputs:task_inputs",
+        inputs="llmworks.evaluate.protocol.task_inputs:task_inputs",
     ),
     "evaluate.arena": Stage(
         "llmworks.evaluate.arena:arena", 2, EXACT, "Rate models by votes of people and judges (Bradley-Terry, Elo)"
@@ -289,7 +289,7 @@ STAGES: dict[str, Stage] = {
         2,
         EXACT,
         "Turn failed rows into training conversations, separate from test rows",
-        inputs="llmworks.evaluate.protocol.inputs:practice_inputs",
+        inputs="llmworks.evaluate.protocol.task_inputs:practice_inputs",
     ),
     "evaluate.select": Stage(
         "llmworks.evaluate.select:select", 3, EXACT, "Select the best of several models by its evaluations"

@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException
 from llmworks.core.errors import EngineError, LlmworksError, RequestError, UserError
 from llmworks.core.types import Completion, Delta, Engine
 from llmworks.core.types import Request as EngineRequest
-from llmworks.serve.answer import build_completion, stream_chunks
+from llmworks.serve.completion_objects import build_completion, stream_chunks
 from llmworks.serve.schema import ChatRequest
 
 DEFAULT_MAX_TOKENS = 512
@@ -164,15 +164,15 @@ def build_app(engine: Engine, name: str) -> FastAPI:
         )
 
     @app.exception_handler(RequestError)
-    async def refused(http: Request, error: RequestError) -> JSONResponse:
+    async def report_request_error(http: Request, error: RequestError) -> JSONResponse:
         return JSONResponse(build_error(str(error)), 400)
 
     @app.exception_handler(LlmworksError)
-    async def failed(http: Request, error: LlmworksError) -> JSONResponse:
+    async def report_server_error(http: Request, error: LlmworksError) -> JSONResponse:
         return JSONResponse(build_error(str(error), "server_error"), 500)
 
     @app.exception_handler(HTTPException)
-    async def http_error(http: Request, error: HTTPException) -> JSONResponse:
+    async def report_http_error(http: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse(build_error(f"{http.method} {http.url.path}: {error.detail}"), error.status_code)
 
     return app

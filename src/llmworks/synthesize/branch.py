@@ -11,7 +11,7 @@ from llmworks.core.artifact import Adapter, Config, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.types import Message
 from llmworks.data.store.rows import Row
-from llmworks.synthesize.asking import Decoding, SyntheticDatasetBuilder, read_prompts, replace_answer
+from llmworks.synthesize.builder import Decoding, SyntheticDatasetBuilder, read_prompts, replace_answer
 from llmworks.synthesize.text.parse import is_refusal, parse_list
 
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from llmworks.core.artifact import Adapter, Config, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.types import Message, messages_from_json
-from llmworks.synthesize.asking import Decoding, GeneratedText, GenerationPrompt, SyntheticDatasetBuilder, read_prompts
+from llmworks.synthesize.builder import Decoding, GeneratedText, GenerationPrompt, SyntheticDatasetBuilder, read_prompts
 from llmworks.synthesize.text.diversity import DiversityPool
 from llmworks.synthesize.text.parse import is_refusal, parse_labeled, strip_markup
 

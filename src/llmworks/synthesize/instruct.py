@@ -16,7 +16,7 @@ from llmworks.core.context import Context
 from llmworks.core.errors import DataError
 from llmworks.core.types import Message
 from llmworks.data.store.rows import read_chat
-from llmworks.synthesize.asking import Decoding, GenerationPrompt, SyntheticDatasetBuilder, get_instruction
+from llmworks.synthesize.builder import Decoding, GenerationPrompt, SyntheticDatasetBuilder, get_instruction
 from llmworks.synthesize.text.diversity import DiversityPool
 from llmworks.synthesize.text.parse import is_refusal, parse_list
 

@@ -17,7 +17,7 @@ from llmworks.core.errors import DataError, UserError
 from llmworks.core.types import Json, Message, messages_to_json
 from llmworks.data.store.rows import Row
 from llmworks.score import get_score_function, judge
-from llmworks.synthesize.asking import Decoding, GeneratedText, GenerationPrompt, SyntheticDatasetBuilder, read_prompts
+from llmworks.synthesize.builder import Decoding, GeneratedText, GenerationPrompt, SyntheticDatasetBuilder, read_prompts
 
 
 class PairsConfig(Config):

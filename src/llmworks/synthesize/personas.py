@@ -11,7 +11,7 @@ from llmworks.core.context import Context
 from llmworks.core.documents import read_documents
 from llmworks.core.errors import DataError
 from llmworks.core.types import Message
-from llmworks.synthesize.asking import Decoding, SyntheticDatasetBuilder
+from llmworks.synthesize.builder import Decoding, SyntheticDatasetBuilder
 from llmworks.synthesize.text.diversity import DiversityPool
 from llmworks.synthesize.text.parse import is_refusal, parse_labeled, parse_list, strip_markup
 

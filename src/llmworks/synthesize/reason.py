@@ -17,7 +17,13 @@ from llmworks.core.errors import DataError
 from llmworks.core.types import Message
 from llmworks.data.store.rows import Row
 from llmworks.score.key import get_accepted_keys, key
-from llmworks.synthesize.asking import Decoding, GenerationPrompt, SyntheticDatasetBuilder, read_prompts, replace_answer
+from llmworks.synthesize.builder import (
+    Decoding,
+    GenerationPrompt,
+    SyntheticDatasetBuilder,
+    read_prompts,
+    replace_answer,
+)
 
 REASONING_PROMPT = "\n\nThink step by step. End with a line that says `Answer:` and the answer alone."
 HINT_PROMPT = (

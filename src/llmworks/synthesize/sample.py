@@ -15,7 +15,13 @@ from llmworks.core.artifact import Adapter, Config, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.types import Message, Score, ToolCall
 from llmworks.score import get_score_function
-from llmworks.synthesize.asking import Decoding, GenerationPrompt, SyntheticDatasetBuilder, read_prompts, replace_answer
+from llmworks.synthesize.builder import (
+    Decoding,
+    GenerationPrompt,
+    SyntheticDatasetBuilder,
+    read_prompts,
+    replace_answer,
+)
 from llmworks.tokenize.chat.templates import parse_tool_calls
 
 

@@ -20,7 +20,7 @@ from llmworks.core.errors import DataError
 from llmworks.data.card import finish_rows
 from llmworks.data.store.jsonl import RejectedRows
 from llmworks.data.store.rows import Row, detect_schema, flatten_messages, read_chat
-from llmworks.synthesize import rules
+from llmworks.synthesize import instruction_rules
 
 ATTEMPTS = 8  # attempts for a text whose sampled instructions conflict
 TASK_PROMPTS = (
@@ -49,7 +49,7 @@ class VerifiableConfig(Config):
             )
         if self.word_range[0] < 1 or self.word_range[0] > self.word_range[1]:
             raise ValueError("word_range must be two positive numbers, the smaller first")
-        known = [rule.name for rule in rules.RULES]
+        known = [rule.name for rule in instruction_rules.RULES]
         unknown = next((name for name in self.instruction_ids if name not in known), None)
         if unknown is not None:
             raise ValueError(f"instruction_ids: {unknown!r} is unknown; use one of {', '.join(known)}")
@@ -62,7 +62,7 @@ def verifiable(config: VerifiableConfig, data: Dataset, ctx: Context) -> Dataset
     Errors: DataError where no text has a length within word_range.
     """
     selected_rules = tuple(
-        rule for rule in rules.RULES if not config.instruction_ids or rule.name in config.instruction_ids
+        rule for rule in instruction_rules.RULES if not config.instruction_ids or rule.name in config.instruction_ids
     )
     rejected, seen = RejectedRows(), set[str]()
     rows: list[Row] = []
@@ -135,7 +135,7 @@ def _describe(
 
 
 def _build_row(
-    id: str, text: str, config: VerifiableConfig, kinds: tuple[rules.InstructionRule, ...], random: Random
+    id: str, text: str, config: VerifiableConfig, kinds: tuple[instruction_rules.InstructionRule, ...], random: Random
 ) -> Row | None:
     """Return a row about a text; None where too few instructions fit it, or the sampled ones conflict.
 
@@ -143,15 +143,20 @@ def _build_row(
     """
     from llmworks.score.constraints import check_instructions
 
-    selected = rules.sample_rules(kinds, text, random.randint(config.min_instructions, config.max_instructions), random)
-    answer = rules.build_answer(text, selected)
+    selected = instruction_rules.sample_rules(
+        kinds, text, random.randint(config.min_instructions, config.max_instructions), random
+    )
+    answer = instruction_rules.build_answer(text, selected)
     names, arguments = (
         [rule.name for rule, _ in selected],
-        [{key: value for key, value in given.items() if key not in rules.INTERNAL_ARGUMENTS} for _, given in selected],
+        [
+            {key: value for key, value in given.items() if key not in instruction_rules.INTERNAL_ARGUMENTS}
+            for _, given in selected
+        ],
     )
     if len(selected) < config.min_instructions or not all(check_instructions(answer, names, arguments)):
         return None
-    instructions = [rules.format_instruction(rule, given, random) for rule, given in selected]
+    instructions = [instruction_rules.format_instruction(rule, given, random) for rule, given in selected]
     messages = [
         {"role": "user", "content": f"{random.choice(TASK_PROMPTS)} {' '.join(instructions)}\n\n{text}"},
         {"role": "assistant", "content": answer},

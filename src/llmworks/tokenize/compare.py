@@ -13,7 +13,7 @@ from llmworks.core.context import Context
 from llmworks.core.documents import read_documents
 from llmworks.core.errors import UserError
 from llmworks.tokenize import view
-from llmworks.tokenize.chat.named import load_model_tokenizer
+from llmworks.tokenize.chat.named_templates import load_model_tokenizer
 from llmworks.tokenize.statistics import TokenizerUsage, get_group, measure_usage
 
 if TYPE_CHECKING:

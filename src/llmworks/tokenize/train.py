@@ -13,7 +13,7 @@ from llmworks.core.context import Context
 from llmworks.core.documents import count_characters, read_documents
 from llmworks.core.errors import DataError, UserError
 from llmworks.tokenize.bpe.config import TrainConfig
-from llmworks.tokenize.chat.named import NAMED_TEMPLATES, get_named_template
+from llmworks.tokenize.chat.named_templates import NAMED_TEMPLATES, get_named_template
 from llmworks.tokenize.statistics import get_group, measure_usage, report_usage
 
 MAX_MEASURED_CHARACTERS = 5_000_000  # maximum number of characters measured for the report

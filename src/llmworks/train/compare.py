@@ -98,7 +98,7 @@ def compare(config: TrainingCompareConfig, models: dict[str, Model], ctx: Contex
         metrics={
             "bits_per_byte": runs[baseline].bits_per_byte,
             "best_other": min(others),
-            "ahead": round(min(others) - runs[baseline].bits_per_byte, 5),
+            "improvement": round(min(others) - runs[baseline].bits_per_byte, 5),
         },
     )
 

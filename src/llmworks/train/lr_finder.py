@@ -54,7 +54,7 @@ def lr_finder(config: LrFinderConfig, model: Model, data: Dataset, ctx: Context)
     """Run the range test and suggest a learning rate.
 
     The suggestion is a tenth of the rate with the lowest smoothed loss, but not more than the rate where the smoothed
-    loss falls fastest. Metrics: learning_rate, steepest, lowest.
+    loss falls fastest. Metrics: learning_rate, lr_steepest, lr_lowest_loss.
 
     Errors: as train.sft; DataError for less data than two steps; TrainingError if the first steps already diverge.
     """
@@ -119,7 +119,7 @@ def _create_steps_and_loss(
     """Create the loss and enough steps for the range test."""
     from llmworks.train.finetune.examples import ExampleSteps
     from llmworks.train.loop.losses import NeftuneNoise, next_token_loss
-    from llmworks.train.loop.packed import packed_loss
+    from llmworks.train.loop.packed_steps import packed_loss
 
     steps = ExampleSteps(
         training_data.examples,
@@ -147,8 +147,8 @@ def _describe(ctx: Context, learning_rates: list[float], model: Model, data: Dat
     best, steepest, at_lowest = choose_learning_rate(learning_rates, losses)
     metrics: dict[str, Any] = {
         "learning_rate": float(f"{best:.2g}"),
-        "steepest": float(f"{steepest:.2g}"),
-        "lowest": float(f"{at_lowest:.2g}"),
+        "lr_steepest": float(f"{steepest:.2g}"),
+        "lr_lowest_loss": float(f"{at_lowest:.2g}"),
         "steps": len(losses),
     }
     page = ctx.report

@@ -60,9 +60,9 @@ def ngram(
 
     from llmworks.model.golden import record_golden
     from llmworks.model.ngram.kneser_ney import count_ngrams, estimate_all_discounts
-    from llmworks.tokenize.chat.named import load_model_tokenizer
+    from llmworks.tokenize.chat.named_templates import load_model_tokenizer
     from llmworks.tokenize.load import count_embedding_rows
-    from llmworks.train.loop.packed import check_tokenizer
+    from llmworks.train.loop.packed_steps import check_tokenizer
 
     loaded = load_model_tokenizer(tokenizer)
     packed = PackedDataset(data)
@@ -145,7 +145,7 @@ def _measure(
     metrics: dict[str, float],
 ) -> dict[str, float]:
     """Evaluate on held-out tokens."""
-    from llmworks.train.loop.heldout import evaluate_loss
+    from llmworks.train.loop.eval_loss import evaluate_loss
 
     if held_out is not None:
         found = evaluate_loss(model, PackedDataset(held_out), loaded, max_rows=config.eval_samples)

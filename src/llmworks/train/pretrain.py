@@ -9,22 +9,23 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.core.artifact import Config, Dataset, Model
+from llmworks.core.artifact import Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError, MissingDependency, ModelError, TrainingError, UserError
 from llmworks.train.distributed.config import DataParallelConfig, ParallelConfig, get_micro_batch_rows
 from llmworks.train.loop.schedule import OptimizerConfig
+from llmworks.train.loop.trainer_config import TrainerConfig
 
 if TYPE_CHECKING:
     from llmworks.data.store.packed_tokens import PackedDataset
     from llmworks.train.distributed.pipeline import PipelinedModel
     from llmworks.train.distributed.sharding import DistributedModel
     from llmworks.train.distributed.world import World
-    from llmworks.train.loop.packed import PackedSteps
+    from llmworks.train.loop.packed_steps import PackedSteps
 
 
 class PretrainOptimizer(OptimizerConfig):
@@ -39,7 +40,7 @@ class PretrainOptimizer(OptimizerConfig):
     warmup_ratio: float = Field(0.02, ge=0, lt=1, description="fraction of all steps with linear warm-up from zero")
 
 
-class PretrainConfig(Config):
+class PretrainConfig(TrainerConfig):
     """Length of the training, batch size, optimizer, evaluation and checkpoints."""
 
     num_train_epochs: float = Field(1.0, gt=0, le=100_000, description="number of training epochs; may be a fraction")
@@ -47,27 +48,7 @@ class PretrainConfig(Config):
         0, ge=0, description="number of training tokens, instead of num_train_epochs; 0 = use num_train_epochs"
     )
     batch_size: int = Field(8, gt=0, description="rows per micro-batch")
-    gradient_accumulation_steps: int = Field(
-        1,
-        gt=0,
-        description=(
-            "micro-batches per optimizer step; the loss is the mean over all their labels, as in one large batch"
-        ),
-    )
     optimizer: PretrainOptimizer = Field(PretrainOptimizer(), description="optimizer and learning rate schedule")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto",
-        description=(
-            "mixed precision under autocast; weights stay fp32. auto: bf16 on a GPU that supports it, fp16 on an"
-            " older one, fp32 on a CPU, where the others are many times slower"
-        ),
-    )
-    gradient_checkpointing: bool = Field(
-        False,
-        description=(
-            "gradient checkpointing: recompute activations in the backward pass; less memory, about a third slower"
-        ),
-    )
     torch_compile: bool = Field(False, description="torch.compile; the first step takes a minute or more")
     parallel: ParallelConfig = Field(
         ParallelConfig(),
@@ -135,10 +116,10 @@ def _pretrain(
 ) -> Model:
     """Run `pretrain` in one of the processes; the first one evaluates, samples and saves."""
     from llmworks.model.golden import record_golden
-    from llmworks.tokenize.chat.named import load_model_tokenizer
-    from llmworks.train.loop.heldout import evaluate_loss
+    from llmworks.tokenize.chat.named_templates import load_model_tokenizer
+    from llmworks.train.loop.eval_loss import evaluate_loss
     from llmworks.train.loop.loop import LoopConfig, train
-    from llmworks.train.loop.packed import packed_loss
+    from llmworks.train.loop.packed_steps import packed_loss
     from llmworks.train.loop.samples import sample_continuations
 
     _require_compiler(config, world)
@@ -235,7 +216,7 @@ def _create_steps(
     config: PretrainConfig, world: World, packed: PackedDataset, data: Dataset, length: int, ctx: Context
 ) -> PackedSteps:
     """Create the steps over the packed rows, divided among processes."""
-    from llmworks.train.loop.packed import PackedSteps
+    from llmworks.train.loop.packed_steps import PackedSteps
 
     share = get_micro_batch_rows(
         config.batch_size * config.gradient_accumulation_steps, world.get_axis_size("data"), config.batch_size
@@ -296,7 +277,7 @@ def _describe(
     network: Any,
 ) -> dict[str, Any]:
     """Evaluate the trained model and write the report with its warnings."""
-    from llmworks.train.loop.heldout import evaluate_loss
+    from llmworks.train.loop.eval_loss import evaluate_loss
     from llmworks.train.loop.report import save_curves, write_report
     from llmworks.train.loop.samples import sample_continuations
 
@@ -337,7 +318,7 @@ def holds_all_weights(parallel: ParallelConfig | DataParallelConfig, processes: 
 
 def check_rows(model: Model, network: Any, tokenizer: Any, data: Dataset, packed: Any) -> int:
     """Check that the model can read the rows; return their length. Errors: DataError, ModelError."""
-    from llmworks.train.loop.packed import check_tokenizer
+    from llmworks.train.loop.packed_steps import check_tokenizer
 
     check_tokenizer(data, tokenizer, model.name)
     largest = max(int(shard["tokens"].max()) for shard in packed.shards)

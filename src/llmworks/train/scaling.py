@@ -31,10 +31,10 @@ def scaling(
     Errors: UserError if too few runs remain; DataError as in `train.pretrain`.
     """
     from llmworks.data.store.packed_tokens import PackedDataset
-    from llmworks.tokenize.chat.named import load_model_tokenizer
+    from llmworks.tokenize.chat.named_templates import load_model_tokenizer
     from llmworks.tokenize.load import count_embedding_rows
     from llmworks.train import scaling_law as laws
-    from llmworks.train.loop.packed import check_tokenizer
+    from llmworks.train.loop.packed_steps import check_tokenizer
 
     loaded = load_model_tokenizer(tokenizer)
     for given in (data, eval_data):
@@ -111,9 +111,9 @@ def train_one(
     import torch
 
     from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
-    from llmworks.train.loop.heldout import evaluate_loss
+    from llmworks.train.loop.eval_loss import evaluate_loss
     from llmworks.train.loop.loop import LoopConfig, train
-    from llmworks.train.loop.packed import PackedSteps, packed_loss
+    from llmworks.train.loop.packed_steps import PackedSteps, packed_loss
     from llmworks.train.scaling_law import ScalingRun
 
     folder = ctx.scratch / plan.name

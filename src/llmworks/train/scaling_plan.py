@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -12,10 +12,6 @@ from llmworks.core.artifact import Config
 from llmworks.core.errors import UserError
 from llmworks.model.shape import Shape
 from llmworks.train.pretrain import PretrainOptimizer
-
-if TYPE_CHECKING:
-    pass
-
 
 MIN_RUNS = 8  # runs at least: five coefficients, and enough degrees of freedom for valid intervals
 

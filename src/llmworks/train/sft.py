@@ -17,9 +17,9 @@ from llmworks.core.errors import DataError
 from llmworks.data.conversations.training_rows import read_training_rows
 from llmworks.data.doctor import get_template_uses, require_template
 from llmworks.data.store.rows import Row
-from llmworks.tokenize.chat.named import set_template
+from llmworks.tokenize.chat.named_templates import set_template
 from llmworks.train.distributed.config import DataParallelConfig
-from llmworks.train.finetune.config import WriterConfig
+from llmworks.train.finetune.config import GenerativeFinetuneConfig
 from llmworks.train.finetune.method import TrainingData, TrainMethod
 from llmworks.train.finetune.run import (
     check_golden,
@@ -58,7 +58,7 @@ class SoftConfig(Config):
     )
 
 
-class SftConfig(WriterConfig):
+class SftConfig(GenerativeFinetuneConfig):
     """What is trained, and on how much data."""
 
     default_learning_rates: ClassVar[Mapping[str, float]] = DEFAULT_LEARNING_RATES
@@ -211,7 +211,7 @@ def run_sft(
     from llmworks.train.finetune.examples import collate, collate_padding_free
     from llmworks.train.finetune.generation_check import evaluate_examples, write_report
     from llmworks.train.loop.losses import NeftuneNoise, next_token_loss
-    from llmworks.train.loop.packed import packed_loss
+    from llmworks.train.loop.packed_steps import packed_loss
 
     training_data = tokenize_data(config, model, data, held_out)
     log_data_size(ctx, config, training_data)

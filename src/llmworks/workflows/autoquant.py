@@ -185,7 +185,7 @@ def frontier(
             job.say(f"· {name}: {why}")
             variants.append({"name": name, "error": why})
             continue
-        before = before or figures.get("perplexity_before")
+        before = before or figures.get("original_perplexity")
         variants.append(variant)
         models[model.digest] = model
         reports += variant_reports

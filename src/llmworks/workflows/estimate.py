@@ -56,7 +56,7 @@ def get_training(
     return training
 
 
-def finetuning_of(
+def describe_finetuning(
     recipe: Recipe, found: Mapping[str, Artifact], step: StageStep, processes: int
 ) -> FinetuneEstimate | None:
     """Describe the fine-tuning of a step; None where its model does not exist yet.
@@ -90,7 +90,7 @@ def finetuning_of(
     )
 
 
-def pretraining_of(
+def describe_pretraining(
     recipe: Recipe, found: Mapping[str, Artifact], step: StageStep, processes: int
 ) -> PretrainEstimate | None:
     """Describe the pretraining of a step, as far as known; None where its model's shape is not known yet."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmworks import assets
-from llmworks.assets.catalogue import CATALOG
+from llmworks.assets.catalog import CATALOG
 from llmworks.core.artifact import Adapter, Artifact, FileEntry, Model, Parent, Report
 from llmworks.core.workspace import Workspace
 from llmworks.lineage.claims import list_claims, read_license
@@ -33,7 +33,7 @@ def build_workspace_family(workspace: Workspace, *more: Artifact) -> Family:
     """
     every = [*workspace.artifacts(), *more]
     known = {a.digest for a in every}
-    todo = [p for a in [*every, *workspace.named_artifacts().values()] if a.manifest for p in a.manifest.parents]
+    todo = [p for a in [*every, *workspace.list_named_artifacts().values()] if a.manifest for p in a.manifest.parents]
     while todo:
         parent = todo.pop()
         if parent.digest in known:
@@ -45,7 +45,7 @@ def build_workspace_family(workspace: Workspace, *more: Artifact) -> Family:
             todo += found.manifest.parents
     return build_family(
         every,
-        {**workspace.out_links(), **workspace.named_artifacts()},
+        {**workspace.out_links(), **workspace.list_named_artifacts()},
         [*_list_inferred_parents(every), *_list_claimed_parents(every)],
     )
 

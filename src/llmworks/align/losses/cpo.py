@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from llmworks.align.losses.dpo import sigmoid
-from llmworks.align.losses.sides import PairLogprobs, PairLoss
+from llmworks.align.losses.pair_logprobs import PairLogprobs, PairLoss
 
 
 def cpo(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmworks.align.losses.sides import PairLogprobs, PairLoss
+from llmworks.align.losses.pair_logprobs import PairLogprobs, PairLoss
 
 MAX_EXPONENT = 80.0  # largest exponent: exp of more overflows fp32
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmworks.align.losses.sides import PairLogprobs, PairLoss
+from llmworks.align.losses.pair_logprobs import PairLogprobs, PairLoss
 
 MAX_LOGPROB = -1e-6  # log-probability 0 has infinite odds
 

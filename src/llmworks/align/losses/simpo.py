@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmworks.align.losses.dpo import sigmoid
-from llmworks.align.losses.sides import PairLogprobs, PairLoss
+from llmworks.align.losses.pair_logprobs import PairLogprobs, PairLoss
 
 
 def alpha_reward(logprobs: Tensor, alpha: float) -> Tensor:

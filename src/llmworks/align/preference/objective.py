@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmworks.align.losses.kto import kl_estimate, kto
-from llmworks.align.losses.sides import PairLogprobs, PairLoss
+from llmworks.align.losses.pair_logprobs import PairLogprobs, PairLoss
 from llmworks.align.preference.batch import CompletionBatch
 from llmworks.align.preference.examples import PromptCompletions
 from llmworks.align.preference.logprobs import collate, compute_logprobs, disable_dropout
@@ -23,7 +23,7 @@ from llmworks.align.preference.reference import AdapterSnapshot, cache_logprobs,
 from llmworks.core.artifact import Model
 from llmworks.core.context import Context
 from llmworks.train.distributed.sharding import autocast, resolve_precision
-from llmworks.train.finetune.config import TuneConfig
+from llmworks.train.finetune.config import FinetuneConfig
 from llmworks.train.finetune.method import TrainingData, TrainMethod
 from llmworks.train.finetune.trainable import TrainableModel, open_trainable_model
 
@@ -34,7 +34,7 @@ MISMATCHED = "#other"  # id suffix of a prompt with another example's completion
 class MethodContext:
     """What a method is built from once the policy is loaded."""
 
-    config: TuneConfig
+    config: FinetuneConfig
     tuned: TrainableModel
     material: TrainingData
     ctx: Context
@@ -88,6 +88,17 @@ class MetricMeans:
         for name, value in values.items():
             self.totals[name] += float(value.detach().float().sum())
             self.counts[name] += value.numel()
+
+    def add_rewards(self, chosen: Tensor, rejected: Tensor) -> None:
+        """Add the rewards of pairs [pairs], under the names of TRL."""
+        self.add(
+            **{
+                "rewards/chosen": chosen,
+                "rewards/rejected": rejected,
+                "rewards/margins": chosen - rejected,
+                "rewards/accuracies": (chosen > rejected).float(),
+            }
+        )
 
     def pop_means(self) -> dict[str, float]:
         """Return the means and reset."""
@@ -204,13 +215,8 @@ class PairObjective:
         return nll_loss
 
     def _add_metrics(self, pair_loss: PairLoss, entropy: Tensor) -> None:
-        self.metrics.add(
-            chosen=pair_loss.chosen_rewards,
-            rejected=pair_loss.rejected_rewards,
-            margin=pair_loss.chosen_rewards - pair_loss.rejected_rewards,
-            ranked=(pair_loss.chosen_rewards > pair_loss.rejected_rewards).float(),
-            entropy=entropy,
-        )
+        self.metrics.add_rewards(pair_loss.chosen_rewards, pair_loss.rejected_rewards)
+        self.metrics.add(entropy=entropy)
 
     def evaluate(self, network: Any, eval_examples: Sequence[PromptCompletions]) -> dict[str, float]:
         """Evaluate held-out pairs: mean loss (with the NLL term), reward accuracy and mean reward margin."""

@@ -24,8 +24,8 @@ from llmworks.core.artifact import Adapter, Dataset, Model, check_base
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError, UserError
 from llmworks.data.store.rows import Row, detect_schema, read_chat, read_preference
-from llmworks.tokenize.chat.named import set_template
-from llmworks.train.finetune.config import TuneConfig, WriterConfig
+from llmworks.tokenize.chat.named_templates import set_template
+from llmworks.train.finetune.config import FinetuneConfig, GenerativeFinetuneConfig
 from llmworks.train.finetune.method import TrainingData, TrainMethod
 from llmworks.train.finetune.run import (
     check_golden,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 EVAL_ID_SUFFIX = " (held out)"  # id suffix of held-out examples, whose ids may equal those of training examples
 
 
-class OfflineConfig(TuneConfig):
+class OfflineAlignmentConfig(FinetuneConfig):
     """Training fields of alignment on given completions."""
 
     default_learning_rates: ClassVar[Mapping[str, float]] = {"lora": 1e-4, "full": 5e-6}
@@ -59,7 +59,7 @@ class OfflineConfig(TuneConfig):
     )
 
     @model_validator(mode="after")
-    def _aligned(self) -> Self:
+    def _check_dropout(self) -> Self:
         if self.lora.lora_dropout:
             raise ValueError(
                 "lora.lora_dropout: dropout would change the log-probabilities of the two models that are"
@@ -68,7 +68,7 @@ class OfflineConfig(TuneConfig):
         return self
 
 
-class PreferenceConfig(OfflineConfig, WriterConfig):
+class PreferenceConfig(OfflineAlignmentConfig, GenerativeFinetuneConfig):
     """Fields of offline alignment of a model that generates text."""
 
 
@@ -84,7 +84,7 @@ class Policy:
         """The name in messages."""
         return self.model.name if self.adapter is None else self.adapter.name
 
-    def open_tokenizer(self, config: TuneConfig, stage: str) -> tuple[Any, list[int]]:
+    def open_tokenizer(self, config: FinetuneConfig, stage: str) -> tuple[Any, list[int]]:
         """Return the tokenizer, with the configured chat template, and the stop token ids.
 
         Errors: ModelError, ArtifactError, GoldenMismatch, UserError.
@@ -178,7 +178,13 @@ def read_material(
 
 
 def tokenize_rows(
-    config: OfflineConfig, tokenizer: Any, rows: Sequence[Row], name: str, max_length: int, *, single_completions: bool
+    config: OfflineAlignmentConfig,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    name: str,
+    max_length: int,
+    *,
+    single_completions: bool,
 ) -> tuple[list[PromptCompletions], list[tuple[str, str]]]:
     """Return (examples, rejected rows with the reason).
 
@@ -245,7 +251,7 @@ def run_preference(
             raise (explain_out_of_memory(error) or error) from error
 
 
-def check_run(config: TuneConfig, *, has_eval_data: bool) -> None:
+def check_run(config: FinetuneConfig, *, has_eval_data: bool) -> None:
     """Check what every alignment needs before a model is opened. `has_eval_data`: whether an eval set is given.
 
     Errors: UserError.

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
-from llmworks.align.preference.run import OfflineConfig
+from llmworks.align.preference.run import OfflineAlignmentConfig
 from llmworks.core.artifact import Model
 
-if TYPE_CHECKING:
-    pass
 
-
-class ScorerConfig(OfflineConfig):
+class ScorerConfig(OfflineAlignmentConfig):
     """Training fields of a model with a score head, which does not generate text."""
 
     default_learning_rates: ClassVar[Mapping[str, float]] = {"lora": 5e-4, "full": 2e-5}

@@ -27,7 +27,7 @@ def train_scorer(
 ) -> Model:
     """Train a reward model of one kind, `whole` completions or `steps`. UserError for an unsupported configuration."""
     from llmworks.align.report import describe_scores
-    from llmworks.align.reward_model.run import PairRewardObjective, ProcessRewardObjective, make_saver
+    from llmworks.align.reward_model.objectives import PairRewardObjective, ProcessRewardObjective, make_saver
     from llmworks.train.distributed import world
 
     check_run(config, has_eval_data=bool(material.eval_examples))

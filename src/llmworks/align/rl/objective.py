@@ -1,6 +1,6 @@
 """Losses of online methods: rollouts become advantages and a policy loss, with the metrics of each step.
 
-Does not define formulas (see `losses`) or run the engine (see `rollouts`).
+Does not define formulas (see `losses`) or run the engine (see `sampling`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmworks.align.losses.dpo import dpo
+from llmworks.align.losses.pair_logprobs import PairLogprobs
 from llmworks.align.losses.policy import (
     LossAggregation,
     LossType,
@@ -23,12 +24,11 @@ from llmworks.align.losses.policy import (
     policy_loss,
     token_weights,
 )
-from llmworks.align.losses.sides import PairLogprobs
 from llmworks.align.preference.batch import CompletionBatch
 from llmworks.align.preference.logprobs import compute_logprobs, disable_dropout
 from llmworks.align.preference.objective import MethodContext, MetricMeans
-from llmworks.align.rl.experience import Rollout, RolloutPrompt
-from llmworks.align.rl.rollouts import RolloutSampler, RolloutSteps, collate_rollout
+from llmworks.align.rl.rollout import Rollout, RolloutPrompt
+from llmworks.align.rl.sampling import RolloutSampler, RolloutSteps, collate_rollout
 from llmworks.core.progress import write_atomic
 from llmworks.train.finetune.method import TrainMethod
 
@@ -127,7 +127,7 @@ class RolloutObjective:
     def record_rollout(self, number: int, rollout: Rollout) -> None:
         """Record the metrics and samples of a rollout; warn when it has no learning signal."""
         self.metrics = rollout.metrics
-        self.num_no_signal = self.num_no_signal + 1 if rollout.metrics["alike"] == 1.0 else 0
+        self.num_no_signal = self.num_no_signal + 1 if rollout.metrics["frac_reward_zero_std"] == 1.0 else 0
         if self.num_no_signal in (3, 30):
             self.context.ctx.progress.log(
                 f"warning: in {self.num_no_signal} rollouts all completions"
@@ -143,7 +143,7 @@ class RolloutObjective:
                     "prompt": self.sampler.prompts[prompt].prompt[-1].content[-MAX_SAMPLE_CHARACTERS:],
                     "answer": group[0].text[:MAX_SAMPLE_CHARACTERS],
                     "reward": group[0].reward,
-                    "cut": group[0].truncated,
+                    "truncated": group[0].truncated,
                 }
                 for prompt, group in list(zip(rollout.prompts, rollout.completions, strict=True))[:NUM_SAMPLES]
             ]
@@ -178,7 +178,7 @@ class RolloutObjective:
             total = total + objective.kl_coef * kl
         self.means.add(
             entropy=entropy,
-            clipped=policy_loss_terms.clipped.float(),
+            clip_ratio=policy_loss_terms.clipped.float(),
             ratio=(token_logprobs.detach() - old_logprobs).exp(),
         )
         if self.is_on_policy and self.sampler.options.temperature == 1.0:
@@ -213,7 +213,7 @@ class RolloutObjective:
 
         0 for completions without a reward and, where they are masked, for truncated completions.
         """
-        known = ~batch.extras["reward"].isnan() & (~batch.extras["cut"] | self.loss_options.train_on_truncated)
+        known = ~batch.extras["reward"].isnan() & (~batch.extras["truncated"] | self.loss_options.train_on_truncated)
         counted: Tensor = (
             token_weights(
                 batch.owner,
@@ -284,7 +284,7 @@ class OnlineDpoObjective(RolloutObjective):
         counts, rewards = (
             batch.token_counts.view(-1, each),
             batch.extras["reward"]
-            .masked_fill(batch.extras["cut"] & (not self.loss_options.train_on_truncated), torch.nan)
+            .masked_fill(batch.extras["truncated"] & (not self.loss_options.train_on_truncated), torch.nan)
             .view(-1, each),
         )
         best, worst = (
@@ -308,12 +308,9 @@ class OnlineDpoObjective(RolloutObjective):
         pair_loss = dpo(pairs, self.loss_type, beta=self.beta)
         self.means.add(
             entropy=entropy,
-            chosen=pair_loss.chosen_rewards,
-            rejected=pair_loss.rejected_rewards,
-            margin=pair_loss.chosen_rewards - pair_loss.rejected_rewards,
-            ranked=(pair_loss.chosen_rewards > pair_loss.rejected_rewards).float(),
             kl=token_logprobs.detach() - batch.extras["reference"],
         )
+        self.means.add_rewards(pair_loss.chosen_rewards, pair_loss.rejected_rewards)
         return pair_loss.loss.sum() * each + 0.0 * token_logprobs.sum()
 
 

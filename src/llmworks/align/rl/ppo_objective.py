@@ -11,9 +11,9 @@ from llmworks.align.losses.ppo import gae, token_rewards, value_loss, whiten
 from llmworks.align.preference.batch import CompletionBatch
 from llmworks.align.preference.logprobs import hidden_states
 from llmworks.align.preference.objective import MethodContext
-from llmworks.align.rl.experience import Rollout
 from llmworks.align.rl.objective import PolicyLossOptions, RolloutObjective
-from llmworks.align.rl.rollouts import RolloutSampler
+from llmworks.align.rl.rollout import Rollout
+from llmworks.align.rl.sampling import RolloutSampler
 from llmworks.model.io.reward_head import create_reward_head
 
 
@@ -102,7 +102,7 @@ class PpoObjective(RolloutObjective):
             one.advantages, one.returns = [a for a, _ in both], [r for _, r in both]
         rollout.metrics |= {
             "kl": float((old - reference).mean()),
-            "explained": explained_variance(values[counted], returns[counted]),
+            "explained_variance": explained_variance(values[counted], returns[counted]),
         }
         self.record_rollout(number, rollout)
 
@@ -113,7 +113,7 @@ class PpoObjective(RolloutObjective):
         value_losses = value_loss(values, batch.extras["values"], batch.extras["returns"], self.cliprange_value)
         self.means.add(
             entropy=entropy,
-            clipped=policy_loss_terms.clipped.float(),
+            clip_ratio=policy_loss_terms.clipped.float(),
             ratio=(token_logprobs.detach() - old_logprobs).exp(),
             value_loss=value_losses,
         )

@@ -19,7 +19,7 @@ from llmworks.tokenize.chat.templates import encode, render_prompt
 from llmworks.tokenize.load import load_tokenizer
 
 if TYPE_CHECKING:
-    from llmworks.align.rl.cases import RewardFunction, RewardInput
+    from llmworks.align.rl.reward_input import RewardFunction, RewardInput
 
 BATCH_SIZE = 16  # completions per batch
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmworks.align.rl.cases import RewardFunction, RewardInput
+from llmworks.align.rl.reward_input import RewardFunction, RewardInput
 from llmworks.align.rl.user_reward import UserRewardFunction
 from llmworks.core.artifact import Model
 from llmworks.core.errors import DataError, LlmworksError, TrainingError, UserError

@@ -22,20 +22,20 @@ from llmworks.core.errors import DataError, RequestError
 from llmworks.core.types import Message
 from llmworks.data.store.rows import Row, flatten_messages, read_chat
 from llmworks.tokenize.chat.templates import render_prompt
-from llmworks.train.finetune.config import WriterConfig
+from llmworks.train.finetune.config import GenerativeFinetuneConfig
 from llmworks.train.finetune.method import TrainingData
 from llmworks.train.finetune.run import explain_out_of_memory, get_context_length, run_training
 
 if TYPE_CHECKING:
     from llmworks.align.preference.objective import MethodContext
-    from llmworks.align.rl.experience import RolloutPrompt
     from llmworks.align.rl.objective import RolloutObjective
-    from llmworks.align.rl.rollouts import RolloutOptions, RolloutSampler
+    from llmworks.align.rl.rollout import RolloutPrompt
+    from llmworks.align.rl.sampling import RolloutOptions, RolloutSampler
     from llmworks.train.finetune.method import TrainMethod
     from llmworks.train.finetune.trainable import TrainableModel
 
 
-class OnlineConfig(WriterConfig):
+class OnlineAlignmentConfig(GenerativeFinetuneConfig):
     """Sampling, reward functions and reuse of rollouts."""
 
     default_learning_rates: ClassVar[Mapping[str, float]] = {"lora": 1e-4, "full": 1e-6}
@@ -154,13 +154,13 @@ def get_prompt(row: Row) -> tuple[Message, ...]:
 
 
 def read_prompts(
-    config: OnlineConfig, tokenizer: Any, data: Dataset, max_length: int, limit: int = 0
+    config: OnlineAlignmentConfig, tokenizer: Any, data: Dataset, max_length: int, limit: int = 0
 ) -> tuple[list[RolloutPrompt], list[tuple[str, str]]]:
     """Return (prompts, rejected rows with the reason).
 
     Errors: DataError when none is left.
     """
-    from llmworks.align.rl.experience import RolloutPrompt
+    from llmworks.align.rl.rollout import RolloutPrompt
 
     prompts: list[RolloutPrompt] = []
     rejected: list[tuple[str, str]] = []
@@ -196,7 +196,7 @@ def read_prompts(
 
 
 def run_online(
-    config: OnlineConfig,
+    config: OnlineAlignmentConfig,
     policy: Policy,
     data: Dataset,
     ctx: Context,
@@ -214,7 +214,7 @@ def run_online(
     model or file; TrainingError for a loss that is not finite, or, with on_reward_error raise, a failed reward.
     """
     from llmworks.align.preference.objective import MethodContext
-    from llmworks.align.rl.rollouts import RolloutSampler
+    from llmworks.align.rl.sampling import RolloutSampler
     from llmworks.train.distributed import world
 
     check_run(config, has_eval_data=eval_data is not None)
@@ -255,7 +255,7 @@ def run_online(
 def _log_setup(
     ctx: Context,
     prompts: list[RolloutPrompt],
-    config: OnlineConfig,
+    config: OnlineAlignmentConfig,
     prompts_per_rollout: int,
     rejected: list[tuple[str, str]],
 ) -> None:
@@ -271,7 +271,11 @@ def _log_setup(
 
 
 def _open_rewards(
-    config: OnlineConfig, reward_model: Model | None, judge: Model | Adapter | None, failed_file: Path, ctx: Context
+    config: OnlineAlignmentConfig,
+    reward_model: Model | None,
+    judge: Model | Adapter | None,
+    failed_file: Path,
+    ctx: Context,
 ) -> RewardFunctions:
     """Return the reward functions of a configuration."""
     rewards = RewardFunctions(
@@ -288,7 +292,7 @@ def _open_rewards(
     return rewards
 
 
-def _prompts_per_rollout(config: OnlineConfig, prompts: list[RolloutPrompt], data: Dataset) -> int:
+def _prompts_per_rollout(config: OnlineAlignmentConfig, prompts: list[RolloutPrompt], data: Dataset) -> int:
     """Return the prompts per rollout.
 
     Errors: DataError where the dataset has fewer.
@@ -305,9 +309,9 @@ def _prompts_per_rollout(config: OnlineConfig, prompts: list[RolloutPrompt], dat
     return prompts_per_rollout
 
 
-def _rollout_options(config: OnlineConfig, prompts_per_rollout: int, use_reference: bool) -> RolloutOptions:
+def _rollout_options(config: OnlineAlignmentConfig, prompts_per_rollout: int, use_reference: bool) -> RolloutOptions:
     """Return the rollout options of a configuration."""
-    from llmworks.align.rl.rollouts import RolloutOptions
+    from llmworks.align.rl.sampling import RolloutOptions
 
     options = RolloutOptions(
         config.num_generations,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmworks.core.artifact import Adapter, Dataset, Model, Report, Tokenizer
 from llmworks.core.context import Context
-from llmworks.data.faults.case import DatasetFinding
+from llmworks.data.faults.finding import DatasetFinding
 from llmworks.tokenize import view
 from llmworks.tokenize.chat.templates import RenderedConversation
 
@@ -33,7 +33,7 @@ def write_report(
     report.subtitle = (
         f"{_format_count(errors, 'error')}, {_format_count(warnings, 'warning')} in"
         f" {_format_count(counts['rows'], 'row')};"
-        f" {counts['learned']:,} of {counts['tokens']:,} tokens are trained on."
+        f" {counts['num_label_tokens']:,} of {counts['tokens']:,} tokens are trained on."
     )
     report.data = {
         "errors": errors,

@@ -125,13 +125,13 @@ class WordVocabulary:
             return
         self._num_described += len(new)
 
-        def extended(array: Array, values: list[int]) -> Array:
+        def extend(array: Array, values: list[int]) -> Array:
             return np.concatenate((array, np.array(values, dtype=np.int32)))
 
-        self.length = extended(self.length, [len(w) for w in new])
-        self.symbol = extended(self.symbol, [not w.isalnum() and all(c in SYMBOLS for c in w) for w in new])
-        self.alpha = extended(self.alpha, [w.isalpha() or any(c.isalpha() for c in w) for w in new])
-        self.stop = extended(self.stop, [1 << STOP_WORDS.index(w) if w in STOP_WORDS else 0 for w in new])
+        self.length = extend(self.length, [len(w) for w in new])
+        self.symbol = extend(self.symbol, [not w.isalnum() and all(c in SYMBOLS for c in w) for w in new])
+        self.alpha = extend(self.alpha, [w.isalpha() or any(c.isalpha() for c in w) for w in new])
+        self.stop = extend(self.stop, [1 << STOP_WORDS.index(w) if w in STOP_WORDS else 0 for w in new])
         self.kinds.extend(map(classify_word, new))
 
     def count_sentences(self, text: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from llmworks.core.documents import RejectedInput
 from llmworks.core.errors import MissingDependency
 from llmworks.core.types import Document
-from llmworks.data.readers.source import InputFile
+from llmworks.data.readers.input_files import InputFile
 from llmworks.data.readers.text import read_limited, size_limit_reason
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from llmworks.core.documents import RejectedInput
 from llmworks.core.types import Document
-from llmworks.data.readers.source import InputFile
+from llmworks.data.readers.input_files import InputFile
 from llmworks.data.readers.text import read_limited, size_limit_reason
 
 STRINGS, STRING, MISSING = 16, 9, 0xFFFFFFFF  # SEXP types STRSXP and CHARSXP, the length of NA

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from llmworks.core.documents import RejectedInput
 from llmworks.core.types import Document
-from llmworks.data.readers.source import InputFile, open_seekable
+from llmworks.data.readers.input_files import InputFile, open_seekable
 from llmworks.data.readers.text import SAMPLE, NotTextError, detect_encoding, read_limited, size_limit_reason
 
 

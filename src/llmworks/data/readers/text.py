@@ -9,7 +9,7 @@ from typing import IO
 
 from llmworks.core.documents import RejectedInput
 from llmworks.core.types import Document
-from llmworks.data.readers.source import InputFile
+from llmworks.data.readers.input_files import InputFile
 
 SAMPLE = 1 << 16
 BOMS = (

@@ -10,7 +10,7 @@ from llmworks.core.documents import RejectedInput
 from llmworks.core.errors import MissingDependency
 from llmworks.core.types import Document
 from llmworks.data.readers.html import HtmlContent, extract_page_text
-from llmworks.data.readers.source import InputFile
+from llmworks.data.readers.input_files import InputFile
 from llmworks.data.readers.text import NotTextError, decode_document, read_limited, size_limit_reason
 
 

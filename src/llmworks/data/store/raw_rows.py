@@ -12,7 +12,7 @@ from typing import IO, Any
 from llmworks.core.documents import RejectedInput
 from llmworks.core.errors import DataError
 from llmworks.core.types import Json
-from llmworks.data.readers.source import BROKEN, expand_archives, find_files, make_input_file, open_seekable
+from llmworks.data.readers.input_files import BROKEN, expand_archives, find_files, make_input_file, open_seekable
 from llmworks.data.readers.tables import iter_lines, to_json_value
 from llmworks.data.store.jsonl import RejectedRows
 

@@ -104,7 +104,7 @@ def find_duplicates(rows: Sequence[Row]) -> tuple[set[str], set[str]]:
         whole.setdefault(json.dumps([get_turns(row), row.get("tools")], sort_keys=True), []).append(row["id"])
         questions.setdefault(get_question(row), []).append(row["id"])
 
-    def duplicated_ids(found: dict[str, list[Any]]) -> set[str]:
+    def find_duplicated_ids(found: dict[str, list[Any]]) -> set[str]:
         return {id for ids in found.values() if len(ids) > 1 for id in ids}
 
-    return duplicated_ids(whole), duplicated_ids(questions)
+    return find_duplicated_ids(whole), find_duplicated_ids(questions)

@@ -16,7 +16,7 @@ from typing import Any
 from llmworks.core.artifact import Dataset
 from llmworks.core.errors import DataError, UserError
 from llmworks.core.types import Message
-from llmworks.data.readers.source import find_files
+from llmworks.data.readers.input_files import find_files
 from llmworks.data.store.jsonl import RejectedRows
 from llmworks.data.store.raw_rows import read_raw_rows
 from llmworks.data.store.rows import flatten_messages, read_chat

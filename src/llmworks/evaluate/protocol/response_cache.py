@@ -20,7 +20,7 @@ class ResponseCache:
     """Cached results by key, of one model on one engine."""
 
     def __init__(self, folder: Path, model: str, engine: str) -> None:
-        self.file = folder / f"asked-{model[:16]}-{engine}-{REVISION}.jsonl"
+        self.file = folder / f"responses-{model[:16]}-{engine}-{REVISION}.jsonl"
 
     def get(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Look up these keys. Lines truncated by an interruption are skipped."""

@@ -11,9 +11,9 @@ from typing import Any
 from llmworks.core.artifact import Adapter, Model, Report
 from llmworks.core.context import Context
 from llmworks.core.types import Message
-from llmworks.evaluate.protocol.ask import QuestionResult
-from llmworks.evaluate.protocol.extract import PatternTimeout, extract
+from llmworks.evaluate.protocol.filters import PatternTimeout, extract
 from llmworks.evaluate.protocol.questions import Question
+from llmworks.evaluate.protocol.request_runner import QuestionResult
 from llmworks.evaluate.protocol.task import Task
 from llmworks.evaluate.statistics.bootstrap import MetricInterval, bootstrap_interval, exact_interval, sum_by_group
 from llmworks.evaluate.statistics.metrics import (
@@ -148,7 +148,7 @@ def _build_sample_record(task: Task, one: QuestionResult) -> dict[str, Any]:
     sample["row"] = hashlib.sha256(
         json.dumps({k: v for k, v in question.row.items() if k != "answer"}, sort_keys=True, default=str).encode()
     ).hexdigest()[:12]
-    sample["asked"] = hashlib.sha256(
+    sample["prompt_digest"] = hashlib.sha256(
         repr(
             (
                 question.plain,
@@ -211,7 +211,7 @@ def write_report(
     if task.kind == "generate":
         metrics |= _costs(samples, seconds, model)
     if cut := sum(s["cut"] > 0 for s in samples):
-        metrics["prompts_cut"] = cut
+        metrics["truncated_prompts"] = cut
     value, between = _format_interval(metric, score)
     shots = (
         f", {task.shots.count} few-shot example{'s' if task.shots.count > 1 else ''} in the prompt"

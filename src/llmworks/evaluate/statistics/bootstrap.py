@@ -54,7 +54,7 @@ def bootstrap_sums(numbers: Any, seed: int, resamples: int) -> Any:
     return np.concatenate(parts)
 
 
-def expanded_percentiles(n: int) -> tuple[float, float]:
+def compute_expanded_percentiles(n: int) -> tuple[float, float]:
     """Return the percentiles of a 95% interval, widened for n draws by Student's t relative to the normal (expanded
     percentile interval).
     """
@@ -94,7 +94,7 @@ def bootstrap_interval(
 
     data = sum_by_group(numbers, groups)
     resampled_values = value(bootstrap_sums(data, seed, min(resamples, max(1000, MAX_DRAWS // len(data)))))
-    low, high = np.nanpercentile(resampled_values, expanded_percentiles(len(data)))
+    low, high = np.nanpercentile(resampled_values, compute_expanded_percentiles(len(data)))
     return MetricInterval(float(value(data.sum(axis=0))), float(low), float(high))
 
 
@@ -135,7 +135,7 @@ def paired_difference(
     data = sum_by_group(np.stack([delta, np.ones_like(delta)], axis=1), groups)
     drawn = bootstrap_sums(data, seed, resamples)
     drawn = drawn[:, 0] / drawn[:, 1]
-    low, high = np.percentile(drawn, expanded_percentiles(len(data)))
+    low, high = np.percentile(drawn, compute_expanded_percentiles(len(data)))
     return PairedDifference(
         MetricInterval(float(delta.mean()), float(low), float(high)),
         float((drawn <= 0).mean()),

@@ -6,13 +6,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmworks.core.artifact import Report
-from llmworks.evaluate.statistics.stored import ALL_FIELDS, read_evaluation
-
-if TYPE_CHECKING:
-    pass
+from llmworks.evaluate.statistics.read_evaluation import ALL_FIELDS, read_evaluation
 
 
 @dataclass(frozen=True)

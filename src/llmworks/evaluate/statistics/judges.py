@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmworks.core.artifact import Model, Report
 from llmworks.evaluate.statistics import agreement
 from llmworks.evaluate.statistics.bootstrap import mean_interval
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass
@@ -144,7 +141,7 @@ def describe_human_agreement(
         value = _compute_kappa(a, b)
         rows.append((name, len(ids), f"{same.value:.1%}", f"{same.low:.1%} to {same.high:.1%}", _format_kappa(value)))
         if name == "the jury" and not math.isnan(value):
-            out = {"kappa": value, "labelled": len(ids)}
+            out = {"kappa": value, "num_labeled": len(ids)}
     page.add_table(
         "Agreement with human labels",
         ("judge", "labeled samples", "same verdict" if pairs else "1 - distance of grades", "95% interval", "kappa"),

@@ -200,19 +200,20 @@ def _corpus_metric(name: str) -> Metric:
 
 
 def _rouge_metric(n: int) -> Callable[[str, str], float]:
-    return lambda said, reference: (
-        rouge_n(split_words(said), split_words(reference), n)
+    return lambda prediction, reference: (
+        rouge_n(split_words(prediction), split_words(reference), n)
         if n
-        else rouge_l(split_words(said), split_words(reference))
+        else rouge_l(split_words(prediction), split_words(reference))
     )
 
 
 GENERATION_METRICS: dict[str, Callable[[MetricSpec], Metric]] = {
     "exact_match": lambda m: mean_metric(
-        "exact_match", _best_of_references(lambda said, reference: exact_match(m, said, reference))
+        "exact_match", _best_of_references(lambda prediction, reference: exact_match(m, prediction, reference))
     ),
     "contains": lambda m: mean_metric(
-        "contains", _best_of_references(lambda said, reference: float(reference.strip().lower() in said.lower()))
+        "contains",
+        _best_of_references(lambda prediction, reference: float(reference.strip().lower() in prediction.lower())),
     ),
     "f1": lambda m: mean_metric("f1", _best_of_references(f1)),
     "rouge1": lambda m: mean_metric("rouge1", _best_of_references(_rouge_metric(1))),

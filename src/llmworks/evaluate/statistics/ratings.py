@@ -91,9 +91,9 @@ def percentile_interval(resampled_values: Any, count: int) -> tuple[Any, Any]:
     """Return the 95% interval (low, high) of resampled values [resamples, ...] of `count` independent draws."""
     import numpy as np
 
-    from llmworks.evaluate.statistics.bootstrap import expanded_percentiles
+    from llmworks.evaluate.statistics.bootstrap import compute_expanded_percentiles
 
-    low, high = np.percentile(resampled_values, expanded_percentiles(count), axis=0)
+    low, high = np.percentile(resampled_values, compute_expanded_percentiles(count), axis=0)
     return low, high
 
 

@@ -53,7 +53,7 @@ class TorchEngine:
         model: Any = load_model(path, low_bit=adapter is None)
         source = path
         if adapter is not None:
-            from llmworks.model.lora.fold import make_weight_lookup, merge_adapter_into
+            from llmworks.model.lora.merge_adapter import make_weight_lookup, merge_adapter_into
             from llmworks.model.lora.soft_prompt import attach_soft_prompt, is_soft_prompt
 
             if is_soft_prompt(adapter):

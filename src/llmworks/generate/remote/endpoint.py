@@ -43,11 +43,11 @@ class RemoteOptions(Config):
             " to any host"
         ),
     )
-    sampling: Literal["", "asked", "default"] = Field(
+    sampling: Literal["", "explicit", "default"] = Field(
         "",
         description=(
-            "`default`: omit temperature, top_p and top_k, for models that refuse them; `asked`: send them;"
-            " unset: asked, except for Anthropic's API, which takes none today"
+            "`default`: omit temperature, top_p and top_k, for models that refuse them; `explicit`: send them;"
+            " unset: explicit, except for Anthropic's API, which takes none today"
         ),
     )
     tokenizer: str = Field(

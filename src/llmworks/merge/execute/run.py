@@ -73,7 +73,7 @@ def run(config: MergeConfig, models: Mapping[str, Model], ctx: Context) -> Model
         "bytes": size,
         "parameters": weights,
         "models": len(models),
-        **({"tied_at_a_threshold": stream.notes["tied"]} if "tied" in stream.notes else {}),
+        **({"threshold_ties": stream.notes["tied"]} if "tied" in stream.notes else {}),
     }
     if stream.notes.get("tied", 0) > 0.01 * weights:
         ctx.progress.log(
@@ -258,10 +258,10 @@ def write_report(
         [(stack, len(origins), ", ".join(format_layer_ranges(origins))) for stack, origins in plan.layers.items()],
         "Each layer's first source; a method combines all sources of a slice.",
     )
-    if metrics.get("tied_at_a_threshold"):
+    if metrics.get("threshold_ties"):
         page.add_text(
             "Ties",
-            f"{metrics['tied_at_a_threshold']:,} changes were as large as the last one that was kept; ties are kept"
+            f"{metrics['threshold_ties']:,} changes were as large as the last one that was kept; ties are kept"
             " in tensor order. An unstable sort may keep others.",
         )
     page.add_drawing("Configuration", f"<pre>{html.escape(text)}</pre>", plain=text)

@@ -47,10 +47,10 @@ def extract_adapter(config: ExtractConfig, model: Model, base: Model, ctx: Conte
             shutil.copyfile(model.path / file, ctx.out / file)
     relative_error = (lost / total) ** 0.5
     metrics: dict[str, Any] = {
-        "missed": round(relative_error, 6),
+        "relative_error": round(relative_error, 6),
         "rank": max(len(a) for a, _ in pairs.values()),
         "layers": len(pairs),
-        "left_out": len(rest),
+        "skipped_tensors": len(rest),
     }
     recorded, gap = record_golden(ctx, base, model.golden)
     if gap is not None:
@@ -147,7 +147,9 @@ def _write_report(
             f" layers); the most: {max(rest, key=lambda one: one[1])[0]}"
         )
     page.data = {
-        "layers": {layer: {"rank": rank, "change": size, "missed": miss} for layer, rank, size, miss in layer_stats},
+        "layers": {
+            layer: {"rank": rank, "change": size, "relative_error": miss} for layer, rank, size, miss in layer_stats
+        },
         **metrics,
     }
     ctx.progress.log(page.subtitle)

@@ -63,7 +63,7 @@ def combine_adapters(
         "adapters": len(adapters),
         "layers": len(made),
         "rank": max(len(a) for a, _ in made.values()),
-        "missed": round(relative_error, 6),
+        "relative_error": round(relative_error, 6),
     }
     recorded, _ = record_golden(ctx, model, None)
     page = ctx.report

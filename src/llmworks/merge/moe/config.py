@@ -53,7 +53,7 @@ class ExpertsConfig(YamlConfig):
     max_shard_size: int = Field(4_000_000_000, ge=1_000_000, description="maximum bytes of a file")
 
     @model_validator(mode="after")
-    def _checked(self) -> ExpertsConfig:
+    def _check(self) -> ExpertsConfig:
         if self.experts_per_token > len(self.experts):
             raise ValueError(
                 f"experts_per_token is {self.experts_per_token}, but there are {len(self.experts)} experts"

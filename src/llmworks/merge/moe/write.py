@@ -134,11 +134,11 @@ def plan_jobs(
             raise ModelError(
                 f"{tensor}: its shapes differ: {config.base_model} {list(wanted.shape)}, {model} {list(place.shape)}"
             )
-        told: dict[str, Any] = {
+        scaling: dict[str, Any] = {
             "scale": expert.residual_scale if expert and ".down_proj." in tensor else None,
             "noise": (expert.noise_scale or None) if expert else None,
         }
-        return TensorJob(name, place.shape, ((model, tensor),), None, place.dtype, dtype, {}, (told,))
+        return TensorJob(name, place.shape, ((model, tensor),), None, place.dtype, dtype, {}, (scaling,))
 
     for tensor in base.loose:
         yield make_job(tensor, config.base_model, tensor)

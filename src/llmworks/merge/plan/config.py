@@ -214,7 +214,7 @@ class MergeConfig(YamlConfig):
     max_shard_size: int = Field(4_000_000_000, ge=1_000_000, description="maximum bytes of a file")
 
     @model_validator(mode="after")
-    def _checked(self) -> MergeConfig:
+    def _check(self) -> MergeConfig:
         given = [name for name in ("models", "slices", "modules") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of models, slices and modules; given: {', '.join(given) or 'none'}")

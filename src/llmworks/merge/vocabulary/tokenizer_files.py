@@ -22,7 +22,7 @@ from llmworks.merge.vocabulary.vocabulary import (
     write_special_token_ids,
 )
 from llmworks.tokenize.chat import golden
-from llmworks.tokenize.chat.named import FOLDER, NAMED_TEMPLATES
+from llmworks.tokenize.chat.named_templates import FOLDER, NAMED_TEMPLATES
 from llmworks.tokenize.load import get_stop_ids, load_tokenizer, read_json
 
 

@@ -36,7 +36,7 @@ from llmworks.merge.vocabulary.vocabulary import (
 )
 from llmworks.model.card import get_base_model_fields, get_front_matter, to_hub_name, write_model_card
 from llmworks.model.io.safetensors_io import TORCH_DTYPES
-from llmworks.tokenize.bpe.fast import get_byte_characters
+from llmworks.tokenize.bpe.bulk_encoder import get_byte_characters
 from llmworks.tokenize.chat import golden
 from llmworks.tokenize.load import count_embedding_rows as rows_of
 from llmworks.tokenize.load import get_stop_ids, load_tokenizer, read_json

@@ -172,7 +172,7 @@ def _read_sliding_window(config: Json) -> Json:
     return {"sliding_window": config.get("sliding_window") or 0}
 
 
-def _windowed_out(shape: Shape) -> Json:
+def _write_qwen_window(shape: Shape) -> Json:
     window = shape.sliding_window
     return {"use_sliding_window": bool(window), "sliding_window": window or None, "max_window_layers": 0}
 
@@ -304,7 +304,7 @@ STANDARD_ARCHITECTURES: dict[str, StandardArchitecture] = {
         "Qwen2ForCausalLM",
         LLAMA_NAMES,
         lambda c: {"rope_parameters": _read_rope(c), "bias": "qkv", **_read_sliding_window(c)},
-        lambda s: _write_common(s) | _windowed_out(s),
+        lambda s: _write_common(s) | _write_qwen_window(s),
         lambda s: _is_llama_like(s) and s.bias == "qkv" and not s.use_qk_norm,
     ),
     "qwen3": StandardArchitecture(
@@ -316,7 +316,7 @@ STANDARD_ARCHITECTURES: dict[str, StandardArchitecture] = {
             "bias": "qkv" if c.get("attention_bias") else "none",
             **_read_sliding_window(c),
         },
-        lambda s: _write_common(s) | {"attention_bias": False} | _windowed_out(s),
+        lambda s: _write_common(s) | {"attention_bias": False} | _write_qwen_window(s),
         lambda s: _is_llama_like(s) and s.bias == "none" and s.use_qk_norm,
     ),
     "gemma3_text": StandardArchitecture(

@@ -25,7 +25,7 @@ def save_untrained(
     import torch
 
     from llmworks.model.golden import record_golden
-    from llmworks.tokenize.chat.named import load_model_tokenizer
+    from llmworks.tokenize.chat.named_templates import load_model_tokenizer
     from llmworks.tokenize.load import count_embedding_rows
 
     loaded = load_model_tokenizer(tokenizer)

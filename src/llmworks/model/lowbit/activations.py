@@ -42,7 +42,7 @@ def quantize_tokens(x: Tensor, quantization: InputQuantization) -> Tensor:
 def quantize_inputs(layer: nn.Module, quantization: InputQuantization) -> None:
     """Quantize the layer's inputs from now on, by a forward hook."""
 
-    def rounding(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    def round_inputs(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
         return (quantize_tokens(given[0], quantization), *given[1:])
 
-    layer.register_forward_pre_hook(rounding)
+    layer.register_forward_pre_hook(round_inputs)

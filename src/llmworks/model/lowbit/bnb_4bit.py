@@ -175,5 +175,5 @@ def _read_matrix(tensors: Mapping[str, Tensor], name: str, state: str) -> Packed
     return packed
 
 
-def reading_of(config: Mapping[str, Any], name: str) -> None:
+def get_input_quantization(config: Mapping[str, Any], name: str) -> None:
     """Return None: inputs are not quantized."""

@@ -71,7 +71,7 @@ def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterato
             yield name, tensor
 
 
-def reading_of(config: Mapping[str, Any], name: str) -> InputQuantization | None:
+def get_input_quantization(config: Mapping[str, Any], name: str) -> InputQuantization | None:
     """Return how a layer's inputs are quantized; None: they are not."""
     if any(
         part == name or part in name.split(".") or name.startswith(f"{part}.")

@@ -24,7 +24,7 @@ FORMATS: dict[str, Any] = {
     "gptq": gptq_layout.GptqFormat,
     "awq": gptq_layout.AwqFormat,
     "hqq": hqq_layout,
-}  # each has tensors_of, config_of, weights, reading_of
+}  # each has tensors_of, config_of, weights, get_input_quantization
 
 
 INVALID_DATA_ERRORS = (
@@ -106,7 +106,7 @@ def apply_input_quantization(
         if not isinstance(layer, (nn.Linear, LowBitLinear)) or rename(whole) not in quantized:
             continue
         try:
-            reading = form.reading_of(config, rename(whole))
+            reading = form.get_input_quantization(config, rename(whole))
         except INVALID_DATA_ERRORS as error:
             raise ModelError(
                 f"config.json: its quantization_config cannot be read ({type(error).__name__}: {error})"

@@ -135,7 +135,7 @@ def get_config_group(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return group
 
 
-def reading_of(config: Mapping[str, Any], name: str) -> InputQuantization | None:
+def get_input_quantization(config: Mapping[str, Any], name: str) -> InputQuantization | None:
     """Return how a layer's inputs are quantized; None: they are not."""
     if is_target(name, config.get("ignore") or ()):
         return None

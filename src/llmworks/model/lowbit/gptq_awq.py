@@ -104,7 +104,7 @@ class GptqFormat:
         return _iter_weights(tensors, matrix)
 
     @staticmethod
-    def reading_of(config: Mapping[str, Any], name: str) -> None:
+    def get_input_quantization(config: Mapping[str, Any], name: str) -> None:
         """Return None: inputs are not quantized."""
 
 
@@ -163,7 +163,7 @@ class AwqFormat:
         return _iter_weights(tensors, matrix)
 
     @staticmethod
-    def reading_of(config: Mapping[str, Any], name: str) -> None:
+    def get_input_quantization(config: Mapping[str, Any], name: str) -> None:
         """Return None: inputs are not quantized."""
 
 

@@ -175,5 +175,5 @@ def _read_matrix(tensors: Mapping[str, Tensor], layer: str, params: Mapping[str,
     return IntegerMatrix((codes + grid.low).to(torch.int8), Scales(scale, zero + grid.low), grid)
 
 
-def reading_of(config: Mapping[str, Any], name: str) -> None:
+def get_input_quantization(config: Mapping[str, Any], name: str) -> None:
     """Return None: inputs are not quantized."""

@@ -19,9 +19,9 @@ from llmworks.model.lowbit.integer import Grid, quantize_matrix, search_scales, 
 from llmworks.quantize import run as rounding
 from llmworks.quantize.algorithms.calibrated import GptqMethod
 from llmworks.quantize.algorithms.knapsack import allocate
+from llmworks.quantize.calibrate.calibration_data import load_samples
 from llmworks.quantize.calibrate.layerwise import get_block_parts
 from llmworks.quantize.calibrate.sensitivity import estimate_costs
-from llmworks.quantize.calibrate.texts import load_samples
 from llmworks.tokenize.load import load_tokenizer
 
 if TYPE_CHECKING:

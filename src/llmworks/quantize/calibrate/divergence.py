@@ -33,7 +33,7 @@ class Divergence:
         return {
             "kl": self.kl / self.positions,
             "top1_agreement": self.agreements / self.positions,
-            "perplexity_before": before,
+            "original_perplexity": before,
             "perplexity": after,
             "eval_tokens": self.tokens,
         }

@@ -23,7 +23,7 @@ from llmworks.model.gguf.layout import LAYOUTS, get_interleaved_heads, interleav
 from llmworks.model.golden import record_golden
 from llmworks.model.io.load import load_model
 from llmworks.model.lora.adapter_io import PREFIX, compute_scale, read_adapter, read_base_quantization
-from llmworks.model.lora.fold import make_weight_lookup, merge_adapter_into
+from llmworks.model.lora.merge_adapter import make_weight_lookup, merge_adapter_into
 from llmworks.quantize.llamacpp.metadata import read_config
 from llmworks.quantize.llamacpp.writer import write_gguf
 from llmworks.quantize.report.page import add_metrics_table
@@ -59,7 +59,7 @@ def run(config: GgufAdapterConfig, adapter: Adapter, model: Model, ctx: Context)
     metrics = {
         "layers": layers,
         "bytes": target.stat().st_size,
-        "gap": round(gap, 5),
+        "logprob_gap": round(gap, 5),
         "greedy_agreement": round(same, 5),
     }
     ctx.report.title = f"{adapter.name} as GGUF"

@@ -56,7 +56,7 @@ class GgufConfig(Config):
 
     @field_validator("tensor_types")
     @classmethod
-    def _known(cls, tensors: dict[str, str]) -> dict[str, str]:
+    def _check_types(cls, tensors: dict[str, str]) -> dict[str, str]:
         for pattern, kind in tensors.items():
             if kind.upper() not in FORMATS:
                 raise ValueError(

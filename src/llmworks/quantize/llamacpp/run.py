@@ -20,9 +20,9 @@ from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.model.golden import record_golden
 from llmworks.model.io.layer_reader import LayerReader
 from llmworks.model.io.weights import check_weights
+from llmworks.quantize.calibrate.calibration_data import check_length, load_samples
 from llmworks.quantize.calibrate.divergence import Divergence
 from llmworks.quantize.calibrate.imatrix import compute_importance, read_importance, write_importance
-from llmworks.quantize.calibrate.texts import check_length, load_samples
 from llmworks.quantize.llamacpp.allocation import FormatCosts, allocate_formats, estimate_format_costs
 from llmworks.quantize.llamacpp.config import BOUNDS, max_gap_for_type
 from llmworks.quantize.llamacpp.metadata import read_config
@@ -82,10 +82,10 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, im
         "bytes": size,
         "bits_per_weight": round(_get_bits_per_weight(written), 4),
         "weights": weights,
-        "fallen": len(written.fallback_tensors),
+        "fallback_tensors": len(written.fallback_tensors),
         **{name: round(value, 6) for name, value in divergence.items()},
         "golden_gap_mean": round(gap.mean, 5),
-        "golden_gap_largest": round(gap.maximum, 5),
+        "golden_gap_max": round(gap.maximum, 5),
         "golden_greedy_agreement": round(gap.top1_agreement, 5),
     }
     _write_card(config, importance_matrix, ctx, model, metrics, data)
@@ -262,9 +262,9 @@ def _write_report(ctx: Context, model: Model, kind: str, written: WrittenTensors
         report.subtitle += (
             f" In llama.cpp, on {metrics['eval_tokens']:,.0f} held-out tokens, the KL divergence from the original"
             f" model is {metrics['kl']:.4f} nats per token; top-1 agreement {metrics['top1_agreement']:.1%}; perplexity"
-            f" {metrics['perplexity_before']:.3f} before, {metrics['perplexity']:.3f} after."
+            f" {metrics['original_perplexity']:.3f} before, {metrics['perplexity']:.3f} after."
         )
-    report.data = {"metrics": dict(metrics), "types": written.types, "fallen": list(written.fallback_tensors)}
+    report.data = {"metrics": dict(metrics), "types": written.types, "fallback_tensors": list(written.fallback_tensors)}
     add_metrics_table(report, metrics)
     kinds: dict[str, list[str]] = {}
     for name, found in written.types.items():

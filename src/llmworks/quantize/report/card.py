@@ -15,7 +15,7 @@ from llmworks.model.card import get_base_model_fields, get_front_matter, to_hub_
 METRIC_LABELS = {
     "kl": "KL divergence from the original, nats per token",
     "top1_agreement": "top-1 agreement with the original",
-    "perplexity_before": "perplexity of the original",
+    "original_perplexity": "perplexity of the original",
     "perplexity": "perplexity",
     "golden_gap_mean": "mean change of the golden tokens' logits",
 }

@@ -20,18 +20,18 @@ METRIC_DESCRIPTIONS = {
     "bits_per_weight": "bits per quantized weight, scales included",
     "quantized_weights": "number of quantized weights",
     "weights": "number of weights",
-    "fallen": "tensors in a fallback format, because the block size does not divide their rows",
+    "fallback_tensors": "tensors in a fallback format, because the block size does not divide their rows",
     "kl": "KL divergence from the original model, nats per token, on held-out sequences",
     "expected_kl": "the same, as predicted by the bit allocation",
     "top1_agreement": "top-1 agreement: fraction of tokens with the same most probable token",
-    "perplexity_before": "of the original model, on the same sequences",
+    "original_perplexity": "of the original model, on the same sequences",
     "perplexity": "of the quantized model",
     "eval_tokens": "number of held-out tokens",
     "layers": "layers that the adapter changes",
-    "gap": "mean log-probability gap between llama.cpp and the merged model, nats, on golden tokens",
+    "logprob_gap": "mean log-probability gap between llama.cpp and the merged model, nats, on golden tokens",
     "greedy_agreement": "top-1 agreement with the merged model on golden tokens",
     "golden_gap_mean": "mean change of the golden conversations' logits",
-    "golden_gap_largest": "largest change of the golden conversations' logits",
+    "golden_gap_max": "largest change of the golden conversations' logits",
     "golden_greedy_agreement": "top-1 agreement on golden tokens",
 }
 
@@ -63,7 +63,7 @@ def write_report(
         report.subtitle += (
             f" On {metrics['eval_tokens']:,.0f} held-out tokens the KL divergence from the original model is"
             f" {metrics['kl']:.4f} nats per token; top-1 agreement {metrics['top1_agreement']:.1%}; perplexity"
-            f" {metrics['perplexity_before']:.3f} before, {metrics['perplexity']:.3f} after."
+            f" {metrics['original_perplexity']:.3f} before, {metrics['perplexity']:.3f} after."
         )
     report.data = {
         "metrics": dict(metrics),

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import regex
 
-from llmworks.tokenize.bpe.fast import GPT2, get_byte_characters
+from llmworks.tokenize.bpe.bulk_encoder import GPT2, get_byte_characters
 
 Pair = tuple[int, int]
 BYTE_ORDER = [

@@ -16,8 +16,8 @@ from typing import Any
 
 from llmworks.core.errors import MissingDependency, RequestError
 from llmworks.core.types import Json, Message
-from llmworks.tokenize.bpe.fast import BulkEncoder, build_bulk_encoder
-from llmworks.tokenize.chat.control_tokens import SpecialTokenDetector
+from llmworks.tokenize.bpe.bulk_encoder import BulkEncoder, build_bulk_encoder
+from llmworks.tokenize.chat.special_tokens import SpecialTokenDetector
 from llmworks.tokenize.chat.template_cache import SLOT, TRIM, SkeletonCache, TurnPattern, get_pattern
 from llmworks.tokenize.chat.templates import can_render_tools, encode, flatten_tools, render_masked
 

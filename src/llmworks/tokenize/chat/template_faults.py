@@ -296,7 +296,7 @@ def _check_generation_mask(tokenizer: Any) -> list[TrainingFault]:
     if missing.strip():
         found.append(
             _error(
-                "end-not-learned",
+                "end-not-trained",
                 f"the template's own generation marks omit {missing[:60]!r}",
                 "let {% generation %} enclose the answer's end token too",
             )

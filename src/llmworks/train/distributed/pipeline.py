@@ -104,7 +104,7 @@ class PipelinedModel:
 
         shares, head = self.world.get_axis_size("data"), self.stage_module.head
 
-        def scored(state: Tensor, label_ids: Tensor) -> Tensor:
+        def score_tokens(state: Tensor, label_ids: Tensor) -> Tensor:
             learned = (label_ids[:, 1:] != -100).sum()
             loss = head_loss(state[:, :-1], head, label_ids[:, 1:])  # type: ignore[arg-type]
             return loss * (learned * shares / self._labels)
@@ -116,7 +116,7 @@ class PipelinedModel:
                     f"a step has {len(batches)} micro-batches per process, but the pipeline"
                     f" has {self.world.get_axis_size('pipeline')} stages; raise gradient_accumulation_steps"
                 )
-            self.schedule = Schedule1F1B(self.stage, len(batches), loss_fn=scored, scale_grads=False)
+            self.schedule = Schedule1F1B(self.stage, len(batches), loss_fn=score_tokens, scale_grads=False)
         ids, positions, segments, label_ids = (
             torch.cat([getattr(b, name) for b in batches]) for name in ("ids", "positions", "segments", "label_ids")
         )

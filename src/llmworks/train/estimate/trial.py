@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from llmworks.train.finetune.examples import Example, ExampleSteps
     from llmworks.train.finetune.trainable import TrainableModel
-    from llmworks.train.loop.packed import PackedBatch
+    from llmworks.train.loop.packed_steps import PackedBatch
     from llmworks.train.pretrain import PretrainConfig
     from llmworks.train.sft import SftConfig
 
@@ -62,7 +62,7 @@ def pretrain(request: dict[str, Any]) -> dict[str, float]:
 
     from llmworks.train.distributed.sharding import autocast, resolve_precision
     from llmworks.train.loop.optimizers import create_optimizers
-    from llmworks.train.loop.packed import packed_loss
+    from llmworks.train.loop.packed_steps import packed_loss
     from llmworks.train.pretrain import PretrainConfig
 
     config = PretrainConfig.model_validate(request["config"])
@@ -123,7 +123,7 @@ def sft(request: dict[str, Any]) -> dict[str, float]:
     from llmworks.core.artifact import Dataset
     from llmworks.data.conversations.training_rows import read_training_rows
     from llmworks.generate.engines.torch import TorchEngine
-    from llmworks.tokenize.chat.named import set_template
+    from llmworks.tokenize.chat.named_templates import set_template
     from llmworks.tokenize.load import get_stop_ids, load_tokenizer
     from llmworks.train.distill import DistillConfig
     from llmworks.train.finetune.examples import ExampleSteps
@@ -185,7 +185,7 @@ def _prepare_training(
     from llmworks.train.finetune.trainable import open_trainable_model
     from llmworks.train.loop.losses import next_token_loss
     from llmworks.train.loop.optimizers import create_optimizers
-    from llmworks.train.loop.packed import packed_loss
+    from llmworks.train.loop.packed_steps import packed_loss
 
     prepare_trainable(trainable, config)
     network = trainable.network
@@ -262,7 +262,7 @@ def create_batches(
 
     from llmworks.core.artifact import Dataset
     from llmworks.data.store.packed_tokens import PackedDataset
-    from llmworks.train.loop.packed import PackedBatch, PackedSteps
+    from llmworks.train.loop.packed_steps import PackedBatch, PackedSteps
 
     length = int(request["length"])
     packed = PackedDataset(Dataset(Path(request["data"]))) if request["data"] else None

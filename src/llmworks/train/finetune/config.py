@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.core.artifact import Adapter, Config, Model
-from llmworks.tokenize.chat.named import TEMPLATE_DESCRIPTION, Template
+from llmworks.core.artifact import Adapter, Model
+from llmworks.tokenize.chat.named_templates import TEMPLATE_DESCRIPTION, Template
 from llmworks.train.distributed.config import DataParallelConfig
 from llmworks.train.finetune.lora_config import LoraConfig
-from llmworks.train.loop.schedule import OptimizerConfig
-
-if TYPE_CHECKING:
-    pass
+from llmworks.train.loop.trainer_config import TrainerConfig
 
 
-class TuneConfig(Config):
+class FinetuneConfig(TrainerConfig):
     """What is trained, and on how much data."""
 
     default_learning_rates: ClassVar[Mapping[str, float]] = {
@@ -39,11 +36,6 @@ class TuneConfig(Config):
             " model.embed_tokens.* or model.layers.[0-9].*"
         ),
     )
-    num_train_epochs: float = Field(2.0, gt=0, description="number of training epochs; may be a fraction")
-    batch_size: int = Field(4, gt=0, description="rows per micro-batch")
-    gradient_accumulation_steps: int = Field(
-        1, gt=0, description="micro-batches per optimizer step; the loss is normalized over all of them"
-    )
     max_length: int = Field(2048, gt=1, description="maximum sequence length in tokens")
     chat_template: Template = Field(
         "keep", description=f"chat template used for training and saved with the model. {TEMPLATE_DESCRIPTION}"
@@ -55,22 +47,6 @@ class TuneConfig(Config):
             "keep: the base model's golden tokens must replay; 'renew: REASON' when the template or vocabulary changes"
         ),
     )
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and learning rate schedule")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto",
-        description=(
-            "mixed precision under autocast; trained weights stay fp32. auto: bf16 on a GPU that supports it, fp16"
-            " on an older one, fp32 on a CPU, where the others are many times slower"
-        ),
-    )
-    gradient_checkpointing: bool = Field(
-        False,
-        description=(
-            "gradient checkpointing: recompute activations in the backward pass; less memory, about a third slower"
-        ),
-    )
-    eval_steps: int = Field(0, ge=0, description="steps between evaluations on the eval set; 0 = only at the end")
-    eval_samples: int = Field(64, gt=0, description="held-out rows per evaluation")
     metric_for_best_model: Literal["", "eval_loss", "accuracy"] = Field(
         "",
         description=(
@@ -81,7 +57,6 @@ class TuneConfig(Config):
     early_stopping_patience: int = Field(
         0, ge=0, description="early stopping: stop after this many evaluations without improvement; 0 = never"
     )
-    save_steps: int = Field(20, gt=0, description="steps between checkpoints")
 
     @model_validator(mode="before")
     @classmethod
@@ -119,7 +94,7 @@ class TuneConfig(Config):
         return Model if self.method == "full" else Adapter
 
 
-class WriterConfig(TuneConfig):
+class GenerativeFinetuneConfig(FinetuneConfig):
     """Fields for training a model that generates text."""
 
     num_sample_prompts: int = Field(

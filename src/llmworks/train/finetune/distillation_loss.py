@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from llmworks.model.loss.linear_cross_entropy import get_chunk_size
 from llmworks.train.finetune.examples import PaddedBatch
 from llmworks.train.loop.losses import get_label_states
-from llmworks.train.loop.packed import PackedBatch
+from llmworks.train.loop.packed_steps import PackedBatch
 
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}
 

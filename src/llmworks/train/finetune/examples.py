@@ -15,7 +15,7 @@ from llmworks.core.errors import ModelError, RequestError, UserError
 from llmworks.data.conversations.training_rows import tokenize_row
 from llmworks.data.store.rows import Row
 from llmworks.model.loss.linear_cross_entropy import IGNORE_INDEX
-from llmworks.train.loop.packed import PackedBatch
+from llmworks.train.loop.packed_steps import PackedBatch
 
 BATCHES_PER_BUCKET = 16  # batches per bucket that is sorted by length
 

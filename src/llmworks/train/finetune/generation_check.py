@@ -126,7 +126,7 @@ def write_report(
     steps, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
     report.title = f"Fine-tuning of {title}"
     report.subtitle = (
-        f"{len(steps):,} steps, {metrics['tokens']:,} tokens; mean loss went from {metrics['loss_first']:.3f}"
+        f"{len(steps):,} steps, {metrics['tokens']:,} tokens; mean loss went from {metrics['initial_loss']:.3f}"
         f" (first tenth of the steps) to {metrics['loss']:.3f} nats per label token (last tenth)."
         if steps
         else ""

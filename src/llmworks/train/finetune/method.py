@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmworks.data.store.rows import Row
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from llmworks.core.context import Context
 from llmworks.core.errors import GoldenMismatch, ModelError, TrainingError, UserError
 from llmworks.core.report import ReportBuilder
 from llmworks.train.distributed.config import get_micro_batch_rows
-from llmworks.train.finetune.config import TuneConfig
+from llmworks.train.finetune.config import FinetuneConfig
 from llmworks.train.finetune.method import TrainingData, TrainMethod
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ Describe = Callable[
 Finish = Callable[["TrainableModel", dict[str, Any]], Adapter | Model]
 
 
-def require_eval_data(config: TuneConfig, *, given: bool) -> None:
+def require_eval_data(config: FinetuneConfig, *, given: bool) -> None:
     """Raise UserError if a config evaluates on an eval set that is not given."""
     if (config.metric_for_best_model or config.eval_steps) and not given:
         field = "metric_for_best_model" if config.metric_for_best_model else "eval_steps"
@@ -43,7 +43,7 @@ def require_eval_data(config: TuneConfig, *, given: bool) -> None:
 
 
 def run_training(
-    config: TuneConfig,
+    config: FinetuneConfig,
     model: Model,
     ctx: Context,
     world: World,
@@ -127,7 +127,7 @@ def _generate_before(
 
 
 def _prepare_network(
-    trainable: TrainableModel, config: TuneConfig, adapter: Adapter | None, world: World
+    trainable: TrainableModel, config: FinetuneConfig, adapter: Adapter | None, world: World
 ) -> tuple[str, Any]:
     """Select the trainable parameters, precision and device."""
     from llmworks.train.distributed.sharding import resolve_precision
@@ -147,7 +147,7 @@ def _prepare_network(
 
 
 def _create_steps(
-    config: TuneConfig,
+    config: FinetuneConfig,
     world: World,
     method: TrainMethod,
     training_data: TrainingData,
@@ -178,7 +178,7 @@ def _create_steps(
 
 
 def _open_full_model(
-    trainable: TrainableModel, config: TuneConfig, world: World, model: Model, adapter: Adapter | None
+    trainable: TrainableModel, config: FinetuneConfig, world: World, model: Model, adapter: Adapter | None
 ) -> TrainableModel:
     """Return the full model that the first process evaluates and saves: a second copy if weights are sharded."""
     from llmworks.train.finetune.trainable import open_trainable_model
@@ -193,7 +193,7 @@ def _open_full_model(
 
 
 def _create_loop_config(
-    config: TuneConfig,
+    config: FinetuneConfig,
     ctx: Context,
     precision: str,
     training_data: TrainingData,
@@ -244,7 +244,7 @@ def save_records(ctx: Context, dropped: Sequence[tuple[str, str]]) -> None:
 
 
 def _save_result(
-    config: TuneConfig,
+    config: FinetuneConfig,
     model: Model,
     training_data: TrainingData,
     ctx: Context,
@@ -347,7 +347,7 @@ def get_context_length(model: Model) -> int:
 
 
 def check_golden(
-    config: TuneConfig, model: Model | Adapter, tokenizer: Any, stop_ids: Sequence[int], stage: str = "train.sft"
+    config: FinetuneConfig, model: Model | Adapter, tokenizer: Any, stop_ids: Sequence[int], stage: str = "train.sft"
 ) -> None:
     """Check that the model's golden tokens replay, or may change. GoldenMismatch, with what to do, otherwise."""
     from llmworks.tokenize.chat.golden import require_replay

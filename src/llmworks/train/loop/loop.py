@@ -187,8 +187,8 @@ def _take_step(
         tokens=tokens,
         num_label_tokens=labels,
         seconds=seconds,
-        loading=loaded,
-        memory=peak_memory(world.device),
+        data_seconds=loaded,
+        peak_memory=peak_memory(world.device),
         **(loop_config.step_metrics() if loop_config.step_metrics is not None else {}),
     )
     bar.advance(1, loss=total, tokens_per_s=tokens / seconds)
@@ -238,7 +238,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     tokens, seconds = sum(r["tokens"] for r in rows), sum(r["seconds"] for r in rows)
     return {
         "steps": len(rows),
-        "loss_first": sum(r["loss"] for r in rows[:tenth]) / tenth,
+        "initial_loss": sum(r["loss"] for r in rows[:tenth]) / tenth,
         "loss": sum(r["loss"] for r in rows[-tenth:]) / tenth,
         "tokens": tokens,
         "seconds": round(seconds, 2),

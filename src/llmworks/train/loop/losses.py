@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from llmworks.model.loss.linear_cross_entropy import IGNORE_INDEX, get_chunk_size, is_plain_linear, linear_cross_entropy
 from llmworks.train.finetune.examples import PaddedBatch
-from llmworks.train.loop.packed import PackedBatch
+from llmworks.train.loop.packed_steps import PackedBatch
 
 LOGIT_TRANSFORMS = (
     "final_logit_softcapping",

@@ -58,10 +58,10 @@ def build_plots(
     for heading, name, y, factor in (
         ("Gradient norm", "grad_norm", "before clipping", 1.0),
         ("Learning rate", "learning_rate", "", 1.0),
-        ("Memory", "memory", "peak so far, GB", 1e-9),
+        ("Memory", "peak_memory", "peak so far, GB", 1e-9),
     ):
         values = [row[name] * factor for row in steps]
-        if name == "memory":  # a resumed process starts counting again
+        if name == "peak_memory":  # a resumed process starts counting again
             values = list(accumulate(values, max))
         curves.append(
             (
@@ -113,7 +113,7 @@ def write_report(
     tokens = sum(row["tokens"] for row in steps)
     report.title = f"Training of {title}"
     report.subtitle = (
-        f"{len(steps):,} steps, {tokens:,} tokens; mean loss went from {metrics['loss_first']:.3f} (first tenth of"
+        f"{len(steps):,} steps, {tokens:,} tokens; mean loss went from {metrics['initial_loss']:.3f} (first tenth of"
         f" the steps) to {metrics['loss']:.3f} nats per token (last tenth)."
         if loss
         else ""

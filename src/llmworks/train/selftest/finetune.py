@@ -106,7 +106,7 @@ class _SftBench(SelftestBench):
         from llmworks.model.io.decoder_files import save_decoder
         from llmworks.model.io.families import parse_shape
         from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
-        from llmworks.tokenize.chat.named import set_template
+        from llmworks.tokenize.chat.named_templates import set_template
         from llmworks.tokenize.load import get_stop_ids, load_tokenizer, read_json, silence_transformers
 
         silence_transformers()
@@ -258,7 +258,7 @@ def _strip_whitespace(text: str) -> str:
 def _check_row_isolation(bench: _SftBench) -> tuple[bool, str]:
     from llmworks.train.finetune.examples import collate_padding_free
     from llmworks.train.finetune.trainable import open_trainable_model
-    from llmworks.train.loop.packed import packed_loss
+    from llmworks.train.loop.packed_steps import packed_loss
 
     network = open_trainable_model(bench.model).network
     some = _make_examples(bench)[:8]

@@ -143,7 +143,7 @@ def _check_document_isolation(bench: _PretrainBench) -> tuple[bool, str]:
 
     from llmworks.data.store.packed_tokens import PackedDataset
     from llmworks.model.io.load import load_trainable
-    from llmworks.train.loop.packed import PackedSteps, packed_loss
+    from llmworks.train.loop.packed_steps import PackedSteps, packed_loss
 
     model = load_trainable(bench.model).eval()
     batch = PackedSteps(

@@ -8,7 +8,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,10 +19,6 @@ from llmworks.model.io.decoder_files import to_standard
 from llmworks.model.io.layer_reader import LayerReader
 from llmworks.model.lowbit.activations import quantize_inputs
 from llmworks.quantize.calibrate.layerwise import BlockInputs, BlockPart, LayerwiseCalibration, get_layer
-
-if TYPE_CHECKING:
-    pass
-
 
 BINS = 121  # bins of a weight histogram
 

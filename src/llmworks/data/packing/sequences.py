@@ -17,7 +17,7 @@ from llmworks.core.types import ROLES, Json, messages_from_json
 from llmworks.data.store.parts import Span
 from llmworks.data.store.rows import iter_table_rows, read_row_tables
 from llmworks.tokenize.chat.encode import ConversationEncoder
-from llmworks.tokenize.chat.named import Template, set_template
+from llmworks.tokenize.chat.named_templates import Template, set_template
 from llmworks.tokenize.load import load_tokenizer
 
 NO_TRAINABLE_TOKENS = "no assistant token to train on"

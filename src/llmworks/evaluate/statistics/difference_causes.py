@@ -13,18 +13,18 @@ IGNORED = {"what", "data", "examples"}  # fields of a task that affect neither p
 CLOSE_CALL_NATS = 0.1  # nats between the best two options, below which rounding may decide
 
 CAUSES = {
-    "worked examples": "the few-shot examples or their number differ",
+    "few-shot examples": "the few-shot examples or their number differ",
     "prompt style": "one uses the model's chat template, the other plain text",
     "prompt text": "question, description or delimiters differ",
-    "beginning token": "the same text; one starts with a BOS token, the other does not",
+    "BOS token": "the same text; one starts with a BOS token, the other does not",
     "template": "the same turns, rendered by another chat template",
     "truncation": "the prompt was truncated because the engine's context length is shorter",
     "tokenizer": "the same text, tokenized differently",
     "refused": "one request was rejected",
-    "normalisation": "the same text was generated, but extracted or scored differently",
-    "answer cut off": "one answer reached max_tokens and is a prefix of the other",
+    "answer extraction": "the same text was generated, but extracted or scored differently",
+    "max_tokens reached": "one answer reached max_tokens and is a prefix of the other",
     "stop string": "one answer ended at a stop string that the other run does not have",
-    "end token": "one answer ended at a stop token that the other run does not have",
+    "stop token": "one answer ended at a stop token that the other run does not have",
     "sampling": "answers are sampled, not greedy",
     "close call": f"the best two options are less than {CLOSE_CALL_NATS:g} nats apart: rounding may decide",
     "numbers": "the same prompt tokens, but the model's logits differ: other weights or precision",
@@ -34,9 +34,9 @@ CAUSES = {
 def find_cause(a: RunData, b: RunData, left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
     """Return the first cause found for a sample on which two runs differ."""
     one, other = a["definition"], b["definition"]
-    if left.get("asked") != right.get("asked"):
+    if left.get("prompt_digest") != right.get("prompt_digest"):
         if one["shots"] != other["shots"]:
-            return "worked examples"
+            return "few-shot examples"
         return "prompt style" if one["prompt"] != other["prompt"] else "prompt text"
     if left.get("read") and right.get("read") and left["read"] != right["read"]:
         return _explain_tokens(a["protocol"], b["protocol"], left, right)
@@ -47,7 +47,7 @@ def find_cause(a: RunData, b: RunData, left: Mapping[str, Any], right: Mapping[s
     if one["kind"] != "generate":
         return "numbers"
     if left["text"] == right["text"]:
-        return "normalisation"
+        return "answer extraction"
     if one["temperature"] or other["temperature"]:
         return "sampling"
     return _explain_text(a, b, left, right)
@@ -56,7 +56,7 @@ def find_cause(a: RunData, b: RunData, left: Mapping[str, Any], right: Mapping[s
 def _explain_tokens(a: RunData, b: RunData, left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
     """Explain why the same text was tokenized differently."""
     if a.get("bos") != b.get("bos") or a.get("beginning") != b.get("beginning"):
-        return "beginning token"
+        return "BOS token"
     if a.get("template") != b.get("template") and a.get("prompt") == "chat":
         return "template"
     return "truncation" if left.get("cut") != right.get("cut") or a.get("window") != b.get("window") else "tokenizer"
@@ -65,7 +65,7 @@ def _explain_tokens(a: RunData, b: RunData, left: Mapping[str, Any], right: Mapp
 def _explain_choice(left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
     """Explain why another option was chosen."""
     if left.get("chosen") == right.get("chosen"):
-        return "normalisation"
+        return "answer extraction"
     return (
         "close call"
         if min(compute_margin(left["logprobs"]), compute_margin(right["logprobs"])) < CLOSE_CALL_NATS
@@ -78,11 +78,11 @@ def _explain_text(a: RunData, b: RunData, left: Mapping[str, Any], right: Mappin
     (short, _), (long, _) = sorted(((left, a), (right, b)), key=lambda pair: len(pair[0]["text"]))
     if long["text"].startswith(short["text"].rstrip()):
         if short["finish"] == "length":
-            return "answer cut off"
+            return "max_tokens reached"
         if a["definition"]["stop"] != b["definition"]["stop"]:
             return "stop string"
         if a["protocol"].get("stops") != b["protocol"].get("stops"):
-            return "end token"
+            return "stop token"
     return "numbers"
 
 
@@ -95,7 +95,7 @@ def compute_margin(logprobs: Sequence[float]) -> float:
 def list_setting_differences(a: RunData, b: RunData) -> list[tuple[str, str, str]]:
     """List (setting, before, after) for all differing settings that affect prompts or scores."""
     out: list[tuple[str, str, str]] = []
-    for part, skip in (("definition", IGNORED), ("protocol", {"rows", "asked"})):
+    for part, skip in (("definition", IGNORED), ("protocol", {"rows", "num_samples"})):
         for key in sorted({*a[part], *b[part]} - skip):
             before, after = a[part].get(key), b[part].get(key)
             if before != after:

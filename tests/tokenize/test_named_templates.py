@@ -14,7 +14,7 @@ from tests.conftest import TEMPLATE, make_tokenizer
 
 from llmworks.core.errors import ModelError, RequestError, UserError
 from llmworks.core.types import Json, Message, ToolCall
-from llmworks.tokenize.chat.named import FOLDER, NAMED_TEMPLATES, get_named_template
+from llmworks.tokenize.chat.named_templates import FOLDER, NAMED_TEMPLATES, get_named_template
 from llmworks.tokenize.chat.templates import adapt_tools, add_tool_support, encode, render_masked, render_text
 from llmworks.tokenize.view import format_ansi, format_html, format_plain, strip_colors
 

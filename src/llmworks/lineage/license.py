@@ -68,10 +68,10 @@ def find_license_conflicts(family: Family, licenses: Mapping[str, str]) -> list[
         }
         own, kinds = (
             licenses.get(node.digest, ""),
-            {name: classify_license(said) for name, said in ancestor_licenses.items()},
+            {name: classify_license(terms) for name, terms in ancestor_licenses.items()},
         )
         strict = {name: ancestor_licenses[name] for name, kind in kinds.items() if kind != "free"}
-        closed = {name: said for name, said in strict.items() if kinds[name] == "non-commercial"}
+        closed = {name: terms for name, terms in strict.items() if kinds[name] == "non-commercial"}
         if own not in ("", "other") and classify_license(own) == "free" and strict:
             found.setdefault(f"under {own}, from {_format_licenses(strict)}, which have stricter terms", []).append(
                 node.label
@@ -82,14 +82,14 @@ def find_license_conflicts(family: Family, licenses: Mapping[str, str]) -> list[
                 f" {_format_licenses(closed)}, which allows no commercial use",
                 [],
             ).append(node.label)
-        shared = {name: said for name, said in strict.items() if kinds[name] == "share-alike"}
+        shared = {name: terms for name, terms in strict.items() if kinds[name] == "share-alike"}
         if shared and (own in ("", "other") or classify_license(own) == "own"):
             found.setdefault(
                 f"{f'under {own}' if own not in ('', 'other') else 'without a license of their own'}, from"
                 f" {_format_licenses(shared)}, which require the same license",
                 [],
             ).append(node.label)
-        terms = {said for name, said in strict.items() if kinds[name] in ("share-alike", "own")}
+        terms = {terms for name, terms in strict.items() if kinds[name] in ("share-alike", "own")}
         if (
             len(terms) > 1
             and len({licenses[parent] for _, parent in node.parents if licenses.get(parent, "other") != "other"}) > 1
@@ -102,4 +102,4 @@ def find_license_conflicts(family: Family, licenses: Mapping[str, str]) -> list[
 
 
 def _format_licenses(licences: Mapping[str, str]) -> str:
-    return " and ".join(f"{name} ({said})" for name, said in licences.items())
+    return " and ".join(f"{name} ({terms})" for name, terms in licences.items())

@@ -28,7 +28,7 @@ class _StoredSample(_StoredModel):
     question: str = ""
     group: str = ""
     row: str = ""
-    asked: str = ""
+    prompt_digest: str = ""
     reference: str = ""
     reason: str = ""
     text: str = ""

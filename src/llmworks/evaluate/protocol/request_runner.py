@@ -14,7 +14,7 @@ from typing import Any
 from llmworks.core.errors import ModelError, RequestError, UserError
 from llmworks.core.progress import Progress
 from llmworks.core.types import Engine, Request, Sampling
-from llmworks.evaluate.protocol.likelihood import (
+from llmworks.evaluate.protocol.loglikelihood import (
     Encode,
     LoglikelihoodRequest,
     LoglikelihoodResult,

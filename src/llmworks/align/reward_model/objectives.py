@@ -19,7 +19,7 @@ from llmworks.core.artifact import Model
 from llmworks.core.errors import ModelError
 from llmworks.model.io.decoder_files import load_decoder
 from llmworks.model.io.reward_head import RewardKind, create_reward_head, save_reward_model
-from llmworks.model.lora.fold import merge_adapter_into
+from llmworks.model.lora.merge_adapter import merge_adapter_into
 from llmworks.model.nn.decoder import DecoderForCausalLM
 from llmworks.train.finetune.method import TrainMethod
 from llmworks.train.finetune.trainable import TrainableModel
@@ -62,7 +62,7 @@ class PairRewardObjective:
     def loss(self, network: Any, batch: CompletionBatch) -> Tensor:
         """Compute the loss as a sum over the pairs of a batch."""
         chosen, rejected = self.compute_scores(network, batch)
-        self.metrics.add(chosen=chosen, rejected=rejected, margin=chosen - rejected, ranked=(chosen > rejected).float())
+        self.metrics.add_rewards(chosen, rejected)
         return bradley_terry(chosen, rejected, self.margin * batch.extras["margin"], center=self.center).sum()
 
     def evaluate(self, network: Any, eval_examples: Sequence[PromptCompletions]) -> dict[str, float]:
@@ -126,8 +126,13 @@ class ProcessRewardObjective:
     def loss(self, network: Any, batch: CompletionBatch) -> Tensor:
         """Compute the loss as a sum over steps, scaled so that its mean over completions is the mean over labels."""
         scores, right = self.compute_scores(network, batch), batch.extras["right"]
+        probabilities, correct = scores.sigmoid(), ((scores > 0) == right).float()
         self.metrics.add(
-            chosen=scores[right].sigmoid(), rejected=scores[~right].sigmoid(), ranked=((scores > 0) == right).float()
+            **{
+                "rewards/chosen": probabilities[right],
+                "rewards/rejected": probabilities[~right],
+                "rewards/accuracies": correct,
+            }
         )
         total: Tensor = step_loss(scores, right).sum() * batch.extras["share"]
         return total

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from llmworks.data.store.rows import Row
 from llmworks.tokenize.chat.template_faults import TrainingFault
-
-if TYPE_CHECKING:
-    pass
-
 
 LEVELS = ("error", "warning", "note")
 

@@ -162,7 +162,7 @@ class SyntheticDatasetBuilder:
     def build_row(
         self,
         id: str,
-        asked: Sequence[GenerationPrompt | str],
+        requests: Sequence[GenerationPrompt | str],
         *,
         group: str = "",
         tools: Sequence[Json] = (),
@@ -176,7 +176,7 @@ class SyntheticDatasetBuilder:
         """
         turns: Json = {name: parts.pop(name) for name in ("messages", "prompt", "chosen", "rejected") if name in parts}
         prompts = [
-            [{"role": "user", "content": p}] if isinstance(p, str) else messages_to_json(p.messages) for p in asked
+            [{"role": "user", "content": p}] if isinstance(p, str) else messages_to_json(p.messages) for p in requests
         ]
         by = (
             {"model": self.model.ref.partition("?")[0] or self.model.name, "digest": self.model.digest[:12]}

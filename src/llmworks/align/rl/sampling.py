@@ -26,9 +26,9 @@ from llmworks.align.preference.examples import CompletionTokens, PromptCompletio
 from llmworks.align.preference.logprobs import compute_logprobs
 from llmworks.align.preference.objective import MethodContext
 from llmworks.align.preference.reference import AdapterSnapshot
-from llmworks.align.rl.cases import RewardInput
-from llmworks.align.rl.experience import PER_TOKEN_FIELDS, Rollout, RolloutPrompt, SampledCompletion
+from llmworks.align.rl.reward_input import RewardInput
 from llmworks.align.rl.rewards import RewardFunctions, RewardResult
+from llmworks.align.rl.rollout import PER_TOKEN_FIELDS, Rollout, RolloutPrompt, SampledCompletion
 from llmworks.core.errors import TrainingError
 from llmworks.core.types import Completion, Request, Sampling
 from llmworks.generate.engines.torch import TorchEngine
@@ -161,8 +161,8 @@ class RolloutSampler:
             for at, prompt, group in zip(no_signal, more.prompts, more.completions, strict=False):
                 rollout.prompts[at], rollout.completions[at] = prompt, group
         rollout.metrics = figures | {
-            "drawing": round(self.sampling_seconds, 3),
-            "valuing": round(self.scoring_seconds, 3),
+            "sampling_seconds": round(self.sampling_seconds, 3),
+            "scoring_seconds": round(self.scoring_seconds, 3),
         }
         if with_old_logprobs:
             self._record_logprobs(rollout, "old", self.options.temperature)
@@ -230,16 +230,16 @@ class RolloutSampler:
         groups = rewards if self.options.num_generations > 1 else rewards.flatten()[None]
         metrics = {
             "reward": float(known.mean()) if len(known) else 0.0,
-            "reward_deviation": float(known.std(correction=0)) if len(known) else 0.0,
-            "alike": sum(map(is_zero_variance, groups)) / len(groups),
-            "length": sum(len(one.ids) for one in flat) / len(flat),
-            "cut": sum(one.truncated for one in flat) / len(flat),
+            "reward_std": float(known.std(correction=0)) if len(known) else 0.0,
+            "frac_reward_zero_std": sum(map(is_zero_variance, groups)) / len(groups),
+            "completions/mean_length": sum(len(one.ids) for one in flat) / len(flat),
+            "completions/clipped_ratio": sum(one.truncated for one in flat) / len(flat),
             "repeated": sum(repeated_ngram_share(one.ids) for one in flat) / len(flat),
             "failed": float(rewards.isnan().float().mean()),
         }
         names = sorted({name for one in flat for name in one.rewards_by_function})
         return metrics | {
-            f"reward_{name}": (
+            f"rewards/{name}/mean": (
                 sum(one.rewards_by_function.get(name, 0.0) for one in flat)
                 / max(1, sum(name in one.rewards_by_function for one in flat))
             )
@@ -393,7 +393,7 @@ def collate_rollout(
         device=context.device,
     )
     extras |= {
-        "cut": torch.tensor([one.truncated for one in chosen], device=context.device),
+        "truncated": torch.tensor([one.truncated for one in chosen], device=context.device),
         "reward": torch.tensor([one.reward for one in chosen], device=context.device),
     }
     return replace(batch, labels=len(chosen), extras=extras)

@@ -49,7 +49,7 @@ def _read_raw_texts(dataset: Dataset) -> Iterator[tuple[str, str]]:
     import json
 
     from llmworks.core.documents import RejectedInput
-    from llmworks.data.readers.source import expand_archives, find_files, make_input_file
+    from llmworks.data.readers.input_files import expand_archives, find_files, make_input_file
     from llmworks.data.readers.tables import iter_lines
 
     for file in find_files(dataset.path):

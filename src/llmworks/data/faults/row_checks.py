@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from llmworks.core.types import Json
-from llmworks.data.faults.case import DatasetFinding, add_finding
+from llmworks.data.faults.finding import DatasetFinding, add_finding
 from llmworks.data.store.rows import Row
 from llmworks.tokenize.chat.template_faults import TrainingFault
 
 MIN_PAIRS, MAX_LONGER_FRACTION = 20, 0.7  # length bias is reported from this many pairs and above this share
-
-if TYPE_CHECKING:
-    pass
 
 
 MIN_LEAKED_CHARACTERS = 20  # shorter answers may occur in their prompt by chance
@@ -36,7 +32,7 @@ def check_rows(rows: Sequence[Row], pairs: bool, findings: dict[str, DatasetFind
                 findings,
                 row,
                 TrainingFault(
-                    "equal-sides",
+                    "identical-sides",
                     "error",
                     "chosen and rejected are identical",
                     "the pair has no training signal: remove it",
@@ -49,7 +45,7 @@ def check_rows(rows: Sequence[Row], pairs: bool, findings: dict[str, DatasetFind
                 findings,
                 row,
                 TrainingFault(
-                    "twice",
+                    "duplicate-row",
                     "warning",
                     "duplicate row",
                     "data.chat with duplicates=drop removes them",

@@ -98,7 +98,7 @@ def test_rows_and_statistics(chats: Path, tmp_path: Path, pico: Path, capsys: py
     facts = json.loads((tmp_path / "r" / "report.json").read_text())
     assert facts["turns"] == {"2": 3, "3": 1, "4": 1}
     assert facts["roles"] == {"user": 6, "assistant": 6, "system": 1}
-    assert (facts["same_rows"], facts["same_questions"], facts["with_system"]) == (1, 2, 1)
+    assert (facts["duplicate_rows"], facts["duplicate_questions"], facts["with_system"]) == (1, 2, 1)
     assert facts["languages"]["de"] == 1
     assert facts["lengths"]["assistant"]["100%"] == len("Sehr gut, vielen Dank.")
     said = capsys.readouterr().out

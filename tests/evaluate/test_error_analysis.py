@@ -90,7 +90,7 @@ def test_a_topic_that_fails_is_found(tmp_path: Path) -> None:
     assert [p["facet"] for p in found] == ["topic"]
     assert set(found[0]["name"].split(", ")) <= set(TOPICS["law"].split())
     assert found[0]["samples"] == 60
-    assert made.metrics["parts_more_than_chance"] == 1
+    assert made.metrics["significant_parts"] == 1
     assert "verdict" in page.subtitle or any(w in page.subtitle for w in TOPICS["law"].split())
     assert page.data["kinds"] == {"another number": page.data["failed"]} or set(
         page.data["kinds"]["another number"]
@@ -123,7 +123,7 @@ def test_chance_is_not_taken_for_a_cause(tmp_path: Path) -> None:
 def test_nothing_failed_and_nothing_to_divide(tmp_path: Path) -> None:
     page = ReportBuilder()
     made = error_analysis(ErrorAnalysisConfig(), evaluation(tmp_path, lambda *_: False), context(tmp_path, page))
-    assert (made.metrics["failed"], made.metrics["parts_more_than_chance"]) == (0, 0)
+    assert (made.metrics["failed"], made.metrics["significant_parts"]) == (0, 0)
     page.write(tmp_path / "out")
     (tmp_path / "e" / "report.json").write_text(
         json.dumps(

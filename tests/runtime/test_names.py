@@ -197,3 +197,11 @@ def test_an_old_name_is_no_other_field_of_its_config() -> None:
 )
 def test_the_nearest_meaning_counts(name: str, known: dict[str, str], found: str) -> None:
     assert find_field(name, known) == found
+
+
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_metrics_of_gates_are_listed(recipe: Path) -> None:
+    steps = yaml.safe_load(recipe.read_text()).get("steps", {}) if recipe.stem != "weather" else {}
+    metrics = {step["metric"] for step in steps.values() if "gate" in step}
+    tasks_of_their_own = {"wordsim353", "languages-bpe_lost"}  # NAME_metric of an input that the recipe names
+    assert metrics - tasks_of_their_own <= set(names()["metrics"])

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from llmworks.tokenize.bpe.bulk_encoder import build_bulk_encoder
 from tests.tokenize.test_bpe_fast import TEXTS
 
 from llmworks.cli import main
 from llmworks.core.artifact import Dataset
 from llmworks.core.documents import DocumentWriter, count_characters
 from llmworks.core.types import Document
+from llmworks.tokenize.bpe.bulk_encoder import build_bulk_encoder
 from llmworks.tokenize.bpe.config import TrainConfig
 from llmworks.tokenize.chat.named_templates import NAMED_TEMPLATES
 from llmworks.tokenize.chat.template_faults import TemplateUses, find_template_faults
@@ -178,7 +178,7 @@ def test_the_report_counts(documents: Path, tmp_path: Path) -> None:
         sum(len(tokenizer(t, split_special_tokens=True)["input_ids"]) for t in texts),
     )
     assert report["bytes_per_token"] == round(size / report["tokens"], 4)
-    assert report["unused"] == len(find_unused_ids(tokenizer, usage.id_counts)) == 700 - 2 - len(usage.id_counts)
+    assert report["unused_tokens"] == len(find_unused_ids(tokenizer, usage.id_counts)) == 700 - 2 - len(usage.id_counts)
     assert set(report["groups"]) >= {"en", "Cyrillic"}
     assert [detect_script(t) for t in ("hello", "привет", "人工", "كلمة", "123")] == [
         "Latin",

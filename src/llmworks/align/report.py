@@ -342,7 +342,7 @@ def make_curves(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str,
         if get_points(train_key) or evaluations:
             plots.append((heading, {key: points for key, points in series.items() if points}, y))
     for heading, name, y in (
-        ("KL divergence from the reference", "distance", "nats per completion"),
+        ("KL divergence from the reference", "kl", "nats per completion"),
         ("Entropy", "entropy", "nats per completion token"),
         ("Gradient norm", "grad_norm", "before clipping"),
         ("Learning rate", "learning_rate", ""),

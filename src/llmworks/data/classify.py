@@ -87,7 +87,7 @@ def classify(config: ClassifyConfig, good: list[Dataset], bad: list[Dataset], da
     metrics = {
         "documents": done.sum_values("kept"),
         "dropped": done.sum_values("dropped"),
-        "bound": round(bound, 6),
+        "threshold": round(bound, 6),
         **report,
     }
     return finish_dataset(
@@ -262,7 +262,7 @@ def _report(ctx: Context, data: Dataset, scores: Any, bound: float, done: PartRe
         **report.data,
         "kept": done.sum_values("kept"),
         "dropped": done.sum_values("dropped"),
-        "bound": bound,
+        "threshold": bound,
     }
     counts = np.histogram(scores, bins=40, range=(0, 1))[0].tolist()
     report.add_histograms("Scores", {"documents": {"counts": counts, "top": 1, "low": bound or None, "high": None}})

@@ -95,8 +95,8 @@ def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter
         metrics={
             "rows": facts["rows"],
             "shown": len(rows),
-            "same_rows": facts["same_rows"],
-            "same_questions": facts["same_questions"],
+            "duplicate_rows": facts["duplicate_rows"],
+            "duplicate_questions": facts["duplicate_questions"],
         },
     )
 
@@ -251,8 +251,8 @@ def _report_statistics(ctx: Context, facts: Json) -> None:
             ("with a system turn", "with_system"),
             ("with tools", "with_tools"),
             ("with tool calls", "with_calls"),
-            ("duplicates of another row", "same_rows"),
-            ("with the question of another row", "same_questions"),
+            ("duplicates of another row", "duplicate_rows"),
+            ("with the question of another row", "duplicate_questions"),
         )
     ]
     report.add_table("All rows", ("rows", "count"), whole)
@@ -281,8 +281,8 @@ def _format_summary(facts: Json) -> str:
         for name, label in (
             ("with_system", "with a system turn"),
             ("with_tools", "with tools"),
-            ("same_rows", "duplicates"),
-            ("same_questions", "with a duplicate question"),
+            ("duplicate_rows", "duplicates"),
+            ("duplicate_questions", "with a duplicate question"),
         )
         if facts[name]
     ]

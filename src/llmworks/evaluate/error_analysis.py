@@ -97,7 +97,7 @@ def error_analysis(config: ErrorAnalysisConfig, evaluation: Report, ctx: Context
         "samples": len(samples),
         "failed": len(failed),
         "clusters": len(set(facets["topic"].values())),
-        "parts_more_than_chance": sum(a < 0.05 for a in adjusted),
+        "significant_parts": sum(a < 0.05 for a in adjusted),
     }
     if worst is not None and worst[0] < 0.05:
         page.subtitle += f" Worst slice: {worst[1].facet} {worst[1].name!r}, {worst[1].failed} of {len(worst[1].ids)}."

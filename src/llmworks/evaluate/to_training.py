@@ -85,7 +85,7 @@ def to_training(config: ToTrainingConfig, evaluation: Report, data: Dataset, ctx
         [data],
         made,
         dropped=dropped,
-        metrics={"failed": len(failed), "right": len(made) - len(failed) + sum(dropped.values())},
+        metrics={"failed": len(failed), "num_correct": len(made) - len(failed) + sum(dropped.values())},
         note=f"failures of {found['model']} on {found['task']}, dev half",
     )
 

@@ -108,8 +108,8 @@ def report_usage(report: ReportBuilder, tokenizer: Any, usage: TokenizerUsage) -
     figures = {
         "bytes_per_token": round(total.bytes_per_token, 4),
         "tokens_per_word": round(total.fertility, 4),
-        "unused": len(unused_ids),
-        "texts_not_given_back": total.lossy,
+        "unused_tokens": len(unused_ids),
+        "not_round_tripped": total.lossy,
     }
     measured = {"texts": total.texts, "bytes": total.bytes, "tokens": total.tokens}
     report.data |= {

@@ -63,7 +63,7 @@ def train(config: TrainConfig, data: Dataset, ctx: Context, eval_data: Dataset |
     ctx.report.subtitle = (
         f"{usage.total.bytes_per_token:.2f} bytes per token and {usage.total.fertility:.2f} tokens per word on {where}."
     )
-    figures = {"vocabulary": config.vocab_size, **report_usage(ctx.report, tokenizer, usage)}
+    figures = {"vocab_size": config.vocab_size, **report_usage(ctx.report, tokenizer, usage)}
     ctx.report.data |= {"characters": int(characters * share), "control": control}
     ctx.progress.log(ctx.report.subtitle)
     return Tokenizer(ctx.out, metrics=figures, about={"vocabulary": config.vocab_size, "algorithm": config.algorithm})

@@ -84,7 +84,8 @@ def evolution(
         "scores": config.scores,
         "searched": config.search_tasks,
     }
-    return Report(ctx.out, metrics={"score": best.score, "first": first.score, "attempts": len(config.attempts)})
+    metrics = {"score": best.score, "initial_score": first.score, "attempts": len(config.attempts)}
+    return Report(ctx.out, metrics=metrics)
 
 
 def _describe_scores(config: EvolutionConfig, page: ReportBuilder) -> None:

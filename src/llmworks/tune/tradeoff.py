@@ -91,14 +91,14 @@ def tradeoff(
     metrics: dict[str, Any] = {
         "variants": len(quantized),
         "failed": len(failed),
-        "worth_having": len(best),
+        "pareto_optimal": len(best),
         "recommended_bytes": chosen.bytes,
         "recommended_kl": chosen.kl,
     }
     page.data = {
         "metrics": metrics,
         "recommended": chosen.model_dump(),
-        "worth_having": [v.name for v in best],
+        "pareto_optimal": [v.name for v in best],
         "original": original.model_dump(),
         "variants": [v.model_dump() for v in config.variants],
     }

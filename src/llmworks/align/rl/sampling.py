@@ -257,7 +257,7 @@ class RolloutSampler:
             for one in group
             for a, b in zip(one.engine, one.old, strict=False)
         ]
-        return {"engine_gap": sum(gaps) / max(1, len(gaps)), "engine_gap_most": max(gaps, default=0.0)}
+        return {"engine_gap": sum(gaps) / max(1, len(gaps)), "engine_gap_max": max(gaps, default=0.0)}
 
 
 def make_sampled_completion(completion: Completion, case: RewardInput, result: RewardResult) -> SampledCompletion:

@@ -63,8 +63,8 @@ def compute_statistics(rows: Sequence[Row], identify: Callable[[str], tuple[str,
         "with_tools": sum(bool(row.get("tools")) for row in rows),
         "with_calls": sum(any(m.get("tool_calls") for m in get_turns(row)) for row in rows),
         "with_system": sum(get_turns(row)[:1] != [] and get_turns(row)[0]["role"] == "system" for row in rows),
-        "same_rows": sum(n - 1 for n in whole.values()),
-        "same_questions": sum(n - 1 for n in questions.values()),
+        "duplicate_rows": sum(n - 1 for n in whole.values()),
+        "duplicate_questions": sum(n - 1 for n in questions.values()),
         "languages": dict(languages.most_common(20)),
         "fields": {
             name: dict(counts.most_common(MAX_FIELD_VALUES))

@@ -83,7 +83,7 @@ def run(config: ExpertsConfig, models: Mapping[str, Model], ctx: Context) -> Mod
         "parameters": sum(torch.Size(job.shape).numel() for job in plan.jobs),
         "experts": len(config.experts),
         "models": len(models),
-        "alike_layers": len(similar_layers),
+        "similar_layers": len(similar_layers),
     }
     write_report(config, models, kind, rows, metrics, ctx)
     return Model(

@@ -68,8 +68,8 @@ def rotate_model(config: RotateConfig, model: Model, ctx: Context) -> Model:
     metrics = {
         "golden_gap_mean": round(gap.mean, 6),
         "golden_greedy_agreement": round(gap.top1_agreement, 5),
-        "largest_before": round(before, 3),
-        "largest": round(after, 3),
+        "max_abs_before": round(before, 3),
+        "max_abs": round(after, 3),
     }
     ctx.report.title = f"{model.name} rotated"
     ctx.report.subtitle = (

@@ -136,8 +136,8 @@ def _compute_scores(config: DedupConfig, table: Any, part: Span) -> Array:
     wrong = next((i for i, value in enumerate(found) if not isinstance(value, (int, float))), None)
     if wrong is not None:
         raise DataError(
-            f"{part.file}: a document has no numeric {config.score_field!r} (score_field) in its metadata, needed by"
-            " keep"
+            f"{part.file}: a document has no numeric {config.score_field!r} (score_field) in its metadata, needed"
+            " by keep"
         )
     return np.array(found, dtype=np.float64)
 

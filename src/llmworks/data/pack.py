@@ -241,8 +241,7 @@ def _build_dataset(
     report.title = f"{data.name} packed for {model.name}"
     report.subtitle = (
         f"{pieces:,} pieces in {rows:,} rows of {config.max_length:,} tokens; {figures['packing_efficiency']:.2%} of"
-        " the"
-        " space is used."
+        " the space is used."
     )
     report.data = {**figures, "length": config.max_length, "rejected": dict(reasons)}
     report.add_table("Metrics", ("metric", "value"), list(figures.items()))

@@ -116,8 +116,8 @@ def _split_documents(config: SplitConfig, data: Dataset, ctx: Context) -> Datase
     kept = done.sum_values("documents")
     if not kept:
         raise DataError(
-            f"{data.name}: the {config.split} side of {config.n_splits} folds is empty; {len(strata)} groups are too"
-            " few"
+            f"{data.name}: the {config.split} side of {config.n_splits} folds is empty; {len(strata)} groups are"
+            " too few"
         )
     done.gather(ctx.out)
     groups = len(held_out) if config.split == "test" else len(strata) - len(held_out)

@@ -97,8 +97,7 @@ def verifiable(config: VerifiableConfig, data: Dataset, ctx: Context) -> Dataset
     if not rows:
         raise DataError(
             f"{data.name}: none of {len(texts)} texts is {config.word_range[0]} to {config.word_range[1]} words long"
-            " and"
-            f" fits {config.min_instructions} instructions{' of instruction_ids' if config.instruction_ids else ''}"
+            f" and fits {config.min_instructions} instructions{' of instruction_ids' if config.instruction_ids else ''}"
         )
     rejected.write(ctx.out, ctx.progress.log)
     kinds = Counter(name for row in rows for name in row["answer"]["constraints"])

@@ -51,8 +51,7 @@ def evolution(
     page.title = f"Evolutionary merge of {config.merge}"
     page.subtitle = (
         f"The best of {len(config.attempts)} candidates scores {best.score:.4g} on {', '.join(config.search_tasks)};"
-        " the"
-        f" file's initial values score {first.score:.4g}."
+        f" the file's initial values score {first.score:.4g}."
     )
     page.add_text(
         "How to read it",

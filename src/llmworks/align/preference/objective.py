@@ -332,9 +332,8 @@ class KtoObjective:
             self.kl = self.estimate_kl(network, batch.extras["others"])
         ratios, entropy = self.compute_log_ratios(network, batch, batch.extras["ids"])
         good, rewards = batch.extras["good"], self.loss_options["beta"] * ratios.detach()
-        self.metrics.add(
-            **{"rewards/chosen": rewards[good], "rewards/rejected": rewards[~good], "entropy": entropy, "kl": self.kl}
-        )
+        sides = {"rewards/chosen": rewards[good], "rewards/rejected": rewards[~good]}
+        self.metrics.add(**sides, entropy=entropy, kl=self.kl)
         return kto(ratios, good, self.kl, **self.loss_options).sum()
 
     def evaluate(self, network: Any, eval_examples: Sequence[PromptCompletions]) -> dict[str, float]:

@@ -82,7 +82,7 @@ steps:
 
 def test_second_run_makes_nothing(finished: tuple[Path, Path]) -> None:
     done, lines = run(*finished)
-    assert {j.state for j in done.values()} == {"up to date", "from outside", "gate holds"}
+    assert {j.state for j in done.values()} == {"up to date", "external", "gate holds"}
     assert any(line.startswith("✓ chats") and "up to date" in line for line in lines)
 
 
@@ -138,7 +138,7 @@ def test_show_tree_verify_diff_on_the_workspace(finished: tuple[Path, Path]) -> 
     verdicts = {f["name"]: f["verdict"] for f in found}
     assert verdicts["small"] == verdicts["merged"] == verdicts["chats"] == "derived again, same bytes"
     assert verdicts["tuned"] == "declared"
-    assert verdicts["raw"] == "from outside"
+    assert verdicts["raw"] == "external"
     assert "config" in read("diff", "small/train", "small/test")
 
 

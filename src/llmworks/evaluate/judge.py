@@ -62,7 +62,7 @@ def judge(
 
     `labels`: human verdicts, rows of {id, label}, with `rater` where several people judged: a grade from 1 to 10, or
     A, B, C (tie).
-    Metrics: score (mean grade, or win rate with ties counted half), low, high, unread (unparsable verdicts), and kappa
+    Metrics: score (mean grade, or win rate with ties counted half), low, high, unparsed (verdicts), and kappa
     where there are labels.
     Errors: DataError for evaluations without generated answers or of different rows, contradictory labels, or no
     verdict at all.

@@ -17,7 +17,7 @@ REPORT_PAGE = "report/report.html"
 Verdict = Literal[
     "derived again, same bytes",
     "declared",
-    "from outside",
+    "external",
     "not here",
     "not comparable",
     "files unchanged",
@@ -67,7 +67,7 @@ def _verify_node(node: LineageNode, damaged: set[str], derive: Derive) -> Verifi
     if problems:
         return VerificationResult(node, "DAMAGED", f"{artifact.path}: " + "; ".join(problems))
     if not node.stage:
-        return VerificationResult(node, "from outside", "files unchanged")
+        return VerificationResult(node, "external", "files unchanged")
     if node.derivation == "declared":
         return VerificationResult(node, "declared", "files unchanged; this stage is not reproducible")
     if any(parent in damaged for _, parent in node.parents):

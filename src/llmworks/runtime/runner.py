@@ -22,7 +22,7 @@ from llmworks.runtime.read_recipe import load_recipe
 from llmworks.runtime.recipe import Expect, GateStep, Recipe, StageStep, UseStep, check_gate, find_referenced_steps
 from llmworks.runtime.session import Session
 
-StepState = Literal["up to date", "to run", "waits", "from outside", "gate holds", "gate fails", "made"]
+StepState = Literal["up to date", "to run", "waits", "external", "gate holds", "gate fails", "made"]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class RecipeRun:
             )
         if not self.session.is_local(step.ref):
             return StepStatus(step.name, "to run", f"{step.ref} must be downloaded or converted")
-        return StepStatus(step.name, "from outside", step.ref)
+        return StepStatus(step.name, "external", step.ref)
 
     def _explain(self, step: StageStep, inputs: Inputs, key: str) -> str:
         """Return why a step must run: what differs from its current artifact."""
@@ -184,7 +184,7 @@ class RecipeRun:
         out: list[StepStatus] = []
         for name, step in self.recipe.steps.items():
             judgement = self.check_step(name)
-            if isinstance(step, UseStep) and judgement.state == "from outside":
+            if isinstance(step, UseStep) and judgement.state == "external":
                 self.artifacts[name] = self._load_use(step)
             elif judgement.artifact is not None:
                 self.artifacts[name] = self._set_name(judgement.artifact, name)
@@ -216,7 +216,7 @@ class RecipeRun:
                 artifact = self._load_use(step)
                 self._bind(name, artifact)
                 self.say(f"✓ {label}  {step.ref}  {artifact.kind} {artifact.digest[:12]}")
-                done.append(StepStatus(name, "from outside", step.ref, artifact))
+                done.append(StepStatus(name, "external", step.ref, artifact))
             elif isinstance(step, GateStep):
                 self.say(
                     f"{'✓' if judgement.state == 'gate holds' else '✗'} {label}  {judgement.state}: {judgement.reason}"

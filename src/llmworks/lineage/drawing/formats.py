@@ -35,7 +35,7 @@ def draw_text(family: Family) -> str:
         made = (
             f"  [{' '.join([node.stage, *_describe_result(node)])}]"
             if node.stage
-            else f"  [from outside{f': {node.ref}' if node.ref else ''}]"
+            else f"  [external{f': {node.ref}' if node.ref else ''}]"
         )
         extra = f"  + {', '.join(dict.fromkeys(others))}" if others else ""
         notes = [role for role, digest in node.parents if digest in family.nodes and edge_style(node, role) == "dotted"]
@@ -103,7 +103,7 @@ def label_node(node: LineageNode) -> tuple[str, str, str]:
     """Return the text lines of a node's box."""
     return (
         node.label,
-        " ".join([node.stage or node.ref or "from outside", *_describe_result(node)]),
+        " ".join([node.stage or node.ref or "external", *_describe_result(node)]),
         f"{node.kind} {node.digest[:8] if not node.digest.startswith('claimed:') else 'known by name only'}",
     )
 

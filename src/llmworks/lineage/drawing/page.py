@@ -48,7 +48,7 @@ def _collect_details(family: Family, node: LineageNode, licences: Mapping[str, s
     facts: dict[str, Any] = {
         "kind": node.kind,
         "digest": node.digest,
-        "made by": node.stage or "from outside",
+        "made by": node.stage or "external",
         **({"reference": node.ref} if node.ref else {}),
         **({"licence": licences[node.digest]} if node.digest in licences else {}),
     }

@@ -38,7 +38,7 @@ class LoraConfig(Config):
         ),
     )
     bnb_4bit_use_double_quant: bool = Field(
-        True, description="nf4: double quantization, the block scales are quantized to 8 bits, too"
+        True, description="QLoRA: double quantization, the block scales are quantized to 8 bits, too"
     )
 
     @model_validator(mode="after")

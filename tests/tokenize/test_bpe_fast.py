@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llmworks.tokenize.bpe.bulk_encoder import PROBE_TEXTS, build_bulk_encoder
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from llmworks import assets
+from llmworks.tokenize.bpe.bulk_encoder import PROBE_TEXTS, build_bulk_encoder
 from llmworks.tokenize.bpe.trainers import LLAMA3_PATTERN
 
 TEXTS = [

@@ -127,9 +127,11 @@ def build_family(
 ) -> Family:
     """Build the lineage graph of artifacts; `names` (label to artifact) give display names; `kin`: parents in addition
     to those in manifests.
+
+    Of artifacts with one recorded digest the last in `artifacts` is the node: its files may differ from the others'.
     """
     labels = {a.digest: label.split("/")[-1] for label, a in (names or {}).items()}
-    every = {a.digest: a for a in [*artifacts, *(names or {}).values()]}
+    every = {a.digest: a for a in [*(names or {}).values(), *artifacts]}
     nodes: dict[str, LineageNode] = {}
     for artifact in every.values():
         m = artifact.manifest

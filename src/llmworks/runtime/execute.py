@@ -34,6 +34,7 @@ from llmworks.core.artifact import (
     sha256_file,
 )
 from llmworks.core.context import Context
+from llmworks.core.digests import check_unchanged, remember_digests
 from llmworks.core.errors import ArtifactError, UserError
 from llmworks.core.memory import release_memory, track_peak_memory
 from llmworks.core.progress import Progress, write_atomic
@@ -138,11 +139,18 @@ def execute(
 
     Safe with parallel processes and against being killed.
 
+    Errors: ArtifactError for an input, or an existing result, whose files were changed after it was made; those of the
+    stage.
+
     `track`: experiment trackers that also receive its metrics (`core/trackers.py`).
     """
+    if not get_rank():
+        for _, artifact in flatten_inputs(inputs):
+            check_unchanged(artifact)
     key = compute_step_key(stage, config, inputs, seed)
     found = workspace.find(key)
     if found is not None:
+        check_unchanged(found)
         return StageResult(found, is_new=False)
     if get_rank():
         return _run_as_follower(stage, config, inputs, workspace, key, seed, open_engine)
@@ -165,6 +173,7 @@ def execute(
                 stage, config, inputs, draft, scratch, key, seed, open_engine, progress, pool or WorkerPool()
             )
             artifact = workspace.publish(draft, manifest)
+            remember_digests(artifact)
         except Exception as error:
             if is_disk_full(error, workspace.root):
                 raise OSError(errno.ENOSPC, "no space left", str(workspace.root)) from error

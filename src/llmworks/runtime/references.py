@@ -6,12 +6,10 @@ Resolves them to artifacts (hashed once, cached), and opens an engine over any m
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,18 +25,15 @@ from llmworks.core.artifact import (
     Manifest,
     Model,
     compute_artifact_digest,
-    list_files,
     load,
-    sha256_file,
 )
+from llmworks.core.digests import hash_files_cached
 from llmworks.core.errors import UserError
 from llmworks.core.types import Engine
 from llmworks.core.workspace import Workspace, cache_directory
 from llmworks.generate.remote.endpoint import get_remote_identity, parse_remote
 
 Convert = Callable[[Artifact, str], Artifact]
-
-MAX_CACHED_DIGESTS = 10_000  # cached digests of external files: 1 MB of JSON, read for every reference
 
 
 def resolve_reference(
@@ -187,40 +182,6 @@ def _external_manifest(kind: str, files: dict[str, FileEntry], about: dict[str, 
         files=files,
         about=about,
     )
-
-
-def hash_files_cached(path: Path) -> dict[str, FileEntry]:
-    """Return digests of external files, cached by (device, inode, size, modification time)."""
-    store = cache_directory() / "digests.json"
-    try:
-        known: dict[str, str] = json.loads(store.read_text())
-    except (OSError, ValueError):
-        known = {}
-    root = path.parent if path.is_file() else path
-    out: dict[str, FileEntry] = {}
-    fresh: dict[str, str] = {}
-    for file in list_files(path):
-        stat = file.stat()
-        identity = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
-        digest = known.get(identity) or fresh.setdefault(identity, sha256_file(file))
-        out[file.relative_to(root).as_posix()] = FileEntry(sha256=digest, bytes=stat.st_size)
-    if fresh:
-        _save_digests(store, {**known, **fresh})
-    return out
-
-
-def _save_digests(store: Path, known: dict[str, str]) -> None:
-    """Store the newest digests; without space or write permission they are computed again next time."""
-    with contextlib.suppress(OSError):
-        store.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=store.parent, prefix=".digests-", delete=False) as stream:
-            draft = Path(stream.name)
-            try:
-                stream.write(json.dumps(dict(list(known.items())[-MAX_CACHED_DIGESTS:])))
-                stream.flush()
-                draft.replace(store)
-            finally:
-                draft.unlink(missing_ok=True)
 
 
 def find_digest(digest: str, workspace: Workspace | None) -> Artifact | None:

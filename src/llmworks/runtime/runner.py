@@ -13,6 +13,7 @@ from typing import Any, Literal
 from llmworks import assets
 from llmworks.assets.catalog import CATALOG
 from llmworks.core.artifact import Artifact, load
+from llmworks.core.digests import check_unchanged
 from llmworks.core.errors import ArtifactError, GateFailed, UserError
 from llmworks.core.workers import WorkerPool
 from llmworks.core.workspace import Workspace, get_size
@@ -233,6 +234,7 @@ class RecipeRun:
 
     def _run_stage(self, step: StageStep, judgement: StepStatus, label: str, explain: bool) -> StepStatus:
         if judgement.artifact is not None:
+            check_unchanged(judgement.artifact)
             self._bind(step.name, judgement.artifact)
             self.say(
                 f"✓ {label}  up to date  {judgement.artifact.kind} {judgement.artifact.digest[:12]}"

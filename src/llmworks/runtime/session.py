@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from llmworks.core import artifact as artifacts
 from llmworks.core.artifact import Adapter, Artifact, Config, Model
+from llmworks.core.digests import check_unchanged
 from llmworks.core.errors import ArtifactError, UserError
 from llmworks.core.workers import WorkerPool
 from llmworks.core.workspace import Workspace, check_out, default_workspace
@@ -194,12 +195,17 @@ class Session:
         """Open an engine over a Hugging Face directory, a GGUF file, a server, or an adapter with its base.
 
         Close it after use: it holds a model in memory, or a connection.
+
+        Errors: ArtifactError for a published model whose files were changed; UserError for what is no model.
         """
         found = self.load(model)
+        check_unchanged(found)
         if isinstance(found, Adapter):
             from llmworks.generate.engines.torch import TorchEngine
 
-            return TorchEngine.open(self.find_base(found).path, adapter=found.path, name=found.name)
+            base = self.find_base(found)
+            check_unchanged(base)
+            return TorchEngine.open(base.path, adapter=found.path, name=found.name)
         if not isinstance(found, Model):
             raise UserError(f"{found.path}: is a {found.kind}, not a model")
         return references.open_model(found)

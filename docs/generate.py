@@ -15,7 +15,7 @@ from typing import Any
 
 from llmworks.commands.table import COMMANDS, STAGE_USAGE, Command
 from llmworks.core.artifact import Config
-from llmworks.runtime.config_help import field_help
+from llmworks.runtime.config.help import field_help
 from llmworks.runtime.names import names
 from llmworks.runtime.resolve import ResolvedStage, resolve_stage
 from llmworks.runtime.stages import STAGES

@@ -15,7 +15,7 @@ import networkx as nx
 import pytest
 
 from llmworks.commands.table import COMMANDS, Command
-from llmworks.runtime.config_help import config_help
+from llmworks.runtime.config.help import config_help
 from llmworks.runtime.resolve import resolve_stage
 from llmworks.runtime.stages import STAGES
 from tests.budgets import BUDGETS, NEW_ROOM, TOTAL

@@ -12,12 +12,12 @@ from xml.etree import ElementTree
 import pytest
 
 from llmworks.cli import main
-from llmworks.lineage.claims import ParentClaim, list_claims, read_license
+from llmworks.lineage.claims.license import classify_license, find_license_conflicts
+from llmworks.lineage.claims.parents import ParentClaim, list_claims, read_license
 from llmworks.lineage.drawing.formats import draw_mermaid, draw_png, draw_svg
 from llmworks.lineage.drawing.layout import compute_layout
 from llmworks.lineage.drawing.page import draw_page
 from llmworks.lineage.family import Family, LineageNode
-from llmworks.lineage.license import classify_license, find_license_conflicts
 from tests.oracles.merge_models import save
 from tests.oracles.merges import models
 

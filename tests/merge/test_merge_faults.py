@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from llmworks.cli import main
 from llmworks.core.errors import LlmworksError, ModelError, UserError
 from llmworks.core.progress import Progress
-from llmworks.lineage.claims import list_claims
-from llmworks.lineage.license import classify_license
+from llmworks.lineage.claims.license import classify_license
+from llmworks.lineage.claims.parents import list_claims
 from llmworks.merge.ancestry import Ancestry, infer_ancestry
 from llmworks.merge.plan.config import MergeConfig
 from llmworks.merge.plan.layout import read_layout

@@ -31,8 +31,7 @@ def follow(stage: str, config: dict[str, Any]) -> tuple[Config, list[str]]:
         try:
             return validate(resolve_stage(stage), config), seen
         except UserError as error:
-            messages = str(error).split("; " + stage)
-            messages = [messages[0], *(stage + rest for rest in messages[1:])]
+            messages = str(error).splitlines()
         seen += messages
         for message in messages:
             obey(message, config)
@@ -52,9 +51,9 @@ def obey(message: str, config: dict[str, Any]) -> None:
     if found := PLACE.match(message):
         inner = at(config, found["inner"] or "")
         value = inner.pop(found["key"], None)
-        if better := re.search(r"did you mean '([\w.]+)'\?", found["rest"]):
+        if better := re.search(r"did you mean '([\w.]+)(?:: (\w+))?'\?", found["rest"]):
             place, _, name = better[1].rpartition(".")
-            at(inner, place).setdefault(name, value)
+            at(inner, place).setdefault(name, yaml.safe_load(better[2]) if better[2] else value)
         elif under := re.search(r"put its fields under `(\w+)`", found["rest"]):
             inner[under[1]] = value
         else:
@@ -63,8 +62,8 @@ def obey(message: str, config: dict[str, Any]) -> None:
     path, _, what = message.partition(": ")
     place, _, name = path.partition(".config.")[2].rpartition(".")
     inner = at(config, place)
-    if better := re.search(r"did you mean '(.+)'\?$", what):
-        for part in re.split(r" with | and ", better[1]):
+    if better := re.search(r"did you mean '(.+)'\?$|; use (.+)$", what):
+        for part in re.split(r" with | and ", better[1] or better[2]):
             key, colon, value = part.partition(": ")
             inner[key if colon else name] = yaml.safe_load(value if colon else part)
     else:

@@ -58,7 +58,7 @@ def test_steps_are_ordered_by_need(tmp_path: Path) -> None:
     [
         ("data.chat", "data.chta", 5, ["unknown stage 'data.chta'", "did you mean 'data.chat'"]),
         ("format: bfcl", "fromat: bfcl", 7, ["unknown key 'fromat'", "did you mean 'format'"]),
-        ("format: bfcl", "format: 7", 7, ["chats.config.format", "is 7"]),
+        ("format: bfcl", "format: 7", 7, ["chats.config.format", "got 7"]),
         ("split: train", "split: train, fold: x", 11, ["train.config.fold", "valid integer"]),
         ("split: train", "split: train, n_splits: 2, fold: 2", 11, ["fold must be smaller"]),
         ("{data: chats}", "{data: chast}", 10, ["unknown step 'chast'", "did you mean 'chats'"]),

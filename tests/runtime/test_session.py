@@ -79,7 +79,7 @@ def test_the_page_runs(
     assert isinstance(names["tuned"], Adapter)
     assert names["small"].gguf_path.exists()
     assert (tmp_path / "small").is_symlink()
-    assert "data.split.config.split: Input should be 'train' or 'test' (is 'trian')" in said
+    assert "data.split.config.split: Input should be 'train' or 'test' (got 'trian')" in said
     again = names["session"].make(
         "train.sft",
         kind=Adapter,

@@ -44,7 +44,7 @@ def describe_preference(
     )
     if evaluations:
         last = evaluations[-1]
-        saved = next((row for row in evaluations if row["step"] == metrics.get("best_step", -1)), last)
+        saved = next((row for row in evaluations if row["step"] + 1 == metrics.get("best_step")), last)
         if "accuracy" in saved:
             count = saved.get("eval_rows", 0)
             share, low, high = (

@@ -17,21 +17,27 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
-        flag = next((word.split("=")[0] for word in message.split() if word.startswith("--")), "")
-        hint = self._suggest(flag) if flag and message.startswith("unrecognized") else ""
-        print(f"{self.prog}: {message} ({hint or f'see {self.prog} --help'})", file=sys.stderr)
+        flags = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        hints = [self._suggest(flag) for flag in flags] if message.startswith("unrecognized") else []
+        hint = "; ".join(filter(None, hints)) or f"see {self.prog} --help"
+        print(f"{self.prog}: {message} ({hint})", file=sys.stderr)
         raise SystemExit(2)
 
     def _suggest(self, flag: str) -> str:
-        """Say what an unknown flag means: a config field, an input, or a flag that was renamed."""
-        from llmworks.runtime.names import find_field, find_flag, find_input
+        """Say what an unknown flag means: another spelling, an input, a config field, or a flag that was renamed."""
+        from llmworks.runtime.names import find_advice, find_field, find_flag, find_input
 
-        name = flag[2:].replace("-", "_")
+        name, command = flag[2:].replace("-", "_"), self.prog.removeprefix("llmworks ")
+        own = {option: option for action in self._actions for option in action.option_strings}
+        if spelled := own.get(flag.replace("_", "-")):
+            return f"did you mean {spelled}?"
         if given := find_input(name, self.inputs):
             return f"did you mean --{given.replace('_', '-')}?"
         if field := self.fields.get(name) or find_field(name, self.fields):
             return f"{name} is set with --set {field}=VALUE"
-        renamed = find_flag(self.prog.removeprefix("llmworks "), flag)
+        if advice := find_advice(command.replace(" ", "."), name):
+            return f"{name}: {advice}"
+        renamed = find_flag(command, flag)
         return f"did you mean {renamed}?" if renamed else ""
 
 

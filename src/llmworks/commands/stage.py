@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def build_parser(stage: ResolvedStage) -> Parser:
     """Return a stage's parser: inputs by name, fields by --set and --config."""
-    from llmworks.runtime.config_help import config_help
+    from llmworks.runtime.config.help import config_help
 
     known_fields = config_help(stage.config)
     wide = max((len(field) for field, _, _ in known_fields), default=0)
@@ -125,7 +125,7 @@ def _read_fields(args: argparse.Namespace) -> dict[str, Any]:
     """Return the config fields of --config, overridden by --set. UserError for invalid values."""
     import yaml
 
-    from llmworks.runtime.overrides import assign
+    from llmworks.runtime.config.overrides import assign
 
     values: dict[str, Any] = {}
     if args.config:

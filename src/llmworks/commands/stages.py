@@ -18,7 +18,7 @@ def build_parser() -> Parser:
 
 def handle(args: argparse.Namespace) -> None:
     """`llmworks stages [NAME] [--schema]`."""
-    from llmworks.runtime.config_help import config_help
+    from llmworks.runtime.config.help import config_help
     from llmworks.runtime.resolve import resolve_stage
     from llmworks.runtime.stages import get_stages as stage_table
 

@@ -45,9 +45,9 @@ def build_parser() -> Parser:
 
 def handle(args: argparse.Namespace) -> None:
     """`llmworks tree [ARTIFACT]`."""
+    from llmworks.lineage.claims.license import find_license_conflicts
     from llmworks.lineage.drawing.formats import draw_mermaid, draw_png, draw_svg, draw_text
     from llmworks.lineage.drawing.page import draw_page
-    from llmworks.lineage.license import find_license_conflicts
     from llmworks.workflows.family import build_workspace_family, collect_licenses
 
     session = create_session(args)

@@ -126,7 +126,7 @@ def describe_power(task: Task, samples: int) -> str:
     if detectable_difference >= 1:
         return f"{task.name}: {samples} samples, too few to distinguish two models"
     return (
-        f"{task.name}: {samples} samples; differences between two models below about {detectable_difference:.0%} are"
-        " rarely significant"
+        f"{task.name}: {samples} samples; differences between two models below about"
+        f" {detectable_difference * 100:.0f} percentage points are rarely significant"
         " (paired comparisons of similar models detect smaller ones)"
     )

@@ -12,7 +12,7 @@ import yaml
 
 from llmworks.assets.catalog import CATALOG
 from llmworks.core.artifact import Adapter, Artifact, Model
-from llmworks.lineage import claims as declared
+from llmworks.lineage.claims import parents as declared
 
 INHERITED_FIELDS = ("license", "license_name", "license_link", "language")
 BASE_INPUTS = ("base", "student", "policy", "model")  # input roles that name the base model, in order of preference

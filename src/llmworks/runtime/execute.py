@@ -34,7 +34,6 @@ from llmworks.core.artifact import (
     sha256_file,
 )
 from llmworks.core.context import Context
-from llmworks.core.digests import check_unchanged, remember_digests
 from llmworks.core.errors import ArtifactError, UserError
 from llmworks.core.memory import release_memory, track_peak_memory
 from llmworks.core.progress import Progress, write_atomic
@@ -43,6 +42,7 @@ from llmworks.core.trackers import MetricTracking
 from llmworks.core.types import Engine
 from llmworks.core.workers import WorkerPool
 from llmworks.core.workspace import Workspace
+from llmworks.lineage.digests import check_unchanged, remember_digests
 from llmworks.model.card import complete_card
 from llmworks.runtime.code_digest import compute_code_digest
 from llmworks.runtime.resolve import ResolvedStage
@@ -139,14 +139,12 @@ def execute(
 
     Safe with parallel processes and against being killed.
 
-    Errors: ArtifactError for an input, or an existing result, whose files were changed after it was made; those of the
-    stage.
+    Errors: ArtifactError for an input or an existing result whose files were changed; those of the stage.
 
     `track`: experiment trackers that also receive its metrics (`core/trackers.py`).
     """
-    if not get_rank():
-        for _, artifact in flatten_inputs(inputs):
-            check_unchanged(artifact)
+    for _, artifact in flatten_inputs(inputs) if not get_rank() else ():
+        check_unchanged(artifact)
     key = compute_step_key(stage, config, inputs, seed)
     found = workspace.find(key)
     if found is not None:

@@ -1,7 +1,7 @@
 """What names mean here: names before 0.3 and other libraries' names for a config field, stage, input or value.
 
-`names.yaml` is the data. It answers unknown keys (`overrides.py`) and makes `docs/names.md`. It is read when a name is
-unknown, not before.
+`names.yaml` is the data. It answers unknown keys (`config/errors.py`) and makes `docs/names.md`. It is read only when a
+name is unknown.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def find_advice(stage: str, name: str) -> str:
 def find_value(field: str, value: object) -> str:
     """Our value of a field for another library's, or ""."""
     values = names()["values"].get(field, {})
-    return str(values.get(value, "")) if isinstance(value, str | bool) else ""
+    return str(values.get(value, "")) if isinstance(value, str | int) else ""
 
 
 def find_stage(name: str, known: Iterable[str]) -> str:

@@ -13,8 +13,9 @@ from llmworks import assets
 from llmworks.core.artifact import Config
 from llmworks.core.errors import AssetError, RecipeError, UserError
 from llmworks.core.workspace import RESERVED
+from llmworks.runtime.config.errors import describe_errors, unknown
+from llmworks.runtime.config.overrides import assign
 from llmworks.runtime.names import find_input, find_stage
-from llmworks.runtime.overrides import assign, config_problem, unknown
 from llmworks.runtime.recipe import (
     BOUNDS,
     Expect,
@@ -290,8 +291,8 @@ class _RecipeReader:
         try:
             return model.model_validate(value)
         except ValidationError as error:
-            for item in error.errors():
-                self.add_problem((*at, *item["loc"]), config_problem(model, item, label, stage))
+            for place, text in describe_errors(model, [*error.errors()], label, stage):
+                self.add_problem((*at, *place), text)
             return None
 
     def parse_gate(self, name: str, at: Position, body: Mapping[str, Any]) -> Step | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -27,11 +26,11 @@ from llmworks.core.artifact import (
     compute_artifact_digest,
     load,
 )
-from llmworks.core.digests import hash_files_cached
 from llmworks.core.errors import UserError
 from llmworks.core.types import Engine
 from llmworks.core.workspace import Workspace, cache_directory
 from llmworks.generate.remote.endpoint import get_remote_identity, parse_remote
+from llmworks.lineage.digests import hash_files_cached
 
 Convert = Callable[[Artifact, str], Artifact]
 

@@ -71,7 +71,8 @@ def resolve_stage(name: str) -> ResolvedStage:
     from llmworks.core.context import Context
 
     if name not in get_stages():
-        near = difflib.get_close_matches(name, get_stages(), n=1)
+        near = [one for one in get_stages() if one.partition(".")[2] == name]
+        near = near or difflib.get_close_matches(name, get_stages(), n=1)
         raise UserError(
             f"unknown stage {name!r}{f', did you mean {near[0]!r}?' if near else ''}; `llmworks stages` lists them"
         )

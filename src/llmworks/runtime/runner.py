@@ -13,10 +13,10 @@ from typing import Any, Literal
 from llmworks import assets
 from llmworks.assets.catalog import CATALOG
 from llmworks.core.artifact import Artifact, load
-from llmworks.core.digests import check_unchanged
 from llmworks.core.errors import ArtifactError, GateFailed, UserError
 from llmworks.core.workers import WorkerPool
 from llmworks.core.workspace import Workspace, get_size
+from llmworks.lineage.digests import check_unchanged
 from llmworks.runtime.code_digest import compute_code_digest
 from llmworks.runtime.execute import Inputs, compute_step_key, flatten_inputs
 from llmworks.runtime.read_recipe import load_recipe

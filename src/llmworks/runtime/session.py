@@ -14,14 +14,14 @@ from pydantic import ValidationError
 
 from llmworks.core import artifact as artifacts
 from llmworks.core.artifact import Adapter, Artifact, Config, Model
-from llmworks.core.digests import check_unchanged
 from llmworks.core.errors import ArtifactError, UserError
 from llmworks.core.workers import WorkerPool
 from llmworks.core.workspace import Workspace, check_out, default_workspace
+from llmworks.lineage.digests import check_unchanged
 from llmworks.runtime import references
+from llmworks.runtime.config.errors import describe_errors
 from llmworks.runtime.execute import Inputs, StageResult, compute_step_key, execute, find_missing_inputs
 from llmworks.runtime.names import find_input
-from llmworks.runtime.overrides import config_problem
 from llmworks.runtime.resolve import ResolvedStage, find_conversion, resolve_stage
 
 if TYPE_CHECKING:
@@ -241,8 +241,8 @@ def validate(stage: ResolvedStage, config: Mapping[str, Any] | Config | None) ->
     try:
         return stage.config.model_validate(dict(config or {}))
     except ValidationError as error:
-        problems = [config_problem(stage.config, dict(e), f"{stage.name}.config", stage.name) for e in error.errors()]
-        raise UserError("; ".join(problems)) from None
+        problems = describe_errors(stage.config, [*error.errors()], f"{stage.name}.config", stage.name)
+        raise UserError("\n".join(text for _, text in problems)) from None
 
 
 def check_inputs(stage: ResolvedStage, given: Inputs) -> None:

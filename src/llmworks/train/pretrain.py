@@ -37,7 +37,12 @@ class PretrainOptimizer(OptimizerConfig):
     weight_decay: float = Field(
         0.1, ge=0, description="decoupled weight decay of matrices; vectors such as biases and norm weights have none"
     )
-    warmup_ratio: float = Field(0.02, ge=0, lt=1, description="fraction of all steps with linear warm-up from zero")
+    warmup_ratio: float = Field(
+        0.02,
+        ge=0,
+        lt=1,
+        description="fraction of all steps with linear warm-up to the peak rate",
+    )
 
 
 class PretrainConfig(TrainerConfig):

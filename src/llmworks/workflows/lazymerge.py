@@ -19,7 +19,7 @@ from llmworks.core.artifact import MANIFEST, Model, Report
 from llmworks.core.errors import LlmworksError, UserError
 from llmworks.core.workspace import Workspace
 from llmworks.evaluate.suites import SuiteTask
-from llmworks.lineage.claims import read_front_matter
+from llmworks.lineage.claims.parents import read_front_matter
 from llmworks.merge.plan.catalogue import METHODS
 from llmworks.merge.plan.config import MergeConfig
 from llmworks.model.card import write_model_card

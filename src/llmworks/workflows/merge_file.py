@@ -21,8 +21,9 @@ from llmworks.merge.moe.config import ExpertsConfig
 from llmworks.merge.plan.config import Condition, MergeConfig
 from llmworks.merge.plan.layout import read_layout
 from llmworks.merge.plan.plan import MergePlan, get_method
+from llmworks.runtime.config.errors import describe_errors, unknown
+from llmworks.runtime.config.overrides import assign
 from llmworks.runtime.execute import StageResult
-from llmworks.runtime.overrides import assign, config_problem, unknown
 from llmworks.runtime.resolve import resolve_stage
 from llmworks.runtime.session import Session
 
@@ -125,7 +126,7 @@ def _format_problem(kind: type[MergeConfig | ExpertsConfig], error: ValidationEr
                 else f"{one['loc'][-1]} is missing"
             )
         ]
-    return [config_problem(kind, one, where) for one in errors[:4]]
+    return [text for _, text in describe_errors(kind, errors, where)[:4]]
 
 
 def _sort_by_dependency(documents: Mapping[str, MergeDocument], file: Path) -> list[MergeDocument]:

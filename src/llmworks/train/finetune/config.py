@@ -80,7 +80,7 @@ class FinetuneConfig(TrainerConfig):
         if self.method != "lora" and self.lora != LoraConfig():
             raise ValueError(f"lora is for method lora; method {self.method} has no adapter")
         if self.early_stopping_patience and not self.metric_for_best_model:
-            raise ValueError("early_stopping_patience needs metric_for_best_model, the metric that is to improve")
+            raise ValueError("early_stopping_patience needs metric_for_best_model: eval_loss or accuracy")
         return self
 
     @property

@@ -133,7 +133,7 @@ def write_report(
     )
     if evaluations:
         last = evaluations[-1]
-        chosen = next((row for row in evaluations if row["step"] == metrics.get("best_step", -1)), last)
+        chosen = next((row for row in evaluations if row["step"] + 1 == metrics.get("best_step")), last)
         report.subtitle += (
             f" Eval set: loss {chosen['eval_loss']:.3f} nats per token, token accuracy {chosen['accuracy']:.1%}"
             + (f"; the saved weights are those of step {chosen['step'] + 1}." if chosen is not last else ".")

@@ -39,7 +39,7 @@ def require_eval_data(config: FinetuneConfig, *, given: bool) -> None:
     """Raise UserError if a config evaluates on an eval set that is not given."""
     if (config.metric_for_best_model or config.eval_steps) and not given:
         field = "metric_for_best_model" if config.metric_for_best_model else "eval_steps"
-        raise UserError(f"config.{field} needs held-out rows; provide them as eval_data")
+        raise UserError(f"config.{field} needs held-out rows; give them as the input eval_data (--eval-data)")
 
 
 def run_training(
@@ -222,7 +222,7 @@ def _create_loop_config(
 
 
 def get_eval_metrics(rows: Sequence[Mapping[str, Any]], best_step: int | None) -> dict[str, Any]:
-    """Return the metrics of the evaluation of the saved weights."""
+    """Return the metrics of the evaluation of the saved weights; best_step counts from 1, as the progress lines do."""
     evaluations = [row for row in rows if "eval_loss" in row]
     if not evaluations:
         return {}
@@ -230,7 +230,7 @@ def get_eval_metrics(rows: Sequence[Mapping[str, Any]], best_step: int | None) -
     return {
         "eval_loss": round(evaluation["eval_loss"], 5),
         **({"accuracy": round(evaluation["accuracy"], 5)} if "accuracy" in evaluation else {}),
-        "best_step": evaluation["step"],
+        "best_step": evaluation["step"] + 1,
     }
 
 

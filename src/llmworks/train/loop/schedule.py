@@ -30,7 +30,12 @@ class OptimizerConfig(Config):
         ),
     )
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate as a fraction of the peak")
-    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="fraction of all steps with linear warm-up from zero")
+    warmup_ratio: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="fraction of all steps with linear warm-up to the peak rate",
+    )
     decay_ratio: float = Field(0.2, gt=0, le=1, description="wsd: fraction of all steps in the decay phase")
     beta1: float = Field(
         0.9, ge=0, lt=1, description="decay of the first moment; muon: of the parameters that adamw trains"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llmworks import ArtifactError, Dataset, Message, Model, Request, Sampling, Session
 from llmworks.cli import main
-from llmworks.core import digests
+from llmworks.lineage import digests
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_files_are_read_once(
     made: tuple[Session, Model, Dataset], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Published files are known already; touched ones are read again and are the same."""
-    session, model, _ = made
+    model = made[1]
     read: list[Path] = []
     real = digests.sha256_file
     monkeypatch.setattr(digests, "sha256_file", lambda file: (read.append(file), real(file))[1])

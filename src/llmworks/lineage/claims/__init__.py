@@ -1,0 +1,1 @@
+"""What the files of models from elsewhere state: parents and licenses."""

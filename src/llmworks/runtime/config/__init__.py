@@ -1,0 +1,1 @@
+"""Configs of stages: help, `--set`, and descriptions of errors."""

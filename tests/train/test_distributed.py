@@ -172,10 +172,10 @@ LAYOUTS = {
 
 
 TUNED = {
-    "adapter": ("lora.rank=4",),
-    "adapter of four bits": ("lora.base=nf4", "lora.rank=4"),
+    "adapter": ("lora.r=4",),
+    "adapter of four bits": ("lora.load_in_4bit=true", "lora.r=4"),
     "all weights": ("method=full",),
-    "sharded adapter": ("lora.rank=4", "parallel.data_parallel=fsdp"),
+    "sharded adapter": ("lora.r=4", "parallel.data_parallel=fsdp"),
     "sharded weights": ("method=full", "parallel.data_parallel=fsdp"),
 }
 
@@ -193,7 +193,7 @@ def test_a_fine_tuning_is_the_same_in_two_processes(what: str, made: Path, pico:
         "optimizer.learning_rate=0.005",
         "save_steps=4",
         "eval_steps=4",
-        "samples=0",
+        "num_sample_prompts=0",
     )
     for name, more in (("one", alone), ("two", [*TUNED[what], "--nproc", "2"])):
         words = [

@@ -383,7 +383,7 @@ def test_torchrun_starts_it_too(made: Path, alone: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["lion", "muon"])
 def test_other_optimizers_shard(name: str, made: Path, tmp_path: Path) -> None:
     """One step: a sign, or an orthogonal matrix, of a gradient that is spread over processes; Muon finds it in bf16."""
-    more = (f"optimizer.name={name}", "tokens=512", "optimizer.learning_rate=0.0003", "num_train_epochs=1")
+    more = (f"optimizer.name={name}", "num_train_tokens=512", "optimizer.learning_rate=0.0003", "num_train_epochs=1")
     for at, layout in (("alone", ()), ("spread", ("parallel.data_parallel=fsdp", "--nproc", "2"))):
         assert main(words(made, tmp_path / at, *more, *layout)) == 0
     a, b = (load_file(tmp_path / at / "model.safetensors") for at in ("alone", "spread"))

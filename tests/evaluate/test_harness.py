@@ -345,7 +345,7 @@ def test_chat_prompts_are_those_of_the_harness(
             apply_chat_template=True,
             fewshot_as_multiturn=True,
         )
-        made = ours(file, rows, prompt="chat")
+        made = ours(file, rows, prompt_format="chat")
         first = [s for s in found["samples"]["t"] if s["filter"] in ("none", "strict")]
         for sample, other in zip(first, made["samples"], strict=True):
             if "logprobs" in other:

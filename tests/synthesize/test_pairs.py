@@ -299,8 +299,8 @@ def test_recipes_with_a_real_model(tmp_path: Path) -> None:
         capture_output=True,
     )
     for stage, options in {
-        "instruct": ["rows=4", "rounds=2", "requests=2", "num_generations.max_tokens=200"],
-        "evolve": ["rounds=1"],
+        "instruct": ["num_rows=4", "max_rounds=2", "requests_per_round=2", "decoding.max_tokens=200"],
+        "evolve": ["num_evolutions=1"],
         "branch": [],
         "sample": ["num_generations=3"],
         "pairs": ["num_generations=4"],

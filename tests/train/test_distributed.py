@@ -172,10 +172,10 @@ LAYOUTS = {
 
 
 TUNED = {
-    "adapter": ("lora.rank=4",),
-    "adapter of four bits": ("lora.base=nf4", "lora.rank=4"),
+    "adapter": ("lora.r=4",),
+    "adapter of four bits": ("lora.load_in_4bit=true", "lora.r=4"),
     "all weights": ("method=full",),
-    "sharded adapter": ("lora.rank=4", "parallel.data_parallel=fsdp"),
+    "sharded adapter": ("lora.r=4", "parallel.data_parallel=fsdp"),
     "sharded weights": ("method=full", "parallel.data_parallel=fsdp"),
 }
 
@@ -193,7 +193,7 @@ def test_a_fine_tuning_is_the_same_in_two_processes(what: str, made: Path, pico:
         "optimizer.learning_rate=0.005",
         "save_steps=4",
         "eval_steps=4",
-        "samples=0",
+        "num_sample_prompts=0",
     )
     for name, more in (("one", alone), ("two", [*TUNED[what], "--nproc", "2"])):
         words = [
@@ -383,7 +383,7 @@ def test_torchrun_starts_it_too(made: Path, alone: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["lion", "muon"])
 def test_other_optimizers_shard(name: str, made: Path, tmp_path: Path) -> None:
     """One step: a sign, or an orthogonal matrix, of a gradient that is spread over processes; Muon finds it in bf16."""
-    more = (f"optimizer.name={name}", "tokens=512", "optimizer.learning_rate=0.0003", "num_train_epochs=1")
+    more = (f"optimizer.name={name}", "num_train_tokens=512", "optimizer.learning_rate=0.0003", "num_train_epochs=1")
     for at, layout in (("alone", ()), ("spread", ("parallel.data_parallel=fsdp", "--nproc", "2"))):
         assert main(words(made, tmp_path / at, *more, *layout)) == 0
     a, b = (load_file(tmp_path / at / "model.safetensors") for at in ("alone", "spread"))

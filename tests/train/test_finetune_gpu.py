@@ -19,11 +19,11 @@ __all__ = ["run"]
 WAYS: dict[str, dict[str, Any]] = {
     "an adapter": {},
     "4 bits": {"lora": {"load_in_4bit": True}},
-    "magnitudes": {"lora": {"magnitudes": True}},
-    "dropout": {"lora": {"dropout": 0.1}},
+    "magnitudes": {"lora": {"use_dora": True}},
+    "dropout": {"lora": {"lora_dropout": 0.1}},
     "all weights": {"method": "full"},
-    "recompute": {"recompute": True},
-    "noise": {"neftune": 5.0},
+    "recompute": {"gradient_checkpointing": True},
+    "noise": {"neftune_noise_alpha": 5.0},
 }
 
 

@@ -33,13 +33,13 @@ steps:
     config: {{num_train_epochs: 2, num_sample_prompts: 0, lora: {{r: 4}}}}
 """
 SEARCH: dict[str, Any] = {
-    "metric": "tuned.held_out",
+    "metric": "tuned.eval_loss",
     "direction": "minimize",
     "trials": 4,
     "random": 2,
     "fields": {
         "tuned.optimizer.learning_rate": {"low": 1e-5, "high": 0.1, "log": True},
-        "tuned.lora.targets": {"choices": ["all-linear", ["q_proj"]]},
+        "tuned.lora.target_modules": {"choices": ["all-linear", ["q_proj"]]},
     },
 }
 
@@ -154,7 +154,7 @@ def test_a_trial_that_fails_is_told_and_others_go_on(
     monkeypatch.setattr(
         sweeping.RecipeRun,
         "run",
-        lambda self: self.found.update(tuned=Report(tmp_path, metrics={"loss": float("nan")})),
+        lambda self: self.artifacts.update(tuned=Report(tmp_path, metrics={"loss": float("nan")})),
     )
     nothing = run_trial(TrialJob(recipe, tmp_path / "ws", (), "tuned", "loss"))
     assert (nothing.score, nothing.error) == (None, "tuned.loss is nan")
@@ -251,7 +251,7 @@ def test_searches_that_do_not_fit_the_recipe(tmp_path: Path, pico: Path) -> None
     for change, kind, message in (
         ({"metric": "scored.score"}, UserError, "has no stage 'scored'; it has tuned"),
         ({"fields": {"tuned.lora.size": {"choices": [1]}}}, RecipeError, "size"),
-        ({"fields": {"tuned.lora.rank": {"low": -4, "high": 4, "whole": True}}}, RecipeError, "rank"),
+        ({"fields": {"tuned.lora.r": {"low": -4, "high": 4, "whole": True}}}, RecipeError, r"lora\.r"),
     ):
         with pytest.raises(kind, match=message):
             sweep(recipe, SweepConfig.model_validate({**SEARCH, **change}), Session(tmp_path / "ws"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from llmworks.core.artifact import Adapter, Model
+from llmworks.core.artifact import Adapter, Model, hash_files
 from llmworks.core.errors import ArtifactError, GoldenMismatch
 from llmworks.core.workspace import Workspace
 from llmworks.runtime.read_recipe import load_recipe
@@ -51,10 +51,11 @@ def test_merged_model_carries_the_adapters_template_and_golden_tokens(
 
 
 def changed(adapter: Adapter, to: Path, change: Callable[[Path], None]) -> Adapter:
-    """A copy of the adapter whose files, but not whose golden tokens, were changed."""
+    """A copy of the adapter whose files and their digests, but not whose golden tokens, were changed."""
     shutil.copytree(adapter.path, to)
     change(to)
-    return Adapter(to, manifest=adapter.manifest, name="changed")
+    assert adapter.manifest is not None
+    return Adapter(to, manifest=adapter.manifest.model_copy(update={"files": hash_files(to)}), name="changed")
 
 
 def scale_up(folder: Path) -> None:

@@ -638,7 +638,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         DataError,
         r"row 'r\d+': \d+ tokens, longer than max_length 7",
     ),
-    "best of nothing": ({"metric_for_best_model": "eval_loss"}, UserError, "provide them as eval_data"),
+    "best of nothing": ({"metric_for_best_model": "eval_loss"}, UserError, "give them as the input eval_data"),
     "a rate that breaks all": (
         {"optimizer": {"learning_rate": 1e30}},
         TrainingError,

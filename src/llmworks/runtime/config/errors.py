@@ -106,6 +106,7 @@ def _describe_unknown(model: type[Config], inner: Location, name: str, value: ob
         return f"unknown key {name!r}: it is the input `{given}` (--{given.replace('_', '-')})"
     spelled = {**{other: find_field(other, known) for other in other_names()}, **known}  # a misspelled old name, too
     alike = difflib.get_close_matches(name, [one for one in spelled if spelled[one]], n=1, cutoff=SIMILARITY)
+    alike = alike or [one for one in known if one.startswith(f"{name}_")]
     return unknown("key", name, here, spelled[alike[0]]) if alike else f"unknown key {name!r}; known: {', '.join(here)}"
 
 

@@ -147,6 +147,7 @@ def test_verify_lets_a_page_be_drawn_otherwise(finished: tuple[Path, Path]) -> N
     from llmworks.core.artifact import FileEntry
     from llmworks.lineage.family import build_family
     from llmworks.lineage.verify import verify
+    from llmworks.runtime.execute import compute_recorded_key
     from llmworks.runtime.session import load
 
     chats = load(str((finished[1] / "small" / "chats").resolve()))
@@ -159,8 +160,11 @@ def test_verify_lets_a_page_be_drawn_otherwise(finished: tuple[Path, Path]) -> N
         ([next(name for name in files if not name.startswith("report/"))], "DIFFERS"),
     ):
         found = verify(
-            build_family([chats]), chats.digest, lambda _, changed=changed: {**files, **dict.fromkeys(changed, other)}
-        )  # type: ignore[misc]
+            build_family([chats]),
+            chats.digest,
+            lambda _, changed=changed: {**files, **dict.fromkeys(changed, other)},  # type: ignore[misc]
+            compute_recorded_key,
+        )
         assert found[-1].verdict == verdict, changed
 
 

@@ -40,6 +40,7 @@ def build_parser() -> Parser:
 def handle(args: argparse.Namespace) -> None:
     """`llmworks verify ARTIFACT`."""
     from llmworks.lineage.verify import verify as check
+    from llmworks.runtime.execute import compute_recorded_key
     from llmworks.workflows.family import build_workspace_family, reproduce
 
     if args.golden:
@@ -50,7 +51,13 @@ def handle(args: argparse.Namespace) -> None:
     session = create_session(args)
     chosen = session.load(args.artifact)
     family = build_workspace_family(session.workspace, chosen)
-    findings = check(family, chosen.digest, partial(reproduce, session, family))
+    findings = check(
+        family,
+        chosen.digest,
+        partial(reproduce, session, family),
+        compute_recorded_key,
+        session.workspace.list_witnesses,
+    )
     if args.json:
         print_json(
             [

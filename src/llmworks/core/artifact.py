@@ -66,6 +66,7 @@ class Parent(Config):
     kind: str = Field(description="artifact kind")
     digest: str = Field(description="the parent's digest, hexadecimal")
     ref: str = Field(description="reference to find it outside the workspace; empty for a step's result")
+    manifest: str = Field("", description="SHA-256 of the parent's manifest when it was used; empty: it had none")
 
 
 class FileEntry(Config):
@@ -124,6 +125,7 @@ class Artifact:
         self.manifest = manifest
         self.name = name or self.path.name
         self.ref = ref
+        self.manifest_digest = ""  # of the manifest's file; empty for a draft and for an external artifact
         self.metrics: dict[str, Any] = manifest.metrics if manifest else dict(metrics or {})
         self.about: dict[str, Any] = manifest.about if manifest else dict(about or {})
         self.golden: Golden | None = manifest.golden if manifest else golden
@@ -250,6 +252,19 @@ def hash_files(path: Path, known: Mapping[str, FileEntry] | None = None) -> dict
     }
 
 
+def compute_key(
+    stage: str,
+    revision: int,
+    config: Mapping[str, Any],
+    seed: int,
+    parents: Mapping[str, str],
+    files: Mapping[str, str],
+) -> str:
+    """Return the digest of a step: of its stage, config, seed, parents' digests by role, and files that it reads."""
+    content = [stage, revision, config, seed, parents, *([files] if files else [])]
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
 def compute_artifact_digest(kind: str, key: str, files: dict[str, FileEntry]) -> str:
     """Return the artifact's digest over how it was derived and what it contains."""
     content = {name: entry.sha256 for name, entry in files.items()}
@@ -263,7 +278,8 @@ def load(path: Path, *, name: str = "", ref: str = "") -> Artifact:
     if not path.exists():
         raise ArtifactError(f"{path}: no such file or directory")
     try:
-        manifest = Manifest.model_validate_json(file.read_bytes())
+        data = file.read_bytes()
+        manifest = Manifest.model_validate_json(data)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no {MANIFEST}: not a complete llmworks artifact") from None
     except ValidationError as error:
@@ -274,7 +290,9 @@ def load(path: Path, *, name: str = "", ref: str = "") -> Artifact:
         ) from None
     if manifest.kind not in KINDS:
         raise ArtifactError(f"{file}: unknown artifact kind {manifest.kind!r}")
-    return KINDS[manifest.kind](path, manifest=manifest, name=name, ref=ref)
+    artifact = KINDS[manifest.kind](path, manifest=manifest, name=name, ref=ref)
+    artifact.manifest_digest = hashlib.sha256(data).hexdigest()
+    return artifact
 
 
 def check_base(adapter: Adapter, model: Model) -> bool:

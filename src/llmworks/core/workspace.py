@@ -5,6 +5,7 @@ NAME/STEP -> ../store/..  names, swapped atomically
 scratch/KEY12/            checkpoints for resuming a step
 locks/KEY12               one flock per step
 roots/ID -> OUT           `--out` links elsewhere that keep artifacts alive
+journal.jsonl             digests of manifests that were published, and gates that were judged
 tracking/TOOL             metrics in the formats of other tools (`--track`)
 """
 
@@ -13,15 +14,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from llmworks.core.artifact import MANIFEST, Artifact, Manifest, load, move_into_place, seal
 from llmworks.core.errors import ArtifactError, UserError
 
-RESERVED = ("store", "scratch", "locks", "roots", "tracking")
+RESERVED = ("store", "scratch", "locks", "roots", "tracking", "journal.jsonl")
 
 
 def default_workspace() -> Path:
@@ -112,8 +116,35 @@ class Workspace:
         """Seal a draft and move it into the store under its kind and digest."""
         seal(draft, manifest)
         target = self.store / f"{manifest.kind}-{manifest.digest[:12]}"
+        self.record({"digest": manifest.digest, "manifest": load(draft).manifest_digest, "stage": manifest.stage})
         move_into_place(draft, target)
         return load(target)
+
+    @property
+    def journal(self) -> Path:
+        """The file of what was published and which gates were passed, one JSON object a line."""
+        return self.root / "journal.jsonl"
+
+    def record(self, entry: Mapping[str, Any]) -> None:
+        """Append a line to the journal, in one write, unless it is there already."""
+        text = json.dumps(entry, ensure_ascii=False)
+        if self.journal.exists() and text[:-1].encode() in self.journal.read_bytes():
+            return
+        line = json.dumps({**entry, "at": datetime.now(UTC).isoformat(timespec="seconds")}, ensure_ascii=False) + "\n"
+        with self.journal.open("ab", buffering=0) as stream:
+            stream.write(line.encode())
+
+    def list_witnesses(self, digest: str) -> set[str]:
+        """Return the digests of manifests that the journal records for an artifact."""
+        if not self.journal.exists():
+            return set()
+        found = set()
+        for line in self.journal.read_bytes().splitlines():
+            if digest.encode() in line:
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a full disk cut
+                    entry = json.loads(line)
+                    found |= {entry["manifest"]} if entry["digest"] == digest else set()
+        return found
 
     def bind(self, group: str, name: str, artifact: Artifact) -> Path:
         """Point `group/name` to an artifact, atomically."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmworks.core.artifact import MANIFEST, Artifact, FileEntry, list_files, sha256_file
 from llmworks.core.errors import ArtifactError
-from llmworks.core.workspace import cache_directory
+from llmworks.core.workspace import Workspace, cache_directory
 
 MAX_CACHED_DIGESTS = 10_000  # of files: 1 MB of JSON, read for every reference
 
@@ -41,13 +41,16 @@ def remember_digests(artifact: Artifact) -> None:
 
 
 def check_unchanged(artifact: Artifact) -> None:
-    """Check that the files of a published artifact are those that its manifest records.
+    """Check that the files of a published artifact are those that its manifest records, and the manifest itself.
 
     Errors: ArtifactError that names the first file that was changed, added or removed.
     """
     manifest = artifact.manifest
     if manifest is None or not (artifact.path / MANIFEST).is_file():  # external files are hashed when they are resolved
         return
+    witnesses = list_witnesses(artifact)
+    if witnesses and artifact.manifest_digest not in witnesses:
+        raise ArtifactError(f"{artifact.path}: {MANIFEST} was changed after the {artifact.kind} was made; restore it")
     present = hash_files_cached(artifact.path)
     names = sorted(set(present) | set(manifest.files))
     changed = [name for name in names if present.get(name) != manifest.files.get(name)]
@@ -60,6 +63,12 @@ def check_unchanged(artifact: Artifact) -> None:
         f"{artifact.path}: {name} {what} after the {artifact.kind} was made{more}. Restore it, or remove the directory"
         f" to make it again; to use it as it is, copy it without {MANIFEST}"
     )
+
+
+def list_witnesses(artifact: Artifact) -> set[str]:
+    """Return the digests of its manifest that the journal of the artifact's workspace records; empty elsewhere."""
+    store = artifact.path.resolve().parent
+    return Workspace(store.parent).list_witnesses(artifact.digest) if store.name == "store" else set()
 
 
 def _identify(file: Path) -> str:

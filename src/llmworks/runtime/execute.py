@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import hashlib
 import os
 import platform
 import shutil
@@ -22,14 +21,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from llmworks.core.artifact import (
     Artifact,
     Config,
     FileEntry,
     Manifest,
     Parent,
-    canonical_json,
     compute_artifact_digest,
+    compute_key,
     hash_files,
     sha256_file,
 )
@@ -45,7 +46,8 @@ from llmworks.core.workspace import Workspace
 from llmworks.lineage.digests import check_unchanged, remember_digests
 from llmworks.model.card import complete_card
 from llmworks.runtime.code_digest import compute_code_digest
-from llmworks.runtime.resolve import ResolvedStage
+from llmworks.runtime.resolve import ResolvedStage, resolve_stage
+from llmworks.runtime.stages import get_stages
 
 Inputs = Mapping[str, "Artifact | Sequence[Artifact] | Mapping[str, Artifact]"]
 OpenEngine = Callable[[Artifact], Engine]
@@ -111,15 +113,22 @@ def compute_step_key(stage: ResolvedStage, config: Config, inputs: Inputs, seed:
     """
     parents = {role: artifact.digest for role, artifact in flatten_inputs(inputs)}
     files = {name: sha256_file(Path(name)) if Path(name).is_file() else "" for name in config.reads()}
-    content = [
-        stage.name,
-        stage.stage.revision,
-        config.model_dump(mode="json"),
-        seed,
-        parents,
-        *([files] if files else []),
-    ]
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    return compute_key(stage.name, stage.stage.revision, config.model_dump(mode="json"), seed, parents, files)
+
+
+def compute_recorded_key(manifest: Manifest) -> str:
+    """Return the step key of a manifest's stage, config, seed and parents; "" where it covers files, too."""
+    if manifest.stage in get_stages() and _read_files(manifest):
+        return ""
+    parents = {parent.role: parent.digest for parent in manifest.parents}
+    return compute_key(manifest.stage, manifest.revision, manifest.config, manifest.seed, parents, {})
+
+
+def _read_files(manifest: Manifest) -> tuple[str, ...]:
+    try:
+        return resolve_stage(manifest.stage).config.model_validate(manifest.config).reads()
+    except ValidationError:  # of an earlier version
+        return ()
 
 
 def execute(
@@ -283,7 +292,8 @@ def _run_stage(
         derivation=stage.stage.derivation,
         config=config.model_dump(mode="json"),
         parents=[
-            Parent(role=r, name=a.name, kind=a.kind, digest=a.digest, ref=a.ref) for r, a in flatten_inputs(inputs)
+            Parent(role=r, name=a.name, kind=a.kind, digest=a.digest, ref=a.ref, manifest=a.manifest_digest)
+            for r, a in flatten_inputs(inputs)
         ],
         files=files,
         code=compute_code_digest(stage.name),

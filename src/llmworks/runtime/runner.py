@@ -219,6 +219,7 @@ class RecipeRun:
                 self.say(f"✓ {label}  {step.ref}  {artifact.kind} {artifact.digest[:12]}")
                 done.append(StepStatus(name, "external", step.ref, artifact))
             elif isinstance(step, GateStep):
+                self._record_gate(step, judgement)
                 self.say(
                     f"{'✓' if judgement.state == 'gate holds' else '✗'} {label}  {judgement.state}: {judgement.reason}"
                 )
@@ -251,6 +252,20 @@ class RecipeRun:
             f" {format_metrics(outcome.artifact.metrics)}"
         )
         return StepStatus(step.name, "made", judgement.reason, outcome.artifact)
+
+    def _record_gate(self, step: GateStep, judgement: StepStatus) -> None:
+        """Record in the workspace's journal what a gate found in which artifact, which must be as it was made."""
+        artifact = self.artifacts[step.step]
+        check_unchanged(artifact)
+        self.workspace.record(
+            {
+                "digest": artifact.digest,
+                "manifest": artifact.manifest_digest,
+                "gate": f"{self.recipe.name}/{step.name}",
+                "state": judgement.state,
+                "reason": judgement.reason,
+            }
+        )
 
     def _bind(self, name: str, artifact: Artifact) -> None:
         self.artifacts[name] = self._set_name(artifact, name)

@@ -43,7 +43,7 @@ TRAININGS = (  # a line each
     "  trained: {stage: train.pretrain, inputs: {model: new, data: packed, eval_data: packed},"
     " config: {batch_size: 2, num_train_epochs: 2, sample_max_tokens: 4, eval_samples: 4}}\n"
     "  more: {stage: train.pretrain, inputs: {model: trained, data: packed},"
-    " config: {batch_size: 4, tokens: 500, sample_max_tokens: 0}}\n"
+    " config: {batch_size: 4, num_train_tokens: 500, sample_max_tokens: 0}}\n"
     "  gru: {stage: train.pretrain, inputs: {model: old, data: packed}, config: {batch_size: 2, sample_max_tokens:"
     " 0}}\n"
 )
@@ -160,7 +160,10 @@ def test_a_trial_runs_what_is_asked() -> None:
 def test_a_fine_tuning_is_what_then_happens(
     recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe, workspace = recipe_file(epochs=2.5, batch_size=3, accumulation=2), ["--workspace", str(tmp_path / "ws")]
+    recipe, workspace = (
+        recipe_file(num_train_epochs=2.5, batch_size=3, gradient_accumulation_steps=2),
+        ["--workspace", str(tmp_path / "ws")],
+    )
 
     def planned(*more: str) -> dict[str, Any]:
         assert main(["plan", str(recipe), *workspace, "--json", *more]) == 0
@@ -178,7 +181,7 @@ def test_a_fine_tuning_is_what_then_happens(
     assert tried["training"]["memory_bytes"] > before["training"]["parameters"] * 4 + BASE_PROCESS_BYTES
     assert main(["run", str(recipe), *workspace, "--quiet"]) == 0
     metrics = json.loads((tmp_path / "ws" / "small" / "tuned" / "manifest.json").read_text())["metrics"]
-    assert (tried["training"]["steps"], tried["training"]["learned"]) == (
+    assert (tried["training"]["steps"], tried["training"]["trainable_parameters"]) == (
         metrics["steps"],
         metrics["trainable_parameters"],
     )

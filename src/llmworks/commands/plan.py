@@ -94,7 +94,7 @@ def _steps_to_json(
     known = {
         name: {
             "parameters": t.parameters,
-            "learned": t.trainable_parameters,
+            "trainable_parameters": t.trainable_parameters,
             "steps": t.steps,
             "tokens": t.num_tokens,
             "operations": t.flops,

@@ -26,7 +26,7 @@ class ScalingRun:
 
     parameters: float
     tokens: float
-    work: float
+    flops: float
     loss: float
 
 
@@ -136,8 +136,8 @@ def fit_isoflop_curves(runs: Sequence[ScalingRun], bootstrap_iters: int = 200, s
     Runs have the same budget when their compute differs by less than a tenth.
     """
     groups: list[list[ScalingRun]] = []
-    for run in sorted(runs, key=lambda r: r.work):
-        if groups and run.work < 1.1 * groups[-1][0].work:
+    for run in sorted(runs, key=lambda r: r.flops):
+        if groups and run.flops < 1.1 * groups[-1][0].flops:
             groups[-1].append(run)
         else:
             groups.append([run])
@@ -159,7 +159,7 @@ def fit_isoflop_curves(runs: Sequence[ScalingRun], bootstrap_iters: int = 200, s
             if place is not None and x.min() < place < x.max() and len(inside) > bootstrap_iters / 2
             else None
         )
-        found.append(IsoFlopCurve(float(np.mean([r.work for r in group])), tuple(curve), least))
+        found.append(IsoFlopCurve(float(np.mean([r.flops for r in group])), tuple(curve), least))
     return found
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmworks.core.context import Context
 from llmworks.train.scaling_plan import ScalingConfig, ScalingRunPlan
 
 if TYPE_CHECKING:
     from llmworks.core.report import ReportBuilder
-    from llmworks.train.scaling_law import ScalingInterval, ScalingLaw, ScalingRun
+    from llmworks.train.scaling_law import IsoFlopCurve, ScalingInterval, ScalingLaw, ScalingRun
 
 
 def write_report(
@@ -21,7 +21,7 @@ def write_report(
     runs: list[ScalingRun],
     skipped: list[tuple[str, str]],
     law: ScalingLaw,
-    curves: list[Any],
+    curves: list[IsoFlopCurve],
     target: ScalingRunPlan,
     predicted: ScalingInterval,
     measured: ScalingRun,
@@ -106,11 +106,15 @@ def _describe_runs(
     )
 
 
-def _describe_isoflop(curves: list[Any], report: ReportBuilder, runs: list[ScalingRun], law: ScalingLaw) -> None:
+def _describe_isoflop(
+    curves: list[IsoFlopCurve], report: ReportBuilder, runs: list[ScalingRun], law: ScalingLaw
+) -> None:
     """Add the IsoFLOP curves with their parabolas, and the best size for each."""
     series = {
         f"{v.flops:.2g} FLOPs": sorted(
-            (math.log10(r.parameters), r.loss) for r in runs if r.work / v.work - 1 < 0.1 and v.work / r.work - 1 < 0.1
+            (math.log10(r.parameters), r.loss)
+            for r in runs
+            if r.flops / v.flops - 1 < 0.1 and v.flops / r.flops - 1 < 0.1
         )
         for v in curves
     }
@@ -122,18 +126,18 @@ def _describe_isoflop(curves: list[Any], report: ReportBuilder, runs: list[Scali
         ]
     if series:
         report.add_curves("IsoFLOP curves", series, x="log10 of parameters", y="nats per token")
-    found = [v for v in curves if v.parameters is not None]
+    found = [(v, v.parameters) for v in curves if v.parameters is not None]
     if curves:
         report.add_table(
             "Compute-optimal size per budget",
             ("FLOPs", "parameters (parabola)", "low", "high", "predicted"),
             [
                 (
-                    v.work,
+                    v.flops,
                     v.parameters.value if v.parameters else None,
                     v.parameters.low if v.parameters else None,
                     v.parameters.high if v.parameters else None,
-                    law.find_compute_optimal(v.work)[0],
+                    law.find_compute_optimal(v.flops)[0],
                 )
                 for v in curves
             ],
@@ -142,7 +146,7 @@ def _describe_isoflop(curves: list[Any], report: ReportBuilder, runs: list[Scali
     if len(found) > 1:
         from llmworks.train.scaling_law import fit_power_law
 
-        factor, exponent = fit_power_law([v.work for v in found], [v.parameters.value for v in found])
+        factor, exponent = fit_power_law([v.flops for v, _ in found], [least.value for _, least in found])
         report.add_text(
             "IsoFLOP fit",
             f"The compute-optimal number of parameters grows as {factor:.3g} * FLOPs^{exponent:.2f} (Hoffmann et"

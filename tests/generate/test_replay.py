@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tests.conftest import TEMPLATE, make_pico, make_tokenizer
 from tests.generate.loopback import Loopback, openai_reply
 
 from llmworks.cli import main
 from llmworks.core.types import Completion, messages_from_json
 from llmworks.model.from_gguf import read_quantization_type
+from llmworks.runtime.session import Session
 from llmworks.tokenize.chat.templates import adapt_tools, render_prompt
 
 
@@ -44,16 +46,33 @@ def changed(pico: Path, target: Path, template: str) -> Path:
 def test_engines_that_run_here(check: Callable[..., Any], pico: Path, pico_gguf: Path, tmp_path: Path) -> None:
     good = {"tokens": True, "logits": True}
     assert check(str(pico), str(pico_gguf))[:2] == (0, good)
-    assert check(str(pico), str(pico))[:2] == (0, good)
+    local = good | {"weights": True}
+    assert check(str(pico), str(pico))[:2] == (0, local)
     code, found, said = check(str(pico), str(make_pico(tmp_path / "other", seed=1)))
-    assert (code, found) == (1, {"tokens": True, "logits": False})
+    assert (code, found) == (1, local | {"logits": False})
     assert "does not replay the golden tokens of model: logits:" in said
     code, found, said = check(
         str(pico), str(changed(pico, tmp_path / "system", TEMPLATE.replace("{% for", "{{ '<|im_start|>' }}{% for", 1)))
     )
-    assert (code, found) == (1, {"tokens": False, "logits": True})
+    assert (code, found) == (1, local | {"tokens": False})
     assert "conversation 1: token 1 is 1, recorded" in said
     assert check(str(pico), str(pico_gguf), "--tolerance", "0")[0] == 1
+
+
+def test_weights_that_no_golden_token_reads(check: Callable[..., Any], pico: Path, tmp_path: Path) -> None:
+    """The input embedding of a token that occurs nowhere in the record, in a model with untied embeddings."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "tie_word_embeddings": False, "vocab_size": 2048}
+    made = Session(tmp_path / "ws", quiet=True).make("model.new", tokenizer=pico, config=shape).path
+    weights = load_file(made / "model.safetensors")
+    weights["model.embed_tokens.weight"][2047, 3] = float("nan")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(made, damaged)
+    (damaged / "manifest.json").unlink()
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    assert check(str(made), str(made))[:2] == (0, {"tokens": True, "weights": True, "logits": True})
+    code, found, said = check(str(made), str(damaged))
+    assert (code, found) == (1, {"tokens": True, "weights": False, "logits": True})
+    assert "weights: model.embed_tokens.weight holds 1 values that are NaN or infinite" in said
 
 
 def test_a_record_is_replayed_on_its_own_model(

@@ -49,6 +49,9 @@ class GoldenConversation(Config):
     positions: list[int] = Field(description="indices into `ids` after which logits are recorded")
     top_ids: list[list[int]] = Field(description="per position, the ids of the 32 largest logits, largest first")
     top_logits: list[list[float]] = Field(description="per position, the logits of `top_ids`")
+    logsumexp: list[float] = Field([], description="per position, log-sum-exp of all logits; empty in older records")
+    spread_ids: list[list[int]] = Field([], description="per position, ids evenly spread over the vocabulary")
+    spread_logits: list[list[float]] = Field([], description="per position, the logits of `spread_ids`")
 
 
 class Golden(Config):

@@ -13,6 +13,7 @@ from typing import Any
 from llmworks.core.artifact import Golden, GoldenConversation
 from llmworks.core.errors import LlmworksError
 from llmworks.core.types import Engine, Request, Sampling, messages_from_json
+from llmworks.model.golden import find_nonfinite
 from llmworks.tokenize.chat.golden import replay_logits, replay_tokens
 
 GREEDY_TOKENS = 8  # tokens of a greedy completion that are compared
@@ -45,13 +46,18 @@ def replay(golden: Golden, engine: Engine, tolerance: float, reference: Engine |
                 "; ".join(problems) or f"{count} ids, their masks and stop ids {golden.stop_ids} are as recorded",
             )
         )
+    if hasattr(getattr(engine, "model", None), "named_parameters"):
+        problem = find_nonfinite(local_engine.model)
+        checks.append(ReplayCheck("weights", not problem, problem or "all are finite"))
     if "logits" in engine.can:
         gap = replay_logits(golden, engine.logits)
         detail = (
             f"{gap.mean:.2g} mean difference (allowed {tolerance:g}), {gap.maximum:.2g} maximum, same greedy token at"
             f" {gap.top1_agreement:.0%} of positions"
         )
-        checks.append(ReplayCheck("logits", gap.mean <= tolerance, detail))
+        problem = gap.find_problem(tolerance)
+        unjudged = gap.finite and tolerance == float("inf")  # three and fewer bits
+        checks.append(ReplayCheck("logits", None if unjudged else not problem, problem or detail))
     if not checks:
         checks += _check_server(golden, engine, reference)
     return checks

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmworks.core.artifact import Golden
+from llmworks.core.errors import GoldenMismatch
 from llmworks.tokenize.chat import golden
 
 
@@ -23,6 +24,14 @@ def make_logits_function(model: Any) -> golden.Logits:
             return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float().numpy()
 
     return logits
+
+
+def find_nonfinite(model: Any) -> str:
+    """Return the first parameter or buffer of a torch module with NaN or infinite values, and their number; or ""."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and (count := int((~tensor.isfinite()).sum())):
+            return f"{name} holds {count} values that are NaN or infinite"
+    return ""
 
 
 def record_golden(path: Path) -> Golden:
@@ -39,12 +48,14 @@ def require_golden(recorded: Golden, path: Path, *, mean_within: float, step: st
     from llmworks.model.io.load import load_model
     from llmworks.tokenize.load import get_stop_ids, load_tokenizer
 
-    tokenizer = load_tokenizer(path)
+    tokenizer, model = load_tokenizer(path), load_model(path)
+    if problem := find_nonfinite(model):
+        raise GoldenMismatch(f"{step}: {problem}; nothing was published")
     return golden.require_replay(
         recorded,
         tokenizer,
         get_stop_ids(path, tokenizer),
-        make_logits_function(load_model(path)),
+        make_logits_function(model),
         mean_tolerance=mean_within,
         step=step,
     )

@@ -108,7 +108,7 @@ def test_every_entry_states_its_origin() -> None:
         assert asset.license, asset.name
         assert asset.kind in ("model", "dataset")
         assert all(len(p.sha256) == 64 and "=" in p.requirement and p.bytes > 0 for p in asset.packages)
-        assert asset.files or asset.trees
+        assert asset.files or asset.trees or (assets.fetch(asset.name) / "prompts.jsonl").exists()
 
 
 def test_url_is_kept_only_with_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

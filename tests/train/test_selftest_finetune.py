@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from llmworks.model.lora import adapter_io as adapter
 from llmworks.model.nn import attention
 from llmworks.tokenize.chat.templates import RenderedConversation
 from llmworks.train.distill import DistillConfig
+from llmworks.train.finetune import examples
 from llmworks.train.selftest import finetune as selftest_sft
 from llmworks.train.sft import SftConfig
 
@@ -93,6 +95,62 @@ def lost_mask(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(lessons, "render_masked", half)
 
 
+def unlearned_end(patch: pytest.MonkeyPatch) -> None:
+    real = lessons.render_masked
+
+    def without_ends(*args: Any, **more: Any) -> RenderedConversation:
+        made = real(*args, **more)
+        following = (*made.mask[1:], 0)
+        return RenderedConversation(made.ids, tuple(int(m and n) for m, n in zip(made.mask, following, strict=True)))
+
+    patch.setattr(lessons, "render_masked", without_ends)
+
+
+def shifted_mask(patch: pytest.MonkeyPatch) -> None:
+    real = lessons.render_masked
+
+    def late(*args: Any, **more: Any) -> RenderedConversation:
+        made = real(*args, **more)
+        return RenderedConversation(made.ids, (0, *made.mask[:-1]))
+
+    patch.setattr(lessons, "render_masked", late)
+
+
+def shifted_labels(patch: pytest.MonkeyPatch) -> None:
+    real = examples.collate_padding_free
+
+    def shifted(*args: Any, **more: Any) -> Any:
+        made = real(*args, **more)
+        return dataclasses.replace(made, label_ids=made.label_ids.roll(-1, 1))
+
+    patch.setattr(examples, "collate_padding_free", shifted)
+
+
+def other_ids(patch: pytest.MonkeyPatch) -> None:
+    real = lessons.render_masked
+
+    def other(*args: Any, **more: Any) -> RenderedConversation:
+        made = real(*args, **more)
+        ids = list(made.ids)
+        ids[3] += 1
+        return RenderedConversation(tuple(ids), made.mask)
+
+    patch.setattr(lessons, "render_masked", other)
+
+
+def lost_answer(patch: pytest.MonkeyPatch) -> None:
+    """The first answer of several is not trained on."""
+    real = lessons.render_masked
+
+    def later(*args: Any, **more: Any) -> RenderedConversation:
+        made = real(*args, **more)
+        begin = made.mask.index(1)
+        end = begin + (*made.mask[begin:], 0).index(0)
+        return RenderedConversation(made.ids, (*(0,) * end, *made.mask[end:]))
+
+    patch.setattr(lessons, "render_masked", later)
+
+
 def wrong_segments(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(attention, "get_segment_bounds", lambda segments: ((0, len(segments)),))
 
@@ -117,6 +175,11 @@ def _saved(b: selftest_sft._SftBench) -> tuple[bool, str]:
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., tuple[bool, str]]]] = {
     "questions are learned": (wrong_mask, selftest_sft._check_labels),
     "answers are not learned": (lost_mask, selftest_sft._check_labels),
+    "the end token is not learned": (unlearned_end, selftest_sft._check_labels),
+    "the mask is shifted": (shifted_mask, selftest_sft._check_labels),
+    "labels are shifted": (shifted_labels, selftest_sft._check_labels),
+    "ids are not those of the template": (other_ids, selftest_sft._check_labels),
+    "an answer is left out": (lost_answer, selftest_sft._check_labels),
     "rows see one another": (wrong_segments, selftest_sft._check_row_isolation),
     "parts weigh alike": (wrong_parts, _parts),
     "the adapter is drawn before the seed": (wrong_seed, selftest_sft.check_seed),

@@ -35,9 +35,13 @@ def get_asset(name: str) -> Asset:
 
 
 def cache_path(asset: Asset) -> Path:
-    """Return the asset's cache directory; its name contains a digest, so versions never collide."""
+    """Return the asset's directory, in this package or in the cache; there its name contains a digest, so versions
+    never collide.
+    """
     import hashlib
 
+    if asset.bundled:
+        return Path(__file__).parent / asset.bundled
     identity = hashlib.sha256(
         "".join((*(p.sha256 for p in asset.packages), *asset.files, *(t.folder + t.into for t in asset.trees))).encode()
     ).hexdigest()
@@ -46,7 +50,7 @@ def cache_path(asset: Asset) -> Path:
 
 def is_cached(asset: Asset) -> bool:
     """Return whether a complete, verified copy is in the cache."""
-    return (cache_path(asset) / COMPLETE).exists()
+    return bool(asset.bundled) or (cache_path(asset) / COMPLETE).exists()
 
 
 def fetch(name: str) -> Path:

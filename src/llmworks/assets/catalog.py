@@ -51,6 +51,7 @@ class Asset:
     trees: tuple[PackageTree, ...] = ()
     hub: str = ""  # model id on the Hugging Face Hub
     convert: bool = False  # a GGUF file, converted once to a Hugging Face directory for use
+    bundled: str = ""  # folder beside this module that holds the files; then there are no packages
 
     @property
     def bytes(self) -> int:
@@ -82,6 +83,11 @@ def _evals_asset(name: str, file: str, what: str, licence: str) -> Asset:
     )
 
 
+def _everyday_asset(name: str, folder: str, rows: int, use: str) -> Asset:
+    what = f"{rows} everyday questions without answers, for {use}"
+    return Asset(name, "dataset", "prompt", what, "Apache-2.0", (), bundled=folder)
+
+
 CATALOG: dict[str, Asset] = {
     asset.name: asset
     for asset in (
@@ -100,6 +106,10 @@ CATALOG: dict[str, Asset] = {
             hub="HuggingFaceTB/SmolLM2-135M-Instruct",
             convert=True,
         ),
+        _everyday_asset(
+            "everyday-prompts", "everyday_train", 159, "training data that keep what a model could do before"
+        ),
+        _everyday_asset("everyday-prompts-test", "everyday_test", 40, "measuring what a training made a model forget"),
         Asset(
             "gemma3-270m",
             "model",

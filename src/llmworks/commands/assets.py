@@ -60,7 +60,7 @@ def list_assets(args: argparse.Namespace) -> None:
                 f"{a.bytes / 1e6:.0f}",
                 a.license,
                 "yes" if assets.is_cached(a) else "no",
-                ", ".join(w.requirement for w in a.packages),
+                ", ".join(w.requirement for w in a.packages) or "part of llmworks",
                 a.description,
             )
             for a in CATALOG.values()

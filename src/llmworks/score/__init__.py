@@ -13,6 +13,7 @@ from llmworks.core.errors import DataError, UserError
 from llmworks.core.types import Message, Score, ScoreFunction
 from llmworks.score.code import code
 from llmworks.score.constraints import constraints_loose, constraints_share, constraints_strict
+from llmworks.score.degeneration import not_degenerate
 from llmworks.score.function_call import function_call, valid_call
 from llmworks.score.key import key
 from llmworks.score.shape import regex, schema
@@ -57,6 +58,7 @@ SCORES: dict[str, ScoreFunction] = {
     "schema": schema,
     "code": code,
     "sql": sql,
+    "not_degenerate": not_degenerate,
     "constraints": constraints_strict,
     "constraints_loose": constraints_loose,
     "constraints_share": constraints_share,

@@ -20,7 +20,8 @@ from llmworks.core.documents import REJECTED
 from llmworks.core.errors import DataError, RequestError
 from llmworks.core.types import Engine, Json, Message, Request, Sampling, messages_from_json, messages_to_json
 from llmworks.data.card import finish_rows
-from llmworks.data.store.rows import Row, flatten_messages, read_chat
+from llmworks.data.conversations.prompt_rows import read_prompt_rows
+from llmworks.data.store.rows import Row, flatten_messages, has_parquet, read_chat
 from llmworks.generate.remote.endpoint import parse_remote
 from llmworks.generate.remote.journal import Journal, compute_request_id
 from llmworks.generate.remote.usage import UsageMeter
@@ -291,12 +292,13 @@ def get_extra_fields(row: Row | None) -> Json:
 
 
 def read_prompts(data: Dataset, limit: int | None = None) -> list[tuple[Row, tuple[Message, ...]]]:
-    """Return (row, its messages before the final assistant turn) of conversations, with tools rendered as text.
+    """Return (row, its messages before the final assistant turn) of conversations or prompt-only rows, with tools
+    rendered as text.
 
     Errors: DataError when no row has a prompt.
     """
     prompts = []
-    for row in read_chat(data):
+    for row in read_chat(data) if has_parquet(data) else read_prompt_rows(data):
         turns = flatten_messages(row) if row["messages"] else ()
         while turns and turns[-1].role == "assistant":
             turns = turns[:-1]

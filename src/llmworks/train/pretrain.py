@@ -17,6 +17,7 @@ from llmworks.core.artifact import Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError, MissingDependency, ModelError, TrainingError, UserError
 from llmworks.train.distributed.config import DataParallelConfig, ParallelConfig, get_micro_batch_rows
+from llmworks.train.forgetting.check import FIELD_DESCRIPTION, GeneralReference, record_reference, report_forgetting
 from llmworks.train.loop.schedule import OptimizerConfig
 from llmworks.train.loop.trainer_config import TrainerConfig
 
@@ -85,6 +86,7 @@ class PretrainConfig(TrainerConfig):
     )
     sample_prompts: list[str] = Field(["The", "In the", "def "], description="prompts of the samples")
     sample_max_tokens: int = Field(40, ge=0, description="max tokens of a sample; 0 = no samples")
+    num_general_prompts: int = Field(8, ge=0, le=40, description=FIELD_DESCRIPTION)
     save_steps: int = Field(100, gt=0, description="steps between checkpoints")
     save_total_limit: int = Field(2, gt=0, description="number of checkpoints to keep")
 
@@ -135,6 +137,7 @@ def _pretrain(
     precision, distributed, full_model = _distribute(config, world, network, model)
     settings = (config.sample_prompts, config.sample_max_tokens, ctx.seed)
     samples_before = sample_continuations(full_model, tokenizer, *settings) if world.is_main else []
+    reference = _record_reference(config, full_model, tokenizer, model, ctx) if world.is_main else None
     samples: dict[int, list[str]] = {}
 
     def evaluate(step: int) -> dict[str, float]:
@@ -166,12 +169,35 @@ def _pretrain(
     metrics = _describe(
         ctx, metrics, parameters, eval_rows, full_model, tokenizer, config, model, data, samples_before, network
     )
+    if reference is not None:
+        report_forgetting(_make_engine(full_model, tokenizer, model), reference, ctx, metrics)
     return Model(
         ctx.out,
         golden=record_golden(ctx.out),
         metrics=metrics,
         about={"format": "hf", "dtype": "float32", "architecture": str(model.about.get("architecture", ""))},
     )
+
+
+def _make_engine(network: Any, tokenizer: Any, model: Model) -> Any:
+    from llmworks.generate.engines.torch import TorchEngine
+    from llmworks.tokenize.load import get_stop_ids
+
+    return TorchEngine(network.eval(), tokenizer, get_stop_ids(model.path, tokenizer), model.name)
+
+
+def _record_reference(
+    config: PretrainConfig, network: Any, tokenizer: Any, model: Model, ctx: Context
+) -> GeneralReference | None:
+    """Record general answers before training."""
+    if not config.num_general_prompts:
+        return None
+    training = network.training
+    reference = record_reference(
+        _make_engine(network, tokenizer, model), config.num_general_prompts, ctx.scratch / "general.json"
+    )
+    network.train(training)
+    return reference
 
 
 def _require_compiler(config: PretrainConfig, world: World) -> None:

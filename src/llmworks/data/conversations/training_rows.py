@@ -10,8 +10,8 @@ from llmworks.core.documents import read_documents
 from llmworks.core.errors import DataError
 from llmworks.core.types import messages_from_json
 from llmworks.data.store.jsonl import RejectedRows
-from llmworks.data.store.raw_rows import read_raw_rows
-from llmworks.data.store.rows import Row, detect_schema, read_chat
+from llmworks.data.store.raw_rows import raise_rejected, read_raw_rows
+from llmworks.data.store.rows import Row, detect_schema, has_parquet, read_chat
 from llmworks.tokenize.chat.templates import adapt_tools, encode, render_masked
 
 
@@ -20,7 +20,7 @@ def read_training_rows(data: Dataset) -> list[Row]:
 
     Errors: DataError for anything else, or rows that cannot be read.
     """
-    parquet = data.path.is_dir() and any(data.path.glob("*.parquet"))
+    parquet = has_parquet(data)
     if detect_schema(data) == "chat":
         return read_chat(data)
     if parquet and _has_documents(data):
@@ -40,12 +40,7 @@ def read_training_rows(data: Dataset) -> list[Row]:
                 " of `text`, or of `prompt` and `completion`"
             )
         rows.append({"id": str(row.get("id", number)), **{name: row[name] for name in names}})
-    if rejected.rows:
-        first = rejected.rows[0]
-        raise DataError(
-            f"{data.name}: {len(rejected.rows)} rows cannot be read, the first in {first['file']}:{first['line']}:"
-            f" {first['reason']}"
-        )
+    raise_rejected(data.name, rejected)
     if not rows:
         raise DataError(f"{data.name}: has no rows")
     return rows

@@ -112,6 +112,16 @@ def _batches(stream: IO[bytes], suffix: str) -> Iterator[Any]:
         yield from (opened.get_batch(i) for i in range(opened.num_record_batches))
 
 
+def raise_rejected(name: str, rejected: RejectedRows) -> None:
+    """Raise DataError for rows that could not be read, with the first one's place."""
+    if rejected.rows:
+        first = rejected.rows[0]
+        raise DataError(
+            f"{name}: {len(rejected.rows)} rows cannot be read, the first in {first['file']}:{first['line']}:"
+            f" {first['reason']}"
+        )
+
+
 def drop_nulls(value: Any) -> Any:
     """Convert a table row to plain JSON without nulls: a table fills fields that a row does not have with null."""
     if isinstance(value, dict):

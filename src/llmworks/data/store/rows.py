@@ -99,6 +99,11 @@ def flatten_messages(row: Row) -> tuple[Message, ...]:
     return flatten_tools(messages_from_json(row["messages"]), row.get("tools") or ())
 
 
+def has_parquet(dataset: Dataset) -> bool:
+    """Return whether a dataset has Parquet files, as those that stages make do."""
+    return dataset.path.is_dir() and any(dataset.path.glob("*.parquet"))
+
+
 def detect_schema(dataset: Dataset) -> str:
     """Detect the schema of a dataset from its columns: "chat", "preference", or "" for anything else."""
     names = _column_names(dataset)

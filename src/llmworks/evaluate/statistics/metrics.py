@@ -19,6 +19,7 @@ import regex as expressions
 
 from llmworks.core.errors import UserError
 from llmworks.evaluate.protocol.task import Kind, MetricSpec
+from llmworks.score.degeneration import has_same_start
 from llmworks.score.rouge import rouge_l, rouge_n, split_words
 
 Numbers = tuple[float, ...]
@@ -216,6 +217,9 @@ GENERATION_METRICS: dict[str, Callable[[MetricSpec], Metric]] = {
         _best_of_references(lambda prediction, reference: float(reference.strip().lower() in prediction.lower())),
     ),
     "f1": lambda m: mean_metric("f1", _best_of_references(f1)),
+    "same_start": lambda m: mean_metric(
+        "same_start", _best_of_references(lambda prediction, reference: float(has_same_start(prediction, reference)))
+    ),
     "rouge1": lambda m: mean_metric("rouge1", _best_of_references(_rouge_metric(1))),
     "rouge2": lambda m: mean_metric("rouge2", _best_of_references(_rouge_metric(2))),
     "rougeL": lambda m: mean_metric("rougeL", _best_of_references(_rouge_metric(0))),

@@ -16,6 +16,7 @@ from llmworks.merge.execute.blocks import as_bytes
 from llmworks.merge.lora.config import ExtractConfig
 from llmworks.merge.lora.low_rank import low_rank_factors
 from llmworks.merge.lora.merge_lora import FactorPairs, record_golden, write_adapter
+from llmworks.merge.plan.computation import require_same_computation
 from llmworks.merge.plan.layout import LAYER, CheckpointLayout, read_layout
 from llmworks.model.io.safetensors_io import FLOAT_DTYPES, TORCH_DTYPES
 
@@ -36,6 +37,7 @@ def extract_adapter(config: ExtractConfig, model: Model, base: Model, ctx: Conte
             " extracting an adapter from it is not supported"
         )
     _require_same_tensors(tuned, first)
+    require_same_computation(base.name, {base.name: first, model.name: tuned})
     pairs, layer_stats, rest, total, lost = _extract_factors(first, tuned, ctx, config)
     for layout in (tuned, first):
         layout.shards.close()

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from llmworks.merge.plan.config import Dtype, Ref, YamlConfig
+from llmworks.merge.plan.config import Dtype, IgnoredFields, Ref, YamlConfig
 
 
 class Expert(YamlConfig):
@@ -51,6 +51,7 @@ class ExpertsConfig(YamlConfig):
         None, description="layout: Mixtral, Qwen2-MoE (with a shared expert) or Qwen3-MoE; default: by the base"
     )
     max_shard_size: int = Field(4_000_000_000, ge=1_000_000, description="maximum bytes of a file")
+    ignore_config_differences: IgnoredFields = Field([])
 
     @model_validator(mode="after")
     def _check(self) -> ExpertsConfig:

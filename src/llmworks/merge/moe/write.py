@@ -24,6 +24,7 @@ from llmworks.merge.execute.stream import MergeStream
 from llmworks.merge.moe.config import Expert, ExpertsConfig
 from llmworks.merge.moe.router import compute_router_rows, find_similar_layers
 from llmworks.merge.plan.catalogue import METHODS
+from llmworks.merge.plan.computation import require_same_computation
 from llmworks.merge.plan.config import DTYPES
 from llmworks.merge.plan.layout import HEAD, CheckpointLayout, read_layout
 from llmworks.merge.plan.plan import MergePlan, TensorJob
@@ -47,6 +48,7 @@ def run(config: ExpertsConfig, models: Mapping[str, Model], ctx: Context) -> Mod
     layouts = {name: read_layout(name, models[name].path) for name in config.model_names()}
     base = layouts[config.base_model]
     kind = choose_layout(config, layouts)
+    require_same_computation(config.base_model, layouts, ignored=config.ignore_config_differences)
     layers, hidden_size = len(base.stacks[STACK]), int(base.config["hidden_size"])
     rows = compute_router_rows(config, base.path, config.experts, ctx.seed, layers, hidden_size)
     similar_layers = find_similar_layers(rows) if len(config.experts) > 1 else []

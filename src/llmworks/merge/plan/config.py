@@ -177,6 +177,17 @@ class TokenizerRule(YamlConfig):
     )
 
 
+IgnoredFields = Annotated[
+    list[str],
+    Field(
+        description=(
+            "fields of config.json in which the models may differ, such as rope_parameters.rope_theta; the result has"
+            " the base's values"
+        )
+    ),
+]
+
+
 class MergeConfig(YamlConfig):
     """Config of `merge`: mergekit's keys, and the maximum file size."""
 
@@ -212,6 +223,7 @@ class MergeConfig(YamlConfig):
         None, description="auto (the most common among the models), a template's name, or a Jinja template"
     )
     max_shard_size: int = Field(4_000_000_000, ge=1_000_000, description="maximum bytes of a file")
+    ignore_config_differences: IgnoredFields = Field([])
 
     @model_validator(mode="after")
     def _check(self) -> MergeConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from llmworks.core.errors import ModelError
+from llmworks.merge.plan.computation import require_same_computation
 from llmworks.merge.plan.config import MergeConfig, TokenizerRule
 from llmworks.merge.plan.layout import CheckpointLayout
 from llmworks.merge.plan.plan import MergePlan, check_models, plan_merge
@@ -26,9 +27,15 @@ def prepare_merge(
             f" {', '.join(f'{name} is a {kind}' for name, kind in kinds.items())}"
         )
     rule = config.tokenizer or (TokenizerRule(source=config.tokenizer_source) if config.tokenizer_source else None)
+    sliced = config.slices is not None or config.modules is not None
+    ignored = config.ignore_config_differences
     if rule is None:
         require_same_tokens(layouts)
-        return donor, None, plan_merge(config, layouts)
+        plan = plan_merge(config, layouts)
+        require_same_computation(donor, layouts, ignored=ignored, sliced=sliced)
+        return donor, None, plan
     order = [donor, *(name for name in layouts if name != donor)]
     vocabulary = merge_vocabularies(rule, donor, order, layouts)
-    return donor, vocabulary, plan_merge(config, layouts, vocabulary.rows)
+    plan = plan_merge(config, layouts, vocabulary.rows)
+    require_same_computation(donor, layouts, ignored=ignored, sliced=sliced)
+    return donor, vocabulary, plan

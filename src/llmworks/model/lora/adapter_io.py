@@ -24,16 +24,15 @@ PREFIX = "base_model.model."
 TENSOR_SUFFIXES = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 BASE_FILE = "base.json"
 Json = dict[str, Any]
-UNSUPPORTED_OPTIONS = (
-    "modules_to_save",
-    "fan_in_fan_out",
-    "lora_bias",
-    "layer_replication",
-    "trainable_token_indices",
-    "use_qalora",
-    "use_bdlora",
-    "target_parameters",
-)
+PLAIN_KEYS = (
+    *("peft_type", "task_type", "peft_version", "revision", "auto_mapping", "inference_mode", "runtime_config"),
+    *("base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "bias"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+)  # keys of adapter_config.json that are read, or that do not change what a plain LoRA computes
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+BASE_CHANGING_INITS = ("pissa", "olora")  # subtract a product that can be computed from the base alone
 
 
 def get_adapter_state(model: nn.Module, rename: Rename = str) -> dict[str, Tensor]:
@@ -92,9 +91,10 @@ def save_adapter(
         (out / BASE_FILE).write_text(json.dumps(dict(base), indent=2) + "\n", encoding="utf-8")
 
 
-def read_adapter(path: Path) -> tuple[Json, dict[str, Tensor]]:
+def read_adapter(path: Path, *, has_base: bool = False) -> tuple[Json, dict[str, Tensor]]:
     """Read (config, tensors) of a peft LoRA directory.
 
+    `has_base`: whether the caller subtracts what the initialization took from the base (`compute_initial_product`).
     ModelError for another method, or an unsupported option.
     """
     from safetensors.torch import load_file
@@ -124,15 +124,52 @@ def read_adapter(path: Path) -> tuple[Json, dict[str, Tensor]]:
         raise ModelError(f"{path}: the adapter cannot be read ({error}); copy it again") from None
     if not (isinstance(config.get("r"), int) and config["r"] > 0 and _is_number(config.get("lora_alpha"))):
         raise ModelError(f"{path}/adapter_config.json: needs a rank `r` greater than zero and a number `lora_alpha`")
-    pattern = config.get("alpha_pattern") or {}
-    if not (
-        isinstance(pattern, dict) and all(_is_number(alpha) and _is_pattern(layer) for layer, alpha in pattern.items())
-    ):
-        raise ModelError(f"{path}/adapter_config.json: alpha_pattern must map patterns of layer names to numbers")
-    unknown = [key for key in UNSUPPORTED_OPTIONS if config.get(key)]
+    for key in ("alpha_pattern", "rank_pattern"):
+        pattern = config.get(key) or {}
+        if not (
+            isinstance(pattern, dict) and all(_is_number(v) and _is_pattern(layer) for layer, v in pattern.items())
+        ):
+            raise ModelError(f"{path}/adapter_config.json: {key} must map patterns of layer names to numbers")
+    unknown = [key for key, value in config.items() if value and key not in PLAIN_KEYS]
     if unknown or config.get("bias", "none") != "none":
         raise ModelError(f"{path}: the adapter uses {unknown[0] if unknown else 'bias'}, which is not supported")
+    _check_initialization(path, config.get("init_lora_weights", True), has_base=has_base)
     return config, tensors
+
+
+def _check_initialization(path: Path, init: Any, *, has_base: bool) -> None:
+    """Raise ModelError for an initialization that changed the base in a way that is not undone."""
+    init = init.lower() if isinstance(init, str) else init
+    if init in PLAIN_INITS or (has_base and init in BASE_CHANGING_INITS):
+        return
+    convert = "save it in peft with save_pretrained(..., path_initial_model_for_weight_conversion=...) as a plain LoRA"
+    if init in BASE_CHANGING_INITS:
+        raise ModelError(
+            f"{path}: init_lora_weights is {init!r}, which changed the weights of the base; merge it into its base"
+            f" first (llmworks merge adapter), or {convert}"
+        )
+    raise ModelError(
+        f"{path}: init_lora_weights is {init!r}, which changed the weights of the base in a way that the adapter does"
+        f" not record; {convert}"
+    )
+
+
+def compute_initial_product(init: Any, weight: Tensor, rank: int, scale: float) -> Tensor | None:
+    """Return what peft subtracted from a base weight [out, in] before training; None for plain initializations.
+
+    PiSSA (arXiv:2404.02948): the best approximation of the rank. OLoRA (arXiv:2406.01775): scale * Q R of the first
+    `rank` columns and rows of the QR decomposition.
+    """
+    init = init.lower() if isinstance(init, str) else init
+    if init == "pissa":
+        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+        approximation: Tensor = (u[:, :rank] * s[:rank]) @ v[:rank]
+        return approximation
+    if init == "olora":
+        q, r = torch.linalg.qr(weight)
+        product: Tensor = q[:, :rank] @ r[:rank]
+        return scale * product
+    return None
 
 
 @dataclass(frozen=True)
@@ -145,13 +182,15 @@ class LoraMatrices:
     magnitude: Tensor | None = None  # [out]
 
 
-def read_lora_matrices(path: Path, label: str = "") -> tuple[Json, dict[str, LoraMatrices]]:
+def read_lora_matrices(path: Path, label: str = "", *, has_base: bool = False) -> tuple[Json, dict[str, LoraMatrices]]:
     """Read (config, LoRA matrices by layer) of a peft LoRA directory. `label`: its name in messages, else its path.
+
+    `has_base`: as in `read_adapter`.
 
     Errors: ModelError for what `read_adapter` rejects, a tensor that is not part of a plain LoRA, matrices that do not
     match, and values that are NaN or infinite.
     """
-    config, tensors = read_adapter(path)
+    config, tensors = read_adapter(path, has_base=has_base)
     name, tensors_by_layer = label or str(path), dict[str, dict[str, Tensor]]()
     for key, tensor in tensors.items():
         part = next((p for p in TENSOR_SUFFIXES if key.endswith("." + p)), None)
@@ -174,6 +213,11 @@ def read_lora_matrices(path: Path, label: str = "") -> tuple[Json, dict[str, Lor
                 f"{name}: {layer}: A {list(a.shape)} and B {list(b.shape)} are not two matrices of the same rank; copy"
                 " the adapter again"
             )
+        if len(a) != (rank := get_rank(config, layer)):
+            raise ModelError(
+                f"{name}: {layer} has matrices of rank {len(a)}, but adapter_config.json has r: {rank} for it, which"
+                " decides their scale; restore the config that the adapter was saved with"
+            )
         if dora != (magnitude is not None):
             raise ModelError(
                 f"{name}: {layer} has {'no' if dora else 'a'} lora_magnitude_vector, but adapter_config.json has"
@@ -195,12 +239,18 @@ def compute_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
 
     `alpha_pattern` may override alpha for it, matched as in peft's `get_pattern_key`.
     """
-    alpha = float(config["lora_alpha"])
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", layer):
-            alpha = float(value)
-            break
+    alpha = float(_get_by_pattern(config.get("alpha_pattern"), layer, config["lora_alpha"]))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def get_rank(config: Mapping[str, Any], layer: str) -> int:
+    """Return a layer's rank according to the config: `r`, or that of a pattern in `rank_pattern`."""
+    return int(_get_by_pattern(config.get("rank_pattern"), layer, config["r"]))
+
+
+def _get_by_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
+    """Return the value of the first pattern that matches a layer's name, as peft's `get_pattern_key`."""
+    return next((v for p, v in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({p})", layer)), default)
 
 
 def _is_number(value: Any) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmworks.core.errors import ModelError
-from llmworks.model.lora.adapter_io import read_base_quantization, read_lora_matrices
+from llmworks.model.lora.adapter_io import compute_initial_product, read_base_quantization, read_lora_matrices
 from llmworks.model.lowbit.nf4 import pack_4bit, unpack_4bit
 
 
@@ -40,7 +40,8 @@ class AdapterMerger:
     """
 
     def __init__(self, adapter: Path, shape_of: Callable[[str], Sequence[int] | None], label: str = "") -> None:
-        _, self._matrices = read_lora_matrices(adapter, label)
+        config, self._matrices = read_lora_matrices(adapter, label, has_base=True)
+        self._init = config.get("init_lora_weights", True)
         base_quantization, name = read_base_quantization(adapter), label or str(adapter)
         self._double_quant, self._quantized_layers, self._name = (
             bool(base_quantization.get("double")),
@@ -77,6 +78,9 @@ class AdapterMerger:
             base = dequantized
         if layer in self._matrices:
             matrices = self._matrices[layer]
+            product = compute_initial_product(self._init, base, len(matrices.a), matrices.scale)
+            if product is not None:  # in the weight's precision, as peft keeps the residual
+                base = (base - product).to(weight.dtype).float()
             base = base + (matrices.b @ matrices.a) * matrices.scale
             if matrices.magnitude is not None:
                 base = base * (matrices.magnitude / torch.linalg.norm(base, dim=1))[:, None]

@@ -11,6 +11,7 @@ from llmworks.core.artifact import Adapter, Model
 from llmworks.tokenize.chat.named_templates import TEMPLATE_DESCRIPTION, Template
 from llmworks.train.distributed.config import DataParallelConfig
 from llmworks.train.finetune.lora_config import LoraConfig
+from llmworks.train.forgetting.check import FIELD_DESCRIPTION
 from llmworks.train.loop.trainer_config import TrainerConfig
 
 
@@ -100,3 +101,4 @@ class GenerativeFinetuneConfig(FinetuneConfig):
     num_sample_prompts: int = Field(
         4, ge=0, description="held-out prompts to generate completions for before and after training"
     )
+    num_general_prompts: int = Field(8, ge=0, le=40, description=FIELD_DESCRIPTION)

@@ -20,9 +20,11 @@ from llmworks.train.finetune.config import FinetuneConfig
 from llmworks.train.finetune.method import TrainingData, TrainMethod
 
 if TYPE_CHECKING:
+    from llmworks.generate.engines.torch import TorchEngine
     from llmworks.train.distributed.world import World
     from llmworks.train.finetune.examples import ExampleSteps
     from llmworks.train.finetune.trainable import TrainableModel
+    from llmworks.train.forgetting.check import GeneralReference
     from llmworks.train.loop.early_stopping import EarlyStopping
     from llmworks.train.loop.loop import LoopConfig
 
@@ -65,7 +67,7 @@ def run_training(
     from llmworks.train.loop.loop import train
 
     trainable = open_trainable_model(model.path)
-    before = _generate_before(training_data, world, adapter, trainable, model, ctx)
+    before, reference = _generate_before(config, training_data, world, adapter, trainable, model, ctx)
     torch.manual_seed(ctx.seed)
     precision, network = _prepare_network(trainable, config, adapter, world)
     with autocast(world.device, precision):  # so that reference log-probabilities use the policy's precision
@@ -100,30 +102,37 @@ def run_training(
     metrics |= get_eval_metrics(ctx.progress.read_metrics(), best_step)
     if finish is not None:
         return finish(full_model, metrics)
-    return _save_result(config, model, training_data, ctx, full_model, before, metrics, describe)
+    return _save_result(config, model, training_data, ctx, full_model, before, reference, metrics, describe)
 
 
 def _generate_before(
+    config: FinetuneConfig,
     training_data: TrainingData,
     world: World,
     adapter: Adapter | None,
     trainable: TrainableModel,
     model: Model,
     ctx: Context,
-) -> list[str]:
-    """Generate completions of the held-out prompts before training."""
+) -> tuple[list[str], GeneralReference | None]:
+    """Generate completions of the held-out prompts, and record general answers, before training."""
     from llmworks.generate.engines.torch import TorchEngine
     from llmworks.train.finetune.generation_check import generate_completions
+    from llmworks.train.forgetting.check import record_reference
 
     before: list[str] = []
-    if training_data.prompt_rows and world.is_main:  # on the CPU, before the model moves to its device
+    reference: GeneralReference | None = None
+    count = getattr(config, "num_general_prompts", 0)
+    if (training_data.prompt_rows or count) and world.is_main:  # on the CPU, before the model moves to its device
         engine = (
             TorchEngine(trainable.network, training_data.tokenizer, training_data.stop_ids, model.name)
             if adapter is None
             else TorchEngine.open(model.path, adapter=adapter.path)
         )
-        before = generate_completions(engine, training_data.prompt_rows, ctx.scratch / "before.json")
-    return before
+        if training_data.prompt_rows:
+            before = generate_completions(engine, training_data.prompt_rows, ctx.scratch / "before.json")
+        if count:
+            reference = record_reference(engine, count, ctx.scratch / "general.json")
+    return before, reference
 
 
 def _prepare_network(
@@ -250,6 +259,7 @@ def _save_result(
     ctx: Context,
     trainable: TrainableModel,
     before: list[str],
+    reference: GeneralReference | None,
     metrics: dict[str, Any],
     describe: Describe,
 ) -> Adapter | Model:
@@ -258,7 +268,6 @@ def _save_result(
     from llmworks.model.golden import make_logits_function
     from llmworks.model.golden import record_golden as recorded
     from llmworks.tokenize.chat.golden import record_golden
-    from llmworks.train.finetune.generation_check import generate_completions, write_samples
 
     rows = ctx.progress.read_metrics()
     metrics |= {
@@ -274,12 +283,8 @@ def _save_result(
         if trainable.is_soft_prompt or trainable.is_cast
         else TorchEngine(trainable.network, training_data.tokenizer, training_data.stop_ids, model.name)
     )
-    after = generate_completions(engine, training_data.prompt_rows, None) if training_data.prompt_rows else []
     describe(ctx.report, model.name, rows, metrics, config.model_dump(), training_data.dropped)
-    warnings = write_samples(ctx.report, training_data.prompt_rows, before, after)
-    for warning in warnings:
-        ctx.progress.log(f"warning: {warning}")
-    metrics["warnings"] = len(warnings)
+    _report_changes(engine, training_data, ctx, before, reference, metrics)
     if config.method == "full":  # from the files that were written, in their dtype
         return Model(
             ctx.out,
@@ -300,6 +305,27 @@ def _save_result(
             "base_kept": "nf4" if trainable.quantization else "as-is",
         },
     )
+
+
+def _report_changes(
+    engine: TorchEngine,
+    training_data: TrainingData,
+    ctx: Context,
+    before: list[str],
+    reference: GeneralReference | None,
+    metrics: dict[str, Any],
+) -> None:
+    """Compare completions of held-out prompts and general answers with those before training; count the warnings."""
+    from llmworks.train.finetune.generation_check import generate_completions, write_samples
+    from llmworks.train.forgetting.check import report_forgetting
+
+    after = generate_completions(engine, training_data.prompt_rows, None) if training_data.prompt_rows else []
+    warnings = write_samples(ctx.report, training_data.prompt_rows, before, after)
+    for warning in warnings:
+        ctx.progress.log(f"warning: {warning}")
+    metrics["warnings"] = len(warnings)
+    if reference is not None:
+        report_forgetting(engine, reference, ctx, metrics)
 
 
 def prepare_trainable(trainable: Any, config: Any, adapter: Adapter | None = None) -> None:

@@ -21,7 +21,7 @@ from llmworks.core.artifact import Adapter, Dataset, Manifest, Model, compute_ar
 from llmworks.core.context import Context
 from llmworks.core.errors import GoldenMismatch, LlmworksError, UserError
 from llmworks.data.conversations.training_rows import read_training_rows
-from llmworks.data.store.rows import Row, flatten_messages
+from llmworks.data.store.rows import Row
 from llmworks.train.distill import distill
 from llmworks.train.distributed.config import DataParallelConfig
 from llmworks.train.finetune.run import check_golden
@@ -35,6 +35,7 @@ from llmworks.train.selftest.check import (
     run_checks,
     shrink_shape,
 )
+from llmworks.train.selftest.labels import compute_reference_loss, find_label_problem
 from llmworks.train.selftest.pretrain import STEPS
 from llmworks.train.sft import SftConfig, sft
 
@@ -51,6 +52,7 @@ def reduce_config(config: SftConfig, max_length: int) -> SftConfig:
         "eval_steps": 3 if config.eval_steps or config.metric_for_best_model else 0,
         "eval_samples": 4,
         "num_sample_prompts": 0,
+        "num_general_prompts": 0,
         "save_steps": 2,
     }
     return config.model_copy(
@@ -205,54 +207,36 @@ def _make_examples(bench: _SftBench) -> list[Any]:
 
 
 def _check_labels(bench: _SftBench) -> tuple[bool, str]:
-    """Check the text of the label tokens, and the number of labels in the steps."""
+    """Compare ids and labels of every row, and the loss of a batch, with an independent statement of them."""
+    from llmworks.train.finetune.examples import collate, collate_padding_free
+    from llmworks.train.finetune.trainable import open_trainable_model
+    from llmworks.train.loop.losses import next_token_loss
+    from llmworks.train.loop.packed_steps import packed_loss
+
     by_id = {row["id"]: row for row in bench.rows}
-    checked = 0
-    for example in _make_examples(bench):
-        row = by_id[example.id]
-        if "messages" not in row or len(example.ids) >= bench.config.max_length:
-            continue
-        label_text = _strip_whitespace(
-            str(
-                bench.tokenizer.decode(
-                    [i for i, m in zip(example.ids, example.mask, strict=True) if m], skip_special_tokens=True
-                )
-            )
-        )
-        turns = [m for m in flatten_messages(row) if m.content.strip()]
-        answers = [m for m in turns if m.role == "assistant" and m.weight]
-        for turn in answers[-1:] if bench.config.train_on == "last_assistant" else answers:
-            if not row["messages"][-1].get("tool_calls") and _strip_whitespace(turn.content) not in label_text:
-                return False, f"row {example.id}: an assistant turn is not in the loss mask: {turn.content[:50]!r}"
-        prompt_turn = next(
-            (
-                m
-                for m in turns
-                if m.role in ("user", "system")
-                and len(_strip_whitespace(m.content)) > 12
-                and _strip_whitespace(m.content) in label_text
-                and not any(_strip_whitespace(m.content) in _strip_whitespace(a.content) for a in answers)
-            ),
-            None,
-        )
-        if prompt_turn is not None:
-            return False, f"row {example.id}: the prompt is in the loss mask: {prompt_turn.content[:50]!r}"
-        checked += 1
-    wanted, found = (
-        sum(example.labels for example in _make_examples(bench)),
-        sum(row["num_label_tokens"] for row in bench.baseline),
-    )
+    examples = _make_examples(bench)
+    whole = [example for example in examples if len(example.ids) < bench.config.max_length]
+    last = bench.config.train_on == "last_assistant"
+    for example in whole:
+        problem = find_label_problem(bench.tokenizer, bench.stops, by_id[example.id], example, last=last)
+        if problem:
+            return False, problem
+    tuned = open_trainable_model(bench.model)
+    some = examples[:8]
+    wanted, labels = compute_reference_loss(tuned.network, some)
+    loss: Any = packed_loss if tuned.padding_free else next_token_loss
+    batch = collate_padding_free(some) if tuned.padding_free else collate(some)
+    found = float(loss(tuned.network, batch).detach())
+    if batch.labels != labels or abs(found - wanted) > EXACT * abs(wanted):
+        detail = f"the loss of {labels} labels is {wanted:.4f} nats, training computes {found:.4f} of {batch.labels}"
+        return False, detail
+    expected = sum(sum(example.mask[1:]) for example in examples)
+    counted = sum(row["num_label_tokens"] for row in bench.baseline)
     return (
-        wanted == found,
-        (
-            f"{found:,} labels in {len(bench.baseline)} steps, {wanted:,} in the rows; compared the text of"
-            f" {checked} rows"
-        ),
+        expected == counted,
+        f"{counted:,} labels in {len(bench.baseline)} steps, {expected:,} in the rows; compared ids, labels and end"
+        f" tokens of {len(whole)} rows, and the loss of {len(some)}",
     )
-
-
-def _strip_whitespace(text: str) -> str:
-    return "".join(text.split())
 
 
 def _check_row_isolation(bench: _SftBench) -> tuple[bool, str]:

@@ -1,0 +1,62 @@
+"""Degenerate completions: empty, repeating, or calling a function that nobody offered (Holtzman et al. 2020).
+
+Repetition is seq-rep-4, the share of repeated 4-grams (Welleck et al. 2020, "Neural text generation with unlikelihood
+training").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import regex
+
+from llmworks.core.types import Message, Score
+from llmworks.tokenize.chat.templates import parse_tool_calls
+
+MAX_REPETITION = 0.5  # share of repeated 4-grams above which a text is degenerate
+MIN_NGRAMS = 12  # shorter texts may repeat themselves, such as a list of three similar lines
+SAME_START_WORDS = 3
+# A word: one character of a script without spaces, a run of letters with their marks, or one other visible character.
+_WORD = regex.compile(
+    r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*|[\p{L}\p{N}][\p{L}\p{N}\p{M}]*|[^\s\w]"
+)
+
+
+def split_tokens(text: str) -> list[str]:
+    """Return the words, digits and other visible characters of a text, in lower case."""
+    return [word.lower() for word in _WORD.findall(text)]
+
+
+def compute_repetition(text: str) -> float:
+    """Return seq-rep-4 of a text, from 0 (no 4-gram occurs twice) to nearly 1; 0 for short texts."""
+    words = split_tokens(text)
+    ngrams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    return 1 - len(set(ngrams)) / len(ngrams) if len(ngrams) >= MIN_NGRAMS else 0.0
+
+
+def find_degeneration(text: str, *, tools: bool = False) -> str:
+    """Return why a completion is degenerate, or "". `tools`: whether functions were offered."""
+    if not text.strip():
+        return "the completion is empty"
+    if not tools and (calls := parse_tool_calls(text)[1]):
+        return f"it calls {calls[0].name!r}, but no function was offered"
+    if "\N{REPLACEMENT CHARACTER}" in text:
+        return "it contains broken UTF-8"
+    if (repetition := compute_repetition(text)) > MAX_REPETITION:
+        return f"it repeats itself: {repetition:.0%} of its 4-grams are repeated"
+    return ""
+
+
+def not_degenerate(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
+    """Score 1 for a completion that is not degenerate, else 0. `row["tools"]`: the functions offered, if any."""
+    problem = find_degeneration(completion, tools=bool(row.get("tools")))
+    return Score(0.0, problem) if problem else Score(1.0)
+
+
+def has_same_start(answer: str, reference: str) -> bool:
+    """Return whether the first three words of an answer are those of the reference, without case and punctuation."""
+    one, other = (
+        [word for word in split_tokens(text) if word[0].isalnum()][:SAME_START_WORDS] for text in (answer, reference)
+    )
+    return one == other

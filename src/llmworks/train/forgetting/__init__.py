@@ -1,0 +1,1 @@
+"""Catastrophic forgetting: what a training does to the rest of a model."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from llmworks.commands.table import COMMANDS, STAGE_USAGE, Command
 from llmworks.core.artifact import Config
+from llmworks.evaluate.protocol.harness import read_fields
 from llmworks.runtime.config.help import field_help
 from llmworks.runtime.names import names
 from llmworks.runtime.resolve import ResolvedStage, resolve_stage
@@ -253,6 +254,14 @@ def rows_table() -> str:
     return "\n".join(["| row | room | what |", "|---|---|---|", *lines])
 
 
+def harness_table() -> str:
+    """The fields of the lm-evaluation-harness's task files and what happens to each."""
+    lines = ["| section | field | what happens |", "|---|---|---|"]
+    for section, fields in read_fields().items():
+        lines += [f"| {section} | `{name}` | {fate} |" for name, fate in fields.items()]
+    return "\n".join(lines)
+
+
 def with_table(text: str, name: str, table: str) -> str:
     """A page whose table between two marks is replaced."""
     begin, end = f"<!-- {name}: made by make docs -->\n", f"\n<!-- end of {name} -->"
@@ -263,11 +272,12 @@ def with_table(text: str, name: str, table: str) -> str:
 
 def pages() -> dict[Path, str]:
     """All pages that are made of the code, as they should be."""
-    readme, contributing = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+    readme, contributing, harness = ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "lm-eval.md"
     return {
         **{ROOT / "docs" / "stages" / name: text for name, text in stage_pages().items()},
         ROOT / "docs" / "names.md": names_page(),
         readme: with_table(readme.read_text(encoding="utf-8"), "commands", commands_table()),
+        harness: with_table(harness.read_text(encoding="utf-8"), "fields", harness_table()),
         contributing: with_table(contributing.read_text(encoding="utf-8"), "rows", rows_table()),
     }
 

@@ -191,7 +191,7 @@ def theirs(pico: Path) -> HFLM:
 
 @pytest.fixture
 def ours(tmp_path: Path, pico: Path) -> Callable[..., dict[str, Any]]:
-    def run(task: Path, rows: Path, **config: Any) -> dict[str, Any]:
+    def run(task: Path, rows: Path, fewshot: str = "", **config: Any) -> dict[str, Any]:
         place = tmp_path / "run"
         (place / "out").mkdir(parents=True, exist_ok=True)
         (place / "scratch").mkdir(exist_ok=True)
@@ -201,6 +201,7 @@ def ours(tmp_path: Path, pico: Path) -> Callable[..., dict[str, Any]]:
             return TorchEngine.open(pico)
 
         model, data = load(str(pico)), load(str(rows))
+        examples = load(fewshot) if fewshot else None
         assert isinstance(model, Model)
         assert isinstance(data, Dataset)
         made = evaluate(
@@ -208,6 +209,7 @@ def ours(tmp_path: Path, pico: Path) -> Callable[..., dict[str, Any]]:
             model,
             data,
             Context(place / "out", place / "scratch", 0, Progress(quiet=True), report, open_engine),
+            examples if isinstance(examples, Dataset) else None,
         )
         assert isinstance(made, Report)
         return report.data

@@ -21,9 +21,10 @@ from tests.synthesize.engine import Scripted, chats, context, foreign, rejected
 from llmworks.core.artifact import Dataset
 from llmworks.core.errors import DataError, UserError
 from llmworks.core.types import Completion, Message
+from llmworks.core.words import split_words
 from llmworks.data.store.rows import read_preference
 from llmworks.score.judge import comparison_prompt, grading_prompt, parse_choice, parse_grade
-from llmworks.score.rouge import lcs_length, rouge_l, split_words
+from llmworks.score.rouge import lcs_length, rouge_l
 from llmworks.synthesize.pairs import PairsConfig, pairs
 from llmworks.synthesize.text.diversity import DiversityPool
 from llmworks.synthesize.text.parse import is_refusal, parse_labeled, parse_list, strip_markup

@@ -12,20 +12,18 @@ from typing import Any
 import regex
 
 from llmworks.core.types import Message, Score
+from llmworks.core.words import WORD, fold, split_words
 from llmworks.tokenize.chat.templates import parse_tool_calls
 
 MAX_REPETITION = 0.5  # share of repeated 4-grams above which a text is degenerate
 MIN_NGRAMS = 12  # shorter texts may repeat themselves, such as a list of three similar lines
 SAME_START_WORDS = 3
-# A word: one character of a script without spaces, a run of letters with their marks, or one other visible character.
-_WORD = regex.compile(
-    r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*|[\p{L}\p{N}][\p{L}\p{N}\p{M}]*|[^\s\w]"
-)
+VISIBLE = regex.compile(rf"{WORD.pattern}|[^\s\w]", regex.V1)
 
 
 def split_tokens(text: str) -> list[str]:
-    """Return the words, digits and other visible characters of a text, in lower case."""
-    return [word.lower() for word in _WORD.findall(text)]
+    """Return the folded words and other visible characters of a text."""
+    return VISIBLE.findall(fold(text))
 
 
 def compute_repetition(text: str) -> float:
@@ -56,7 +54,5 @@ def not_degenerate(prompt: Sequence[Message], completion: str, row: Mapping[str,
 
 def has_same_start(answer: str, reference: str) -> bool:
     """Return whether the first three words of an answer are those of the reference, without case and punctuation."""
-    one, other = (
-        [word for word in split_tokens(text) if word[0].isalnum()][:SAME_START_WORDS] for text in (answer, reference)
-    )
+    one, other = (split_words(text)[:SAME_START_WORDS] for text in (answer, reference))
     return one == other

@@ -1,22 +1,33 @@
-"""Score a completion against its key: a number, a word, the letter of an option, or any of several.
+"""Score a completion against its key: a number, a formula, a word, the letter of an option, or any of several.
 
-Numbers are compared numerically.
+Numbers are compared by value. Formulas are compared by math-verify. Text is compared without case, quotes and light
+punctuation, with its marks and symbols.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from decimal import Decimal, InvalidOperation
 from typing import Any
+
+import regex
 
 from llmworks.core.errors import DataError
 from llmworks.core.types import Message, Score
-from llmworks.score.extract import extract_final_answer
+from llmworks.core.words import fold
+from llmworks.score.extract import find_final_answer
+from llmworks.score.math.equality import is_equal_formula, is_formula
+from llmworks.score.math.numbers import find_answer_number, read_number
 
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
-OPTION = re.compile(r"^\W*([A-Za-z])(?:[).:,]|\W*$)")
-UNITS = " \t$€£%°"
+# The letter of an option: alone, before punctuation, or before a word that gives the reason.
+OPTION = re.compile(
+    r"\W*(?:(?:option|choice|letter|answer)\s+)?\(?([A-Za-z])(?![\w'’])(?=[)\].:,;]|[^\w+#<>=]*$|\s*[-–—]\s|\s+"
+    r"(?:because|since|as|which|is|due|given)\b|\s*\()",
+    re.IGNORECASE,
+)
+# What text is compared without: punctuation that is not part of a symbol such as # in C#
+PUNCTUATION = regex.compile(r"(?<![\p{L}\p{N}])#|[\p{P}`--#]", regex.V1)
+SYMBOL_TAIL = regex.compile(r"(?<=[\p{L}\p{N}+#])[+#]")
 
 
 def key(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
@@ -25,8 +36,8 @@ def key(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> S
     Errors: DataError for a row without one.
     """
     accepted = get_accepted_keys(row)
-    answer = extract_final_answer(completion)
-    if any(is_same(answer, wanted) for wanted in accepted):
+    answer, marked = find_final_answer(completion)
+    if any(is_same(answer, wanted, marked=marked) for wanted in accepted):
         return Score(1.0)
     return Score(0.0, f"answered {answer[:80]!r}, expected {' or '.join(map(repr, accepted))[:120]}")
 
@@ -48,28 +59,22 @@ def get_accepted_keys(row: Mapping[str, Any]) -> list[str]:
     return [str(a) for a in found]
 
 
-def is_same(answer: str, expected: str) -> bool:
-    """Return whether an answer equals the key."""
-    if len(expected.strip("()")) == 1 and expected.strip("()").isalpha():
+def is_same(answer: str, expected: str, *, marked: bool = True) -> bool:
+    """Return whether an answer equals the key. `marked`: the answer was announced, or boxed."""
+    letter = expected.strip().strip("()")
+    if len(letter) == 1 and letter.isascii() and letter.isalpha():
         option = OPTION.match(answer)
-        return option is not None and option[1].lower() == expected.strip("()").lower()
-    number = _parse_number(expected)
+        return option is not None and option[1].lower() == letter.lower()
+    number = read_number(expected)
     if number is not None:
-        found = [n for n in (_parse_number(part) for part in _find_numbers(answer)) if n is not None]
-        return bool(found) and found[-1] == number
+        return find_answer_number(answer, marked=marked) == number
+    if is_formula(expected):
+        answer = answer.strip().rstrip(".")
+        return fold(answer).replace(" ", "") == fold(expected).replace(" ", "") or is_equal_formula(expected, answer)
     return _normalize(answer) == _normalize(expected)
 
 
-def _find_numbers(text: str) -> list[str]:
-    return [m[0] for m in NUMBER.finditer(text) if any(c.isdigit() for c in m[0])]
-
-
-def _parse_number(text: str) -> Decimal | None:
-    try:
-        return Decimal(text.strip(UNITS + ".").replace(",", "")) if any(c.isdigit() for c in text) else None
-    except InvalidOperation:
-        return None
-
-
 def _normalize(text: str) -> str:
-    return " ".join(re.sub(r"[^\w\s]", " ", text.casefold()).split())
+    folded = fold(text)
+    words = PUNCTUATION.sub(" ", folded).split()
+    return " ".join(words) or folded.replace(" ", "")

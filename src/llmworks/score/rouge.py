@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
-
-
-def split_words(text: str) -> list[str]:
-    """Return the lowercase words of a text, without punctuation."""
-    return re.findall(r"\w+", text.lower())
 
 
 def lcs_length(a: Sequence[str], b: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field
 
@@ -32,7 +32,10 @@ NUM_SAMPLES = 12
 class Decoding(Config):
     """Sampling parameters."""
 
-    max_tokens: int = Field(512, gt=0, description="longest completion in tokens; truncated completions are rejected")
+    max_tokens: int = Field(512, gt=0, description="longest completion in tokens")
+    truncated: Literal["reject", "keep"] = Field(
+        "reject", description="completions that reach max_tokens: reject them, or keep them without their end"
+    )
     temperature: float = Field(0.7, ge=0, description="sampling temperature; 0: greedy decoding")
     top_p: float = Field(
         0.95, gt=0, le=1, description="nucleus sampling: cumulative probability of the tokens sampled from"
@@ -136,7 +139,7 @@ class SyntheticDatasetBuilder:
             return GeneratedText("", f"refused by the {'server' if self._is_server else 'engine'} ({answer})")
         text = answer.text.strip()
         problem = {
-            "length": "cut off at max_tokens",
+            "length": "cut off at max_tokens" if self.decoding.truncated == "reject" else "",
             "filtered": "filtered by the provider",
             "cancelled": "cancelled",
         }.get(answer.finish, "")

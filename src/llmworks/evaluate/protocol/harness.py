@@ -8,6 +8,8 @@ Reference: lm_eval 0.4.13, `config/task.py` and its documentation of task files.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,42 +22,21 @@ KINDS = {
     "generate_until": "generate",
 }
 DEFAULT_MAX_TOKENS = 256  # default max_gen_toks
-IGNORED_FIELDS = {  # fields that do not change the requests here
-    "tag",
-    "task_alias",
-    "group",
-    "metadata",
-    "should_decontaminate",
-    "doc_to_decontamination_query",
-    "training_split",
-    "validation_split",
-    "unsafe_code",
-    "dataset_path",
-    "dataset_name",
-    "dataset_kwargs",
-    "test_split",
-    "fewshot_split",
-    "repeats",
-}
-SUPPORTED_FIELDS = {
-    "task",
-    "output_type",
-    "doc_to_text",
-    "doc_to_target",
-    "doc_to_choice",
-    "description",
-    "target_delimiter",
-    "fewshot_delimiter",
-    "fewshot_config",
-    "num_fewshot",
-    "metric_list",
-    "generation_kwargs",
-    "filter_list",
-    "gen_prefix",
-    "include",
-}
+REGEX_OPTIONS = ("regex_pattern", "group_select", "fallback")
 FILTERS = {"lowercase": "lower", "uppercase": "upper", "remove_whitespace": "strip"}
 IGNORES = {"ignore_case": "ignore_case", "ignore_punctuation": "ignore_punctuation", "regexes_to_ignore": "ignore"}
+AGGREGATIONS = {
+    "perplexity": "perplexity",
+    "word_perplexity": "weighted_perplexity",
+    "byte_perplexity": "weighted_perplexity",
+    "bits_per_byte": "bits_per_byte",
+    "brier_score": "brier_score",
+    "bleu": "bleu",
+    "chrf": "chrf",
+    "chrf++": "chrf++",
+    "ter": "ter",
+}  # those of metrics that are not a mean
+LOWER = {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter"}  # better lower
 METRICS = {
     "acc",
     "acc_norm",
@@ -83,7 +64,7 @@ def load_yaml(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in including:
         raise UserError(f"{path}: includes itself")
 
-    class Loader(yaml.SafeLoader):
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
         pass
 
     Loader.add_constructor("!function", lambda loader, node: _Function(str(node.value)))
@@ -108,17 +89,39 @@ def load_yaml(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
     return values
 
 
+@cache
+def read_fields() -> dict[str, dict[str, str]]:
+    """Return the fields of task files by section, and what happens to each: read, ignored or refused, and why."""
+    import yaml
+
+    text = resources.files("llmworks.evaluate").joinpath("protocol", "harness_fields.yaml").read_text(encoding="utf-8")
+    fields: dict[str, dict[str, str]] = yaml.safe_load(text)
+    return fields
+
+
+def _refuse_fields(section: str, given: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError for the first field of a section that is not supported."""
+    for field, value in given.items():
+        name = field if section == "task" else f"{section}.{field}"
+        if _has_function(value):
+            raise UserError(f"{path}: {name} is a Python function, which is not supported; write it as a template")
+        fate = read_fields()[section].get(field, "refused")
+        if fate.startswith("refused") and value is not None:
+            why = fate.partition(": ")[2]
+            raise UserError(
+                f"{path}: the lm-evaluation-harness field {name!r} is not supported" + (f" ({why})" if why else "")
+            )
+
+
 class _Function(str):
     """The name of a function in a task file."""
 
 
 def from_harness(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Convert a harness task to Task fields. UserError for Python code and unsupported fields."""
-    for field, value in values.items():
-        if _has_function(value):
-            raise UserError(f"{path}: {field} is a Python function, which is not supported; write it as a template")
-        if field not in SUPPORTED_FIELDS | IGNORED_FIELDS:
-            raise UserError(f"{path}: the lm-evaluation-harness field {field!r} is not supported")
+    _refuse_fields("task", values, path)
+    if isinstance(values.get("task"), list):
+        raise UserError(f"{path}: is a group of tasks; evaluate its tasks one by one")
     kind = KINDS.get(str(values.get("output_type", "generate_until")))
     if kind is None:
         raise UserError(f"{path}: unknown output_type {values.get('output_type')!r}; known: {', '.join(KINDS)}")
@@ -145,27 +148,31 @@ def from_harness(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if values.get("doc_to_choice") is not None:
         choices = values["doc_to_choice"]
         out["choices"] = list(choices.values()) if isinstance(choices, dict) else choices
-    if kind == "likelihood":  # the harness scores the target as is; target_delimiter applies only to few-shot examples
-        out |= {
-            "before_answer": "",
-            "example_answer": (
-                f"{out['before_answer']}{out['answer']}" if str(out["answer"]).count("{{") else out["answer"]
-            ),
-        }
+    out["delimit_answer"] = kind != "likelihood"  # the harness scores the target of a loglikelihood as it is
+    out["refuse_numeric_question"] = kind == "choice"
     if kind == "generate":
-        until = generation.get("until", between)
-        sampled = bool(generation.get("do_sample", float(generation.get("temperature", 0) or 0) > 0))
-        out |= {
-            "stop": [until] if isinstance(until, str) else list(until),
-            "max_tokens": int(generation.get("max_gen_toks") or generation.get("max_new_tokens") or DEFAULT_MAX_TOKENS),
-            "top_p": float(generation.get("top_p", 1.0)) if sampled else 1.0,
-            "samples": int(values.get("repeats") or 1),
-        }
-        out["temperature"] = float(generation.get("temperature", 1.0)) if sampled else 0.0
-        unknown = set(generation) - {"until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_p"}
-        if unknown:
-            raise UserError(f"{path}: generation_kwargs.{sorted(unknown)[0]} is not supported")
+        out |= _convert_generation(values, generation, between, path)
     return out
+
+
+def _convert_generation(
+    values: Mapping[str, Any], generation: Mapping[str, Any], between: str, path: Path
+) -> dict[str, Any]:
+    """Return the sampling fields of a generate_until task."""
+    _refuse_fields("generation_kwargs", generation, path)
+    until = generation.get("until", between)
+    sampled = bool(generation.get("do_sample", float(generation.get("temperature", 0) or 0) > 0))
+    if int(values.get("repeats") or 1) > 1 and not all(
+        any(item.get("function") == "take_first" for item in one.get("filter", []))
+        for one in values.get("filter_list") or []
+    ):
+        raise UserError(f"{path}: repeats is {values['repeats']}, but a filter does not take the first (take_first)")
+    return {
+        "stop": [until] if isinstance(until, str) else list(until),
+        "max_tokens": int(generation.get("max_gen_toks") or generation.get("max_new_tokens") or DEFAULT_MAX_TOKENS),
+        "top_p": float(generation.get("top_p", 1.0)) if sampled else 1.0,
+        "temperature": float(generation.get("temperature", 1.0)) if sampled else 0.0,
+    }
 
 
 def _has_function(value: Any) -> bool:
@@ -179,14 +186,21 @@ def _has_function(value: Any) -> bool:
 
 
 def _convert_fewshot(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the few-shot fields. The harness draws one example more where the split of the examples, which may be
+    missing, is the split of the questions, and then leaves out the question itself.
+    """
     config = dict(values.get("fewshot_config") or {})
-    unknown = set(config) - {"sampler", "samples", "split"}
-    if unknown:
-        raise UserError(f"{path}: fewshot_config.{sorted(unknown)[0]} is not supported")
+    _refuse_fields("fewshot_config", config, path)
     choose = {"default": "each", "first_n": "first"}.get(str(config.get("sampler", "default")))
     if choose is None:
         raise UserError(f"{path}: fewshot_config.sampler {config['sampler']!r} is not supported")
-    return {"count": int(values.get("num_fewshot") or 0), "choose": choose, "rows": config.get("samples") or []}
+    split = config.get("split") or values.get("fewshot_split")
+    return {
+        "count": int(values.get("num_fewshot") or 0),
+        "choose": choose,
+        "rows": [] if split else config.get("samples") or [],
+        "draw_extra": (split or None) == (values.get("test_split") or None),
+    }
 
 
 def _convert_metrics(values: Mapping[str, Any], kind: str, path: Path) -> list[dict[str, Any]]:
@@ -201,9 +215,12 @@ def _convert_metrics(values: Mapping[str, Any], kind: str, path: Path) -> list[d
         name = str(item.get("metric"))
         if name not in METRICS:
             raise UserError(f"{path}: metric_list: {name!r} is not supported; supported: {', '.join(sorted(METRICS))}")
-        unknown = set(item) - {"metric", "aggregation", "higher_is_better", "weight_by_size", *IGNORES}
-        if unknown:
-            raise UserError(f"{path}: metric_list: the option {sorted(unknown)[0]!r} of {name} is not supported")
+        _refuse_fields("metric_list", {key: value for key, value in item.items() if value is not False}, path)
+        own = AGGREGATIONS.get(name, "mean")
+        if (given := item.get("aggregation", own)) not in (own, "nanmean" if own == "mean" else own):
+            raise UserError(f"{path}: metric_list: the aggregation {given!r} of {name} is not supported, only {own!r}")
+        if item.get("higher_is_better", name not in LOWER) is not (name not in LOWER):
+            raise UserError(f"{path}: metric_list: {name} is better {'lower' if name in LOWER else 'higher'}")
         out.append({"name": name, **{ours: item[theirs] for theirs, ours in IGNORES.items() if item.get(theirs)}})
     return out
 
@@ -213,7 +230,15 @@ def _convert_filters(values: Mapping[str, Any], path: Path) -> dict[str, list[di
     for filter_spec in values.get("filter_list") or []:
         steps: list[dict[str, Any]] = []
         for item in filter_spec.get("filter", []):
-            function = item.get("function")
+            function = str(item.get("function"))
+            supported = ("regex", "take_first", *FILTERS)
+            if function not in supported:
+                raise UserError(
+                    f"{path}: filter_list: the filter {function!r} is not supported; supported: {', '.join(supported)}"
+                )
+            known = {"function", *(REGEX_OPTIONS if function == "regex" else ())}
+            if options := sorted(set(item) - known):
+                raise UserError(f"{path}: filter_list: the option {options[0]!r} of {function} is not supported")
             if function == "regex":
                 steps.append(
                     {
@@ -225,11 +250,6 @@ def _convert_filters(values: Mapping[str, Any], path: Path) -> dict[str, list[di
                 )
             elif function in FILTERS:
                 steps.append({"how": FILTERS[function]})
-            elif function != "take_first":
-                raise UserError(
-                    f"{path}: filter_list: the filter {function!r} is not supported; supported: regex, take_first,"
-                    f" {', '.join(FILTERS)}"
-                )
         out["" if filter_spec.get("name") in (None, "none") else str(filter_spec["name"])] = steps
     return out or {"": []}
 
@@ -237,20 +257,24 @@ def _convert_filters(values: Mapping[str, Any], path: Path) -> dict[str, list[di
 def _convert_dataset(values: Mapping[str, Any], path: Path) -> dict[str, str]:
     """Return references of the evaluated rows and the few-shot rows: local files, or a Hub dataset with its splits."""
     source, options = str(values.get("dataset_path") or ""), dict(values.get("dataset_kwargs") or {})
+    _refuse_fields("dataset_kwargs", options, path)
     test = str(values.get("test_split") or values.get("validation_split") or "")
-    shots = str(values.get("fewshot_split") or values.get("training_split") or values.get("validation_split") or "")
+    config = dict(values.get("fewshot_config") or {})
+    shots = str(config.get("split") or values.get("fewshot_split") or "")
+    if not shots and not config.get("samples"):
+        shots = str(values.get("training_split") or values.get("validation_split") or "")
     files = options.get("data_files")
     if source in ("json", "csv", "parquet"):
         named = files if isinstance(files, dict) else {test or "train": files}
         base = Path(str(options.get("data_dir") or ""))
-        paths = {
-            split: str(base / (file[0] if isinstance(file, list) else str(file)))
-            for split, file in named.items()
-            if file
-        }
+        paths = {split: str(base / _get_file(split, given, path)) for split, given in named.items() if given}
         return {"data": paths.get(test, ""), "examples": paths.get(shots, "") if shots != test else ""}
     if not source:
         return {}
+    if files:
+        raise UserError(
+            f"{path}: dataset_kwargs.data_files of a dataset of the Hub is not supported; download the files"
+        )
     name = str(values.get("dataset_name") or "")
     ref = f"hf:datasets/{source}" + (f"/{name}" if name and name != "default" else "")
     return {
@@ -259,3 +283,14 @@ def _convert_dataset(values: Mapping[str, Any], path: Path) -> dict[str, str]:
         "examples": ref if shots and shots != test else "",
         "examples_split": shots if shots != test else "",
     }
+
+
+def _get_file(split: str, given: Any, path: Path) -> str:
+    """Return the only file of a split. UserError for several, and for patterns."""
+    files = given if isinstance(given, list) else [given]
+    if len(files) > 1 or "*" in str(files[0]):
+        raise UserError(
+            f"{path}: dataset_kwargs.data_files: {split} has {len(files) if len(files) > 1 else 'a pattern of'} files;"
+            " join them in one file"
+        )
+    return str(files[0])

@@ -153,7 +153,9 @@ class FewShotSampler:
 
     def __init__(self, task: Task, pool: Sequence[Row], same_pool: bool) -> None:
         self.task, self.shots = task, task.shots
-        self.may_draw_self = same_pool and not self.shots.rows  # the row itself may be drawn
+        self.draw_extra = self.shots.draw_extra
+        if self.draw_extra is None:
+            self.draw_extra = same_pool and not self.shots.rows  # the row itself may be drawn
         self.random = random.Random(self.shots.seed)
         self.pools: dict[str, list[Row]] = {}
         self.fixed_examples: dict[str, list[Row]] = {}
@@ -167,16 +169,19 @@ class FewShotSampler:
         """Sample few-shot examples for a row. UserError when there are too few."""
         if not self.shots.count:
             return []
-        group, count = self._group(row), self.shots.count + self.may_draw_self
+        group, count = self._group(row), self.shots.count + bool(self.draw_extra)
         pool = self.pools.get(group, [])
         if len(pool) < count:
             where = f" of the group {group!r}" if self.shots.same_group else ""
             raise UserError(
                 f"num_fewshot is {self.shots.count}, but there are only {len(pool)} rows{where} to draw examples from"
-                + (", including the row itself" if self.may_draw_self else "")
+                + (", including the row itself" if self.draw_extra else "")
             )
         if self.shots.choose == "each":
-            found, more = self.random.sample(pool, count), self.random
+            found = self.random.sample(pool, count)
+            # without an extra example the harness keeps the question among its examples; replacing it must not change
+            # what is drawn for later questions
+            more = self.random if self.draw_extra else random.Random(f"{self.shots.seed} {row['id']}")
         else:
             if group not in self.fixed_examples:
                 self.fixed_examples[group] = (
@@ -192,7 +197,7 @@ class FewShotSampler:
                 f"num_fewshot is {self.shots.count}, but only {len(rest)} of the rows to draw examples from differ from"
                 f" row {row['id']!r}"
             )
-        if self.shots.choose == "each":
+        if self.shots.choose == "each" and self.draw_extra:
             return more.sample(rest, self.shots.count)
         unused = [other for other in rest if other not in kept]
         return kept + (
@@ -213,7 +218,13 @@ def _build_question(task: Task, row: Row, sampler: FewShotSampler) -> Question:
     prefix = render_string(task.prefix, row)
     choices = render_list(task.choices, row) if task.choices else contexts
     answer = render_value(task.answer, row)
-    gold = gold_indices(row, parse_gold(task, row, answer), choices) if task.kind == "choice" else ()
+    if task.refuse_numeric_question and _is_index(task.question, row):
+        raise DataError(
+            f"row {row['id']!r}: the question is a number, an index of the choices in the lm-evaluation-harness"
+            " (multiple inputs), which is not supported; write the contexts as `contexts`"
+        )
+    chosen = task.kind == "choice" or (task.kind == "generate" and bool(task.choices))
+    gold = gold_indices(row, parse_gold(task, row, answer), choices) if chosen else ()
     references = tuple(choices[i] for i in gold) if gold else _references(answer)
     if task.contexts:
         ending = render_string(task.question, row)
@@ -246,9 +257,15 @@ def _build_question(task: Task, row: Row, sampler: FewShotSampler) -> Question:
         prefix,
         options,
         tuple(choices) if task.kind == "choice" else (),
-        gold,
+        gold if task.kind == "choice" else (),
         references,
     )
+
+
+def _is_index(question: str, row: Row) -> bool:
+    """Return whether a question is an integer: a field, or digits that a template wrote."""
+    found = render_value(question, row)
+    return isinstance(found, int) or (question not in row and isinstance(found, str) and found.isdigit())
 
 
 def _build_chat_question(task: Task, row: Row, sampler: FewShotSampler) -> Question:
@@ -329,12 +346,14 @@ def _build_example(task: Task, row: Row) -> tuple[str, str]:
     if task.example_answer:
         answer = render_string(task.example_answer, row)
     else:
-        right = render_value(task.answer, row)
+        right = (
+            parse_gold(task, row, render_value(task.answer, row)) if task.choices else render_value(task.answer, row)
+        )
         if isinstance(right, Mapping):
             raise UserError(f"{task.name}: few-shot examples need `example_answer`, because `answer` is a mapping")
         if task.choices and (task.kind == "choice" or isinstance(right, int)):
             choices = render_list(task.choices, row)
-            right = choices[gold_indices(row, parse_gold(task, row, right), choices)[0]]
+            right = choices[gold_indices(row, right, choices)[0]]
         answer = str(right[0] if isinstance(right, list) else right)
     return render_string(task.question, row), _join(prefix, answer, " ")
 

@@ -164,7 +164,11 @@ class RequestRunner:
 
     def _get_delimiter(self, question: Question) -> str:
         """Return the delimiter between prompt and option (lm-eval's target_delimiter)."""
-        return "" if question.prefix and question.prefix[-1].isspace() else self.task.before_answer
+        if not self.task.delimit_answer:
+            return ""
+        if self.task.prompt == "chat" and question.prefix and question.prefix[-1].isspace():
+            return ""
+        return self.task.before_answer
 
     def _score_documents(self, questions: Sequence[Question]) -> list[QuestionResult]:
         tokenizer = self._tokenizer

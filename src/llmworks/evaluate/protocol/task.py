@@ -31,6 +31,13 @@ class FewShotConfig(Config):
         ),
     )
     seed: int = Field(1234, description="sampling seed")
+    draw_extra: bool | None = Field(
+        None,
+        description=(
+            "`each`: draw one example more, and leave out the question itself, as the lm-evaluation-harness does;"
+            " default: where the examples are drawn from the questions. A question is never its own example"
+        ),
+    )
     same_group: bool = Field(False, description="only rows of the question's group")
     rows: list[dict[str, Any]] = Field([], description="the examples themselves, where no dataset has them")
 
@@ -117,6 +124,16 @@ class Task(Config):
     prefix: str = Field("", description="template of the prefilled start of the answer (lm-eval's gen_prefix)")
     before_answer: str = Field(
         " ", description="between question and answer in plain prompts (lm-eval's target_delimiter)"
+    )
+    delimit_answer: bool = Field(
+        True, description="put `before_answer` before a scored option too, not only in few-shot examples"
+    )
+    refuse_numeric_question: bool = Field(
+        False,
+        description=(
+            "for `choice`: refuse a row whose question is a number; in the lm-evaluation-harness it is an index"
+            " (multiple inputs), which is written as `contexts` here"
+        ),
     )
     between: str = Field("\n\n", description="between few-shot examples in plain prompts (lm-eval's fewshot_delimiter)")
     shots: FewShotConfig = Field(FewShotConfig(), description="few-shot examples")

@@ -46,8 +46,10 @@ def to_harness(task: Task) -> dict[str, Any]:
         out["gen_prefix"] = task.prefix
     if task.shots.count:
         out["fewshot_config"] = {"sampler": choose, **({"samples": task.shots.rows} if task.shots.rows else {})}
-    if task.kind == "likelihood":
-        out["doc_to_target"] = f"{task.before_answer}{task.answer}"
+    if task.kind == "likelihood" and task.delimit_answer:
+        answer = str(task.answer)
+        answer = answer if "{{" in answer or "{%" in answer else "{{" + answer + "}}"
+        out |= {"doc_to_target": f"{task.before_answer}{answer}", "target_delimiter": ""}
     if task.kind == "generate":
         sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": task.temperature, "top_p": task.top_p}
@@ -56,7 +58,6 @@ def to_harness(task: Task) -> dict[str, Any]:
         )
         out |= {
             "generation_kwargs": {"until": task.stop, "max_gen_toks": task.max_tokens, **sampling},
-            "repeats": task.samples,
         }
         if task.extract != {"": []}:
             out["filter_list"] = [
@@ -71,6 +72,11 @@ def to_harness(task: Task) -> dict[str, Any]:
 
 def _check_exportable(task: Task) -> None:
     """Raise UserError for what the harness's YAML cannot express."""
+    if task.samples > 1:
+        raise UserError(
+            f"{task.name}: the mean of {task.samples} samples cannot be exported; the lm-evaluation-harness takes the"
+            " first"
+        )
     if task.rows == "chat" or task.contexts or isinstance(task.answer, dict) or task.group:
         what = (
             "conversations"
@@ -134,13 +140,21 @@ def _export_dataset(task: Task) -> dict[str, Any]:
         return {
             "dataset_path": f"{owner}/{name}",
             **({"dataset_name": config} if config else {}),
-            "test_split": task.split or "test",
-            **({"fewshot_split": task.examples_split} if task.examples_split else {}),
+            **_export_splits(task, task.split or "test", task.examples_split),
         }
     files = {"test": task.data or f"{task.name}.jsonl", **({"fewshot": task.examples} if task.examples else {})}
     return {
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": files},
-        "test_split": "test",
-        **({"fewshot_split": "fewshot" if task.examples else "test"} if task.shots.count else {}),
+        **_export_splits(task, "test", "fewshot" if task.examples else ""),
     }
+
+
+def _export_splits(task: Task, test: str, examples: str) -> dict[str, str]:
+    """Return the splits, named so that the harness draws as many examples as are drawn here (`draw_extra`)."""
+    extra = task.shots.draw_extra
+    if not task.shots.count or task.shots.rows or (extra is False and not examples):
+        return {"test_split": test}
+    if extra and examples:
+        return {"validation_split": test, "training_split": examples}
+    return {"test_split": test, "fewshot_split": examples or test}

@@ -18,9 +18,10 @@ from typing import Any, Literal
 import regex as expressions
 
 from llmworks.core.errors import UserError
+from llmworks.core.words import split_words
 from llmworks.evaluate.protocol.task import Kind, MetricSpec
 from llmworks.score.degeneration import has_same_start
-from llmworks.score.rouge import rouge_l, rouge_n, split_words
+from llmworks.score.rouge import rouge_l, rouge_n
 
 Numbers = tuple[float, ...]
 SECONDS = 2.0  # timeout of one pattern on one text

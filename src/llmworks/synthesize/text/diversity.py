@@ -7,7 +7,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
-from llmworks.score.rouge import rouge_l, split_words
+from llmworks.core.words import split_words
+from llmworks.score.rouge import rouge_l
 
 
 class DiversityPool:

@@ -194,8 +194,8 @@ def test_a_changed_row_is_written_as_it_is_now() -> None:
     row = shapes.read(ROWS["sharegpt"][3])  # carries itself along
     row["messages"][1]["content"] = "Goodbye."
     assert shapes.write(row)["conversations"] == [
-        {"from": "human", "value": "Hi"},
-        {"from": "gpt", "value": "Goodbye."},
+        {"from": "human", "value": "Hi", "lang": "en"},
+        {"from": "gpt", "value": "Goodbye.", "score": 3},
     ]
 
 
@@ -408,7 +408,7 @@ def test_many_shapes_become_one_data_set_and_go_back(
         for r in rows
         if [m["role"] for m in r["messages"]][-2:] == ["user", "assistant"]
         and not any("tool_calls" in m or "weight" in m for m in r["messages"])
-        and "lost" not in r["extra"]
+        and not any(m.keys() - {"role", "content"} for m in r["messages"])
     ]
     aside = [json.loads(line) for line in (tmp_path / "alpaca/rejected.jsonl").read_text().splitlines()]
     lost = next(r for r in aside if "weight 0" in r["reason"])
@@ -427,7 +427,8 @@ def test_many_shapes_become_one_data_set_and_go_back(
         == 0
     )
     assert len((tmp_path / "dropped/data.jsonl").read_text().splitlines()) == len(holds) + sum(
-        "lost" in r["extra"] for r in rows
+        any(m.keys() - {"role", "content", "tool_calls", "weight", "tool_call_id", "name"} for m in r["messages"])
+        for r in rows
     )
     assert [said(r) for r in read_chat(Dataset(tmp_path / "again"))] == [said(r) for r in holds]
     assert run("chat", files, tmp_path / "joined", "--set", "merge_turns=true") == 0
@@ -647,8 +648,11 @@ def test_older_function_calls_and_keys_that_are_lost() -> None:
         }
     )
     assert "reasoning_content" in shapes.write(odd)["messages"][1]
-    with pytest.raises(ValueError, match="'reasoning_content', which would be lost"):
-        shapes.write(odd, "messages")
+    assert shapes.write(odd, "messages")["messages"][1]["reasoning_content"] == "hm"
+    assert shapes.write(odd, "sharegpt")["conversations"][1]["reasoning_content"] == "hm"
+    for name in ("alpaca", "chatml", "completion"):
+        with pytest.raises(ValueError, match=r"'reasoning_content', which .* cannot hold"):
+            shapes.write(odd, name)
     tools = [{"name": "f", "description": "", "parameters": {}}]
     assert shapes.write(
         {

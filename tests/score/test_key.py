@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from llmworks.core.words import split_words
+from llmworks.core.text.words import split_words
 from llmworks.score import SCORES
 from llmworks.score.math import equality
 from llmworks.score.math.equality import is_equal_formula, is_formula

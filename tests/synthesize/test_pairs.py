@@ -20,8 +20,8 @@ from tests.synthesize.engine import Scripted, chats, context, foreign, rejected
 
 from llmworks.core.artifact import Dataset
 from llmworks.core.errors import DataError, UserError
+from llmworks.core.text.words import split_words
 from llmworks.core.types import Completion, Message
-from llmworks.core.words import split_words
 from llmworks.data.store.rows import read_preference
 from llmworks.score.judge import comparison_prompt, grading_prompt, parse_choice, parse_grade
 from llmworks.score.rouge import lcs_length, rouge_l

@@ -13,6 +13,7 @@ from llmworks.core.errors import LlmworksError, RequestError
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = ("system", "user", "assistant", "tool")
+MESSAGE_KEYS = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", "weight", "function_call"})
 FinishReason = Literal["stop", "length", "cancelled", "filtered"]
 Json = dict[str, Any]
 
@@ -32,7 +33,8 @@ class Message:
 
     `content` is text; an assistant turn may have tool calls instead of it, or in addition.
 
-    `weight` 0: an assistant turn that is not trained on (as in OpenAI's fine-tuning format).
+    `weight` 0: an assistant turn that is not trained on (as in OpenAI's fine-tuning format). `extra`: its other fields
+    as a JSON object, such as reasoning_content, or ""; a chat template may read them.
     """
 
     role: str
@@ -41,6 +43,14 @@ class Message:
     tool_call_id: str = ""
     name: str = ""
     weight: int = 1
+    extra: str = ""
+
+    @property
+    def extra_fields(self) -> Json:
+        """The other fields of the turn."""
+        import json
+
+        return dict(json.loads(self.extra)) if self.extra else {}
 
 
 @dataclass(frozen=True)
@@ -192,28 +202,18 @@ def messages_from_json(items: Sequence[Mapping[str, Any]]) -> tuple[Message, ...
 
     ValueError names the turn.
     """
-    import json
-
     out: list[Message] = []
     for turn, item in enumerate(items, 1):
         role, content = item.get("role"), item.get("content")
         role = "system" if role == "developer" else role  # OpenAI's newer name
         if role not in ROLES:
             raise ValueError(f"message {turn} has the unknown role {role!r}; known: {', '.join(ROLES)}")
-        calls: list[ToolCall] = []
-        for call in item.get("tool_calls") or ():
-            function = call.get("function", call)
-            arguments = function.get("arguments") or {}
-            try:
-                parsed = json.loads(arguments) if isinstance(arguments, str) else dict(arguments)
-            except ValueError as error:
-                raise ValueError(f"message {turn}: the arguments of a tool call are not JSON: {error}") from None
-            if not isinstance(parsed, dict):
-                raise ValueError(f"message {turn}: the arguments of a tool call must be a JSON object")
-            calls.append(ToolCall(name=str(function.get("name", "")), arguments=parsed, id=str(call.get("id") or "")))
+        calls = _parse_calls(item.get("tool_calls"), turn)
         if isinstance(content, list):  # OpenAI content parts
-            if any(part.get("type") != "text" for part in content):
+            if any(not isinstance(part, Mapping) or part.get("type") != "text" for part in content):
                 raise ValueError(f"message {turn} has content that is not text; only text is supported")
+            if any(not isinstance(part.get("text"), str) for part in content):
+                raise ValueError(f"message {turn} has a content part without text")
             content = "".join(part["text"] for part in content)
         if content is None and not calls:
             raise ValueError(f"message {turn} ({role}) has neither content nor tool calls")
@@ -230,9 +230,50 @@ def messages_from_json(items: Sequence[Mapping[str, Any]]) -> tuple[Message, ...
                 tool_call_id=str(item.get("tool_call_id") or ""),
                 name=str(item.get("name") or ""),
                 weight=1 if weight is None else int(weight),
+                extra=get_extra_fields(item),
             )
         )
     return tuple(out)
+
+
+def _parse_calls(given: Any, turn: int) -> list[ToolCall]:
+    """Parse the tool calls of a message. ValueError names the turn."""
+    if given is not None and not isinstance(given, (list, tuple)):
+        raise ValueError(f"message {turn}: tool_calls must be a list, not {type(given).__name__}")
+    calls: list[ToolCall] = []
+    for call in given or ():
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not (function.get("name") and isinstance(function["name"], str)):
+            raise ValueError(f"message {turn}: a tool call must be an object with the name of a function")
+        arguments = parse_arguments(function.get("arguments"), turn)
+        calls.append(ToolCall(function["name"], arguments, str(call.get("id") or "")))
+    return calls
+
+
+def parse_arguments(given: Any, turn: int) -> Json:
+    """Parse the arguments of a tool call: an object, or its JSON text; null and "" are none. ValueError names the
+    turn.
+    """
+    import json
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not valid JSON")
+
+    try:
+        parsed = json.loads(given, parse_constant=refuse) if isinstance(given, str) and given.strip() else given or {}
+    except ValueError as error:
+        raise ValueError(f"message {turn}: the arguments of a tool call are not JSON: {error}") from None
+    if not isinstance(parsed, Mapping):
+        raise ValueError(f"message {turn}: the arguments of a tool call must be a JSON object")
+    return dict(parsed)
+
+
+def get_extra_fields(item: Mapping[str, Any]) -> str:
+    """Return the fields of a JSON message that Message has no place for, as JSON; "" without any that has a value."""
+    import json
+
+    found = {key: item[key] for key in item if key not in MESSAGE_KEYS and item[key] not in (None, "", [], {})}
+    return json.dumps(found, ensure_ascii=False, sort_keys=True) if found else ""
 
 
 def messages_to_json(messages: Sequence[Message]) -> list[Json]:
@@ -257,5 +298,5 @@ def messages_to_json(messages: Sequence[Message]) -> list[Json]:
             item["name"] = message.name
         if not message.weight:
             item["weight"] = 0
-        out.append(item)
+        out.append(message.extra_fields | item)
     return out

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import count as count_from
 from typing import Literal
 
 from pydantic import Field
@@ -17,7 +19,7 @@ from pydantic import Field
 from llmworks.core.artifact import Config, Dataset
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError
-from llmworks.core.types import Json, Message, messages_from_json, messages_to_json
+from llmworks.core.types import MESSAGE_KEYS, Json, Message, messages_from_json, messages_to_json
 from llmworks.data import chat_formats as shapes
 from llmworks.data.card import finish_rows
 from llmworks.data.conversations.turns import find_problems, merge_consecutive_turns
@@ -26,8 +28,10 @@ from llmworks.data.store.jsonl import RejectedRows
 from llmworks.data.store.raw_rows import read_raw_rows
 from llmworks.data.store.rows import KIND_NAMES, TURNS, Row, detect_full_schema
 from llmworks.data.text.statistics import get_question
+from llmworks.tokenize.chat.tool_schemas import drop_padding
 
 BRACKETS = re.compile(r" ?\([^()]*\)")
+STEM = re.compile(r"(\.(?:jsonl|ndjson|json|parquet|arrow|csv|tsv))?(\.(?:gz|bz2|xz|zst|zip|tar|tgz))*$")
 PUBLISHED = {"bfcl": bfcl, "flan-cot": flan_cot, "spider": spider}
 
 
@@ -76,7 +80,8 @@ def chat(config: ChatConfig, data: Dataset, ctx: Context) -> Dataset:
         )
     rejected = RejectedRows()
     published = PUBLISHED.get(config.format)
-    rows = published.rows(data.path, rejected) if published else list(_convert_rows(config, data, rejected))
+    log = ctx.progress.log
+    rows = published.rows(data.path, rejected) if published else list(_convert_rows(config, data, rejected, log))
     if config.duplicates == "drop":
         rows = drop_duplicate_rows(rows, data.name, rejected)
     if not rows:
@@ -101,6 +106,13 @@ def chat(config: ChatConfig, data: Dataset, ctx: Context) -> Dataset:
         ctx.report.add_table(
             "Rejected", ("reason", "rows"), reasons.most_common(40), note="The rows are in rejected.jsonl."
         )
+    if turn_fields := count_turn_fields(rows):
+        ctx.report.data["turn_fields"] = turn_fields
+        ctx.report.add_table(
+            "Further fields of turns", ("field", "rows"), list(turn_fields.items()), "Kept. A template may read them."
+        )
+        named = ", ".join(f"{name} ({number:,} rows)" for name, number in turn_fields.items())
+        log(f"turns have further fields: {named}; they are kept, for templates that read them")
     extra = {"rejected": len(rejected.rows), "shapes": dict(found)}
     return finish_rows(
         ctx,
@@ -118,14 +130,25 @@ def drop_duplicate_rows(rows: Sequence[Row], name: str, rejected: RejectedRows) 
     first: dict[str, str] = {}
     unique_rows = []
     for number, row in enumerate(rows, 1):
-        content = json.dumps(
-            [row.get(side) for side in ("messages", "prompt", "chosen", "rejected", "tools")], sort_keys=True
-        )
+        content = _get_content(row)
         if first.setdefault(content, row["id"]) == row["id"]:
             unique_rows.append(row)
         else:
             rejected.add(name, number, f"duplicate of another row ({first[content]})", row)
     return unique_rows
+
+
+def count_turn_fields(rows: Sequence[Row]) -> dict[str, int]:
+    """Count the rows whose turns have fields beside those of the schema, such as reasoning_content."""
+    found: Counter[str] = Counter()
+    for row in rows:
+        turns = [turn for name in ("messages", "prompt", "chosen", "rejected") for turn in row.get(name, ())]
+        found.update({key for turn in turns for key in turn if key not in MESSAGE_KEYS})
+    return dict(found.most_common())
+
+
+def _get_content(row: Row) -> str:
+    return json.dumps([row.get(side) for side in ("messages", "prompt", "chosen", "rejected", "tools")], sort_keys=True)
 
 
 def generalize_reasons(reasons: Mapping[str, int]) -> dict[str, int]:
@@ -139,14 +162,18 @@ def generalize_reasons(reasons: Mapping[str, int]) -> dict[str, int]:
     return dict(found)
 
 
-def _convert_rows(config: ChatConfig, data: Dataset, rejected: RejectedRows) -> Iterator[Row]:
-    seen: set[str] = set()
+def _convert_rows(
+    config: ChatConfig, data: Dataset, rejected: RejectedRows, log: Callable[[str], None]
+) -> Iterator[Row]:
+    seen: dict[str, str] = {}  # id -> content
+    renamed = 0
     questions: dict[str, str] = {}  # question -> id of the first row with it, used as the group
     pairs: bool | None = None
     for file, number, raw in read_raw_rows(data.path, rejected):
         try:
-            row = convert_row(config, raw, f"{file.rsplit('/', 1)[-1].split('.')[0]}-{number}")
-            if row["id"] in seen:
+            row = convert_row(config, raw, f"{get_stem(file)}-{number}")
+            content = _get_content(row)
+            if seen.get(row["id"]) == content:
                 raise ValueError(f"duplicate id {row['id']!r}")
             if pairs is not None and pairs != ("chosen" in row):
                 raise ValueError(
@@ -158,10 +185,20 @@ def _convert_rows(config: ChatConfig, data: Dataset, rejected: RejectedRows) -> 
             rejected.add(file, number, get_rejection_reason(error), raw)
             continue
         pairs = "chosen" in row
-        seen.add(row["id"])
+        if row["id"] in seen:  # ids of topics or users are no keys
+            renamed += 1
+            row["id"] = next(id for n in count_from(2) if (id := f"{row['id']}~{n}") not in seen)
+        seen[row["id"]] = content
         if not row["group"]:
             row["group"] = questions.setdefault(get_question(row), row["id"])
         yield row
+    if renamed:
+        log(f"{renamed:,} rows have the id of an earlier, different row; a number was added to it")
+
+
+def get_stem(file: str) -> str:
+    """Return a file's path without the suffixes of its type and compression, so that rows of all files have ids."""
+    return STEM.sub("", file)
 
 
 def get_rejection_reason(error: Exception) -> str:
@@ -182,6 +219,7 @@ def convert_row(config: ChatConfig, raw: Json, default_id: str) -> Row:
     """
     row = shapes.read(raw, "" if config.format == "auto" else config.format)
     row["id"] = row["id"] or default_id
+    _drop_padded_arguments(row)
     if config.merge_turns:
         for name in TURNS["preference" if "chosen" in row else "chat"]:
             row[name] = messages_to_json(merge_consecutive_turns(messages_from_json(row[name])))
@@ -190,6 +228,25 @@ def convert_row(config: ChatConfig, raw: Json, default_id: str) -> Row:
             if found := find_problems(messages, row["tools"]):
                 raise ValueError(found[0])
     return row
+
+
+def _drop_padded_arguments(row: Row) -> None:
+    """Remove null arguments that only another function has."""
+    functions = {function["name"]: function for function in row["tools"]}
+    for name in TURNS["preference" if "chosen" in row else "chat"]:
+        if any(turn.get("tool_calls") for turn in row[name]):
+            row[name] = messages_to_json(
+                [
+                    replace(
+                        message,
+                        tool_calls=tuple(
+                            replace(call, arguments=drop_padding(call.arguments, functions.get(call.name)))
+                            for call in message.tool_calls
+                        ),
+                    )
+                    for message in messages_from_json(row[name])
+                ]
+            )
 
 
 def get_conversations(row: Row) -> list[tuple[Message, ...]]:

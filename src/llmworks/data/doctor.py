@@ -27,7 +27,13 @@ from llmworks.data.text.statistics import get_question
 from llmworks.tokenize.chat.named_templates import TEMPLATE_DESCRIPTION, Template, load_model_tokenizer
 from llmworks.tokenize.chat.special_tokens import SpecialTokenDetector
 from llmworks.tokenize.chat.template_faults import TemplateUses, TrainingFault, find_template_faults
-from llmworks.tokenize.chat.templates import RenderedConversation, adapt_tools, encode, render_masked
+from llmworks.tokenize.chat.templates import (
+    RenderedConversation,
+    adapt_tools,
+    encode,
+    find_unread_fields,
+    render_masked,
+)
 from llmworks.tokenize.load import get_stop_ids, read_json
 
 
@@ -131,6 +137,10 @@ def check_conversation(
     except (RequestError, ModelError) as error:
         add_finding(cases, row, TrainingFault("not-rendered", "error", str(error), "correct or remove these rows"))
         return None
+    for name in find_unread_fields(tokenizer, messages, row.get("tools") or ()):
+        fix = "use a template that reads it, or move it into the content; otherwise the model never sees it"
+        what = f"the template does not read the field {name!r} of turns"
+        add_finding(cases, row, TrainingFault(f"unread-{name}", "warning", what, fix))
     if not any(rendered.mask[1:]):
         add_finding(
             cases,

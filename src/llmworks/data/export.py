@@ -5,6 +5,7 @@ format.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -12,9 +13,10 @@ from pydantic import Field
 from llmworks.core.artifact import Config, Dataset
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError
+from llmworks.core.types import messages_from_json, messages_to_json
 from llmworks.data import chat_formats as shapes
 from llmworks.data.store.jsonl import RejectedRows
-from llmworks.data.store.rows import detect_schema, read_chat, read_preference
+from llmworks.data.store.rows import Row, detect_schema, read_chat, read_preference
 
 FILE = "data.jsonl"
 
@@ -31,9 +33,17 @@ class ExportConfig(Config):
     )
     extra_turn_fields: Literal["drop_rows", "drop_fields"] = Field(
         "drop_rows",
-        description="turn fields that only the original format has; drop_rows: reject the row; drop_fields: drop the"
-        " fields",
+        description="fields of turns that not every format can hold, such as reasoning_content; drop_rows: reject the"
+        " row; drop_fields: drop the fields",
     )
+
+
+def drop_extra_fields(row: Row) -> None:
+    """Remove the fields of turns that the schema has no column for."""
+    row["extra"].pop("raw", None)
+    for name in ("messages", "prompt", "chosen", "rejected"):
+        if name in row:
+            row[name] = messages_to_json([replace(m, extra="") for m in messages_from_json(row[name])])
 
 
 def export(config: ExportConfig, data: Dataset, ctx: Context) -> Dataset:
@@ -47,7 +57,7 @@ def export(config: ExportConfig, data: Dataset, ctx: Context) -> Dataset:
     with (ctx.out / FILE).open("w", encoding="utf-8") as stream:
         for number, row in enumerate(rows, 1):
             if config.extra_turn_fields == "drop_fields":
-                row["extra"].pop("lost", None)
+                drop_extra_fields(row)
             try:
                 raw = shapes.write(row, "" if config.format == "as-read" else config.format)
             except ValueError as error:

@@ -35,7 +35,7 @@ PLATFORM: Derivation = "exact-on-this-platform"
 DECLARED: Derivation = "declared"
 
 STAGES: dict[str, Stage] = {
-    "data.read": Stage("llmworks.data.read:read", 2, EXACT, "Read raw files of many formats as documents"),
+    "data.read": Stage("llmworks.data.read:read", 3, EXACT, "Read raw files of many formats as documents"),
     "data.query": Stage("llmworks.data.query:query", 2, DECLARED, "Read the rows of a SQL query as documents"),
     "data.clean": Stage(
         "llmworks.data.clean:clean",
@@ -54,19 +54,19 @@ STAGES: dict[str, Stage] = {
     "data.redact": Stage("llmworks.data.redact:redact", 2, EXACT, "Replace, tag or drop personal data and secrets"),
     "data.chat": Stage(
         "llmworks.data.chat:chat",
-        6,
+        7,
         EXACT,
         "Convert raw rows of common formats to conversations or preference pairs",
         converts="chat",
     ),
     "data.doctor": Stage(
-        "llmworks.data.doctor:doctor", 4, EXACT, "Check a data set and chat template for training faults"
+        "llmworks.data.doctor:doctor", 5, EXACT, "Check a data set and chat template for training faults"
     ),
     "data.show": Stage(
         "llmworks.data.show:show", 3, EXACT, "Show conversations, pairs or packed tokens: statistics and samples"
     ),
     "data.export": Stage(
-        "llmworks.data.export:export", 4, EXACT, "Export conversations or preference pairs to JSONL in common formats"
+        "llmworks.data.export:export", 5, EXACT, "Export conversations or preference pairs to JSONL in common formats"
     ),
     "data.pack": Stage(
         "llmworks.data.pack:pack", 3, EXACT, "Tokenize and pack conversations or documents into memory-mapped shards"
@@ -261,7 +261,7 @@ STAGES: dict[str, Stage] = {
     ),
     "evaluate": Stage(
         "llmworks.evaluate.evaluate:evaluate",
-        3,
+        4,
         DECLARED,
         "Evaluate a model on a task, sample by sample",
         inputs="llmworks.evaluate.protocol.task_inputs:task_inputs",
@@ -323,7 +323,7 @@ STAGES: dict[str, Stage] = {
     ),
     "synthesize.sample": Stage(
         "llmworks.synthesize.sample:sample",
-        2,
+        3,
         DECLARED,
         "Sample several answers per question, keep those a verifier accepts (rejection sampling)",
     ),

@@ -11,8 +11,8 @@ from typing import Any
 
 import regex
 
+from llmworks.core.text.words import WORD, fold, split_words
 from llmworks.core.types import Message, Score
-from llmworks.core.words import WORD, fold, split_words
 from llmworks.tokenize.chat.templates import parse_tool_calls
 
 MAX_REPETITION = 0.5  # share of repeated 4-grams above which a text is degenerate

@@ -13,8 +13,8 @@ from typing import Any
 import regex
 
 from llmworks.core.errors import DataError
+from llmworks.core.text.words import fold
 from llmworks.core.types import Message, Score
-from llmworks.core.words import fold
 from llmworks.score.extract import find_final_answer
 from llmworks.score.math.equality import is_equal_formula, is_formula
 from llmworks.score.math.numbers import find_answer_number, read_number

@@ -17,8 +17,8 @@ from llmworks.core.artifact import Adapter, Config, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.documents import read_documents
 from llmworks.core.errors import DataError
+from llmworks.core.text.words import split_words
 from llmworks.core.types import Document, Message
-from llmworks.core.words import split_words
 from llmworks.synthesize.builder import Decoding, GeneratedText, SyntheticDatasetBuilder
 from llmworks.synthesize.text.diversity import DiversityPool
 from llmworks.synthesize.text.parse import is_refusal, parse_list, strip_markup

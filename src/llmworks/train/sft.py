@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from llmworks.core.artifact import Adapter, Config, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError
-from llmworks.data.conversations.training_rows import read_training_rows
+from llmworks.data.conversations.training_rows import read_training_rows, warn_unread_fields
 from llmworks.data.doctor import get_template_uses, require_template
 from llmworks.data.store.rows import Row
 from llmworks.tokenize.chat.named_templates import set_template
@@ -164,8 +164,10 @@ def sft(
             raise (explain_out_of_memory(error) or error) from error
 
 
-def tokenize_data(config: SftConfig, model: Model, data: Dataset, held_out: Dataset | None) -> TrainingData:
-    """Tokenize the rows for training.
+def tokenize_data(
+    config: SftConfig, model: Model, data: Dataset, held_out: Dataset | None, log: Callable[[str], None] | None = None
+) -> TrainingData:
+    """Tokenize the rows for training. `log`: is told about fields of turns that the template does not read.
 
     Errors: DataError, GoldenMismatch, and ModelError for a chat template that would corrupt them.
     """
@@ -179,6 +181,8 @@ def tokenize_data(config: SftConfig, model: Model, data: Dataset, held_out: Data
     rows = read_training_rows(data)
     if "messages" in rows[0]:
         require_template(model.name, tokenizer, stop_token_ids, get_template_uses(rows))
+    if log is not None:
+        warn_unread_fields(tokenizer, rows, log)
     max_context = get_context_length(model) - (
         config.soft_prompt.num_virtual_tokens if config.method in ("prompt_tuning", "prefix_tuning") else 0
     )
@@ -213,7 +217,7 @@ def run_sft(
     from llmworks.train.loop.losses import NeftuneNoise, next_token_loss
     from llmworks.train.loop.packed_steps import packed_loss
 
-    training_data = tokenize_data(config, model, data, held_out)
+    training_data = tokenize_data(config, model, data, held_out, ctx.progress.log)
     log_data_size(ctx, config, training_data)
 
     def create_method(tuned: TrainableModel, material: TrainingData) -> TrainMethod:

@@ -23,6 +23,7 @@ from llmworks.align.preference.examples import (
 from llmworks.core.artifact import Adapter, Dataset, Model, check_base
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError, UserError
+from llmworks.data.conversations.training_rows import warn_unread_fields
 from llmworks.data.store.rows import Row, detect_schema, read_chat, read_preference
 from llmworks.tokenize.chat.named_templates import set_template
 from llmworks.train.finetune.config import FinetuneConfig, GenerativeFinetuneConfig
@@ -232,6 +233,8 @@ def run_preference(
     if ref_model is not None:
         check_same_vocabulary(ref_model, policy)
     num_label_tokens = sum(example.labels for example in material.examples)
+    rows = read_rows(data, single_completions=single_completions)
+    warn_unread_fields(material.tokenizer, rows, ctx.progress.log)
     warn_shared_prompts(material.examples, material.eval_examples, lambda example: example.prompt, ctx.progress.log)
     ctx.progress.log(
         f"{len(material.examples)} {'completions' if single_completions else 'pairs'}, {num_label_tokens:,} label"

@@ -69,11 +69,6 @@ def write(row: Row, name: str = "") -> Json:
     """
     extra = row.get("extra") or {}
     origin = "" if name else extra.get("shape", "")
-    if name and extra.get("lost"):
-        raise ValueError(
-            f"its turns have the fields {', '.join(map(repr, extra['lost']))}, which would be lost; format: as-read"
-            " keeps them, extra_turn_fields: drop removes them"
-        )
     if name:
         row = {**row, "extra": {key: extra[key] for key in ("fields", "input") if key in extra}}
     name = name or origin or ("preference" if "chosen" in row else "messages")

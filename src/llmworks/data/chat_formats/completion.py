@@ -19,6 +19,7 @@ PAIRS = (
     ("query", "response"),
     ("question", "answer"),
     ("input", "output"),
+    ("instruction", "response"),  # Dolly
 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from llmworks.core.types import Json, Message, messages_from_json
+from llmworks.tokenize.chat.tool_schemas import normalize_tool
 
 Row = dict[str, Any]
 
@@ -20,8 +21,9 @@ def convert_common(raw: Json, format_name: str, used: Collection[str], variant: 
             tools = json.loads(tools.strip() or "[]")
         except ValueError as error:
             raise ValueError(f"`tools` is not JSON ({error})") from None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    if not isinstance(tools, list):
         raise ValueError("`tools` must be a list of functions")
+    functions = [normalize_tool(tool) for tool in tools]
     known = ("id", "group", "tools", "answer")
     extra: Json = {"shape": format_name, **(variant or {})}
     left = {key: value for key, value in raw.items() if key not in used and key not in known}
@@ -35,7 +37,7 @@ def convert_common(raw: Json, format_name: str, used: Collection[str], variant: 
     return {
         "id": _to_string(raw.get("id")),
         "group": _to_string(raw.get("group")),
-        "tools": [tool.get("function", tool) for tool in tools],
+        "tools": functions,
         "answer": raw.get("answer"),
         "extra": extra,
     }
@@ -77,20 +79,6 @@ def get_weight(turn: Json) -> int:
         raise ValueError(f"weight is {weight!r}, must be 0 or 1")
     marked = next((turn[key] for key in LOSS_FLAG_KEYS if isinstance(turn.get(key), bool)), True)
     return int(marked) if weight is None else int(weight)
-
-
-def find_unmapped_keys(turns: Sequence[Any], known: Collection[str]) -> Json:
-    """Return {"lost": keys} of turn fields outside the schema; they survive only in the original format."""
-    found = sorted(
-        {
-            key
-            for turn in turns
-            if isinstance(turn, dict)
-            for key, value in turn.items()
-            if key not in known and key not in LOSS_FLAG_KEYS and value not in (None, [], {}, "")
-        }
-    )
-    return {"lost": found} if found else {}
 
 
 def parse_prompt(raw: Json, key: str) -> tuple[list[Message], int, tuple[str, ...]]:
@@ -155,12 +143,17 @@ def parse_turns(raw: Json, key: str, role: str) -> tuple[list[Message], int]:
 
 
 def check_representable(messages: Sequence[Message], format_name: str) -> None:
-    """Raise ValueError when turns have weights or names, which a format cannot hold."""
+    """Raise ValueError when turns have weights, names or other fields, which a format cannot hold."""
     for number, message in enumerate(messages, 1):
         if not message.weight:
             raise ValueError(f"turn {number} has weight 0 (masked from the loss); {format_name} cannot hold weights")
         if message.name and message.role != "tool":
             raise ValueError(f"turn {number} has the name {message.name!r}; {format_name} cannot hold names")
+        if message.extra:
+            raise ValueError(
+                f"turn {number} has the fields {', '.join(map(repr, message.extra_fields))}, which {format_name} cannot"
+                " hold; extra_turn_fields: drop_fields removes them"
+            )
 
 
 def get_string(raw: Json, key: str) -> str:

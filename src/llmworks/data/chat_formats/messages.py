@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmworks.core.types import Json, messages_from_json, messages_to_json
-from llmworks.data.chat_formats.fields import Row, convert_common, find_unmapped_keys, get_weight, restore_fields
+from llmworks.data.chat_formats.fields import LOSS_FLAG_KEYS, Row, convert_common, get_weight, restore_fields
 
 KEYS = ("messages", "conversation", "conversations", "dialog", "turns")
 
@@ -29,10 +29,7 @@ def read(raw: Json) -> Row:
     turns = raw[key]
     if not turns or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"`{key}` must be a list of turns, each with role and content")
-    known = ("role", "content", "tool_calls", "tool_call_id", "name", "weight", "function_call")
-    row = convert_common(
-        raw, "messages", (key,), ({"key": key} if key != "messages" else {}) | find_unmapped_keys(turns, known)
-    )
+    row = convert_common(raw, "messages", (key,), {"key": key} if key != "messages" else {})
     return {
         **row,
         "messages": messages_to_json(
@@ -44,7 +41,8 @@ def read(raw: Json) -> Row:
 def normalize_turn(turn: Json, number: int) -> Json:
     """Normalize a turn: legacy OpenAI function calls become tool calls, other trainers' loss flags become weights."""
     try:
-        turn = {**turn, "weight": get_weight(turn)}
+        flags = [key for key in LOSS_FLAG_KEYS if isinstance(turn.get(key), bool)]
+        turn = {**{key: value for key, value in turn.items() if key not in flags}, "weight": get_weight(turn)}
     except ValueError as error:
         raise ValueError(f"message {number}: {error}") from None
     if turn.get("role") == "function":

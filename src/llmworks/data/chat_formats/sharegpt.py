@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from llmworks.core.types import Json, Message, ToolCall, messages_from_json, messages_to_json
+from llmworks.core.types import Json, Message, ToolCall, get_extra_fields, messages_from_json, messages_to_json
 from llmworks.data.chat_formats.fields import (
+    LOSS_FLAG_KEYS,
     Row,
     check_representable,
     convert_common,
-    find_unmapped_keys,
     get_string,
     get_weight,
     restore_fields,
@@ -46,15 +46,20 @@ def read(raw: Json) -> Row:
     turns = raw["conversations"]
     if not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("`conversations` must be a list of turns, each with from and value")
-    messages = [to_message(turn, number) for number, turn in enumerate(turns, 1)]
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, 1):
+        message = to_message(turn, number)
+        last = messages[-1] if messages else None
+        if message.tool_calls and last and last.tool_calls and last.weight == message.weight:  # parallel calls
+            messages[-1] = replace(last, tool_calls=(*last.tool_calls, *message.tool_calls))
+        else:
+            messages.append(message)
     has_system_field = isinstance(raw.get("system"), str) and bool(raw["system"].strip())
     if has_system_field:
         messages.insert(0, Message("system", raw["system"]))
-    lost = find_unmapped_keys(turns, ("from", "value", "weight"))
+    variant: Json = {"system_apart": True} if has_system_field else {}
     return {
-        **convert_common(
-            raw, "sharegpt", ("conversations", "system"), ({"system_apart": True} if has_system_field else {}) | lost
-        ),
+        **convert_common(raw, "sharegpt", ("conversations", "system"), variant),
         "messages": messages_to_json(messages),
     }
 
@@ -73,8 +78,10 @@ def to_message(turn: Json, number: int = 1) -> Message:
         weight = get_weight(turn)
     except ValueError as error:
         raise ValueError(f"turn {number}: {error}") from None
-    if speaker.lower() != "function_call":
-        return Message(role, value, weight=weight)
+    known = ("from", "value", *(key for key in LOSS_FLAG_KEYS if isinstance(turn.get(key), bool)))
+    extra = get_extra_fields({key: value for key, value in turn.items() if key not in known})
+    if speaker.lower() not in ("function_call", "function_calls"):
+        return Message(role, value, weight=weight, extra=extra)
     try:
         calls = json.loads(value)
         calls = calls if isinstance(calls, list) else [calls]
@@ -89,18 +96,20 @@ def to_message(turn: Json, number: int = 1) -> Message:
         raise ValueError(
             f"turn {number} is a function_call, but its value is not a JSON object with name and arguments"
         ) from None
-    return Message("assistant", "", made, weight=weight)
+    return Message("assistant", "", made, weight=weight, extra=extra)
 
 
 def from_message(message: Message) -> Json:
     """Convert a message to a turn."""
+    extra = message.extra_fields
     if message.tool_calls:
         calls = [{"name": c.name, "arguments": c.arguments} for c in message.tool_calls]
         return {
+            **extra,
             "from": "function_call",
             "value": json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False),
         }
-    return {"from": NAMES[message.role], "value": message.content}
+    return {**extra, "from": NAMES[message.role], "value": message.content}
 
 
 def write(row: Row) -> Json:
@@ -108,7 +117,7 @@ def write(row: Row) -> Json:
     messages = list(messages_from_json(row["messages"]))
     if any(m.tool_calls and m.content.strip() for m in messages):
         raise ValueError("a turn has text and tool calls; the ShareGPT format cannot hold both")
-    check_representable([replace(m, weight=1) for m in messages], "the ShareGPT format")  # which does hold weights
+    check_representable([replace(m, weight=1, extra="") for m in messages], "the ShareGPT format")  # it does hold these
     extra = row.get("extra") or {}
     out = restore_fields(row, "sharegpt")
     if extra.get("shape") == "sharegpt" and extra.get("system_apart") and messages[0].role == "system":

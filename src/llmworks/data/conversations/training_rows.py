@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from llmworks.core.artifact import Dataset
 from llmworks.core.documents import read_documents
-from llmworks.core.errors import DataError
-from llmworks.core.types import messages_from_json
+from llmworks.core.errors import DataError, ModelError, RequestError
+from llmworks.core.types import MESSAGE_KEYS, messages_from_json
 from llmworks.data.store.jsonl import RejectedRows
 from llmworks.data.store.raw_rows import raise_rejected, read_raw_rows
 from llmworks.data.store.rows import Row, detect_schema, has_parquet, read_chat
-from llmworks.tokenize.chat.templates import adapt_tools, encode, render_masked
+from llmworks.tokenize.chat.templates import adapt_tools, encode, find_unread_fields, render_masked
 
 
 def read_training_rows(data: Dataset) -> list[Row]:
@@ -55,6 +56,25 @@ def _has_documents(data: Dataset) -> bool:
         return {"id", "text"} <= set(pq.read_schema(file).names)
     except (OSError, ValueError):
         return False
+
+
+def warn_unread_fields(tokenizer: Any, rows: Sequence[Row], log: Callable[[str], None], *, samples: int = 16) -> None:
+    """Log fields of turns, such as reasoning_content, that the template does not read in some rows that have them."""
+    having: dict[str, int] = {}
+    unread: set[str] = set()
+    for row in rows:
+        turns = [turn for name in ("messages", "prompt", "chosen", "rejected") for turn in row.get(name, ())]
+        names = {key for turn in turns for key in turn if key not in MESSAGE_KEYS}
+        if not names:
+            continue
+        if any(having.get(name, 0) < samples for name in names):
+            messages = messages_from_json(row.get("messages") or [*row["prompt"], *row["chosen"]])
+            with suppress(RequestError, ModelError):  # such rows are dropped with the reason
+                unread |= set(find_unread_fields(tokenizer, messages, row.get("tools") or ()))
+        for name in names:
+            having[name] = having.get(name, 0) + 1
+    for name in sorted(unread):
+        log(f"warning: the chat template does not read the field {name!r} of turns in {having[name]:,} rows")
 
 
 def tokenize_row(tokenizer: Any, row: Row) -> tuple[Sequence[int], Sequence[int]]:

@@ -94,6 +94,7 @@ def merge_consecutive_turns(messages: Sequence[Message]) -> tuple[Message, ...]:
             and message.role in ("user", "assistant", "system")
             and not last.tool_calls
             and last.weight == message.weight
+            and not (last.extra or message.extra)
         ):
             out[-1] = Message(
                 last.role,

@@ -190,7 +190,7 @@ def _iter_rows(table: Any) -> Iterator[PlainConversation | Json]:
         offsets = column.offsets.to_numpy()
         turns = column.values
         odd = np.zeros(len(turns) + 1, dtype=np.int64)
-        for name in ("tool_calls", "tool_call_id", "name", "weight"):
+        for name in ("tool_calls", "tool_call_id", "name", "weight", "extra"):
             if name in [turns.type.field(i).name for i in range(turns.type.num_fields)]:
                 odd[1:] |= turns.field(name).is_valid().to_numpy(zero_copy_only=False)
         odd[1:] |= turns.field("content").is_null().to_numpy(zero_copy_only=False) | turns.field(

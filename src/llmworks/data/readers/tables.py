@@ -6,10 +6,8 @@ One field is the text, the others become metadata. A row without text is rejecte
 from __future__ import annotations
 
 import base64
-import csv
 import datetime
 import decimal
-import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,8 +15,11 @@ from typing import IO, Any
 
 from llmworks.core.documents import RejectedInput
 from llmworks.core.types import Document
+from llmworks.data.readers.csv_rows import RejectedCsvRow, iter_csv_rows
 from llmworks.data.readers.input_files import InputFile, open_seekable
-from llmworks.data.readers.text import SAMPLE, NotTextError, detect_encoding, read_limited, size_limit_reason
+from llmworks.data.readers.text import NotTextError, read_limited, size_limit_reason
+
+WRAPPERS = ("data", "rows", "examples", "train", "instances")  # keys of an object that holds the rows
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,9 @@ def _json_row(line: bytes, name: str, number: int, fields: TableFields) -> Docum
 
 def read_json(source: InputFile, fields: TableFields) -> Iterator[Document | RejectedInput]:
     """Read one document per object from a file that is an object or a list of objects. The whole file is loaded."""
+    if is_json_lines(source, fields.max_bytes):
+        yield from read_jsonl_rows(source, fields)
+        return
     with source.open() as stream:
         data = read_limited(stream, fields.max_bytes)
     if data is None:
@@ -126,11 +130,10 @@ def read_json(source: InputFile, fields: TableFields) -> Iterator[Document | Rej
         )
         return
     try:
-        value = json.loads(data)
+        rows = parse_json_rows(data)
     except (ValueError, RecursionError) as error:
         yield RejectedInput(source.name, 0, f"not JSON ({error})")
         return
-    rows = value if isinstance(value, list) else [value]
     for number, row in enumerate(rows, 1):
         if isinstance(row, dict):
             yield row_to_document(row, source.name, number, fields)
@@ -138,41 +141,43 @@ def read_json(source: InputFile, fields: TableFields) -> Iterator[Document | Rej
             yield RejectedInput(source.name, number, "not a JSON object", str(row)[:2000])
 
 
+def parse_json_rows(data: bytes) -> list[Any]:
+    """Return the rows of a whole .json file: a list, an object with one list of objects (`data`), or one object.
+
+    Errors: ValueError for anything else.
+    """
+    value = json.loads(data.decode("utf-8-sig"))
+    if isinstance(value, dict):
+        lists = [key for key in WRAPPERS if isinstance(value.get(key), list)]
+        if lists and all(isinstance(row, dict) and "role" not in row and "from" not in row for row in value[lists[0]]):
+            return list(value[lists[0]])
+    return value if isinstance(value, list) else [value]
+
+
+def is_json_lines(source: InputFile, max_bytes: int) -> bool:
+    """Return whether a file holds JSON lines, whatever its suffix: its first line is an object, and others follow."""
+    with source.open() as stream:
+        lines = (line for _, line in iter_lines(stream, max_bytes) if line is None or line.strip())
+        first, second = next(lines, None), next(lines, None)
+    try:
+        return first is not None and second is not None and isinstance(json.loads(first.decode("utf-8-sig")), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def read_csv(source: InputFile, fields: TableFields) -> Iterator[Document | RejectedInput]:
     """Read one document per row; the first row is the header."""
-    with source.open() as stream:
-        head = stream.read(SAMPLE)
-    with source.open() as stream:
-        try:
-            encoding = detect_encoding(head)
-        except NotTextError as error:
-            yield RejectedInput(source.name, 0, str(error))
-            return
-        previous = csv.field_size_limit(fields.max_bytes)
-        try:
-            table = csv.DictReader(
-                io.TextIOWrapper(stream, encoding, newline=""),
-                dialect="excel-tab" if source.suffix == ".tsv" else "excel",
-                strict=True,
-            )
-            names = table.fieldnames or []
-            if fields.text not in names:
-                yield RejectedInput(source.name, 1, f"no field {fields.text!r} (it has {', '.join(names)[:200]})")
+    try:
+        for number, row in iter_csv_rows(source, fields.max_bytes):
+            if isinstance(row, RejectedCsvRow):
+                yield RejectedInput(source.name, number, row.reason, row.text)
+            elif fields.text not in row:
+                yield RejectedInput(source.name, 1, f"no field {fields.text!r} (it has {', '.join(row)[:200]})")
                 return
-            for number, row in enumerate(table, 1):
-                if None in row or None in row.values():
-                    yield RejectedInput(
-                        source.name,
-                        number,
-                        f"number of fields differs from the header ({len(names)})",
-                        str(list(row.values()))[:2000],
-                    )
-                else:
-                    yield row_to_document(row, source.name, number, fields)
-        except (csv.Error, UnicodeDecodeError) as error:
-            yield RejectedInput(source.name, table.line_num, f"the rest of the table cannot be read ({error})")
-        finally:
-            csv.field_size_limit(previous)
+            else:
+                yield row_to_document(row, source.name, number, fields)
+    except NotTextError as error:
+        yield RejectedInput(source.name, 0, str(error))
 
 
 def read_parquet(source: InputFile, fields: TableFields) -> Iterator[Document | RejectedInput]:

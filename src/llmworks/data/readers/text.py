@@ -64,6 +64,8 @@ def _detect_legacy_encoding(data: bytes) -> str:
     best = from_bytes(sample).best()
     if best is None:
         raise NotTextError("text in an unknown encoding")
+    if best.encoding.startswith(("utf_16", "utf_32")):  # a guess from a few bytes: real ones have NUL bytes, or a BOM
+        return max(LETTERS, key=lambda encoding: _covered_fraction(sample, encoding))
     if not any("LATIN" in unicodedata.name(char, "") for char in str(best) if char > "\x7f"):
         return best.encoding
     covered = {encoding: _covered_fraction(sample, encoding) for encoding in LETTERS}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +10,9 @@ from typing import IO, Any
 from llmworks.core.documents import RejectedInput
 from llmworks.core.errors import DataError
 from llmworks.core.types import Json
+from llmworks.data.readers.csv_rows import RejectedCsvRow, iter_csv_rows
 from llmworks.data.readers.input_files import BROKEN, expand_archives, find_files, make_input_file, open_seekable
-from llmworks.data.readers.tables import iter_lines, to_json_value
+from llmworks.data.readers.tables import is_json_lines, iter_lines, parse_json_rows, to_json_value
 from llmworks.data.store.jsonl import RejectedRows
 
 LIMIT = 64 << 20  # maximum bytes of one row
@@ -54,27 +53,24 @@ def _read_rows(item: Any, rejected: RejectedRows) -> Iterator[tuple[int, Any]]:
     import pyarrow as pa
 
     try:
-        if item.suffix in (".jsonl", ".ndjson"):
+        if item.suffix in (".jsonl", ".ndjson") or (item.suffix == ".json" and is_json_lines(item, LIMIT)):
             with item.open() as stream:
                 yield from _json_lines(stream, item.name, rejected)
         elif item.suffix == ".json":
             with item.open() as stream:
-                value = json.load(stream)
-            yield from enumerate(value if isinstance(value, list) else [value], 1)
+                yield from enumerate(parse_json_rows(stream.read()), 1)
         elif item.suffix in (".csv", ".tsv"):
-            with item.open() as stream:
-                table = csv.DictReader(
-                    io.TextIOWrapper(stream, "utf-8-sig", newline=""),
-                    dialect="excel-tab" if item.suffix == ".tsv" else "excel",
-                    strict=True,
-                )
-                yield from enumerate(table, 1)
+            for number, row in iter_csv_rows(item, LIMIT):
+                if isinstance(row, RejectedCsvRow):
+                    rejected.add(item.name, number, row.reason, row.text)
+                else:
+                    yield number, row
         else:
             with open_seekable(item) as stream:
                 yield from enumerate(
                     (drop_nulls(row) for batch in _batches(stream, item.suffix) for row in batch.to_pylist()), 1
                 )
-    except (ValueError, csv.Error, pa.ArrowException, *BROKEN) as error:
+    except (ValueError, pa.ArrowException, *BROKEN) as error:
         raise DataError(
             f"{item.name}: cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})"
         ) from None

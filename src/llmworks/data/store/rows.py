@@ -2,7 +2,7 @@
 
 A chat row is {id, group, messages, tools, answer, extra}; a preference row has prompt, chosen and rejected instead of
 messages. tools, answer and extra are stored as JSON strings, since their structure differs between rows; extra holds
-the row's other fields.
+the row's other fields, and that of a turn the turn's, such as reasoning_content.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from llmworks.core.artifact import Dataset
 from llmworks.core.errors import DataError
-from llmworks.core.types import Message, messages_from_json
+from llmworks.core.types import MESSAGE_KEYS, Json, Message, get_extra_fields, messages_from_json
 from llmworks.tokenize.chat.templates import flatten_tools
 
 Row = dict[str, Any]
@@ -36,6 +36,7 @@ def _schema(kind: str) -> Any:
             ("tool_call_id", pa.string()),
             ("name", pa.string()),
             ("weight", pa.int8()),
+            ("extra", pa.string()),
         ]
     )
     turns = [(name, pa.list_(message)) for name in TURNS[kind]]
@@ -49,6 +50,17 @@ def _schema(kind: str) -> Any:
             ("extra", pa.string()),
         ]
     )
+
+
+def _pack_turn(turn: Json) -> Json:
+    """Move the fields of a turn that have no column into `extra`, as JSON."""
+    extra = get_extra_fields(turn)
+    return {**{key: turn[key] for key in MESSAGE_KEYS & turn.keys()}, "extra": extra or None}
+
+
+def _unpack_turn(turn: Json) -> Json:
+    extra = turn.get("extra")
+    return {**(json.loads(extra) if extra else {}), **{k: v for k, v in turn.items() if v is not None and k != "extra"}}
 
 
 def write_chat(out: Path, rows: Sequence[Row]) -> None:
@@ -69,6 +81,7 @@ def _write(out: Path, rows: Sequence[Row], kind: str) -> None:
     stored = [
         {
             **row,
+            **{name: [_pack_turn(turn) for turn in row[name]] for name in TURNS[kind]},
             "tools": text(row["tools"]) if row.get("tools") else "[]",
             "answer": text(row.get("answer")),
             "extra": text(row["extra"]) if row.get("extra") else "{}",
@@ -177,8 +190,8 @@ def iter_table_rows(table: Any, kind: str) -> Iterator[Row]:
                 f"row {row['id']!r}: {' or '.join(TURNS[kind])} is empty; create {KIND_NAMES[kind]} with the stage"
                 " data.chat"
             )
-        turns = {name: [{k: v for k, v in turn.items() if v is not None} for turn in row[name]] for name in TURNS[kind]}
         try:
+            turns = {name: [_unpack_turn(turn) for turn in row[name]] for name in TURNS[kind]}
             loaded = {
                 "tools": json.loads(row["tools"] or "[]"),
                 "answer": json.loads(row["answer"] or "null"),

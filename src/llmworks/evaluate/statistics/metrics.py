@@ -18,7 +18,7 @@ from typing import Any, Literal
 import regex as expressions
 
 from llmworks.core.errors import UserError
-from llmworks.core.words import split_words
+from llmworks.core.text.words import split_words
 from llmworks.evaluate.protocol.task import Kind, MetricSpec
 from llmworks.score.degeneration import has_same_start
 from llmworks.score.rouge import rouge_l, rouge_n

@@ -21,9 +21,7 @@ MAX_CHARACTERS = 400
 FORMULA = re.compile(r"\\[A-Za-z]+|[\^√π∞≤≥≠±∈∪∩]")
 OPERATORS = re.compile(r"[+\-*/=^<>,]")
 # Digits and operators alone may be a date, a range or a phone number.
-VARIABLE = re.compile(
-    r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])|^[(\[{]"
-)
+VARIABLE = re.compile(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])|^[(\[{]")
 PLAIN = re.compile(r"[\w\s+\-*/^=().,<>\[\]{}|√π∞≤≥≠±∈∪∩\\$%]+")
 
 

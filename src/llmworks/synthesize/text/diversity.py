@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
-from llmworks.core.words import split_words
+from llmworks.core.text.words import split_words
 from llmworks.score.rouge import rouge_l
 
 

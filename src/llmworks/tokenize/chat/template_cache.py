@@ -167,8 +167,8 @@ class SkeletonCache:
 
 
 def get_pattern(messages: Sequence[Message]) -> TurnPattern | None:
-    """Return the pattern of a conversation; None with tool calls, tool results or names."""
-    if any(m.tool_calls or m.tool_call_id or m.name for m in messages):
+    """Return the pattern of a conversation; None with tool calls, tool results, names or other fields."""
+    if any(m.tool_calls or m.tool_call_id or m.name or m.extra for m in messages):
         return None
     return tuple((m.role, m.weight, bool(m.content), bool(m.content.strip())) for m in messages)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from llmworks.core.errors import ModelError, RequestError
 from llmworks.core.types import Json, Message, ToolCall
+from llmworks.tokenize.chat.tool_schemas import normalize_tool
 
 # Prepended to a template: makes the date that some templates insert a constant.
 FROZEN_DATE = "26 Jul 2024"
@@ -147,7 +148,7 @@ def render_text(
         )
     turns: list[Json] = []
     for m in messages:
-        turn: Json = {"role": m.role, "content": m.content}
+        turn: Json = m.extra_fields | {"role": m.role, "content": m.content}
         if m.tool_calls:
             turn["tool_calls"] = [
                 {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
@@ -187,12 +188,37 @@ def can_render_tools(tokenizer: Any) -> bool:
 def adapt_tools(
     tokenizer: Any, messages: Sequence[Message], tools: Sequence[Json]
 ) -> tuple[tuple[Message, ...], tuple[Json, ...]]:
-    """Return (messages, tools) as the template can render them: tools become text if the template would drop them."""
+    """Return (messages, tools) as the template can render them: tools become text if the template would drop them.
+
+    Errors: RequestError for a tool that is no function with a JSON schema.
+    """
+    try:
+        functions = [normalize_tool(tool) for tool in tools]
+    except ValueError as error:
+        raise RequestError(str(error)) from None
     if (tools or any(m.tool_calls for m in messages)) and not can_render_tools(tokenizer):
-        return flatten_tools(messages, tools), ()
-    return tuple(messages), tuple(
-        tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
-    )
+        return flatten_tools(messages, functions), ()
+    return tuple(messages), tuple({"type": "function", "function": function} for function in functions)
+
+
+def find_unread_fields(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Json] = ()) -> list[str]:
+    """Return the further fields of turns, such as reasoning_content, that change nothing in the rendered text."""
+    names = list(dict.fromkeys(name for message in messages for name in message.extra_fields))
+    if not names:
+        return []
+    messages, tools = adapt_tools(tokenizer, messages, tools)
+    ends = [i + 1 for i, message in enumerate(messages) if message.role == "assistant"] or [len(messages)]
+
+    def render(turns: Sequence[Message]) -> list[str]:
+        return [render_text(tokenizer, turns[:end], tools=tools, generation_prompt=False) for end in ends]
+
+    whole = render(messages)
+    return [name for name in names if render([_drop_field(message, name) for message in messages]) == whole]
+
+
+def _drop_field(message: Message, name: str) -> Message:
+    fields = {key: value for key, value in message.extra_fields.items() if key != name}
+    return replace(message, extra=json.dumps(fields, ensure_ascii=False) if fields else "")
 
 
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:

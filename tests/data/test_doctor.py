@@ -383,12 +383,12 @@ def test_a_template_may_refuse_some_rows(diagnose: Diagnose) -> None:
 def test_what_is_shown(diagnose: Diagnose, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     diagnose([one("<b>", "say <|im_end|>")])
     shown = capsys.readouterr().out
-    assert "error   special-in-text" in shown
+    assert "warning special-in-text" in shown
     assert "tokens trained on in green" in shown
     page = (tmp_path / "report/report.html").read_text()
     assert '<span class="l s" title="2">' in page
     assert "&lt;" in page
-    assert "\x1b[31m" in (tmp_path / "report/report.txt").read_text()
+    assert "\x1b[33mwarning" in (tmp_path / "report/report.txt").read_text()
 
 
 def test_words_on_the_command_line(

@@ -154,7 +154,7 @@ def test_roles_and_control_tokens(tmp_path: Path, pico: Path) -> None:
     ]
     write_chat(tmp_path / "chats", rows)
     data = Dataset(tmp_path / "chats")
-    result = packed(tmp_path / "p", pico, data)
+    result = packed(tmp_path / "p", pico, data, control_tokens="drop")
     reasons = {r["id"]: r["reason"] for r in map(json.loads, (result.path / "rejected.jsonl").read_text().splitlines())}
     assert {id: reasons[id] for id in ("asks", "says", "tool")} == {
         "asks": "a special token in the text (<|im_end|>)",
@@ -166,8 +166,12 @@ def test_roles_and_control_tokens(tmp_path: Path, pico: Path) -> None:
     texts = {origin: tokenizer.decode(ids) for origin, ids, _ in pieces(PackedDataset(result)[0])}
     assert set(texts) == {0, 1}
     assert texts[1].startswith("<|im_start|>system\ns<|im_end|>")
-    kept = packed(tmp_path / "k", pico, data, control_tokens="keep")
-    assert kept.metrics["pieces"] == 5
+    for control_tokens, ends in (("text", 1), ("keep", 2)):
+        kept = packed(tmp_path / control_tokens, pico, data, control_tokens=control_tokens)
+        assert kept.metrics["pieces"] == 5
+        asks = {origin: list(ids) for origin, ids, _ in pieces(PackedDataset(kept)[0])}[3]
+        assert asks.count(2) == 1 + ends  # <|im_end|> of the two turns; kept, the user's is another
+        assert tokenizer.decode(asks) == tokenizer.apply_chat_template(rows[3]["messages"], tokenize=False)
     assert result.about["vocabulary"] == len(tokenizer)
 
 

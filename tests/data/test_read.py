@@ -282,7 +282,7 @@ def test_rows_that_give_no_text(tmp_path: Path) -> None:
     assert bad["a.jsonl:7"].startswith("not JSON")
     assert bad["a.jsonl:8"] == "not UTF-8 (byte 10)"
     assert bad["b.csv:1"] == "no field 'text' (it has title, body)"
-    assert bad["c.csv:2"] == "number of fields differs from the header (2)"
+    assert bad["c.csv:2"] == "has 1 fields, the header 2; quote fields that contain ','"
 
 
 def test_a_line_without_an_end_is_never_held(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from llmworks.core.errors import DataError, ModelError, RequestError
 from llmworks.core.types import Message, messages_from_json
 from llmworks.data.store.jsonl import RejectedRows
 from llmworks.data.store.raw_rows import read_raw_rows
-from llmworks.tokenize.chat.templates import encode, render_prompt
+from llmworks.tokenize.chat.templates import encode_text, render_prompt
 from llmworks.train.finetune.method import TrainingData
 from llmworks.train.finetune.run import get_context_length
 
@@ -114,7 +114,7 @@ def _tokenize_steps(
         if not turns:
             return "`prompt` is neither a string nor a conversation"
         prompt_ids = render_prompt(tokenizer, turns)
-        pieces = [encode(tokenizer, step.strip() + STEP_SEPARATOR) for step in steps]
+        pieces = [encode_text(tokenizer, step.strip() + STEP_SEPARATOR) for step in steps]
     except (RequestError, ModelError, ValueError, TypeError, AttributeError) as error:
         return f"cannot be read: {error}"
     ids = tuple(token for piece in pieces for token in piece)

@@ -200,14 +200,13 @@ def _find_turn_faults(
     ]:
         if tokens:
             what = (
-                f"{where} contains {' and '.join(map(repr, tokens[:3]))}, which"
-                f" become{'s a special token' if len(tokens) == 1 else ' special tokens'}"
+                f"{where} contains {' and '.join(map(repr, tokens[:3]))}, special tokens that are encoded as text here"
             )
             yield (
                 "special-in-text",
-                "error",
+                "warning",
                 what,
-                "a user can end turns and speak for others: remove it from the text (data.pack rejects such rows)",
+                "with control_tokens: keep, and in other trainers, a user can end turns and speak for others",
             )
     learned = [m for m in messages if m.role == "assistant" and m.weight]
     if any(OTHER_TURN.search(m.content) for m in learned):

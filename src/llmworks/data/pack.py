@@ -41,11 +41,11 @@ class PackConfig(Config):
     )
     chat_template: Template = Field("keep", description=TEMPLATE_DESCRIPTION)
     eos_token: str = Field("", description="token appended to each document; default: the tokenizer's eos_token")
-    control_tokens: Literal["drop", "keep"] = Field(
-        "drop",
+    control_tokens: Literal["text", "drop", "keep"] = Field(
+        "text",
         description=(
-            "drop: reject conversations whose text contains special tokens; keep: encode them as special tokens;"
-            " in documents they are always plain text"
+            "special tokens in the text of messages. text: encode them as text; drop: reject such conversations; keep:"
+            " encode them as control tokens. In documents they are always text"
         ),
     )
     seed: int = Field(0, description="seed of the row order")
@@ -65,7 +65,7 @@ def pack(config: PackConfig, model: Model | Adapter | Tokenizer, data: Dataset, 
         raise DataError(f"{data.name}: holds preference pairs; only conversations or documents can be packed")
     if chats:
         how = TokenizationSettings(
-            model.path, config.chat_template, config.max_length, allow_control_tokens=config.control_tokens == "keep"
+            model.path, config.chat_template, config.max_length, control_tokens=config.control_tokens
         )
         spans = plan_file_spans(list_row_files(data, "chat"), partial(open_rows, kind="chat"))
         done = process_parts(ctx, "tokens", partial(encode_chats, how), spans)

@@ -69,7 +69,7 @@ STAGES: dict[str, Stage] = {
         "llmworks.data.export:export", 5, EXACT, "Export conversations or preference pairs to JSONL in common formats"
     ),
     "data.pack": Stage(
-        "llmworks.data.pack:pack", 3, EXACT, "Tokenize and pack conversations or documents into memory-mapped shards"
+        "llmworks.data.pack:pack", 4, EXACT, "Tokenize and pack conversations or documents into memory-mapped shards"
     ),
     "data.map": Stage(
         "llmworks.data.map:map", 2, PLATFORM, "Map documents as clustered points: an interactive page and a picture"

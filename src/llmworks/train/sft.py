@@ -176,7 +176,7 @@ def tokenize_data(
 
     tokenizer = load_tokenizer(model.path)
     stop_token_ids = get_stop_ids(model.path, tokenizer)
-    set_template(tokenizer, config.chat_template)
+    set_template(tokenizer, config.chat_template, config.control_tokens)
     check_golden(config, model, tokenizer, stop_token_ids)
     rows = read_training_rows(data)
     if "messages" in rows[0]:

@@ -109,7 +109,7 @@ class Policy:
         )
         tokenizer = load_tokenizer(source)
         stops = list(get_stop_ids(self.model.path, tokenizer))
-        set_template(tokenizer, config.chat_template)
+        set_template(tokenizer, config.chat_template, config.control_tokens)
         check_golden(config, self.adapter if self.adapter is not None else self.model, tokenizer, stops, stage)
         return tokenizer, stops
 

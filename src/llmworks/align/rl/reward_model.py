@@ -15,7 +15,7 @@ from llmworks.align.preference.examples import tokenize_completions
 from llmworks.core.artifact import Model
 from llmworks.core.types import Message
 from llmworks.model.io.reward_head import RewardModel
-from llmworks.tokenize.chat.templates import encode, render_prompt
+from llmworks.tokenize.chat.templates import encode_text, render_prompt
 from llmworks.tokenize.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _score_steps(scorer: RewardModel, tokenizer: object, inputs: Sequence[Reward
         ids = list(render_prompt(tokenizer, case.prompt))
         ends = []
         for step in (line for line in case.text.splitlines() if line.strip()):
-            ids += encode(tokenizer, step.strip() + "\n")
+            ids += encode_text(tokenizer, step.strip() + "\n")
             ends.append(len(ids) - 1)
         if not ends or len(ids) > scorer.context:
             found.append(

@@ -13,7 +13,7 @@ from llmworks.core.types import MESSAGE_KEYS, messages_from_json
 from llmworks.data.store.jsonl import RejectedRows
 from llmworks.data.store.raw_rows import raise_rejected, read_raw_rows
 from llmworks.data.store.rows import Row, detect_schema, has_parquet, read_chat
-from llmworks.tokenize.chat.templates import adapt_tools, encode, find_unread_fields, render_masked
+from llmworks.tokenize.chat.templates import adapt_tools, encode_text, find_unread_fields, render_masked
 
 
 def read_training_rows(data: Dataset) -> list[Row]:
@@ -96,6 +96,6 @@ def _tokenize_text(tokenizer: Any, row: Row) -> tuple[list[int], list[int]]:
     begin = (
         [bos] if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else []
     )  # only for tokenizers that add BOS
-    prompt = list(encode(tokenizer, row["prompt"])) if "prompt" in row else []
-    completion = list(encode(tokenizer, row["completion"] if "prompt" in row else row["text"])) + end
+    prompt = list(encode_text(tokenizer, row["prompt"])) if "prompt" in row else []
+    completion = list(encode_text(tokenizer, row["completion"] if "prompt" in row else row["text"])) + end
     return begin + prompt + completion, [0] * (len(begin) + len(prompt)) + [1] * len(completion)

@@ -34,7 +34,7 @@ class TokenizationSettings:
     max_length: int
     prefix_ids: tuple[int, ...] = ()
     suffix_ids: tuple[int, ...] = ()
-    allow_control_tokens: bool = False  # whether control tokens are allowed in message content
+    control_tokens: str = "text"  # special tokens in message text: text, drop the row, or keep them as control tokens
 
 
 @dataclass
@@ -83,15 +83,15 @@ class TokenizedSequences:
 def _encoder(settings: TokenizationSettings) -> ConversationEncoder:
     """Load the encoder, once in each worker."""
     tokenizer = load_tokenizer(settings.tokenizer)
-    set_template(tokenizer, settings.template)
-    return ConversationEncoder(tokenizer, frozen=True, strict=not settings.allow_control_tokens)
+    set_template(tokenizer, settings.template, settings.control_tokens)
+    return ConversationEncoder(tokenizer, frozen=True, strict=settings.control_tokens == "drop")
 
 
 def encode_chats(settings: TokenizationSettings, part: Span, folder: Path) -> Json:
     """Tokenize one part of a dataset of conversations.
 
     A row that is too long, has no trainable token, or fails to render is rejected, never truncated. So is
-    one with a control token in message content, unless `settings` allow it.
+    one with a special token in message text, where `settings` say so.
     """
     encoder = _encoder(settings)
     sequences = TokenizedSequences()

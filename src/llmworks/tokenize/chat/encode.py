@@ -17,7 +17,7 @@ from typing import Any
 from llmworks.core.errors import MissingDependency, RequestError
 from llmworks.core.types import Json, Message
 from llmworks.tokenize.bpe.bulk_encoder import BulkEncoder, build_bulk_encoder
-from llmworks.tokenize.chat.special_tokens import SpecialTokenDetector
+from llmworks.tokenize.chat.special_tokens import SpecialTokenDetector, get_escaper
 from llmworks.tokenize.chat.template_cache import SLOT, TRIM, SkeletonCache, TurnPattern, get_pattern
 from llmworks.tokenize.chat.templates import can_render_tools, encode, flatten_tools, render_masked
 
@@ -49,12 +49,13 @@ class ConversationEncoder:
     """Encoder of conversations with a tokenizer's own chat template.
 
     `fast=False` always runs the template itself; `frozen` fixes the dates that some templates insert, so that results
-    do not depend on the day; `strict` rejects special tokens in message text.
+    do not depend on the day; `strict` rejects special tokens in message text, which are encoded as text otherwise.
     """
 
     def __init__(self, tokenizer: Any, *, fast: bool = True, frozen: bool = False, strict: bool = False) -> None:
-        self._tokenizer, self._frozen = tokenizer, frozen
-        self._control = SpecialTokenDetector(tokenizer) if strict else None
+        self._tokenizer, self._frozen, self._strict = tokenizer, frozen, strict
+        escaper = get_escaper(tokenizer)
+        self._control = SpecialTokenDetector(tokenizer) if strict or escaper is not None else None
         self._can_render_tools: bool | None = None
         self._template_cache = SkeletonCache(tokenizer, frozen=frozen) if fast else None
         self._bulk = _build_bulk(tokenizer) if fast else None
@@ -76,7 +77,10 @@ class ConversationEncoder:
                 messages, tools = flatten_tools(messages, tools), ()
         pattern = None if tools or self._template_cache is None else get_pattern(messages)
         plan = self._get_plan(pattern, messages) if pattern else None
-        if plan is not None and (done := self._fill_plan(plan, [m.content for m in messages])) is not None:
+        contents = [m.content for m in messages]
+        if plan is not None and self._control is not None and any(map(self._control.find_in_text, contents)):
+            plan = None
+        if plan is not None and (done := self._fill_plan(plan, contents)) is not None:
             return done
         self._check(messages)
         wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
@@ -99,7 +103,7 @@ class ConversationEncoder:
 
         Text that the bulk encoder takes contains no added token, so it needs no check.
         """
-        if self._control is not None:
+        if self._strict and self._control is not None:
             found = next(
                 (
                     tokens

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from llmworks.core.artifact import Adapter, Model, Tokenizer
 from llmworks.core.errors import ModelError, UserError
+from llmworks.tokenize.chat.special_tokens import keep_control_tokens
 from llmworks.tokenize.chat.templates import add_tool_support
 from llmworks.tokenize.load import load_tokenizer
 
@@ -58,8 +59,13 @@ def get_named_template(name: str) -> str:
     return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
 
 
-def set_template(tokenizer: Any, template: Template) -> None:
-    """Set the tokenizer's chat template to the one that a config names."""
+def set_template(tokenizer: Any, template: Template, control_tokens: str = "text") -> None:
+    """Set the tokenizer's chat template to the one that a config names.
+
+    `control_tokens`: "keep" lets special tokens in message text become control tokens.
+    """
+    if control_tokens == "keep":
+        keep_control_tokens(tokenizer)
     if template == "tools":
         tokenizer.chat_template = add_tool_support(str(tokenizer.chat_template or ""))
     elif template != "keep":

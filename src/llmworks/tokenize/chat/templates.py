@@ -14,6 +14,7 @@ from typing import Any
 
 from llmworks.core.errors import ModelError, RequestError
 from llmworks.core.types import Json, Message, ToolCall
+from llmworks.tokenize.chat.special_tokens import ESCAPE, get_escaper
 from llmworks.tokenize.chat.tool_schemas import normalize_tool
 
 # Prepended to a template: makes the date that some templates insert a constant.
@@ -137,6 +138,8 @@ def render_text(
 ) -> str:
     """Render a conversation to text with the model's chat template; `frozen` fixes dates that some templates insert.
 
+    Special tokens in message text are escaped, so that `encode` encodes them as text.
+
     Errors: ModelError without a template, RequestError when the template refuses the conversation.
     """
     import jinja2
@@ -146,23 +149,15 @@ def render_text(
         raise ModelError(
             "this model has no chat template; set one (tokenizer_config.json: chat_template) or use a base-model task"
         )
-    turns: list[Json] = []
-    for m in messages:
-        turn: Json = m.extra_fields | {"role": m.role, "content": m.content}
-        if m.tool_calls:
-            turn["tool_calls"] = [
-                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
-                for c in m.tool_calls
-            ]
-        if m.tool_call_id:
-            turn["tool_call_id"] = m.tool_call_id
-        if m.name:
-            turn["name"] = m.name
-        turns.append(turn)
+    turns = [_to_template_turn(message) for message in messages]
+    definitions: list[Json] = list(tools)
+    if (escaper := get_escaper(tokenizer)) is not None:
+        turns = [escaper.escape_value(turn, turn["role"]) for turn in turns]
+        definitions = escaper.escape_value(definitions)
     try:
         text = tokenizer.apply_chat_template(
             turns,
-            tools=list(tools) or None,
+            tools=definitions or None,
             tokenize=False,
             add_generation_prompt=generation_prompt,
             chat_template=_FROZEN + template if frozen else template,
@@ -170,6 +165,21 @@ def render_text(
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise RequestError(f"the model's chat template refuses this conversation: {error}") from None
     return str(text)
+
+
+def _to_template_turn(m: Message) -> Json:
+    """Return a message as templates read it."""
+    turn: Json = m.extra_fields | {"role": m.role, "content": m.content}
+    if m.tool_calls:
+        turn["tool_calls"] = [
+            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+            for c in m.tool_calls
+        ]
+    if m.tool_call_id:
+        turn["tool_call_id"] = m.tool_call_id
+    if m.name:
+        turn["name"] = m.name
+    return turn
 
 
 def can_render_tools(tokenizer: Any) -> bool:
@@ -222,8 +232,20 @@ def _drop_field(message: Message, name: str) -> Message:
 
 
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Encode rendered text to token ids; special tokens are recognized, none are added."""
+    """Encode rendered text to token ids; the template's special tokens are recognized, none are added.
+
+    Special tokens that stand in the text of a message are encoded as text.
+    """
+    if ESCAPE in text and (escaper := get_escaper(tokenizer)) is not None:
+        return escaper.encode(text)
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_text(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Encode plain text, such as a prompt or a document, to token ids; special tokens in it are encoded as text."""
+    if (escaper := get_escaper(tokenizer)) is not None and escaper.detector.find_in_text(text):
+        return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    return encode(tokenizer, text)
 
 
 def render_prompt(tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Json] = ()) -> tuple[int, ...]:

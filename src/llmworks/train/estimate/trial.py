@@ -135,7 +135,7 @@ def sft(request: dict[str, Any]) -> dict[str, float]:
     model = Path(request["model"])
     tokenizer = load_tokenizer(model)
     stops = get_stop_ids(model, tokenizer)
-    set_template(tokenizer, config.chat_template)
+    set_template(tokenizer, config.chat_template, config.control_tokens)
     rows = read_training_rows(Dataset(Path(request["data"])))
     some = rows[:: -(-len(rows) // MAX_ROWS)]
     start = time.perf_counter()

@@ -41,6 +41,13 @@ class FinetuneConfig(TrainerConfig):
     chat_template: Template = Field(
         "keep", description=f"chat template used for training and saved with the model. {TEMPLATE_DESCRIPTION}"
     )
+    control_tokens: Literal["text", "keep"] = Field(
+        "text",
+        description=(
+            "special tokens in the text of messages, prompts and documents. text: encode them as text; keep: encode"
+            " them as control tokens, as other trainers do"
+        ),
+    )
     golden: str = Field(
         "keep",
         pattern=r"^(keep|renew: .+)$",

@@ -146,7 +146,7 @@ class _SftBench(SelftestBench):
         generation = model / "generation_config.json"
         if generation.exists():
             (self.model / generation.name).write_bytes(generation.read_bytes())
-        set_template(self.tokenizer, config.chat_template)
+        set_template(self.tokenizer, config.chat_template, config.control_tokens)
         small_config = reduce_config(config, longest)
         self.rows = read_training_rows(data)[
             : small_config.batch_size * small_config.gradient_accumulation_steps * STEPS

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import random
-import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from tests.data.plain_words import plain_words
 
 from llmworks.cli import main
 from llmworks.core.artifact import Dataset
@@ -26,12 +26,8 @@ TEXTS = [
 ][:120]
 
 
-def words_of(text: str) -> list[str]:
-    return re.findall(r"[0-9a-z\x80-\U0010ffff]+", text.lower())
-
-
 def grams(text: str, n: int, numbers: bool = False) -> set[tuple[str, ...]]:
-    words = words_of(text)
+    words = plain_words(text)
     every = set(zip(*(words[i:] for i in range(n)), strict=False))
     return {gram for gram in every if numbers or sum(not word.isdecimal() for word in gram) * 2 > n}
 
@@ -96,7 +92,7 @@ def test_overlaps_are_those_of_plain_python(
     }
     expected = set()
     for i, row in enumerate(rows, 1):
-        size = n if len(words_of(row)) >= n else 8
+        size = n if len(plain_words(row)) >= n else 8
         own = grams(row, size, numbers)
         for j, text in enumerate(TEXTS):
             if common := own & grams(text, size, numbers):
@@ -108,7 +104,7 @@ def test_overlaps_are_those_of_plain_python(
     assert {d.id for d in read_documents(Dataset(tmp_path / "a"))} == {f"d{i}" for i in range(len(TEXTS))} - gone
     assert {r["id"] for r in pq.read_table(tmp_path / "a/dropped").to_pylist()} == gone
     for r in map(json.loads, (tmp_path / "a/overlaps.jsonl").read_text().splitlines()):
-        assert " ".join(words_of(r["text"])) in " ".join(words_of(rows[int(r["row"].partition("#")[2]) - 1]))
+        assert " ".join(plain_words(r["text"])) in " ".join(plain_words(rows[int(r["row"].partition("#")[2]) - 1]))
 
 
 def test_near_duplicates_of_whole_rows(inputs: tuple[Path, Path, list[str]], tmp_path: Path) -> None:

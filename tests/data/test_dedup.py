@@ -7,7 +7,6 @@ from __future__ import annotations
 import gzip
 import json
 import random
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.data.plain_words import plain_words
 
 from llmworks.cli import main
 from llmworks.core.artifact import Dataset
@@ -28,10 +28,6 @@ CASES = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "fi
     "rows"
 ]
 NOVELS = [row[1] for row in CASES if len(row[1].split()) > 60]
-
-
-def words_of(text: str) -> list[str]:
-    return re.findall(r"[0-9a-z\x80-\U0010ffff]+", text.lower())
 
 
 def test_words_are_numbered_alike_wherever_they_stand() -> None:
@@ -56,7 +52,7 @@ def test_words_are_numbered_alike_wherever_they_stand() -> None:
         at = 0
         for hashed in hash_words(column):
             for i in range(len(hashed)):
-                words = words_of(texts[at])
+                words = plain_words(texts[at])
                 assert len(hashed[i]) == len(words)
                 for word, number in zip(words, hashed[i].tolist(), strict=True):
                     assert known.setdefault(word, number) == number
@@ -109,7 +105,7 @@ def test_signatures_estimate_the_true_similarity() -> None:
     minima = minhash_signatures(sets, 256)
     errors = []
     for i in range(len(pairs)):
-        a, b = (set(zip(*(w[k:] for k in range(5)), strict=False)) for w in map(words_of, pairs[i]))
+        a, b = (set(zip(*(w[k:] for k in range(5)), strict=False)) for w in map(plain_words, pairs[i]))
         true = len(a & b) / len(a | b)
         assert jaccard(sets[2 * i], sets[2 * i + 1]) == pytest.approx(true, abs=1e-9)
         errors.append(float(np.mean(minima[2 * i] == minima[2 * i + 1])) - true)
@@ -173,7 +169,7 @@ def distinct(texts: list[str]) -> list[str]:
     """Texts that share hardly any run of five words."""
     kept: list[tuple[str, set[Any]]] = []
     for text in texts:
-        words = words_of(text)
+        words = plain_words(text)
         own = set(zip(*(words[k:] for k in range(5)), strict=False))
         if all(len(own & other) / len(own | other) < 0.02 for _, other in kept):
             kept.append((text, own))
@@ -231,7 +227,7 @@ def test_which_one_stays(corpus: tuple[Path, dict[str, str]], tmp_path: Path, ke
 def test_bytes_and_words(corpus: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     path, _ = corpus
     texts = [d.text for d in read_documents(Dataset(path))]
-    for by, key in (("bytes", str), ("words", lambda text: tuple(words_of(text)))):
+    for by, key in (("bytes", str), ("words", lambda text: tuple(plain_words(text)))):
         assert (
             run("--data", str(path), "--set", "near=null", "--set", f"exact.match={by}", "--out", str(tmp_path / by))
             == 0

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 OVERLAPS, INDEX = "overlaps.jsonl", "index.npz"
 MAX_SAMPLES = 40
-WORD = re.compile(r"[0-9A-Za-z\x80-\U0010ffff]+")
 LETTER = re.compile(r"[A-Za-z\x80-\U0010ffff]")
 
 
@@ -111,7 +110,7 @@ def _build_index(config: DecontaminateConfig, tests: Mapping[str, Dataset], path
 
     from llmworks.data.duplicates import near
     from llmworks.data.store.eval_texts import read_eval_rows
-    from llmworks.data.text.hashing import hash_shingles, hash_words, unique_hashes
+    from llmworks.data.text.hashing import WORD, hash_shingles, hash_words, unique_hashes
 
     names: list[tuple[str, str]] = []
     texts: list[str] = []
@@ -314,6 +313,8 @@ def extract_excerpt(document: Document, item: Overlap) -> str:
     """Return the first shared n-gram, or the beginning of a near-duplicate."""
     if not item.ngram_size:
         return document.text[:200]
+    from llmworks.data.text.hashing import WORD
+
     words = list(WORD.finditer(document.text))[item.word_index : item.word_index + item.ngram_size]
     return document.text[words[0].start() : words[-1].end()] if words else ""
 

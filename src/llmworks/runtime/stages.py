@@ -39,17 +39,17 @@ STAGES: dict[str, Stage] = {
     "data.query": Stage("llmworks.data.query:query", 2, DECLARED, "Read the rows of a SQL query as documents"),
     "data.clean": Stage(
         "llmworks.data.clean:clean",
-        2,
+        3,
         EXACT,
         "Clean and filter documents by published heuristics (Gopher, C4, FineWeb)",
     ),
     "data.classify": Stage(
-        "llmworks.data.classify:classify", 2, PLATFORM, "Train a quality classifier, score documents and keep the best"
+        "llmworks.data.classify:classify", 3, PLATFORM, "Train a quality classifier, score documents and keep the best"
     ),
-    "data.dedup": Stage("llmworks.data.dedup:dedup", 2, EXACT, "Remove exact and near duplicates (MinHash)"),
+    "data.dedup": Stage("llmworks.data.dedup:dedup", 3, EXACT, "Remove exact and near duplicates (MinHash)"),
     "data.semdedup": Stage("llmworks.data.semdedup:semdedup", 2, PLATFORM, "Remove semantic duplicates (SemDeDup)"),
     "data.decontaminate": Stage(
-        "llmworks.data.decontaminate:decontaminate", 2, EXACT, "Find training documents that contain test rows"
+        "llmworks.data.decontaminate:decontaminate", 3, EXACT, "Find training documents that contain test rows"
     ),
     "data.redact": Stage("llmworks.data.redact:redact", 2, EXACT, "Replace, tag or drop personal data and secrets"),
     "data.chat": Stage(

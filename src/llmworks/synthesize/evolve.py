@@ -15,6 +15,7 @@ from pydantic import Field
 
 from llmworks.core.artifact import Adapter, Config, Dataset, Model
 from llmworks.core.context import Context
+from llmworks.core.text.words import count_words
 from llmworks.core.types import Message, messages_from_json
 from llmworks.synthesize.builder import Decoding, GeneratedText, GenerationPrompt, SyntheticDatasetBuilder, read_prompts
 from llmworks.synthesize.text.diversity import DiversityPool
@@ -155,11 +156,11 @@ def find_problem(config: EvolveConfig, operator: Operator, before: str, after: s
     """Return why an evolution failed, or an empty string."""
     if answer.problem:
         return answer.problem
-    if len(after.split()) < 3:
+    if count_words(after) < 3:
         return "no instruction"
     if PROMPT_MENTION.search(after):
         return "mentions the prompt"
-    if operator not in ("breadth", "enrich") and len(after.split()) > len(before.split()) + 2 * config.max_added_words:
+    if operator not in ("breadth", "enrich") and count_words(after) > count_words(before) + 2 * config.max_added_words:
         return "too long"
     return "refuses to answer" if is_refusal(after) else ""
 

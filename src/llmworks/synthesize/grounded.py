@@ -17,7 +17,7 @@ from llmworks.core.artifact import Adapter, Config, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.documents import read_documents
 from llmworks.core.errors import DataError
-from llmworks.core.text.words import split_words
+from llmworks.core.text.words import count_words, split_words
 from llmworks.core.types import Document, Message
 from llmworks.synthesize.builder import Decoding, GeneratedText, SyntheticDatasetBuilder
 from llmworks.synthesize.text.diversity import DiversityPool
@@ -288,7 +288,7 @@ def find_question_problem(question: str) -> str:
     """Return why a question is rejected, or an empty string."""
     if not question.endswith("?"):
         return "no question"
-    if len(question.split()) < 4:
+    if count_words(question) < 4:
         return "too short"
     return "refers to the passage" if PASSAGE_MENTION.search(question) else ""
 

@@ -14,6 +14,7 @@ from pydantic import Field
 from llmworks.core.artifact import Adapter, Config, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError
+from llmworks.core.text.words import count_words
 from llmworks.core.types import Message
 from llmworks.data.store.rows import read_chat
 from llmworks.synthesize.builder import Decoding, GenerationPrompt, SyntheticDatasetBuilder, get_instruction
@@ -121,7 +122,7 @@ def _prompt(config: InstructConfig, seeds: list[str], generated: list[str], draw
 
 def find_problem(config: InstructConfig, task: str) -> str:
     """Return why a task is rejected, or an empty string."""
-    count = len(task.split())
+    count = count_words(task)
     if not config.min_words <= count <= config.max_words:
         return "too short" if count < config.min_words else "too long"
     if BEYOND_TEXT.search(task):

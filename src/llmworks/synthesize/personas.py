@@ -10,6 +10,7 @@ from llmworks.core.artifact import Adapter, Config, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.documents import read_documents
 from llmworks.core.errors import DataError
+from llmworks.core.text.words import count_words
 from llmworks.core.types import Message
 from llmworks.synthesize.builder import Decoding, SyntheticDatasetBuilder
 from llmworks.synthesize.text.diversity import DiversityPool
@@ -129,7 +130,7 @@ def _generate_questions(
             if is_refusal(question)
             else (
                 "too short"
-                if len(question.split()) < 4
+                if count_words(question) < 4
                 else ""
                 if question_pool.add(question)
                 else "too similar to another question"
@@ -179,7 +180,7 @@ def _keep_persona(
 ) -> None:
     reason = problem or (
         "not a persona"
-        if len(who.split()) < 5 or is_refusal(who)
+        if count_words(who) < 5 or is_refusal(who)
         else ""
         if persona_pool.add(who)
         else "too similar to another persona"

@@ -14,6 +14,7 @@ from pydantic import Field
 from llmworks.core.artifact import Adapter, Config, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError
+from llmworks.core.text.words import count_words
 from llmworks.core.types import Message
 from llmworks.data.store.rows import Row
 from llmworks.score.key import get_accepted_keys, key
@@ -115,6 +116,6 @@ def _append_to_last_turn(turns: tuple[Message, ...], words: str) -> tuple[Messag
 
 def find_problem(config: ReasonConfig, text: str, hinted: bool) -> str:
     """Return why a reasoning is rejected, or an empty string."""
-    if len(text.split()) < config.min_words:
+    if count_words(text) < config.min_words:
         return "no reasoning"
     return "mentions the hint" if hinted and HINT_MENTION.search(text) else ""

@@ -27,6 +27,11 @@ def fold(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
+def count_words(text: str) -> int:
+    """Count the words of a text."""
+    return len(split_words(text))
+
+
 def split_words(text: str) -> list[str]:
     """Return the folded words of a text, without punctuation."""
     return WORD.findall(fold(text))

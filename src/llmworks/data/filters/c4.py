@@ -14,7 +14,7 @@ from pydantic import Field
 
 from llmworks.core.artifact import Config
 from llmworks.data.filters.rules import FilterDecisions, ThresholdRule, apply_rules
-from llmworks.data.filters.words import WordVocabulary
+from llmworks.data.filters.words import SENTENCE_ENDS, SPACELESS_WORD, WordVocabulary, split_by_script
 
 CITATIONS = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
 ENDS = (".", "?", "!", '"', "'")
@@ -70,15 +70,18 @@ def _filter_lines(config: C4, text: str, words: WordVocabulary, dropped: Counter
         line = raw.strip()
         if not line and (config.filter_no_terminal_punct or config.min_words_per_line):
             continue  # dropped too, but not counted as a line
-        if len(line) > config.max_word_length and any(len(chunk) > config.max_word_length for chunk in line.split()):
+        spaceless = not line.isascii() and SPACELESS_WORD.search(line) is not None  # each character is a word
+        chunks = SPACELESS_WORD.sub(" ", line).split() if spaceless else line.split()
+        if len(line) > config.max_word_length and any(len(chunk) > config.max_word_length for chunk in chunks):
             dropped["c4: a word too long"] += 1
             continue
         if config.remove_citations and "[" in line:
             line = CITATIONS.sub("", line)
-        if config.filter_no_terminal_punct and (not line.endswith(ENDS) or line.endswith("...")):
+        ends = line.endswith(ENDS) or (spaceless and line[-1] in SENTENCE_ENDS)
+        if config.filter_no_terminal_punct and (not ends or line.endswith("...")):
             dropped["c4: no end of a sentence"] += 1
             continue
-        if len(raw.split()) < config.min_words_per_line:
+        if (len(split_by_script(line)) if spaceless else len(raw.split())) < config.min_words_per_line:
             dropped["c4: too few words"] += 1
             continue
         low = line.lower()

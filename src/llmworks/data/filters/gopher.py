@@ -63,12 +63,17 @@ def filter_gopher_quality(config: GopherQuality, batch: WordBatch, words: WordVo
     ids, count = batch.ids, batch.counts
     real = words.symbol[ids] == 0
     real_count = batch.sum_per_text(real)
-    length = safe_ratio(batch.sum_per_text(np.where(real, words.length[ids], 0)), real_count)
-    length[real_count == 0] = np.nan  # undefined mean passes
+    # the length of words and English stop words say nothing of scripts without spaces, whose characters are the words
+    spaceless = find_spaceless(batch, words)
+    spaced = real & (words.spaceless[ids] == 0)
+    spaced_count = batch.sum_per_text(spaced)
+    length = safe_ratio(batch.sum_per_text(np.where(spaced, words.length[ids], 0)), spaced_count)
+    length[(spaced_count == 0) | spaceless] = np.nan  # undefined mean passes
     stops = np.zeros(len(batch.texts))
     flags = words.stop[ids]
     for bit in range(8):
         stops += batch.sum_per_text(flags & (1 << bit)) > 0
+    stops[spaceless] = np.nan
     marks = [_count_marks(text) for text in batch.texts]
     hashes, ellipses, bullets, trailing = (np.array(column, dtype=float) for column in zip(*marks, strict=True))
     c = config
@@ -102,13 +107,19 @@ def filter_gopher_quality(config: GopherQuality, batch: WordBatch, words: WordVo
             ThresholdRule(
                 "gopher: words without letters",
                 "words with a letter",
-                safe_ratio(batch.sum_per_text(words.alpha[ids]), count),
+                safe_ratio(batch.sum_per_text(words.alpha[ids]), np.where(spaceless, real_count, count)),
                 1,
                 low=c.min_alpha_words_ratio,
             ),
             ThresholdRule("gopher: few stop words", "kinds of stop words", stops, 8, low=c.min_stop_words),
         ],
     )
+
+
+def find_spaceless(batch: WordBatch, words: WordVocabulary) -> Array:
+    """Return which texts are mostly written in scripts without spaces, whose words are single characters."""
+    found: Array = batch.sum_per_text(words.spaceless[batch.ids]) * 2 > batch.sum_per_text(words.alpha[batch.ids])
+    return found
 
 
 def _count_marks(text: str) -> tuple[int, int, float, float]:
@@ -147,6 +158,7 @@ def filter_gopher_repetition(config: GopherRepetition, batch: WordBatch, words: 
     )
     fine = ~np.any([bound.find_failures() for bound in bounds], axis=0)
     value = np.ones(len(batch.texts))
+    spaceless = find_spaceless(batch, words)  # 10 characters are about 5 words
     for n, limit in zip(range(5, 11), limits, strict=True):
         suspects = np.flatnonzero(fine & (value > limit)) if n > 5 else np.arange(len(batch.texts))
         some = batch.select(suspects) if n > 5 else batch
@@ -157,6 +169,8 @@ def filter_gopher_repetition(config: GopherRepetition, batch: WordBatch, words: 
         counted[suspects[above]] = safe_ratio(
             count_duplicate_ngram_characters(some, words, n, runs, above)[above], total[suspects[above]]
         )
+        if n < 10:
+            counted[spaceless] = np.nan
         bounds.append(
             ThresholdRule(f"gopher: repeated {n}-grams", f"characters in repeated {n}-grams", counted, 0.4, high=limit)
         )

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import regex
 
+from llmworks.core.text.words import SPACELESS
 from llmworks.data.filters.english import split_chunk
 
 Array = npt.NDArray[Any]
@@ -33,6 +35,7 @@ SYMBOLS = (
     | frozenset("!/—”:％１〈&(、━\\【#%「」，】；+^]~“《„';’{|∶´[=-`*．（–？！：$～«〉,><》)?）。…@_.\"}►»")
     | frozenset(map(chr, (*range(9), *range(11, 32), *range(127, 160))))
 )
+SPACELESS_WORD = regex.compile(rf"([{SPACELESS}]\p{{M}}*)")
 END, PUNCTUATION, WORD = 0, 1, 2  # word kinds for the sentence splitter
 
 
@@ -79,7 +82,7 @@ class _ChunkCache(dict[str, tuple[int, ...]]):
 
     def __missing__(self, chunk: str) -> tuple[int, ...]:
         ids = []
-        for word in split_chunk(chunk):
+        for word in split_by_script(chunk):
             number = self.word_ids.get(word)
             if number is None:
                 number = self.word_ids[word] = len(self.words)
@@ -91,6 +94,14 @@ class _ChunkCache(dict[str, tuple[int, ...]]):
         return found
 
 
+def split_by_script(chunk: str) -> list[str]:
+    """Split a chunk between white space into words; each character of a script without spaces is one."""
+    if SPACELESS_WORD.search(chunk) is None:
+        return list(split_chunk(chunk))
+    parts = [part for part in SPACELESS_WORD.split(chunk) if part]
+    return [word for part in parts for word in ([part] if SPACELESS_WORD.match(part) else split_chunk(part))]
+
+
 class WordVocabulary:
     """Word tokenizer with a vocabulary; the arrays hold features of each word, indexed by word id."""
 
@@ -100,7 +111,7 @@ class WordVocabulary:
     def _reset(self) -> None:
         self.chunks = _ChunkCache()
         self._num_described = 0
-        self.length = self.symbol = self.alpha = self.stop = np.zeros(0, np.int32)
+        self.length = self.symbol = self.alpha = self.stop = self.spaceless = np.zeros(0, np.int32)
         self.kinds = bytearray()
 
     def encode(self, texts: Sequence[str]) -> WordBatch:
@@ -132,6 +143,7 @@ class WordVocabulary:
         self.symbol = extend(self.symbol, [not w.isalnum() and all(c in SYMBOLS for c in w) for w in new])
         self.alpha = extend(self.alpha, [w.isalpha() or any(c.isalpha() for c in w) for w in new])
         self.stop = extend(self.stop, [1 << STOP_WORDS.index(w) if w in STOP_WORDS else 0 for w in new])
+        self.spaceless = extend(self.spaceless, [SPACELESS_WORD.match(w) is not None for w in new])
         self.kinds.extend(map(classify_word, new))
 
     def count_sentences(self, text: str) -> int:

@@ -1,23 +1,32 @@
 """Vectorized 64-bit word hashes of whole text columns, for deduplication, n-gram overlap and the quality classifier.
 
-A word is a run of ASCII letters, digits or non-ASCII characters, case-folded. Its hash is a polynomial rolling hash of
-its bytes modulo 2**64 (Karp and Rabin 1987), so one cumulative sum over a column gives every word's hash as a
-difference; a finalizer mixes the bits. Hashes are the same on every machine.
+A word is a run of letters, digits, marks and symbols, in NFC and lower case; white space and punctuation of all scripts
+separate words. Of scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a word. Its
+hash is a polynomial rolling hash of its bytes modulo 2**64 (Karp and Rabin 1987), so one cumulative sum over a column
+gives every word's hash as a difference; a finalizer mixes the bits. Hashes are the same on every machine.
 """
 
 from __future__ import annotations
 
 import functools
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import regex
+
+from llmworks.core.text.words import SPACELESS
 
 Array = npt.NDArray[Any]
 BASE = 0x9E3779B97F4A7C15  # odd, so it is invertible modulo 2**64
 PIECE = 1 << 20
+INVISIBLE = r"[\x{ad}\x{200b}\x{200e}\x{200f}\x{2060}\x{feff}]+"
+SPACELESS_CHARACTER = rf"([{SPACELESS}]\p{{M}}*)"
+PART = rf"(?:[0-9A-Za-z]|[^\x00-\x7f\p{{P}}\p{{Z}}{SPACELESS}])"
+WORD = regex.compile(rf"[{SPACELESS}]\p{{M}}*|{PART}+")  # a word as it is hashed, in the original text
 BLOCK = 1 << 17  # bytes of text hashed together; fits in the CPU cache
 
 
@@ -105,13 +114,33 @@ def _slice_chunks(chunks: list[Any]) -> Iterator[Any]:
             yield chunk.slice(first, rows)
 
 
+@functools.cache
+def _separators() -> str:
+    """Return a regular expression (RE2) for non-ASCII punctuation and white space."""
+    runs: list[list[int]] = []
+    for c in range(0x80, 0x110000):
+        if unicodedata.category(chr(c))[0] not in "PZ":
+            continue
+        if runs and runs[-1][1] == c - 1:
+            runs[-1][1] = c
+        else:
+            runs.append([c, c])
+    return "[" + "".join(f"\\x{{{a:x}}}-\\x{{{b:x}}}" for a, b in runs) + "]+"
+
+
 def _fold_case(chunk: Any) -> tuple[Array, Array]:
-    """Return (bytes, offsets) of a string array, non-ASCII text lowercased; the byte table folds ASCII letters."""
+    """Return (bytes, offsets) of a string array, non-ASCII text folded; the byte table folds ASCII letters."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if not pc.all(pc.string_is_ascii(chunk)).as_py():
-        chunk = pc.utf8_lower(chunk)
+    ascii_rows = pc.string_is_ascii(chunk)
+    if not pc.all(ascii_rows).as_py():
+        folded = pc.utf8_lower(pc.utf8_normalize(chunk.filter(pc.invert(ascii_rows)), form="NFC"))
+        for pattern, replacement in ((INVISIBLE, ""), (_separators(), " "), (SPACELESS_CHARACTER, " \\1 ")):
+            folded = pc.replace_substring_regex(folded, pattern, replacement)
+        plain = np.asarray(ascii_rows)
+        order = np.argsort(np.concatenate((np.flatnonzero(plain), np.flatnonzero(~plain))))
+        chunk = pa.concat_arrays([chunk.filter(ascii_rows), folded]).take(pa.array(order))
     chunk = chunk.cast(pa.large_string())
     _, offsets, data = chunk.buffers()
     view = np.frombuffer(data, dtype=np.uint8) if data is not None else np.zeros(0, np.uint8)

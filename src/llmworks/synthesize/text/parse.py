@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from llmworks.core.text.words import count_words
+
 ITEM = re.compile(
     r"^\s*(?:[#*-]*\s*)(?:task|question|aspect|part|step)?\s*\d+\s*[.):]\s*", re.IGNORECASE | re.MULTILINE
 )
@@ -44,4 +46,4 @@ def parse_labeled(text: str, label: str) -> str:
 
 def is_refusal(text: str, words: int = 80) -> bool:
     """Return whether a short answer is a refusal."""
-    return len(text.split()) < words and REFUSALS.search(text[:200]) is not None
+    return count_words(text) < words and REFUSALS.search(text[:200]) is not None

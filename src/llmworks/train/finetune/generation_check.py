@@ -17,6 +17,7 @@ from llmworks.core.report import ReportBlock, ReportBuilder
 from llmworks.core.types import Engine, Message, Request, Sampling
 from llmworks.data.conversations.training_rows import read_training_rows
 from llmworks.data.store.rows import Row, flatten_messages
+from llmworks.score.degeneration import MAX_REPETITION, compute_repetition
 from llmworks.tokenize.chat.templates import parse_tool_calls
 from llmworks.train.loop.report import build_plots
 
@@ -91,7 +92,7 @@ def find_warnings(prompt_rows: Sequence[Row], before: Sequence[str], after: Sequ
         found.append("nothing changed: every held-out completion is the same as before training")
     if after and all(not text.strip() for text in after):
         found.append("every held-out completion is empty")
-    if after and any(len(text.split()) > 20 and len(set(text.split())) < len(text.split()) / 5 for text in after):
+    if any(compute_repetition(text) > MAX_REPETITION for text in after):
         found.append("a held-out completion repeats itself")
     for what, parses in (("a function call", _has_tool_calls), ("JSON", _is_json)):
         if (

@@ -32,7 +32,7 @@ from llmworks.tokenize.chat.templates import (
     adapt_tools,
     encode,
     find_unread_fields,
-    render_masked,
+    render_answers,
 )
 from llmworks.tokenize.load import get_stop_ids, read_json
 
@@ -79,10 +79,11 @@ def doctor(
                     else check_conversation(tokenizer, row, messages, config.max_length or longest, cases)
                 )
                 if rendered is not None:
-                    tokens, learned = tokens + len(rendered.ids), learned + sum(rendered.mask)
+                    tokens += sum(len(one.ids) for one in rendered)
+                    learned += sum(sum(one.mask) for one in rendered)
                     flagged = any(case.rows[-1:] == [row["id"]] for case in cases.values())
                     if len(drawn) < FIRST or (flagged and len(drawn) < FIRST + SHOWN):
-                        drawn.append((row["id"] + side, rendered))
+                        drawn.append((row["id"] + side, rendered[-1]))
             bar.advance()
     check_rows(rows, pairs, cases)
     if pairs:
@@ -127,13 +128,16 @@ def get_template_uses(rows: Sequence[Row]) -> TemplateUses:
 
 def check_conversation(
     tokenizer: Any, row: Row, messages: tuple[Message, ...], max_length: int | None, cases: dict[str, DatasetFinding]
-) -> RenderedConversation | None:
-    """Check one conversation and add its faults to `cases`; returns it as rendered for training, or None."""
+) -> list[RenderedConversation] | None:
+    """Check one conversation and add its faults to `cases`; returns it as rendered for training, or None.
+
+    It is rendered once, or once for each answer where the template rewrites earlier turns.
+    """
     for code, level, what, fix in _find_turn_faults(tokenizer, messages, row):
         add_finding(cases, row, TrainingFault(code, level, what, fix))
     shown, tools = adapt_tools(tokenizer, messages, row.get("tools") or ())
     try:
-        rendered = render_masked(tokenizer, shown, tools=tools)
+        rendered = render_answers(tokenizer, shown, tools=tools)
     except (RequestError, ModelError) as error:
         add_finding(cases, row, TrainingFault("not-rendered", "error", str(error), "correct or remove these rows"))
         return None
@@ -141,7 +145,7 @@ def check_conversation(
         fix = "use a template that reads it, or move it into the content; otherwise the model never sees it"
         what = f"the template does not read the field {name!r} of turns"
         add_finding(cases, row, TrainingFault(f"unread-{name}", "warning", what, fix))
-    if not any(rendered.mask[1:]):
+    if not rendered or not all(any(one.mask[1:]) for one in rendered):
         add_finding(
             cases,
             row,
@@ -152,8 +156,9 @@ def check_conversation(
                 "it needs an assistant turn of weight 1",
             ),
         )
-    if max_length is not None and len(rendered.ids) > max_length:
-        kept = sum(rendered.mask[:max_length])
+    longest = max(rendered, key=lambda one: len(one.ids), default=RenderedConversation((), ()))
+    if max_length is not None and len(longest.ids) > max_length:
+        kept = sum(longest.mask[:max_length])
         code, what = (
             ("answer-cut-off", "no label token is left") if not kept else ("answer-cut", "answers lose their end")
         )
@@ -178,7 +183,7 @@ def check_conversation(
                 "the model sees other text than what is written",
             ),
         )
-    return rendered
+    return rendered or None
 
 
 def _find_turn_faults(

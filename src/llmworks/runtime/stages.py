@@ -60,7 +60,7 @@ STAGES: dict[str, Stage] = {
         converts="chat",
     ),
     "data.doctor": Stage(
-        "llmworks.data.doctor:doctor", 5, EXACT, "Check a data set and chat template for training faults"
+        "llmworks.data.doctor:doctor", 6, EXACT, "Check a data set and chat template for training faults"
     ),
     "data.show": Stage(
         "llmworks.data.show:show", 3, EXACT, "Show conversations, pairs or packed tokens: statistics and samples"
@@ -69,7 +69,7 @@ STAGES: dict[str, Stage] = {
         "llmworks.data.export:export", 5, EXACT, "Export conversations or preference pairs to JSONL in common formats"
     ),
     "data.pack": Stage(
-        "llmworks.data.pack:pack", 4, EXACT, "Tokenize and pack conversations or documents into memory-mapped shards"
+        "llmworks.data.pack:pack", 5, EXACT, "Tokenize and pack conversations or documents into memory-mapped shards"
     ),
     "data.map": Stage(
         "llmworks.data.map:map", 2, PLATFORM, "Map documents as clustered points: an interactive page and a picture"

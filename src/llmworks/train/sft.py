@@ -252,12 +252,12 @@ def make_examples(
     `max_context`: the model's context length. DataError when no row is left, or for one that is too long where that is
     refused.
     """
-    from llmworks.train.finetune.examples import make_example
+    from llmworks.train.finetune import examples as tokenized
 
     examples: list[Example] = []
     dropped: list[tuple[str, str]] = []
     for row in rows:
-        made = make_example(
+        made = tokenized.make_examples(
             tokenizer,
             row,
             min(config.max_length, max_context),
@@ -271,7 +271,7 @@ def make_examples(
                 )
             dropped.append((str(row["id"]), made))
         else:
-            examples.append(made)
+            examples += made
     if not examples:
         raise DataError(
             f"{name}: none of {len(rows)} rows can be trained on; the first: {dropped[0][1] if dropped else 'no rows'}"
@@ -284,6 +284,11 @@ def log_data_size(ctx: Context, config: SftConfig, training_data: TrainingData) 
     examples, dropped = training_data.examples, training_data.dropped
     tokens, label_tokens = sum(len(e.ids) for e in examples), sum(e.labels for e in examples)
     cut = sum(len(e.ids) == config.max_length for e in examples) if config.overlong == "truncate" else 0
+    if parts := sum(example.part > 1 for example in examples):
+        ctx.progress.log(
+            f"the chat template rewrites earlier turns: each answer is trained on after its own prompt, {parts:,} more"
+            " examples than conversations"
+        )
     ctx.progress.log(
         f"{len(examples)} rows, {tokens:,} tokens, {label_tokens:,} label tokens"
         + (f"; {len(dropped)} dropped" if dropped else "")

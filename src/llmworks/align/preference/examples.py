@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 from llmworks.core.errors import DataError, ModelError, RequestError
 from llmworks.core.types import Message, messages_from_json
 from llmworks.data.store.rows import Row
-from llmworks.tokenize.chat.templates import adapt_tools, render_masked
+from llmworks.tokenize.chat.templates import RenderedConversation, adapt_tools, render_answers
 
 EMPTY = "the {side} side is empty"
 
@@ -77,15 +77,16 @@ def tokenize_completions(
             return EMPTY.format(side=side)
         try:
             turns, template_tools = adapt_tools(tokenizer, (*(replace(m, weight=0) for m in prompt), *messages), tools)
-            rendered = render_masked(tokenizer, turns, tools=template_tools)
+            rendered = render_answers(tokenizer, turns, tools=template_tools)
         except (RequestError, ModelError, ValueError) as error:
             return str(error)
-        last = max(
-            (i for i, m in enumerate(rendered.mask) if m), default=-1
-        )  # tokens after the last label token are dropped
+        if len(rendered) > 1:
+            return f"the chat template rewrites earlier turns, and the {side} side has several answers"
+        answer = rendered[-1] if rendered else RenderedConversation((), ())
+        last = max((i for i, m in enumerate(answer.mask) if m), default=-1)  # tokens after the last label are dropped
         if last < 1:
             return EMPTY.format(side=side)
-        tokenized.append(CompletionTokens(rendered.ids[: last + 1], rendered.mask[: last + 1]))
+        tokenized.append(CompletionTokens(answer.ids[: last + 1], answer.mask[: last + 1]))
     prompt_length = min(answer.mask.index(1) for answer in tokenized)
     longest = max(len(answer.ids) for answer in tokenized)
     if longest > max_length and not truncate:

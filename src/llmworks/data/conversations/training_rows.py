@@ -13,7 +13,7 @@ from llmworks.core.types import MESSAGE_KEYS, messages_from_json
 from llmworks.data.store.jsonl import RejectedRows
 from llmworks.data.store.raw_rows import raise_rejected, read_raw_rows
 from llmworks.data.store.rows import Row, detect_schema, has_parquet, read_chat
-from llmworks.tokenize.chat.templates import adapt_tools, encode_text, find_unread_fields, render_masked
+from llmworks.tokenize.chat.templates import adapt_tools, encode_text, find_unread_fields, render_answers
 
 
 def read_training_rows(data: Dataset) -> list[Row]:
@@ -78,15 +78,27 @@ def warn_unread_fields(tokenizer: Any, rows: Sequence[Row], log: Callable[[str],
 
 
 def tokenize_row(tokenizer: Any, row: Row) -> tuple[Sequence[int], Sequence[int]]:
-    """Tokenize a row into (token ids, loss mask: 1 = trained on).
+    """Tokenize a row into (token ids, loss mask: 1 = trained on); of several parts the last (`tokenize_answers`).
 
     Errors: RequestError, ModelError or ValueError for a row that the chat template rejects.
     """
+    return tokenize_answers(tokenizer, row)[-1]
+
+
+def tokenize_answers(tokenizer: Any, row: Row) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """Tokenize a row into (token ids, loss mask); where the template rewrites earlier turns, one for each answer.
+
+    Errors: as `tokenize_row`; ValueError for a conversation without an answer to train on.
+    """
     if "messages" not in row:
-        return _tokenize_text(tokenizer, row)
+        return [_tokenize_text(tokenizer, row)]
     messages, tools = adapt_tools(tokenizer, messages_from_json(row["messages"]), row.get("tools") or ())
-    rendered = render_masked(tokenizer, messages, tools=tools)
-    return rendered.ids, rendered.mask
+    found: list[tuple[Sequence[int], Sequence[int]]] = [
+        (one.ids, one.mask) for one in render_answers(tokenizer, messages, tools=tools)
+    ]
+    if not found:
+        raise ValueError("no assistant tokens to train on")
+    return found
 
 
 def _tokenize_text(tokenizer: Any, row: Row) -> tuple[list[int], list[int]]:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmworks.core.errors import ModelError, RequestError
-from llmworks.core.types import ROLES, Json, messages_from_json
+from llmworks.core.types import ROLES, Json, Message, messages_from_json
 from llmworks.data.store.parts import Span
 from llmworks.data.store.rows import iter_table_rows, read_row_tables
-from llmworks.tokenize.chat.encode import ConversationEncoder
+from llmworks.tokenize.chat.encode import ConversationEncoder, LossMask, TokenIds
 from llmworks.tokenize.chat.named_templates import Template, set_template
+from llmworks.tokenize.chat.templates import TemplateRewritesTurns
 from llmworks.tokenize.load import load_tokenizer
 
 NO_TRAINABLE_TOKENS = "no assistant token to train on"
@@ -87,6 +88,15 @@ def _encoder(settings: TokenizationSettings) -> ConversationEncoder:
     return ConversationEncoder(tokenizer, frozen=True, strict=settings.control_tokens == "drop")
 
 
+def _encode_plain(encoder: ConversationEncoder, row: PlainConversation) -> list[tuple[TokenIds, LossMask]]:
+    try:
+        return [encoder.encode_plain(row.roles, row.contents)]
+    except TemplateRewritesTurns:
+        return encoder.encode_answers(
+            [Message(role, content) for role, content in zip(row.roles, row.contents, strict=True)]
+        )
+
+
 def encode_chats(settings: TokenizationSettings, part: Span, folder: Path) -> Json:
     """Tokenize one part of a dataset of conversations.
 
@@ -102,26 +112,28 @@ def encode_chats(settings: TokenizationSettings, part: Span, folder: Path) -> Js
             try:
                 if isinstance(row, PlainConversation):
                     uses |= _template_features(row.roles)
-                    ids, mask = encoder.encode_plain(row.roles, row.contents)
+                    pieces = _encode_plain(encoder, row)
                 else:
                     messages = messages_from_json(row["messages"])
                     uses |= _template_features(tuple(m.role for m in messages)) | (
                         {"tools"} if row["tools"] or any(m.tool_calls for m in messages) else set()
                     )
-                    ids, mask = encoder.encode(messages, row["tools"])
+                    pieces = encoder.encode_answers(messages, row["tools"])
+                longest = max((len(ids) for ids, _ in pieces), default=0)
                 reason = (
-                    f"longer than max_length ({len(ids)} tokens)"
-                    if len(ids) > settings.max_length
+                    f"longer than max_length ({longest} tokens)"
+                    if longest > settings.max_length
                     else NO_TRAINABLE_TOKENS
-                    if mask.find(1, 1) < 0
+                    if not pieces or any(mask.find(1, 1) < 0 for _, mask in pieces)
                     else ""
                 )
             except (RequestError, ModelError, ValueError) as error:
-                ids, mask, reason = [], b"", str(error)
+                pieces, reason = [], str(error)
             if reason:
                 sequences.reject(origin, row.id if isinstance(row, PlainConversation) else row["id"], reason)
             else:
-                sequences.add(origin, ids, mask)
+                for ids, mask in pieces:
+                    sequences.add(origin, ids, mask)
             origin += 1
     sequences.write(folder)
     return {

@@ -19,7 +19,15 @@ from llmworks.core.types import Json, Message
 from llmworks.tokenize.bpe.bulk_encoder import BulkEncoder, build_bulk_encoder
 from llmworks.tokenize.chat.special_tokens import SpecialTokenDetector, get_escaper
 from llmworks.tokenize.chat.template_cache import SLOT, TRIM, SkeletonCache, TurnPattern, get_pattern
-from llmworks.tokenize.chat.templates import can_render_tools, encode, flatten_tools, render_masked
+from llmworks.tokenize.chat.templates import (
+    TemplateRewritesTurns,
+    adapt_tools,
+    can_render_tools,
+    encode,
+    flatten_tools,
+    render_answers,
+    render_masked,
+)
 
 TokenIds = list[int]
 LossMask = bytearray | bytes  # loss mask: 1 for label tokens
@@ -86,6 +94,17 @@ class ConversationEncoder:
         wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
         rendered = render_masked(self._tokenizer, messages, tools=wrapped, frozen=self._frozen)
         return list(rendered.ids), bytes(rendered.mask)
+
+    def encode_answers(
+        self, messages: Sequence[Message], tools: Sequence[Json] = ()
+    ) -> list[tuple[TokenIds, LossMask]]:
+        """Encode a conversation for training: one (ids, loss mask), or several (`render_answers`)."""
+        try:
+            return [self.encode(messages, tools)]
+        except TemplateRewritesTurns:
+            shown, offered = adapt_tools(self._tokenizer, messages, tools)
+            rendered = render_answers(self._tokenizer, shown, tools=offered, frozen=self._frozen)
+            return [(list(one.ids), bytes(one.mask)) for one in rendered]
 
     def encode_plain(self, roles: Sequence[str], contents: Sequence[str]) -> tuple[TokenIds, LossMask]:
         """Encode turns that have only a role (one of `types.ROLES`) and a content, with all answers trained on."""

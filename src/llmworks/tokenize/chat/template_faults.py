@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from llmworks.core.errors import ModelError, RequestError
 from llmworks.core.types import Message, ToolCall
-from llmworks.tokenize.chat.templates import can_render_tools, encode, render_masked, render_text
+from llmworks.tokenize.chat.templates import can_render_tools, encode, render_answers, render_masked, render_text
 
 SYSTEM_TEXT, USER_TEXT, ANSWER_TEXT, SECOND_USER_TEXT, SECOND_ANSWER_TEXT, RESULT_TEXT = (
     "zqsystem",
@@ -73,26 +73,16 @@ def find_template_faults(
                 "name one (chat_template: chatml), or train on plain text",
             ),
         ]
+    broken = "correct the template, or give the variable that it needs a default value"
     try:
         prompt = render_text(tokenizer, (Message("user", USER_TEXT),))
     except RequestError as error:
-        return [
-            *found,
-            _error(
-                "template-broken",
-                str(error),
-                "correct the template, or give the variable that it needs a default value",
-            ),
-        ]
+        return [*found, _error("template-broken", str(error), broken)]
+    answered = (Message("user", USER_TEXT), Message("assistant", ANSWER_TEXT))
     try:
-        full = render_text(
-            tokenizer, (Message("user", USER_TEXT), Message("assistant", ANSWER_TEXT)), generation_prompt=False
-        )
+        full = render_text(tokenizer, answered, generation_prompt=False)
     except RequestError as error:
-        return [
-            *found,
-            _error("template-broken", f"no answer can be rendered: {error}", "correct the template"),
-        ]
+        return [*found, _error("template-broken", f"no answer can be rendered: {error}", broken)]
     found += (
         _check_marks(tokenizer, full) + _check_bos(tokenizer, full) + _check_generation_prompt(tokenizer, prompt, full)
     )
@@ -204,6 +194,9 @@ def _check_generation_prompt(tokenizer: Any, prompt: str, full: str) -> list[Tra
         )
         return [_error("generation-prompt", what, fix)]
     between = full[len(prompt) : full.index(ANSWER_TEXT)]
+    if between.strip() and prompt != bare:  # an empty think block, which the model generates itself
+        what = f"the template writes {between!r} before an answer; it is trained on, as the model has to generate it"
+        return [TrainingFault("answer-prefix", "note", what, "")]
     if between.strip():
         return [
             _error(
@@ -226,7 +219,7 @@ def _check_end_token(tokenizer: Any, stop_ids: Sequence[int], uses: TemplateUses
     found: list[TrainingFault] = []
     for messages in (turns[:2], turns):
         try:
-            rendered = render_masked(tokenizer, messages)
+            parts = render_answers(tokenizer, messages)
         except (RequestError, ModelError) as error:
             if len(messages) == 2 or uses.turns:
                 found.append(
@@ -235,11 +228,17 @@ def _check_end_token(tokenizer: Any, stop_ids: Sequence[int], uses: TemplateUses
                     )
                 )
             continue
+        if len(parts) > 1 and uses.turns:
+            what = "the template rewrites earlier turns when another follows, such as without their thinking"
+            fix = "each answer is trained on after its own prompt, as an example of its own"
+            found.append(TrainingFault("rewrites-turns", "note", what, fix))
         ends = [
-            i for i, m in enumerate(rendered.mask) if m and (i + 1 == len(rendered.mask) or not rendered.mask[i + 1])
+            one.ids[i]
+            for one in parts
+            for i, m in enumerate(one.mask)
+            if m and (i + 1 == len(one.mask) or not one.mask[i + 1])
         ]
-        for number, end in enumerate(ends, 1):
-            last = rendered.ids[end]
+        for number, last in enumerate(ends, 1):
             if last in stop_ids or any(f.code in ("no-end", "end-not-stop") for f in found):
                 continue
             text = tokenizer.decode([last])

@@ -253,6 +253,42 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message], *, tools: Sequenc
     return encode(tokenizer, render_text(tokenizer, messages, tools=tools))
 
 
+class TemplateRewritesTurns(ModelError):
+    """A template that renders earlier turns differently when the conversation continues, such as without thinking."""
+
+
+def render_answers(
+    tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Json] = (), frozen: bool = False
+) -> list[RenderedConversation]:
+    """Render a conversation for training: whole, or where the template rewrites earlier turns, once for each answer.
+
+    Then an answer has the prompt that it is generated after, and is the only part with labels. What the template writes
+    between the prompt and the answer, such as an empty think block, is a label, since the model has to generate it.
+    Errors: ModelError when an answer does not continue its own prompt.
+    """
+    try:
+        return [render_masked(tokenizer, messages, tools=tools, frozen=frozen)]
+    except TemplateRewritesTurns:
+        pass
+    found: list[RenderedConversation] = []
+    for i, message in enumerate(messages):
+        if message.role != "assistant" or not message.weight:
+            continue
+        prompt, whole = (
+            render_text(tokenizer, messages[:end], tools=tools, generation_prompt=end == i, frozen=frozen)
+            for end in (i, i + 1)
+        )
+        if not whole.startswith(prompt):
+            raise ModelError(
+                "the chat template renders an answer differently from the prompt that it is generated after, so no loss"
+                " mask can be computed"
+            )
+        answer = whole[len(prompt) :].rstrip()
+        ids = [encode(tokenizer, text) for text in (prompt, answer)]
+        found.append(RenderedConversation(ids[0] + ids[1], (0,) * len(ids[0]) + (1,) * len(ids[1])))
+    return found
+
+
 def split_segments(render: Callable[[int, bool], str], messages: Sequence[Message]) -> list[Segment]:
     """Split a conversation's text into (text, loss mask) segments.
 
@@ -268,7 +304,7 @@ def split_segments(render: Callable[[int, bool], str], messages: Sequence[Messag
             continue
         prompt, full = render(i, True), render(i + 1, False)
         if not prompt.startswith(rendered_text) or not full.startswith(prompt):
-            raise ModelError(
+            raise TemplateRewritesTurns(
                 "the chat template rewrites earlier turns when the conversation continues, so no loss mask can be"
                 " computed"
             )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmworks.core.errors import ModelError, RequestError, UserError
-from llmworks.data.conversations.training_rows import tokenize_row
+from llmworks.data.conversations.training_rows import tokenize_answers
 from llmworks.data.store.rows import Row
 from llmworks.model.loss.linear_cross_entropy import IGNORE_INDEX
 from llmworks.train.loop.packed_steps import PackedBatch
@@ -22,11 +22,15 @@ BATCHES_PER_BUCKET = 16  # batches per bucket that is sorted by length
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids and a loss mask of the same length: 1 where the token is a label."""
+    """Token ids and a loss mask of the same length: 1 where the token is a label.
+
+    `part`: number of the answer that it trains on, from 1; 0: all answers of the conversation.
+    """
 
     ids: tuple[int, ...]
     mask: tuple[int, ...]
     id: str = ""
+    part: int = 0
 
     @property
     def labels(self) -> int:
@@ -65,26 +69,41 @@ class PaddedBatch:
 def make_example(
     tokenizer: Any, row: Row, max_length: int, *, last: bool = False, truncate: bool = False
 ) -> Example | str:
+    """Tokenize one row as one example, or return why it cannot be trained on; of several examples, the last one."""
+    made = make_examples(tokenizer, row, max_length, last=last, truncate=truncate)
+    return made if isinstance(made, str) else made[-1]
+
+
+def make_examples(
+    tokenizer: Any, row: Row, max_length: int, *, last: bool = False, truncate: bool = False
+) -> list[Example] | str:
     """Tokenize one row (conversation, `text`, or `prompt` and `completion`), or return why it cannot be trained on.
+
+    A conversation is one example, or one for each answer where the template rewrites earlier turns.
 
     `last`: train only on the last assistant turn. `truncate`: cut sequences that are too long at the end; otherwise
     they are rejected, since a truncated completion lacks its end token.
     """
     try:
-        ids, mask = tokenize_row(tokenizer, row)
+        parts = tokenize_answers(tokenizer, row)
     except (RequestError, ModelError, ValueError) as error:
         return str(error)
-    if last:
-        mask = _keep_last_run(mask)
-    if truncate:
-        ids, mask = ids[:max_length], mask[:max_length]
-    end = max((i for i, m in enumerate(mask) if m), default=0)
-    ids, mask = ids[: end + 1], mask[: end + 1]  # tokens after the last label have no effect on the loss
-    if not any(mask[1:]):
-        return "no assistant tokens to train on" if "messages" in row else "no tokens to train on"
-    if len(ids) > max_length:
-        return f"{len(ids)} tokens, longer than max_length {max_length}"
-    return Example(tuple(ids), tuple(mask), str(row["id"]))
+    made: list[Example] = []
+    for number, (ids, mask) in enumerate(parts[-1:] if last else parts, 1):
+        if last:
+            mask = _keep_last_run(mask)
+        if truncate:
+            ids, mask = ids[:max_length], mask[:max_length]
+        end = max((i for i, m in enumerate(mask) if m), default=0)
+        ids, mask = ids[: end + 1], mask[: end + 1]  # tokens after the last label have no effect on the loss
+        if not any(mask[1:]):
+            return "no assistant tokens to train on" if "messages" in row else "no tokens to train on"
+        if len(ids) > max_length:
+            return f"{len(ids)} tokens, longer than max_length {max_length}"
+        name = str(row["id"])
+        part = (len(parts) if last else number) if len(parts) > 1 else 0
+        made.append(Example(tuple(ids), tuple(mask), f"{name}~{part}" if part > 1 else name, part))
+    return made
 
 
 def _keep_last_run(mask: Sequence[int]) -> list[int]:

@@ -35,7 +35,7 @@ from llmworks.train.selftest.check import (
     run_checks,
     shrink_shape,
 )
-from llmworks.train.selftest.labels import compute_reference_loss, find_label_problem
+from llmworks.train.selftest.labels import compute_reference_loss, find_label_problem, get_answered_part
 from llmworks.train.selftest.pretrain import STEPS
 from llmworks.train.sft import SftConfig, sft
 
@@ -218,7 +218,8 @@ def _check_labels(bench: _SftBench) -> tuple[bool, str]:
     whole = [example for example in examples if len(example.ids) < bench.config.max_length]
     last = bench.config.train_on == "last_assistant"
     for example in whole:
-        problem = find_label_problem(bench.tokenizer, bench.stops, by_id[example.id], example, last=last)
+        row = get_answered_part(by_id[example.id.removesuffix(f"~{example.part}")], example.part)
+        problem = find_label_problem(bench.tokenizer, bench.stops, row, example, last=last or example.part > 0)
         if problem:
             return False, problem
     tuned = open_trainable_model(bench.model)

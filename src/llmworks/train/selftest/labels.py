@@ -41,6 +41,15 @@ def find_label_problem(tokenizer: Any, stops: Collection[int], row: Row, example
     return "" if row.get("tools") else _find_text_change(tokenizer, row, ids, where)
 
 
+def get_answered_part(row: Row, part: int) -> Row:
+    """Return a row up to the answer of that number among those that are trained on; 0: all of it."""
+    if not part:
+        return row
+    turns = messages_from_json(row["messages"])
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.weight]
+    return {**row, "messages": row["messages"][: answers[part - 1] + 1]}
+
+
 def find_runs(mask: Sequence[int]) -> list[tuple[int, int]]:
     """Return (begin, end) of every run of ones, without the first token, which nothing predicts."""
     edges = [i for i in range(1, len(mask) + 1) if bool(i < len(mask) and mask[i]) != bool(i > 1 and mask[i - 1])]

@@ -19,6 +19,8 @@ from llmworks.data.store.rows import Row, write_chat, write_preference
 
 EXAMPLES = 3
 EXAMPLE_CHARACTERS = 500
+# How datasets.load_dataset finds the rows among the other files.
+FRONT = ("---", "configs:", "- config_name: default", '  data_files: "*.parquet"', "---", "")
 SHARES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -177,6 +179,7 @@ def measure_documents(ctx: Context) -> Json:
 def render_card(about: Json, facts: Json, what: str = "documents") -> str:
     """Render the card as Markdown; `what` names the rows."""
     lines = [
+        *FRONT,
         "# Data card",
         "",
         (

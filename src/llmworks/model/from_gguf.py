@@ -8,6 +8,7 @@ Qwen2, Qwen3, Gemma 3 and Phi-3; any other architecture is an error.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -60,6 +61,14 @@ def read_metadata(reader: GGUFReader) -> dict[str, Any]:
         raise ModelError(f"a metadata key of the GGUF file cannot be read ({error}); fetch it again") from None
 
 
+def _get_stops(meta: Mapping[str, Any]) -> int | list[int] | None:
+    """Return the end-of-sequence, end-of-turn and end-of-message ids: one as a number, several as a list."""
+    names = ("eos", "eot", "eom")
+    stops = [int(meta[key]) for name in names if (key := f"tokenizer.ggml.{name}_token_id") in meta]
+    stops = list(dict.fromkeys(stops))
+    return stops[0] if len(stops) == 1 else stops or None
+
+
 def write_hf_directory(path: Path, out: Path, dtype: str = "float32") -> None:
     """Write config, tokenizer, generation config and weights of the GGUF file `path` into the directory `out`."""
     reader = open_reader(path)
@@ -69,7 +78,7 @@ def write_hf_directory(path: Path, out: Path, dtype: str = "float32") -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
+        "eos_token_id": _get_stops(meta),
         "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
     }
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

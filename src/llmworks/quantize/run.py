@@ -20,6 +20,7 @@ from llmworks.core.context import Context
 from llmworks.core.errors import DataError, ModelError
 from llmworks.model.io.layer_forward import compute_logits
 from llmworks.model.io.layer_reader import LayerReader, concatenate_files
+from llmworks.model.io.weights import weight_files
 from llmworks.model.lowbit.checkpoint import FORMATS
 from llmworks.quantize.calibrate.calibration_data import check_length, load_samples
 from llmworks.quantize.calibrate.quantize_blocks import QuantizationMethod, quantize_blocks
@@ -218,7 +219,7 @@ def _write_report(
         str(about["method"]),
         layer_stats,
         metrics,
-        sum(file.stat().st_size for file in model.path.glob("*.safetensors")),
+        sum(file.stat().st_size for file in weight_files(model.path)),
     )
 
 

@@ -250,10 +250,12 @@ class LlamaCppEngine:
             self._scorer = None
 
 
+STOP_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+
+
 def get_stop_ids(meta: dict[str, Any]) -> list[int]:
     """Return the end-of-turn token ids in GGUF metadata."""
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    ids = sorted({int(meta[key]) for key in keys if key in meta})
+    ids = sorted({int(meta[key]) for key in STOP_KEYS if key in meta})
     if not ids:
         raise ModelError("the GGUF file has no end-of-sequence token")
     return ids

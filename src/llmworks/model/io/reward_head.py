@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llmworks.core.errors import ModelError
 from llmworks.model.io.decoder_files import from_standard, to_standard
 from llmworks.model.io.families import parse_shape
-from llmworks.model.io.weights import check_weights
+from llmworks.model.io.weights import check_weights, weight_files
 from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.tokenize.load import read_json
 
@@ -105,11 +105,7 @@ class RewardModel:
         check_weights(path)
         self.kind: RewardKind = kind
         standard, shape = parse_shape(read_json(path / "config.json"))
-        tensors = {
-            name: tensor.float()
-            for file in sorted(path.glob("*.safetensors"))
-            for name, tensor in load_file(file).items()
-        }
+        tensors = {name: tensor.float() for file in weight_files(path) for name, tensor in load_file(file).items()}
         heads = {
             name.removeprefix("score."): tensors.pop(name) for name in sorted(tensors) if name.startswith("score.")
         }

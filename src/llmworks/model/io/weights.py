@@ -20,7 +20,7 @@ def check_weights(path: Path) -> None:
         raise ModelError(f"{path}: no such model directory")
     if not (path / "config.json").exists():
         raise ModelError(f"{path}: is not a Hugging Face model directory (no config.json)")
-    files = sorted(path.glob("*.safetensors"))
+    files = weight_files(path)
     if not files:
         raise ModelError(f"{path}: has no .safetensors weights")
     for file in files:
@@ -39,11 +39,13 @@ def check_weights(path: Path) -> None:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Return a directory's weight files: those in its index; without an index all but `consolidated*`.
+    """Return a directory's weight files: those in its index, else `model.safetensors`, else all but files of others.
 
-    Mistral's repositories hold `consolidated*` files with the same weights under other names.
+    Such are `consolidated*`, with which Mistral's repositories hold the same weights under other names, and
+    adapters. Errors: ModelError for an index with files that are missing, or beside a `model.safetensors` that it does
+    not name: transformers reads the one, other programs the others.
     """
-    index = path / "model.safetensors.index.json"
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     files = sorted(path.glob("*.safetensors"))
     if index.exists():
         named = read_json(index).get("weight_map")
@@ -54,9 +56,16 @@ def weight_files(path: Path) -> list[Path]:
                 f"{index}: {f'lists {missing[0]}, which is missing' if missing else 'lists no files'}; copy or fetch"
                 " the directory again"
             )
+        if single.exists() and single.name not in wanted:
+            raise ModelError(
+                f"{path}: has {single.name} and {index.name}, which does not name it; transformers reads the one, other"
+                " programs the other: remove the older"
+            )
         return [file for file in files if file.name in wanted]
-    others = [file for file in files if not file.name.startswith("consolidated")]
-    return others or files
+    if single.exists():
+        return [single]
+    others = [file for file in files if not file.name.startswith(("consolidated", "adapter_"))]
+    return others or [file for file in files if file.name.startswith("consolidated")]
 
 
 class StoredTensors(Mapping[str, "Tensor"]):

@@ -19,7 +19,7 @@ from llmworks.core.errors import DataError, ModelError
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.model.golden import record_golden
 from llmworks.model.io.layer_reader import LayerReader
-from llmworks.model.io.weights import check_weights
+from llmworks.model.io.weights import check_weights, weight_files
 from llmworks.quantize.calibrate.calibration_data import check_length, load_samples
 from llmworks.quantize.calibrate.divergence import Divergence
 from llmworks.quantize.calibrate.imatrix import compute_importance, read_importance, write_importance
@@ -246,7 +246,7 @@ def _measure_divergence(calibration_run: LayerwiseCalibration, engine: LlamaCppE
 
 
 def _write_report(ctx: Context, model: Model, kind: str, written: WrittenTensors, metrics: Mapping[str, Any]) -> None:
-    before = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
+    before = sum(file.stat().st_size for file in weight_files(model.path))
     report = ctx.report
     report.title = f"{model.name} as GGUF, {kind}"
     report.subtitle = (

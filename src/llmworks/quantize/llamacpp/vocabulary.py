@@ -66,14 +66,27 @@ def add_vocabulary(writer: Any, source: Path, config: dict[str, Any]) -> None:
 
 
 def _add_ids(writer: Any, source: Path, tokenizer: Any) -> None:
-    stops = get_stop_ids(source, tokenizer)
+    stops, size = get_stop_ids(source, tokenizer), len(tokenizer)
+    beyond = next((i for i in stops if not 0 <= i < size), None)
+    if beyond is not None:
+        raise ModelError(
+            f"{source}: the stop id {beyond} is beyond the vocabulary of {size} tokens; correct eos_token_id in"
+            " generation_config.json"
+        )
     if tokenizer.eos_token_id is not None:
         writer.add_eos_token_id(tokenizer.eos_token_id)
-    others = [i for i in stops if i != tokenizer.eos_token_id]
-    if len(others) > 1:
-        raise ModelError(f"{source}: has {len(stops)} stop ids, but GGUF stores only two (eos and eot)")
-    if others:
-        writer.add_eot_token_id(others[0])
+    others = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in stops if i != tokenizer.eos_token_id}
+    eom = next((i for i, token in others.items() if "eom" in token), None)  # end of message: a tool is to be called
+    turns = [i for i in others if i != eom]
+    if eom is None and len(turns) == 2:
+        eom = turns.pop()
+    if len(turns) > 1:
+        named = ", ".join(repr(others[i]) for i in turns)
+        raise ModelError(f"{source}: has the stop tokens {named}; beside eos, GGUF stores two (eot and eom)")
+    if turns:
+        writer.add_eot_token_id(turns[0])
+    if eom is not None:
+        writer.add_eom_token_id(eom)
     for role, add in (
         ("bos", writer.add_bos_token_id),
         ("unk", writer.add_unk_token_id),

@@ -19,7 +19,7 @@ from llmworks.core.errors import ModelError
 from llmworks.core.progress import Progress
 from llmworks.model.gguf.layout import LAYOUTS, get_interleaved_heads, interleave_rows, to_gguf_name
 from llmworks.model.io.decoder_files import check_tied_head
-from llmworks.model.io.weights import StoredTensors, check_weights, read_header
+from llmworks.model.io.weights import StoredTensors, check_weights, read_header, weight_files
 from llmworks.quantize.llamacpp.metadata import add_hyperparameters, compute_llama3_rope_factors, read_config
 from llmworks.quantize.llamacpp.types import REQUIRE_IMATRIX, MixParameters, assign_formats
 from llmworks.quantize.llamacpp.vocabulary import add_vocabulary
@@ -142,7 +142,7 @@ class GgufTensorReader:
         self.factors = compute_llama3_rope_factors(config)
         self.places: dict[str, tuple[Path, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for file in sorted(source.glob("*.safetensors")):
+        for file in weight_files(source):
             for name, entry in sorted(read_header(file).items(), key=lambda one: get_sort_key(one[0])):
                 if name == "__metadata__":
                     continue

@@ -31,7 +31,7 @@ single stages: llmworks {usage}
 A MODEL or ARTIFACT is a path, a name in the workspace (quickstart/merged), asset:NAME, hf:ORG/NAME, gguf:FILE,
 url:URL#sha256=HEX or http://HOST:PORT/v1#MODEL. See `llmworks COMMAND --help`.
 Exit codes: 0 success, 1 a check failed, 2 invalid input, 3 a missing dependency or a failing server or worker,
-130 interrupted.
+4 an error of llmworks itself (--debug shows where), 130 interrupted.
 """
 
 
@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from llmworks.core.errors import LlmworksError
 
     words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words or bool(os.environ.get("LLMWORKS_DEBUG"))
+    words = [word for word in words if word != "--debug"]
+    prepare_output()
     if argv is None:
         signal.signal(signal.SIGTERM, _interrupt)
         if os.environ.get("RANK", "0") != "0":  # only rank 0 prints the result
@@ -70,6 +73,40 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 3
         print(f"llmworks: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
         return 2
+    except UnicodeEncodeError as error:
+        if debug:
+            raise
+        text = ascii(error.object[max(0, error.start - 20) : error.end + 20])
+        print(f"llmworks: {text}: is not valid Unicode; rename the file, or correct the text", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if debug:
+            raise
+        print(f"llmworks: {describe_internal_error(error)}", file=sys.stderr)
+        return 4
+
+
+def prepare_output() -> None:
+    """Let every text be printed: characters that the terminal cannot show are escaped, closed streams discard."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def describe_internal_error(error: Exception) -> str:
+    """Describe an unexpected error in one line: type, message and the innermost line of llmworks."""
+    import traceback
+
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "llmworks" in frame.filename]
+    where = f" in {frames[-1].filename.rpartition('llmworks/')[2]}:{frames[-1].lineno}" if frames else ""
+    message = " ".join(str(error).split())[:300]
+    return (
+        f"an error of llmworks itself{where}: {type(error).__name__}{f': {message}' if message else ''}; the same"
+        " command with --debug shows the traceback"
+    )
 
 
 def _interrupt(number: int, frame: object) -> None:

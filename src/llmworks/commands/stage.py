@@ -125,12 +125,13 @@ def _read_fields(args: argparse.Namespace) -> dict[str, Any]:
     """Return the config fields of --config, overridden by --set. UserError for invalid values."""
     import yaml
 
+    from llmworks.core.text.yaml import load_yaml
     from llmworks.runtime.config.overrides import assign
 
     values: dict[str, Any] = {}
     if args.config:
         try:
-            values = yaml.safe_load(args.config.read_text(encoding="utf-8")) or {}
+            values = load_yaml(args.config.read_text(encoding="utf-8")) or {}
         except FileNotFoundError:
             raise UserError(f"{args.config}: no such file; --config takes a YAML file of config fields") from None
         except yaml.MarkedYAMLError as error:

@@ -29,6 +29,21 @@ def handle(args: argparse.Namespace) -> None:
         return
     if args.name:
         stage = resolve_stage(args.name)
+        if args.json:
+            fields = config_help(stage.config)
+            print_json(
+                {
+                    "name": stage.name,
+                    "summary": stage.stage.summary,
+                    "help": stage.help,
+                    "revision": stage.stage.revision,
+                    "derivation": stage.stage.derivation,
+                    "output": stage.output.kind,
+                    "inputs": {one.name: one.describe() for one in stage.inputs.values()},
+                    "fields": [{"name": name, "type": kind, "description": text} for name, kind, text in fields],
+                }
+            )
+            return
         print_line(
             f"{stage.name}  revision {stage.stage.revision}, {stage.stage.derivation}, makes"
             f" {'an' if stage.output.kind[0] in 'aeiou' else 'a'} {stage.output.kind}\n\n{stage.help}\n"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-from llmworks.core.errors import RequestError
+from llmworks.core.errors import RequestError, UserError
 from llmworks.core.types import Engine, Json, Message, Request, Sampling
 
 HELP = (
@@ -38,6 +38,8 @@ def run_chat(
 ) -> None:
     """Answer `message`, or run a dialogue over `source` (default: standard input) until it ends."""
     source, target = source or sys.stdin, target or sys.stdout
+    if message is None and source is None:
+        raise UserError("standard input is closed; give the message on the command line")
     if message is not None:
         _print_answer(conversation, message, target)
         return

@@ -10,24 +10,11 @@ from typing import Any
 import yaml
 
 from llmworks.core.errors import UserError
+from llmworks.core.text.yaml import load_yaml
 from llmworks.importers import axolotl, llamafactory
 from llmworks.importers.keys import HEADINGS, KeyNote
 
 TOOLS = {"base_model": axolotl, "model_name_or_path": llamafactory}
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML loader that rejects duplicate keys, of which YAML silently keeps the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Construct a mapping with unique keys."""
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
-        if twice is not None:
-            raise yaml.YAMLError(
-                f"duplicate key {twice!r}, again in line {node.start_mark.line + 1 + names.index(twice)} or later"
-            )
-        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
@@ -45,7 +32,7 @@ def translate(file: Path) -> TranslatedRecipe:
     UserError in one line for a file that is not such a configuration, or cannot be translated.
     """
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        values = load_yaml(file.read_text(encoding="utf-8"))
     except IsADirectoryError:
         raise UserError(f"{file}: is a directory") from None
     except FileNotFoundError:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from llmworks.core.artifact import Adapter, Model
 from llmworks.core.errors import ArtifactError, UserError
+from llmworks.core.text.yaml import load_all_yaml
 from llmworks.merge.moe.config import ExpertsConfig
 from llmworks.merge.plan.config import Condition, MergeConfig
 from llmworks.merge.plan.layout import read_layout
@@ -48,7 +49,7 @@ def read_documents(file: Path, sets: Sequence[str] = ()) -> list[MergeDocument]:
     that is not mergekit YAML.
     """
     try:
-        found = [one for one in yaml.safe_load_all(file.read_text(encoding="utf-8")) if one is not None]
+        found = [one for one in load_all_yaml(file.read_text(encoding="utf-8")) if one is not None]
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; give mergekit's YAML") from None
     except yaml.MarkedYAMLError as error:

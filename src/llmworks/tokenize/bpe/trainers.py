@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from llmworks.core.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from llmworks.tokenize.bpe.config import TrainConfig
+from llmworks.tokenize.bpe.config import TrainConfig
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -82,17 +84,24 @@ def train_unigram(config: TrainConfig, special_tokens: Sequence[str], texts: Cal
             pre_tokenizers.Metaspace(SPACE_SYMBOL, prepend_scheme="never"),
         ]
     )
-    made.train_from_iterator(
-        texts(),
-        trainers.UnigramTrainer(
-            vocab_size=config.vocab_size - len(BYTE_TOKENS),
-            special_tokens=make_added_tokens(special_tokens),
-            unk_token="<unk>",
-            initial_alphabet=sorted("<0123456789ABCDEFx>"),
-            max_piece_length=min(config.max_token_length, 16),
-            show_progress=False,
-        ),
+    trainer = trainers.UnigramTrainer(
+        vocab_size=config.vocab_size - len(BYTE_TOKENS),
+        special_tokens=make_added_tokens(special_tokens),
+        unk_token="<unk>",
+        initial_alphabet=sorted("<0123456789ABCDEFx>"),
+        max_piece_length=min(config.max_token_length, 16),
+        show_progress=False,
     )
+    try:
+        made.train_from_iterator(texts(), trainer)
+    except Exception as error:  # the library raises plain exceptions
+        if "not large enough to contain all chars" not in str(error):
+            raise
+        characters = len({character for text in texts() for character in text})
+        raise UserError(
+            f"config.vocab_size is {config.vocab_size}, but the texts have {characters:,} different characters, each of"
+            f" which is a piece, beside {len(BYTE_TOKENS)} byte tokens; raise it, or use algorithm bpe"
+        ) from None
     state = json.loads(made.to_str())
     first, pieces = (
         state["model"]["vocab"][: len(special_tokens)],

@@ -107,7 +107,7 @@ def save(training_state: TrainingState, step: int, scratch: Path, save_total_lim
             first = next(failure[0] for failure in error.failures.values())
             raise (
                 first
-                if isinstance(first, OSError)
+                if isinstance(first, (OSError, KeyboardInterrupt))
                 else TrainingError(f"{temporary}: cannot write the checkpoint ({type(first).__name__}: {first})")
             ) from None
         raise

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from llmworks.core.artifact import Config
 from llmworks.core.errors import UserError
+from llmworks.core.text.yaml import load_yaml
 
 Value = int | float | str | bool | None
 
@@ -68,7 +69,7 @@ class SweepConfig(Config):
 def load_search(path: Path) -> SweepConfig:
     """Read a search file. UserError in one line for an invalid one."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 CORPUS := $(VENV)/.corpus
 DEVELOPED := $(VENV)/.developed
 
-.PHONY: quickstart install corpus instructions pretrain test faults slow check bench bench-data bench-conversations bench-pretrain docs clean
+.PHONY: quickstart install corpus instructions pretrain test faults slow check bench bench-data bench-conversations bench-pretrain bench-threads docs clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/llmworks run recipes/quickstart.yaml
@@ -52,6 +52,9 @@ bench-conversations: $(DEVELOPED)
 	$(VENV)/peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 trl==1.16.0 addict colorama
 	$(VENV)/peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/peers/axolotl axolotl==0.19.0
 	$(BIN)/python benchmarks/conversations.py --peers $(VENV)/peers/bin/python --axolotl $(VENV)/peers/axolotl
+
+bench-threads: $(DEVELOPED)
+	$(BIN)/python benchmarks/threads.py
 
 bench-pretrain: $(DEVELOPED)
 	$(BIN)/python benchmarks/pretrain.py

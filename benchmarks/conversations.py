@@ -204,7 +204,7 @@ def main() -> None:
             {"trl": trl, "axolotl": axolotl}[step](folder, given.model)
         return
     from data import fetch
-    from llmworks.runtime.execute import describe_machine
+    from llmworks.core.machine import describe_machine
     from llmworks.runtime.session import load as load_artifact
 
     if not (folder / "chats.jsonl").exists():

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from llmworks.core.machine import describe_machine, get_thread_count
 from llmworks.core.types import Request, Sampling, messages_from_json
 from llmworks.data.published.bfcl import rows as bfcl_rows
 from llmworks.data.store.jsonl import RejectedRows
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.generate.engines.torch import TorchEngine
-from llmworks.runtime.execute import describe_machine, get_thread_count
 from llmworks.runtime.references import get_asset_files
 from llmworks.runtime.session import load
 

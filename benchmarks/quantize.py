@@ -156,7 +156,7 @@ def deep(path: Path, method: str) -> dict[str, float]:
 
     from llmworks.core.artifact import Model
     from llmworks.core.context import Context
-    from llmworks.core.memory import track_peak_memory
+    from llmworks.core.machine import track_peak_memory
     from llmworks.core.progress import Progress
     from llmworks.core.report import ReportBuilder
     from llmworks.quantize import run as rounding

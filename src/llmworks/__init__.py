@@ -26,12 +26,15 @@ from llmworks.core.errors import (
     UserError,
     WorkerLost,
 )
+from llmworks.core.machine import bound_spinning
 
 if TYPE_CHECKING:
     from llmworks.core.artifact import Adapter, Artifact, Dataset, Model, Report, Tokenizer
     from llmworks.core.types import Completion, Message, Request, Sampling
     from llmworks.runtime.runner import run
     from llmworks.runtime.session import Session, load, open_engine
+
+bound_spinning()  # before torch is imported
 
 _LAZY = {
     "run": "llmworks.runtime.runner",

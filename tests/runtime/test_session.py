@@ -64,12 +64,16 @@ def test_the_page_runs(
     monkeypatch.chdir(tmp_path)
     recipe = recipe_file(num_train_epochs=1)
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.DOTALL)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Hello"}\n{"prompt": "What is rain?"}\n')
     names: dict[str, Any] = {}
     for block in blocks:
         exec(
             block.replace("recipes/quickstart.yaml", str(recipe))
             .replace("recipes/weather.json", str(DOCS.parent / "recipes" / "weather.json"))
             .replace("asset:smollm2-135m-instruct", str(wide))
+            .replace("asset:everyday-prompts", str(prompts))
+            .replace('"max_tokens": 160', '"max_tokens": 8, "truncated": "keep"')
             .replace("asset:bfcl-simple", str(few_questions(tmp_path / f"q{len(names)}")))
             .replace('"num_train_epochs": 1', '"num_train_epochs": 1, "num_sample_prompts": 1'),
             names,
@@ -84,7 +88,7 @@ def test_the_page_runs(
         "train.sft",
         kind=Adapter,
         model=names["base"],
-        data=names["train"],
+        data=names["mixed"],
         eval_data=names["test"],
         config={**names["fields"], "num_sample_prompts": 1},
     )

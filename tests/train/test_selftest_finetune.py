@@ -73,47 +73,39 @@ def bench(pico: Path, tmp_path: Path, config: SftConfig | None = None) -> selfte
     )
 
 
-def wrong_mask(patch: pytest.MonkeyPatch) -> None:
-    real = lessons.render_masked
-
-    def all_learned(*args: Any, **more: Any) -> RenderedConversation:
-        made = real(*args, **more)
-        return RenderedConversation(made.ids, (1,) * len(made.ids))
-
-    patch.setattr(lessons, "render_masked", all_learned)
+Change = Callable[[RenderedConversation], RenderedConversation]
 
 
-def lost_mask(patch: pytest.MonkeyPatch) -> None:
-    real = lessons.render_masked
+def of_rendered(change: Change) -> Callable[[pytest.MonkeyPatch], None]:
+    """Plant a change of what the template renders for training."""
 
-    def half(*args: Any, **more: Any) -> RenderedConversation:
-        made = real(*args, **more)
-        return RenderedConversation(
-            made.ids, tuple(m if i > len(made.mask) // 2 else 0 for i, m in enumerate(made.mask))
-        )
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        real = lessons.render_answers
+        patch.setattr(lessons, "render_answers", lambda *args, **more: [change(made) for made in real(*args, **more)])
 
-    patch.setattr(lessons, "render_masked", half)
+    return plant
 
 
-def unlearned_end(patch: pytest.MonkeyPatch) -> None:
-    real = lessons.render_masked
-
-    def without_ends(*args: Any, **more: Any) -> RenderedConversation:
-        made = real(*args, **more)
-        following = (*made.mask[1:], 0)
-        return RenderedConversation(made.ids, tuple(int(m and n) for m, n in zip(made.mask, following, strict=True)))
-
-    patch.setattr(lessons, "render_masked", without_ends)
+def of_mask(change: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Callable[[pytest.MonkeyPatch], None]:
+    return of_rendered(lambda made: RenderedConversation(made.ids, change(made.mask)))
 
 
-def shifted_mask(patch: pytest.MonkeyPatch) -> None:
-    real = lessons.render_masked
+def only_second_half(mask: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(m if i > len(mask) // 2 else 0 for i, m in enumerate(mask))
 
-    def late(*args: Any, **more: Any) -> RenderedConversation:
-        made = real(*args, **more)
-        return RenderedConversation(made.ids, (0, *made.mask[:-1]))
 
-    patch.setattr(lessons, "render_masked", late)
+def without_ends(mask: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(m and n) for m, n in zip(mask, (*mask[1:], 0), strict=True))
+
+
+def without_first_answer(mask: tuple[int, ...]) -> tuple[int, ...]:
+    begin = mask.index(1)
+    end = begin + (*mask[begin:], 0).index(0)
+    return (*(0,) * end, *mask[end:])
+
+
+def with_another_id(made: RenderedConversation) -> RenderedConversation:
+    return RenderedConversation((*made.ids[:3], made.ids[3] + 1, *made.ids[4:]), made.mask)
 
 
 def shifted_labels(patch: pytest.MonkeyPatch) -> None:
@@ -124,31 +116,6 @@ def shifted_labels(patch: pytest.MonkeyPatch) -> None:
         return dataclasses.replace(made, label_ids=made.label_ids.roll(-1, 1))
 
     patch.setattr(examples, "collate_padding_free", shifted)
-
-
-def other_ids(patch: pytest.MonkeyPatch) -> None:
-    real = lessons.render_masked
-
-    def other(*args: Any, **more: Any) -> RenderedConversation:
-        made = real(*args, **more)
-        ids = list(made.ids)
-        ids[3] += 1
-        return RenderedConversation(tuple(ids), made.mask)
-
-    patch.setattr(lessons, "render_masked", other)
-
-
-def lost_answer(patch: pytest.MonkeyPatch) -> None:
-    """The first answer of several is not trained on."""
-    real = lessons.render_masked
-
-    def later(*args: Any, **more: Any) -> RenderedConversation:
-        made = real(*args, **more)
-        begin = made.mask.index(1)
-        end = begin + (*made.mask[begin:], 0).index(0)
-        return RenderedConversation(made.ids, (*(0,) * end, *made.mask[end:]))
-
-    patch.setattr(lessons, "render_masked", later)
 
 
 def wrong_segments(patch: pytest.MonkeyPatch) -> None:
@@ -173,13 +140,13 @@ def _saved(b: selftest_sft._SftBench) -> tuple[bool, str]:
 
 
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., tuple[bool, str]]]] = {
-    "questions are learned": (wrong_mask, selftest_sft._check_labels),
-    "answers are not learned": (lost_mask, selftest_sft._check_labels),
-    "the end token is not learned": (unlearned_end, selftest_sft._check_labels),
-    "the mask is shifted": (shifted_mask, selftest_sft._check_labels),
+    "questions are learned": (of_mask(lambda mask: (1,) * len(mask)), selftest_sft._check_labels),
+    "answers are not learned": (of_mask(only_second_half), selftest_sft._check_labels),
+    "the end token is not learned": (of_mask(without_ends), selftest_sft._check_labels),
+    "the mask is shifted": (of_mask(lambda mask: (0, *mask[:-1])), selftest_sft._check_labels),
     "labels are shifted": (shifted_labels, selftest_sft._check_labels),
-    "ids are not those of the template": (other_ids, selftest_sft._check_labels),
-    "an answer is left out": (lost_answer, selftest_sft._check_labels),
+    "ids are not those of the template": (of_rendered(with_another_id), selftest_sft._check_labels),
+    "an answer is left out": (of_mask(without_first_answer), selftest_sft._check_labels),
     "rows see one another": (wrong_segments, selftest_sft._check_row_isolation),
     "parts weigh alike": (wrong_parts, _parts),
     "the adapter is drawn before the seed": (wrong_seed, selftest_sft.check_seed),

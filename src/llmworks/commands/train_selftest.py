@@ -37,7 +37,7 @@ def build_parser() -> Parser:
 
 def handle(args: argparse.Namespace) -> None:
     """`llmworks train selftest RECIPE [STEP]`."""
-    from llmworks.runtime.execute import get_thread_count, set_threads
+    from llmworks.core.machine import get_thread_count, set_threads
     from llmworks.runtime.read_recipe import load_recipe
     from llmworks.runtime.runner import RecipeRun
 

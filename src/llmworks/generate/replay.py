@@ -13,7 +13,7 @@ from typing import Any
 from llmworks.core.artifact import Golden, GoldenConversation
 from llmworks.core.errors import LlmworksError
 from llmworks.core.types import Engine, Request, Sampling, messages_from_json
-from llmworks.model.golden import find_nonfinite
+from llmworks.model.golden import find_broken_weights
 from llmworks.tokenize.chat.golden import replay_logits, replay_tokens
 
 GREEDY_TOKENS = 8  # tokens of a greedy completion that are compared
@@ -47,8 +47,8 @@ def replay(golden: Golden, engine: Engine, tolerance: float, reference: Engine |
             )
         )
     if hasattr(getattr(engine, "model", None), "named_parameters"):
-        problem = find_nonfinite(local_engine.model)
-        checks.append(ReplayCheck("weights", not problem, problem or "all are finite"))
+        problem = find_broken_weights(local_engine.model)
+        checks.append(ReplayCheck("weights", not problem, problem or "all are finite and below 1e8"))
     if "logits" in engine.can:
         gap = replay_logits(golden, engine.logits)
         detail = (

@@ -13,6 +13,8 @@ from llmworks.core.artifact import Golden
 from llmworks.core.errors import GoldenMismatch
 from llmworks.tokenize.chat import golden
 
+MAX_WEIGHT = 1e8
+
 
 def make_logits_function(model: Any) -> golden.Logits:
     """Return a function that computes a causal model's logits as numpy [len(ids), vocab_size]."""
@@ -26,11 +28,21 @@ def make_logits_function(model: Any) -> golden.Logits:
     return logits
 
 
-def find_nonfinite(model: Any) -> str:
-    """Return the first parameter or buffer of a torch module with NaN or infinite values, and their number; or ""."""
+def find_broken_weights(model: Any) -> str:
+    """Return the first parameter or buffer of a torch module with values that no training makes, and their number.
+
+    These are NaN and infinite values, and parameters of `MAX_WEIGHT` and more, as a flipped exponent bit makes them.
+    """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and (count := int((~tensor.isfinite()).sum())):
             return f"{name} holds {count} values that are NaN or infinite"
+    for name, tensor in model.named_parameters():
+        if (
+            tensor.is_floating_point()
+            and tensor.numel()
+            and (largest := float(tensor.detach().abs().max())) >= MAX_WEIGHT
+        ):
+            return f"{name} holds a value of {largest:.1g}, which no training makes"
     return ""
 
 
@@ -49,7 +61,7 @@ def require_golden(recorded: Golden, path: Path, *, mean_within: float, step: st
     from llmworks.tokenize.load import get_stop_ids, load_tokenizer
 
     tokenizer, model = load_tokenizer(path), load_model(path)
-    if problem := find_nonfinite(model):
+    if problem := find_broken_weights(model):
         raise GoldenMismatch(f"{step}: {problem}; nothing was published")
     return golden.require_replay(
         recorded,

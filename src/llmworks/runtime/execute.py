@@ -11,7 +11,6 @@ import functools
 import os
 import platform
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,8 +34,14 @@ from llmworks.core.artifact import (
     sha256_file,
 )
 from llmworks.core.context import Context
-from llmworks.core.errors import ArtifactError, UserError
-from llmworks.core.memory import release_memory, track_peak_memory
+from llmworks.core.errors import ArtifactError
+from llmworks.core.machine import (
+    describe_machine,
+    get_thread_count,
+    release_memory,
+    set_threads,
+    track_peak_memory,
+)
 from llmworks.core.progress import Progress, write_atomic
 from llmworks.core.report import ReportBuilder
 from llmworks.core.trackers import MetricTracking
@@ -83,14 +88,6 @@ class StageResult:
     artifact: Artifact
     is_new: bool
     seconds: float = 0.0
-
-
-def get_thread_count() -> int:
-    """Return the number of threads for tensor operations: `$LLMWORKS_THREADS`, else all cores."""
-    value = os.environ.get("LLMWORKS_THREADS", "")
-    if value and not value.isdigit():
-        raise UserError(f"LLMWORKS_THREADS is {value!r}, it must be an integer")
-    return int(value) if value else os.cpu_count() or 1
 
 
 def flatten_inputs(inputs: Inputs) -> list[tuple[str, Artifact]]:
@@ -327,13 +324,6 @@ def rederive(
     return hash_files(draft)
 
 
-def set_threads(count: int) -> None:
-    """Set torch's number of threads, whether or not torch is imported already."""
-    os.environ["OMP_NUM_THREADS"] = str(count)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(count)
-
-
 @functools.cache
 def get_versions() -> Mapping[str, str]:
     """Return the versions of the installed libraries that affect results."""
@@ -342,17 +332,6 @@ def get_versions() -> Mapping[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
-
-
-def describe_machine() -> dict[str, str]:
-    """Return system, architecture and processor."""
-    processor = platform.processor()
-    with contextlib.suppress(OSError):
-        line = next(
-            (text for text in Path("/proc/cpuinfo").read_text().splitlines() if text.startswith("model name")), ""
-        )
-        processor = line.partition(":")[2].strip() or processor
-    return {"system": platform.system(), "machine": platform.machine(), "processor": processor}
 
 
 def find_missing_inputs(stage: ResolvedStage, given: Mapping[str, Any]) -> list[str]:

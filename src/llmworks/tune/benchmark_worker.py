@@ -6,13 +6,12 @@ See the stage `tune.benchmark`.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from llmworks.core.memory import track_peak_memory
+from llmworks.core.machine import get_thread_count, track_peak_memory
 
 
 def main() -> None:
@@ -37,7 +36,7 @@ def open_engine(path: Path, format_name: str) -> Any:
 
     from llmworks.generate.engines.torch import TorchEngine
 
-    torch.set_num_threads(int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1))
+    torch.set_num_threads(get_thread_count())
     return TorchEngine.open(path)
 
 

@@ -16,10 +16,11 @@ from typing import Any
 from llmworks import assets
 from llmworks.assets.catalog import CATALOG
 from llmworks.core.artifact import Adapter, Artifact, FileEntry, Model, Parent, Report
+from llmworks.core.machine import describe_machine
 from llmworks.core.workspace import Workspace
 from llmworks.lineage.claims.parents import list_claims, read_license
 from llmworks.lineage.family import ExtraParent, Family, build_family
-from llmworks.runtime.execute import describe_machine, get_versions, rederive
+from llmworks.runtime.execute import get_versions, rederive
 from llmworks.runtime.references import find_digest, get_asset_files, resolve_reference
 from llmworks.runtime.resolve import ResolvedStage
 from llmworks.runtime.resolve import resolve_stage as resolve_stage

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmworks.core.errors import EngineError, ModelError, RequestError
+from llmworks.core.machine import get_thread_count
 from llmworks.core.types import Completion, Delta, FinishReason, Request, Scored
 from llmworks.generate.decode.grammar import JSON_STYLE
 from llmworks.generate.decode.prompt import render_prompt_ids
@@ -40,7 +41,7 @@ class LlamaCppEngine:
     ) -> None:
         meta = read_metadata(open_reader(path))  # reports a broken file before native code reads it
         self.path, self.name = path, name or path.stem
-        self.threads = threads or int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1)
+        self.threads = threads or get_thread_count()
         self.slots, self.adapter = slots, adapter
         self.tokenizer = build_transformers_tokenizer(meta)
         self.stops = get_stop_ids(meta)

@@ -20,7 +20,7 @@ import yaml
 from llmworks.core.artifact import Model
 from llmworks.core.context import Context
 from llmworks.core.errors import ModelError, UserError
-from llmworks.core.memory import retain_freed_blocks
+from llmworks.core.machine import retain_freed_blocks
 from llmworks.merge.execute.stream import MergeStream
 from llmworks.merge.plan.catalogue import METHODS
 from llmworks.merge.plan.config import DTYPES, MergeConfig

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmworks.core.errors import ModelError
-from llmworks.core.memory import trim_heap
+from llmworks.core.machine import trim_heap
 from llmworks.model.io.families import STANDARD_ARCHITECTURES, find_standard, parse_shape
 from llmworks.model.io.weights import StoredTensors, check_weights, require_causal_model
 from llmworks.model.lowbit.checkpoint import apply_input_quantization, iter_weights, to_dense

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmworks.core.context import Context
-from llmworks.core.memory import retain_freed_blocks
+from llmworks.core.machine import retain_freed_blocks
 from llmworks.model.io.decoder_files import to_standard
 from llmworks.model.io.layer_reader import LayerReader
 from llmworks.model.lowbit.activations import quantize_inputs

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from llmworks.core import errors
 from llmworks.core.errors import LlmworksError, UserError
+from llmworks.core.machine import get_thread_count
 from llmworks.model.anatomy.parts import list_parts
 from llmworks.model.shape import RecurrentShape, Shape
 from llmworks.train.distributed.config import get_micro_batch_rows
@@ -303,7 +304,7 @@ class PretrainEstimate:
 def run_trial(kind: str, request: dict[str, Any]) -> TrialMeasurement:
     """Run a trial in its own process. Errors: LlmworksError when that fails."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    message = {"threads": int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1), **request}
+    message = {"threads": get_thread_count(), **request}
     done = subprocess.run(
         [sys.executable, "-m", "llmworks.train.estimate.trial", kind],
         input=json.dumps(message),

@@ -17,7 +17,7 @@ BUDGETS = {
     "evaluate": 50,
     "generate": 60,
     "importers": 5,
-    "lineage": 15,
+    "lineage": 18,
     "merge": 20,
     "model": 25,
     "quantize": 60,

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from llmworks.core.errors import UserError
-from llmworks.core.machine import SPIN_COUNT, get_thread_count, set_threads
+from llmworks.core.machine import SPIN_COUNT, bound_spinning, get_thread_count, set_threads
 
 
 def read_spin_count(**given: str) -> str:
@@ -26,8 +26,17 @@ def read_spin_count(**given: str) -> str:
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp is the OpenMP library of torch on Linux")
 def test_waiting_threads_sleep_early_and_a_users_setting_wins() -> None:
     assert read_spin_count() == str(SPIN_COUNT)
-    assert read_spin_count(GOMP_SPINCOUNT="7") == "7"
     assert read_spin_count(OMP_WAIT_POLICY="passive") == "0"
+
+
+@pytest.mark.parametrize(("name", "value"), [("GOMP_SPINCOUNT", "7"), ("OMP_WAIT_POLICY", "active")])
+def test_a_users_way_to_wait_is_kept(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for one in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(one, raising=False)
+    monkeypatch.setenv(name, value)
+    bound_spinning()
+    assert os.environ[name] == value
+    assert {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() == {name}
 
 
 def test_thread_count_is_the_variable_or_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,7 @@ def compare(config: CompareEvaluationsConfig, before: Report, after: Report, ctx
         "before": before.name,
         "after": after.name,
         "verdict": verdict,
+        "percent": a.get("percent", True),
         "metrics": metrics,
         "differing": [
             {"id": i, "cause": causes.get(i, ""), "before": left[i]["score"], "after": right[i]["score"]}

@@ -6,7 +6,7 @@ Reads only what artifacts carry: manifests, metric logs, evaluation and comparis
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import Field
@@ -38,14 +38,14 @@ def report(config: StoryConfig, artifacts: list[Model | Adapter | Dataset | Repo
             (
                 d["before"],
                 d["after"],
-                f"{m['difference']:+.1%}",
-                f"{m['low']:+.1%} to {m['high']:+.1%}",
+                f"{m['difference']:{form}}",
+                f"{m['low']:{form}} to {m['high']:{form}}",
                 m["gained"],
                 m["lost"],
                 d["verdict"],
             )
             for a, d in comparisons
-            for m in [a.metrics]
+            for m, form in [(a.metrics, "+.1%" if d.get("percent", True) else "+.4g")]
         ]
         page.add_table(
             "Paired comparisons",
@@ -53,6 +53,7 @@ def report(config: StoryConfig, artifacts: list[Model | Adapter | Dataset | Repo
             rows,
             "Paired bootstrap over the same samples.",
         )
+    add_forgetting(page, artifacts)
     add_curves(page, artifacts)
     add_samples(page, evaluations, config.num_samples)
     add_sizes(page, artifacts)
@@ -65,7 +66,10 @@ def report(config: StoryConfig, artifacts: list[Model | Adapter | Dataset | Repo
     )
     add_machine(page, artifacts)
     page.data = {
-        "scores": {a.name: {k: a.metrics[k] for k in ("score", "low", "high", "samples")} for a, _ in evaluations},
+        "scores": {
+            a.name: {k: a.metrics[k] for k in ("score", "low", "high", "samples") if k in a.metrics}
+            for a, _ in evaluations
+        },
         "comparisons": {
             a.name: {k: a.metrics[k] for k in ("difference", "low", "high", "p_not_better", "p_not_worse")}
             for a, _ in comparisons
@@ -75,30 +79,96 @@ def report(config: StoryConfig, artifacts: list[Model | Adapter | Dataset | Repo
     return Report(ctx.out, metrics={"artifacts": len(artifacts), "evaluations": len(evaluations)})
 
 
-def add_scores(page: ReportBuilder, evaluations: Sequence[tuple[Report, dict[str, Any]]]) -> None:
-    """Add scores as a chart and a table."""
-    if not evaluations:
-        return
-    named = [(a.name, a.metrics["score"], a.metrics["low"], a.metrics["high"]) for a, _ in evaluations]
-    page.add_intervals("Scores", named, x=f"{evaluations[0][1]['task']}: score, 95% bootstrap interval")
+Evaluation = tuple[Report, dict[str, Any]]
+
+
+def group_by_task(evaluations: Sequence[Evaluation]) -> dict[str, list[Evaluation]]:
+    """Group evaluations by task; a report with a score but without a task (a judge's) by its stage."""
+    groups: dict[str, list[Evaluation]] = {}
+    for report, data in evaluations:
+        stage = report.manifest.stage if report.manifest else ""
+        groups.setdefault(str(data.get("task") or stage), []).append((report, data))
+    return groups
+
+
+def add_scores(page: ReportBuilder, evaluations: Sequence[Evaluation]) -> None:
+    """Add scores: a chart for each task whose scores have intervals, and one table."""
+    groups = group_by_task(evaluations)
+    for task, group in groups.items():
+        points = [(a.name, *(a.metrics[k] for k in ("score", "low", "high"))) for a, _ in group if "low" in a.metrics]
+        if points:
+            metric = str(group[0][1].get("metric", "score"))
+            heading = "Scores" if len(groups) == 1 else f"Scores: {task}"
+            page.add_intervals(heading, points, x=f"{task}: {metric}, 95% bootstrap interval")
     rows = [
         (
             a.name,
-            d["model"],
-            d["shots"],
-            f"{a.metrics['score']:.1%}",
-            f"{a.metrics['low']:.1%} to {a.metrics['high']:.1%}",
-            a.metrics["samples"],
-            a.metrics["completion_tokens_per_second"],
-            f"{a.metrics['seconds']:.0f} s",
+            task,
+            data.get("model", ""),
+            data.get("shots", ""),
+            *_format_score(a.metrics, percent=data.get("percent", False)),
+            _format_further_metrics(data),
+            a.metrics.get("samples", ""),
+            a.metrics.get("completion_tokens_per_second", ""),
+            f"{a.metrics['seconds']:.0f} s" if "seconds" in a.metrics else "",
         )
-        for a, d in evaluations
+        for task, group in groups.items()
+        for a, data in group
     ]
-    page.add_table(
-        "",
-        ("evaluation", "model", "few-shot examples", "score", "95% interval", "samples", "completion tokens/s", "time"),
-        rows,
+    columns = (
+        "evaluation",
+        "task",
+        "model",
+        "few-shot examples",
+        "score",
+        "95% interval",
+        "further metrics",
+        "samples",
     )
+    if rows:
+        page.add_table("", (*columns, "completion tokens/s", "time"), rows)
+
+
+def _format_score(metrics: Mapping[str, Any], *, percent: bool) -> tuple[str, str]:
+    """Return a score and its interval, as the page shows them."""
+    form = ".1%" if percent else ".4g"
+    between = f"{metrics['low']:{form}} to {metrics['high']:{form}}" if "low" in metrics else ""
+    return f"{metrics['score']:{form}}", between
+
+
+def _format_further_metrics(data: Mapping[str, Any]) -> str:
+    return ", ".join(f"{n} {v['value']:.4g}" for n, v in data.get("intervals", {}).items() if n != data.get("metric"))
+
+
+def add_forgetting(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
+    """Add what trainings changed beside their task (metrics `general_*`)."""
+    trained = [a for a in artifacts if "general_kl" in a.metrics]
+    rows = [
+        (
+            a.name,
+            f"{a.metrics['general_kl']:.3f}",
+            f"{a.metrics['general_top1_agreement']:.1%}",
+            *(
+                f"{a.metrics[name]:.0%}" if name in a.metrics else ""
+                for name in ("general_same_start", "general_degenerate_before", "general_degenerate")
+            ),
+        )
+        for a in trained
+    ]
+    if rows:
+        page.add_table(
+            "Forgetting",
+            (
+                "model",
+                "KL divergence (nats per token)",
+                "top-1 agreement",
+                "answers begin as before",
+                "degenerate before",
+                "degenerate after",
+            ),
+            rows,
+            "General text and everyday questions, compared with the model before training.",
+        )
 
 
 def add_curves(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
@@ -118,20 +188,31 @@ def add_curves(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
         page.add_curves("Training loss", series, x="step", y="loss (nats per label token)")
 
 
-def add_samples(page: ReportBuilder, evaluations: Sequence[tuple[Report, dict[str, Any]]], count: int) -> None:
-    """Add the same questions with every evaluation's answer; those with changed scores come first."""
-    if not evaluations or not count:
-        return
-    by_id = [(a.name, {s["id"]: s for s in d["samples"]}) for a, d in evaluations]
-    ids = [i for i in by_id[0][1] if all(i in samples for _, samples in by_id)]
-    ids.sort(key=lambda i: len({samples[i]["score"] for _, samples in by_id}) == 1)
-    items = []
-    for i in ids[:count]:
-        first = by_id[0][1][i]
-        item = {"": first["question"][:140], "reference": first["reference"]}
-        item |= {f"{'✓' if samples[i]['score'] == 1 else '✗'} {name}": samples[i]["text"] for name, samples in by_id}
-        items.append(item)
-    page.add_samples("Samples before and after", items)
+def add_samples(page: ReportBuilder, evaluations: Sequence[Evaluation], count: int) -> None:
+    """Add each task's questions with every evaluation's answer; those with changed scores come first."""
+    groups = {
+        task: [(a.name, {s["id"]: s for s in data["samples"]}) for a, data in group if _has_answers(data)]
+        for task, group in group_by_task(evaluations).items()
+    }
+    for task, group in groups.items():
+        if not group or not count:
+            continue
+        ids = [i for i in group[0][1] if all(i in samples for _, samples in group)]
+        ids.sort(key=lambda i: len({samples[i]["score"] for _, samples in group}) == 1)
+        items = []
+        for i in ids[:count]:
+            first = group[0][1][i]
+            item = {"": first["question"][:140], "reference": first["reference"]}
+            item |= {
+                f"{'✓' if samples[i]['score'] == 1 else '✗'} {name}": samples[i].get("text", "")
+                for name, samples in group
+            }
+            items.append(item)
+        page.add_samples("Samples before and after" if len(groups) == 1 else f"Samples: {task}", items)
+
+
+def _has_answers(data: Mapping[str, Any]) -> bool:
+    return "samples" in data and data.get("kind") != "perplexity"
 
 
 def compute_size(artifact: Artifact) -> int:

@@ -298,7 +298,7 @@ STAGES: dict[str, Stage] = {
         "llmworks.evaluate.judge:judge", 2, DECLARED, "Judge answers by models: grades or pairwise, alone or as a jury"
     ),
     "evaluate.compare": Stage(
-        "llmworks.evaluate.compare:compare", 4, EXACT, "Compare two evaluations by a paired test, sample by sample"
+        "llmworks.evaluate.compare:compare", 5, EXACT, "Compare two evaluations by a paired test, sample by sample"
     ),
     "synthesize.verifiable": Stage(
         "llmworks.synthesize.verifiable:verifiable", 2, EXACT, "Generate verifiable instructions, answered by rule"
@@ -359,7 +359,7 @@ STAGES: dict[str, Stage] = {
     ),
     "lineage.report": Stage(
         "llmworks.lineage.report:report",
-        2,
+        3,
         DECLARED,
         "Write a lineage page: family tree, curves, scores, samples, sizes",
     ),

@@ -76,9 +76,8 @@ def compare(config: CompareEvaluationsConfig, before: Report, after: Report, ctx
     formatted, between = form.format(d.value), f"{form.format(d.low)} to {form.format(d.high)}"
     page.title = f"{after.name} vs. {before.name}"
     page.subtitle = (
-        f"{after.name} is {verdict}: {formatted} (95% interval {between}) over {len(ids)} paired samples; {gained}"
-        " gained,"
-        f" {lost} lost. Identical answers: {metrics['answer_agreement']:.1%}."
+        f"{after.name} is {verdict}: {formatted} (95% interval {between}) over {len(ids)} paired samples;"
+        f" {gained} gained, {lost} lost. Identical answers: {metrics['answer_agreement']:.1%}."
     )
     page.add_table("Paired bootstrap", ("statistic", "value"), list(metrics.items()))
     _describe_metrics(config, left, right, ids, groups, page)

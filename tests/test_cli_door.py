@@ -153,3 +153,26 @@ def test_an_error_of_its_own_is_one_line(
     assert "--debug" in line
     with pytest.raises(ZeroDivisionError):
         main(["stages", "--debug"])
+
+
+def test_a_file_in_place_of_a_directory_is_explained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    (tmp_path / "file.csv").touch()
+    for words in (["--out", "file.csv/x"], ["--workspace", "file.csv", "--out", "x"]):
+        assert main(["data", "chat", "--data", "rows.jsonl", *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "file.csv" in line
+        assert line.endswith("a file is where a directory is needed; choose another path")
+
+
+def test_selftest_of_a_training_whose_data_do_not_exist_yet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    recipe = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "selftest", str(recipe), "tuned"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the model or the data of 'tuned' are not made yet; first `llmworks run" in line

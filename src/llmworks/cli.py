@@ -6,6 +6,7 @@ Only the parser of the given command is built; help imports nothing heavy.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import signal
@@ -33,6 +34,15 @@ url:URL#sha256=HEX or http://HOST:PORT/v1#MODEL. See `llmworks COMMAND --help`.
 Exit codes: 0 success, 1 a check failed, 2 invalid input, 3 a missing dependency or a failing server or worker,
 4 an error of llmworks itself (--debug shows where), 130 interrupted.
 """
+
+WHAT_TO_DO = {
+    errno.EEXIST: "a file is where a directory is needed; choose another path",
+    errno.ENOTDIR: "a file is where a directory is needed; choose another path",
+    errno.EISDIR: "name a file, not a directory",
+    errno.EACCES: "choose a path that you may write to",
+    errno.EROFS: "choose a path that you may write to",
+    errno.ENOENT: "choose a path in a directory that exists and that you may write to",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 3
-        print(f"llmworks: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        advice = f"; {WHAT_TO_DO[error.errno]}" if error.errno in WHAT_TO_DO else ""
+        print(f"llmworks: {error.filename or 'the system'}: {error.strerror or error}{advice}", file=sys.stderr)
         return 2
     except UnicodeEncodeError as error:
         if debug:

@@ -268,7 +268,16 @@ def test_rows_that_give_no_text(tmp_path: Path) -> None:
         {"text": "\ud800"},
     ]
     (tmp_path / "a.jsonl").write_bytes(
-        b"\n".join([*(json.dumps(x).encode() for x in lines), b'{"text": ', b'{"text": "\xff"}', b'{"text": "last"}'])
+        b"\n".join(
+            [
+                *(json.dumps(x).encode() for x in lines),
+                b'{"text": ',
+                b'{"text": "\xff"}',
+                b'{"text": "last"}',
+                b'{"text": "x", "score": NaN}',
+                b'{"text": "x", "score": [-Infinity]}',
+            ]
+        )
     )
     (tmp_path / "b.csv").write_text("title,body\nx,y\n")
     (tmp_path / "c.csv").write_text("text,n\nfine,1\nshort\n")
@@ -281,6 +290,8 @@ def test_rows_that_give_no_text(tmp_path: Path) -> None:
     assert bad["a.jsonl:6"] == "a lone surrogate, which is not valid text"
     assert bad["a.jsonl:7"].startswith("not JSON")
     assert bad["a.jsonl:8"] == "not UTF-8 (byte 10)"
+    assert bad["a.jsonl:10"] == "not JSON (NaN is no JSON number)"
+    assert bad["a.jsonl:11"] == "not JSON (-Infinity is no JSON number)"
     assert bad["b.csv:1"] == "no field 'text' (it has title, body)"
     assert bad["c.csv:2"] == "has 1 fields, the header 2; quote fields that contain ','"
 

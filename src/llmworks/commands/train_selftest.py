@@ -64,6 +64,11 @@ def _find_trainings(job: RecipeRun, args: argparse.Namespace) -> dict[str, Pretr
     }  # a fine-tuning is checked on its data, which must exist
     if args.step:
         if args.step not in trainings:
+            if args.step in job.recipe.steps and not trainings:
+                raise UserError(
+                    f"{args.recipe}: the model or the data of {args.step!r} are not made yet; first `llmworks run"
+                    f" {args.recipe}`, or use a training whose model and data exist"
+                )
             raise UserError(
                 f"{args.recipe}: {args.step!r} is not a training whose model is known; there are"
                 f" {', '.join(trainings) or 'none'}"

@@ -347,11 +347,18 @@ def fsync_path(path: Path) -> None:
 
 
 def seal(draft: Path, manifest: Manifest) -> None:
-    """Flush a draft's files, then write and flush its manifest; from then on it is complete."""
-    paths: Iterable[Path] = list_files(draft)
-    for path in paths:
-        fsync_path(path)
+    """Flush a draft's files, then write and flush its manifest; from then on it is complete.
+
+    Files that a library made private (safetensors: 0600) get the permissions of a new file.
+    """
     temporary = draft / (MANIFEST + ".tmp")
+    temporary.touch()
+    permissions = temporary.stat().st_mode
+    paths: Iterable[Path] = (path for path in list_files(draft) if path != temporary)
+    for path in paths:
+        if not path.is_symlink() and path.stat().st_mode & permissions != permissions:
+            path.chmod(path.stat().st_mode | permissions)
+        fsync_path(path)
     temporary.write_text(manifest.model_dump_json(indent=1) + "\n")
     fsync_path(temporary)
     temporary.rename(draft / MANIFEST)

@@ -9,6 +9,10 @@ class LlmworksError(Exception):
 
     exit_code = 1
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython and Jupyter show in place of a traceback: one line."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class UserError(LlmworksError):
     """Invalid user input: a recipe, a flag, a file. Exit code 2."""

@@ -191,7 +191,8 @@ class ReportBuilder:
         """Return the report as Markdown; plots are omitted."""
         parts = [f"# {self.title}", self.subtitle]
         for block in self.blocks:
-            parts.append(f"## {block.heading}")
+            if block.heading:
+                parts.append(f"## {block.heading}")
             if block.text:
                 parts.append(block.text)
             if block.kind == "table":

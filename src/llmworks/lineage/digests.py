@@ -66,9 +66,24 @@ def check_unchanged(artifact: Artifact) -> None:
 
 
 def list_witnesses(artifact: Artifact) -> set[str]:
-    """Return the digests of its manifest that the journal of the artifact's workspace records; empty elsewhere."""
+    """Return the digests of its manifest that the artifact's workspace records; empty elsewhere.
+
+    The journal records them, and so do the artifacts that were made from it, which are read where the journal has none.
+    """
     store = artifact.path.resolve().parent
-    return Workspace(store.parent).list_witnesses(artifact.digest) if store.name == "store" else set()
+    if store.name != "store":
+        return set()
+    return Workspace(store.parent).list_witnesses(artifact.digest) or _list_children_witnesses(store, artifact.digest)
+
+
+def _list_children_witnesses(store: Path, digest: str) -> set[str]:
+    found: set[str] = set()
+    for file in store.glob(f"*/{MANIFEST}"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: no witness
+            text = file.read_text(encoding="utf-8")
+            parents = json.loads(text)["parents"] if digest in text else []
+            found |= {parent["manifest"] for parent in parents if parent["digest"] == digest and parent.get("manifest")}
+    return found
 
 
 def _identify(file: Path) -> str:

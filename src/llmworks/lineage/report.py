@@ -167,7 +167,7 @@ def add_forgetting(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
                 "degenerate after",
             ),
             rows,
-            "General text and everyday questions, compared with the model before training.",
+            "Measured by the training, on general text and the first everyday questions (`num_general_prompts`).",
         )
 
 

@@ -181,13 +181,17 @@ class RecipeRun:
         return step.expect, "recipe estimate" if step.expect != Expect() else ""
 
     def plan(self) -> list[StepStatus]:
-        """Check every step without running any; existing results allow later steps to be checked."""
+        """Check every step without running any; existing results allow later steps to be checked.
+
+        Errors: ArtifactError for an existing result that was changed after it was made.
+        """
         out: list[StepStatus] = []
         for name, step in self.recipe.steps.items():
             judgement = self.check_step(name)
             if isinstance(step, UseStep) and judgement.state == "external":
                 self.artifacts[name] = self._load_use(step)
             elif judgement.artifact is not None:
+                check_unchanged(judgement.artifact)
                 self.artifacts[name] = self._set_name(judgement.artifact, name)
             out.append(judgement)
         return out

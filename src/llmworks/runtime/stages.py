@@ -35,7 +35,7 @@ PLATFORM: Derivation = "exact-on-this-platform"
 DECLARED: Derivation = "declared"
 
 STAGES: dict[str, Stage] = {
-    "data.read": Stage("llmworks.data.read:read", 3, EXACT, "Read raw files of many formats as documents"),
+    "data.read": Stage("llmworks.data.read:read", 4, EXACT, "Read raw files of many formats as documents"),
     "data.query": Stage("llmworks.data.query:query", 2, DECLARED, "Read the rows of a SQL query as documents"),
     "data.clean": Stage(
         "llmworks.data.clean:clean",
@@ -54,7 +54,7 @@ STAGES: dict[str, Stage] = {
     "data.redact": Stage("llmworks.data.redact:redact", 2, EXACT, "Replace, tag or drop personal data and secrets"),
     "data.chat": Stage(
         "llmworks.data.chat:chat",
-        7,
+        8,
         EXACT,
         "Convert raw rows of common formats to conversations or preference pairs",
         converts="chat",
@@ -114,7 +114,7 @@ STAGES: dict[str, Stage] = {
     ),
     "train.pretrain": Stage(
         "llmworks.train.pretrain:pretrain",
-        3,
+        4,
         DECLARED,
         "Pretrain a model on packed tokens",
         estimate="llmworks.workflows.estimate:describe_pretraining",
@@ -124,7 +124,7 @@ STAGES: dict[str, Stage] = {
     ),
     "train.sft": Stage(
         "llmworks.train.sft:sft",
-        4,
+        5,
         DECLARED,
         "Run supervised fine-tuning (SFT) of an adapter or all weights",
         estimate="llmworks.workflows.estimate:describe_finetuning",
@@ -261,7 +261,7 @@ STAGES: dict[str, Stage] = {
     ),
     "evaluate": Stage(
         "llmworks.evaluate.evaluate:evaluate",
-        4,
+        5,
         DECLARED,
         "Evaluate a model on a task, sample by sample",
         inputs="llmworks.evaluate.protocol.task_inputs:task_inputs",
@@ -323,7 +323,7 @@ STAGES: dict[str, Stage] = {
     ),
     "synthesize.sample": Stage(
         "llmworks.synthesize.sample:sample",
-        3,
+        4,
         DECLARED,
         "Sample several answers per question, keep those a verifier accepts (rejection sampling)",
     ),

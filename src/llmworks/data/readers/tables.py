@@ -107,7 +107,7 @@ def read_jsonl_rows(source: InputFile, fields: TableFields) -> Iterator[Document
 
 def _json_row(line: bytes, name: str, number: int, fields: TableFields) -> Document | RejectedInput:
     try:
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        row = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         return RejectedInput(name, number, f"not UTF-8 (byte {error.start})", line.decode("utf-8", "replace")[:2000])
     except (ValueError, RecursionError) as error:
@@ -141,12 +141,21 @@ def read_json(source: InputFile, fields: TableFields) -> Iterator[Document | Rej
             yield RejectedInput(source.name, number, "not a JSON object", str(row)[:2000])
 
 
+def parse_json(text: str) -> Any:
+    """Parse JSON. ValueError also for NaN and Infinity, which Python's parser accepts and other readers refuse."""
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
 def parse_json_rows(data: bytes) -> list[Any]:
     """Return the rows of a whole .json file: a list, an object with one list of objects (`data`), or one object.
 
     Errors: ValueError for anything else.
     """
-    value = json.loads(data.decode("utf-8-sig"))
+    value = parse_json(data.decode("utf-8-sig"))
     if isinstance(value, dict):
         lists = [key for key in WRAPPERS if isinstance(value.get(key), list)]
         if lists and all(isinstance(row, dict) and "role" not in row and "from" not in row for row in value[lists[0]]):

@@ -195,7 +195,8 @@ def write_forgetting(report: ReportBuilder, reference: GeneralReference, found: 
         report.add_text("General text before and after training", note)
         return warnings
     items = [
-        {"": question, "before": before, "after": after, "problem": find_degeneration(after)}
+        {"": question, "before": before, "after": after}
+        | ({"problem": problem} if (problem := find_degeneration(after)) else {})
         for question, before, after in zip(reference.questions, reference.answers, found.answers, strict=True)
     ]
     report.add_samples("Everyday questions: answers before and after training", items, note)

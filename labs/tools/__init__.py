@@ -1,0 +1,1 @@
+"""Read, check, execute and convert labs."""

@@ -36,7 +36,7 @@ SECTIONS = ("Exercises", "Self-test", "What surprised us", "In llmworks", "Go on
 TEACHING = (8, 20)  # code cells beside the setup and the exercises
 EXERCISES = (2, 3)
 QUESTIONS = 3
-WIDTH = 100  # of a line of code, so that a page shows it whole
+WIDTH = 106  # of a line of code, so that a page shows it whole
 NUMBER = re.compile(r"(?<![\w.{])\d+\.\d+(?![\w.}])")
 
 

@@ -30,7 +30,7 @@ class SampleConfig(Config):
 
     num_generations: int = Field(4, ge=1, le=256, description="completions sampled per prompt")
     score_function: str = Field("verified", description="score function; verified: by the kind of the row's `answer`")
-    min_score: float = Field(1.0, gt=0, le=1, description="smallest accepted score")
+    min_score: float = Field(1.0, ge=0, le=1, description="smallest accepted score; 0 accepts every completion")
     keep: Literal["first", "shortest", "all"] = Field(
         "first", description="which accepted completions of a prompt are kept; all: the distinct ones"
     )

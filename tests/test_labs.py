@@ -109,6 +109,7 @@ def test_labs_link_labs_that_exist() -> None:
         (', "project returns nothing"', "", "every assert of the check says what is wrong"),
         ("(F02_calculus.ipynb)", "(F02_calculus.html)", "links no next lab"),
         ("(1936)", "", ""),
+        ("def norm(x):", "def norm(x:", "cell 4, line "),
     ],
 )
 def test_a_broken_contract_is_found(tmp_path: Path, old: str, new: str, found: str) -> None:

@@ -50,7 +50,18 @@ def find_violations(lab: Lab) -> list[str]:
         _check_imports,
         _check_topics,
     )
+    if wrong := list(_check_syntax(lab)):
+        return [f"{lab.path.name}: {line}" for line in wrong]
     return [f"{lab.path.name}: {line}" for check in (*checks, _check_end) for line in check(lab)]
+
+
+def _check_syntax(lab: Lab) -> Iterator[str]:
+    for number, cell in enumerate(lab.cells, 1):
+        if cell.cell_type == "code":
+            try:
+                ast.parse(cell.source)
+            except SyntaxError as error:
+                yield f"cell {number}, line {error.lineno}: {error.msg}"
 
 
 def _check_opening(lab: Lab) -> Iterator[str]:

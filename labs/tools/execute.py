@@ -86,9 +86,8 @@ class Kernel:
         try:
             self.client.execute_cell(cell, index)
         except CellExecutionError as error:
-            raise LabError(
-                f"{self.lab.id}: cell {index + 1} ({_first_line(cell)}): {error.ename}: {error.evalue}"
-            ) from None
+            said = " ".join(error.evalue.split())[:300]
+            raise LabError(f"{self.lab.id}: cell {index + 1} ({_first_line(cell)}): {error.ename}: {said}") from None
         except CellTimeoutError:
             raise LabError(f"{self.lab.id}: cell {index + 1} ({_first_line(cell)}): out of time") from None
         except DeadKernelError:

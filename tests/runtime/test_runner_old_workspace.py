@@ -49,7 +49,7 @@ def test_what_is_whole_is_read_and_the_rest_is_made_again(old: Path, capsys: pyt
     Path("new.yaml").write_text(text.replace("name: new", "name: old"))
     judged = {j.name: j for j in RecipeRun(load_recipe(Path("new.yaml")), Workspace(Path("ws"))).plan()}
     assert judged["chats"].reason.startswith(
-        "stage data.chat revision 5 became data.chat revision 7; config.repeated was"
+        "stage data.chat revision 5 became data.chat revision 8; config.repeated was"
     )
     assert judged["small"].reason.startswith("stage quantize.absmax revision 3 became quantize.rtn revision 2")
     assert main(["run", "new.yaml", "--workspace", "ws", "--quiet"]) == 0

@@ -298,6 +298,23 @@ CATALOG: dict[str, Asset] = {
             {"austen.rdb": ("usr/lib/R/site-library/janeaustenr/data/Rdata.rdb",)},
         ),
         Asset(
+            "wordnet",
+            "dataset",
+            "wordnet",
+            "WordNet 3.0: English nouns, verbs, adjectives and adverbs, their irregular forms, senses and relations",
+            "WordNet 3.0 license (permissive, notice kept)",
+            (
+                Deb(
+                    "wordnet-base=1:3.0-37", "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752", 6467132
+                ),
+            ),
+            {
+                name: (f"usr/share/wordnet/{name}",)
+                for part in ("adj", "adv", "noun", "verb")
+                for name in (f"{part}.exc", f"index.{part}", f"data.{part}")
+            },
+        ),
+        Asset(
             "humaneval",
             "dataset",
             "code",

@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 CORPUS := $(VENV)/.corpus
 DEVELOPED := $(VENV)/.developed
 
-.PHONY: quickstart install corpus instructions pretrain test faults slow check bench bench-data bench-conversations bench-pretrain bench-threads docs clean
+.PHONY: quickstart install corpus instructions pretrain test faults slow check bench bench-data bench-conversations bench-pretrain bench-threads docs labs site clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/llmworks run recipes/quickstart.yaml
@@ -59,8 +59,16 @@ bench-threads: $(DEVELOPED)
 bench-pretrain: $(DEVELOPED)
 	$(BIN)/python benchmarks/pretrain.py
 
-docs: $(INSTALLED)
+docs: $(DEVELOPED)
 	$(BIN)/python docs/generate.py
+
+# each lab in a fresh process without network, one thread; what is up to date is not run again
+labs: $(DEVELOPED)
+	$(BIN)/python -m labs.tools.build --workers $(WORKERS)
+
+# the site in docs/build/html, with the labs that are built
+site: $(DEVELOPED)
+	$(BIN)/python -m sphinx -q -W -b html docs docs/build/html
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

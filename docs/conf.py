@@ -42,6 +42,16 @@ def _visit_block(translator: Any, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+# Pages outside of this folder, as the repository links them, and their names on the site
+OUTSIDE = {"../benchmarks/README.md": "benchmarks.md", "../README.md": "index.md"}
+
+
+def _link_pages(app: Any, name: str, source: list[str]) -> None:
+    for path, page in OUTSIDE.items():
+        source[0] = source[0].replace(f"]({path}", f"]({page}")
+
+
 def setup(app: Any) -> None:
-    """Register the renderer of formulas."""
+    """Register the renderer of formulas and the links to pages outside of this folder."""
+    app.connect("source-read", _link_pages)
     app.add_html_math_renderer("vendored_katex", (_visit_inline, None), (_visit_block, None))

@@ -1,4 +1,4 @@
-"""Write what docs show of the code: docs/stages/, docs/names.md, the README's commands, CONTRIBUTING's rows.
+"""Write what docs show of the code: docs/stages/, docs/names.md, and tables of README, CONTRIBUTING and docs/labs.md.
 
 Run `make docs`.
 """
@@ -8,10 +8,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import re
+import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # for `labs`, which is not installed
+
+from labs.tools.contract import list_terms
+from labs.tools.lab import list_labs
 
 from llmworks.commands.table import COMMANDS, STAGE_USAGE, Command
 from llmworks.core.artifact import Config
@@ -21,7 +29,6 @@ from llmworks.runtime.names import names
 from llmworks.runtime.resolve import ResolvedStage, resolve_stage
 from llmworks.runtime.stages import STAGES
 
-ROOT = Path(__file__).parents[1]
 HEADINGS = {"stages": "Stages", "inputs": "Inputs", "flags": "Flags of commands", "metrics": "Metrics"}
 MADE = "Made by `make docs` from the code."
 
@@ -265,19 +272,45 @@ def harness_table() -> str:
 def with_table(text: str, name: str, table: str) -> str:
     """A page whose table between two marks is replaced."""
     begin, end = f"<!-- {name}: made by make docs -->\n", f"\n<!-- end of {name} -->"
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
+    before, found, rest = text.partition(begin)
+    _, found_end, after = f"\n{rest}".partition(end)
+    if not found or not found_end:
+        raise ValueError(f"the marks of the table {name!r} are missing")
     return f"{before}{begin}{table}{end}{after}"
+
+
+def labs_table() -> str:
+    """Every lab: what it teaches, and the time to read it."""
+    lines = ["| lab | you will learn | minutes | assets |", "|---|---|---|---|"]
+    for lab in list_labs():
+        link = f"[{lab.id} {lab.title}](labs/{lab.path.stem}.ipynb)"
+        assets = ", ".join(f"`{name}`" for name in lab.header.assets)
+        lines.append(f"| {link} | {lab.header.learn} | {lab.header.minutes} | {assets} |")
+    return "\n".join(lines)
+
+
+def terms_table() -> str:
+    """Every term that a lab computes, with a link to its section."""
+    found: dict[str, list[str]] = {}
+    for lab in list_labs():
+        headings = dict(reversed(list_terms(lab)))  # where a term comes first
+        for topic in lab.header.topics:
+            anchor = re.sub(r"[^\w\- ]", "", headings[topic.lower()].lower()).replace(" ", "-")
+            found.setdefault(topic, []).append(f"[{lab.id}](labs/{lab.path.stem}.ipynb#{anchor})")
+    rows = [f"| {term} | {', '.join(found[term])} |" for term in sorted(found, key=str.lower)]
+    return "\n".join(["| term | lab |", "|---|---|", *rows])
 
 
 def pages() -> dict[Path, str]:
     """All pages that are made of the code, as they should be."""
     readme, contributing, harness = ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "lm-eval.md"
+    labs = ROOT / "docs" / "labs.md"
     return {
         **{ROOT / "docs" / "stages" / name: text for name, text in stage_pages().items()},
         ROOT / "docs" / "names.md": names_page(),
         readme: with_table(readme.read_text(encoding="utf-8"), "commands", commands_table()),
         harness: with_table(harness.read_text(encoding="utf-8"), "fields", harness_table()),
+        labs: with_table(with_table(labs.read_text(encoding="utf-8"), "labs", labs_table()), "terms", terms_table()),
         contributing: with_table(contributing.read_text(encoding="utf-8"), "rows", rows_table()),
     }
 

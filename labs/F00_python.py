@@ -226,9 +226,7 @@ def read_year(line: str, number: int) -> int:
     try:
         return int(digits)
     except ValueError:
-        raise ValueError(
-            f"line {number}: {digits!r} is no year; write it as '(1814)'"
-        ) from None
+        raise ValueError(f"line {number}: {digits!r} is no year; write it as '(1814)'") from None
 
 
 for number, line in enumerate(["Mansfield Park (1814)", "Emma"], 1):
@@ -326,12 +324,8 @@ assert isinstance(found, dict), (
     f"it returns {type(found).__name__}, not a dictionary; is a 'return' missing?"
 )
 assert not {"A", "Ä"} & set(found), "upper and lower case are counted apart: use text.lower()"
-assert set(found) <= set("adärgre"), (
-    f"these are not letters: {sorted(set(found) - set('adärgre'))}"
-)
-assert found == {"a": 2, "d": 1, "ä": 1, "r": 2, "g": 1, "e": 1}, (
-    f"the numbers are wrong: {found}"
-)
+assert set(found) <= set("adärgre"), f"these are not letters: {sorted(set(found) - set('adärgre'))}"
+assert found == {"a": 2, "d": 1, "ä": 1, "r": 2, "g": 1, "e": 1}, f"the numbers are wrong: {found}"
 print("right")
 
 # %% [markdown]

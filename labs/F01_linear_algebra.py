@@ -160,9 +160,7 @@ def orthonormal_basis(vectors, tolerance=1e-10):
 
 
 vectors = rng.normal(size=(3, 8))
-vectors = np.vstack(
-    [vectors, vectors[0] - 2 * vectors[2]]
-)  # the fourth is in the span of the others
+vectors = np.vstack([vectors, vectors[0] - 2 * vectors[2]])  # the fourth is in the span of the others
 basis = orthonormal_basis(vectors)
 np.testing.assert_allclose(basis @ basis.T, np.eye(len(basis)), atol=1e-12)
 print("4 vectors, rank", len(basis), "; numpy:", np.linalg.matrix_rank(vectors))
@@ -309,9 +307,7 @@ def project(v, u):
 v, u = np.array([2.0, 1.0, 0.0]), np.array([0.0, 3.0, 4.0])
 found = project(v, u)
 assert found is not None, "project returns nothing"
-assert np.shape(found) == (3,), (
-    "project returns a number, the length; it has to be a vector along u"
-)
+assert np.shape(found) == (3,), "project returns a number, the length; it has to be a vector along u"
 scaled = project(v, 10 * u)
 assert np.allclose(found, scaled), "the result changes with the length of u: divide by u · u"
 assert abs((v - found) @ u) < 1e-9, "v - project(v, u) is not perpendicular to u"

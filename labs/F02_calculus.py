@@ -277,9 +277,7 @@ def derivative(f, x, h=1e-12):
 found = derivative(math.sin, 1.0)
 assert found is not None, "derivative returns nothing"
 wanted = math.cos(1.0)
-assert abs(found - 2 * wanted) > 1e-3, (
-    "twice the slope: x + h and x - h are 2h apart, divide by 2h"
-)
+assert abs(found - 2 * wanted) > 1e-3, "twice the slope: x + h and x - h are 2h apart, divide by 2h"
 assert abs(derivative(lambda x: x * x, 0.0)) < 1e-9, (
     "the slope of x² at 0 is 0: the step is on one side only"
 )
@@ -326,13 +324,9 @@ point = np.array([0.3, -0.2, 1.0])
 found = squared_loss_gradient(point, inputs, targets)
 wanted = numeric_gradient(lambda w: np.mean((inputs @ w - targets) ** 2), point)
 assert found is not None, "squared_loss_gradient returns nothing"
-assert np.shape(found) == (3,), (
-    f"one number for each weight is needed, found shape {np.shape(found)}"
-)
+assert np.shape(found) == (3,), f"one number for each weight is needed, found shape {np.shape(found)}"
 ratio = float(found @ wanted / (wanted @ wanted))
-assert ratio > 0, (
-    "the gradient points downhill: it is prediction minus target, and points uphill"
-)
+assert ratio > 0, "the gradient points downhill: it is prediction minus target, and points uphill"
 assert not math.isclose(ratio, 0.5), "half of the gradient: the square brings a factor 2 down"
 assert not math.isclose(ratio, len(targets)), "the loss is a mean: divide by the number of rows"
 assert np.allclose(found, wanted), f"expected {wanted.round(4)}, found {found}"

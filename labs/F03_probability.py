@@ -9,7 +9,7 @@
 #     budget_seconds: 60
 #     needs: [F00, F01]
 #     assets: [austen]
-#     topics: [random variables, distributions, expectation, variance, covariance, correlation, bayes]
+#     topics: [random variables, distributions, expectation, variance, covariance, correlation, Bayes]
 # ---
 
 # %% [markdown]
@@ -93,9 +93,7 @@ print(f"a word has {mean:.3f} letters, with a standard deviation of {variance**0
 rng = np.random.default_rng(0)
 for n in (10, 40, 160):
     means = rng.choice(word_lengths, size=(4000, n)).mean(axis=1)
-    print(
-        f"mean of {n:3} words: spread {means.std():.3f}, by formula {(variance / n) ** 0.5:.3f}"
-    )
+    print(f"mean of {n:3} words: spread {means.std():.3f}, by formula {(variance / n) ** 0.5:.3f}")
 
 # %% [markdown]
 # ## Conditional probability
@@ -247,9 +245,7 @@ fig, ax = plt.subplots(figsize=(5, 4))
 for low, high in zip(edges[:-1], edges[1:], strict=True):
     inside = (stated >= low) & (stated < high)
     ax.plot(stated[inside].mean(), right[inside].mean(), "o", color="tab:blue")
-    ax.annotate(
-        f"{inside.sum()}", (stated[inside].mean(), right[inside].mean() - 0.06), fontsize=8
-    )
+    ax.annotate(f"{inside.sum()}", (stated[inside].mean(), right[inside].mean() - 0.06), fontsize=8)
 ax.plot([0, 1], [0, 1], "--", color="grey", label="calibrated")
 ax.set(
     xlabel="stated probability (1)",
@@ -301,9 +297,9 @@ assert abs(np.sum(found) - 1) < 1e-9, (
 assert not np.allclose(found, conditional[codes["u"]]), (
     "this is the distribution of the next letter, a row of pairs"
 )
-assert np.isclose(
-    found[codes["q"]], pairs[codes["q"], codes["u"]] / pairs[:, codes["u"]].sum()
-), "wrong numbers"
+assert np.isclose(found[codes["q"]], pairs[codes["q"], codes["u"]] / pairs[:, codes["u"]].sum()), (
+    "wrong numbers"
+)
 print("right: before u stands q with", round(float(found[codes["q"]]), 4))
 
 # %% [markdown]
@@ -398,9 +394,7 @@ def entropy(p):
 found = entropy([0.5, 0.5])
 assert found is not None, "entropy returns nothing"
 assert found >= 0, "entropy is not negative: the minus sign is missing"
-assert not np.isclose(found, np.log(2)), (
-    "these are nats, by the natural logarithm: use log2 for bits"
-)
+assert not np.isclose(found, np.log(2)), "these are nats, by the natural logarithm: use log2 for bits"
 assert np.isclose(found, 1), f"a fair coin has 1 bit, found {found}"
 assert not np.isnan(entropy([1.0, 0.0])), "0 · log 0 is nan in NumPy: leave out zeros"
 rows = np.array([entropy(row) for row in conditional])

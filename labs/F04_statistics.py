@@ -9,7 +9,7 @@
 #     budget_seconds: 60
 #     needs: [F03]
 #     assets: [sarcasm-headlines]
-#     topics: [maximum likelihood, confidence intervals, bayesian inference, hypothesis tests, power]
+#     topics: [maximum likelihood, confidence intervals, Bayesian inference, hypothesis tests, power]
 # ---
 
 # %% [markdown]

@@ -9,7 +9,7 @@
 #     budget_seconds: 60
 #     needs: [F00, F01]
 #     assets: [sarcasm-headlines]
-#     topics: [numpy, broadcasting, pandas, matplotlib, seaborn]
+#     topics: [NumPy, broadcasting, pandas, Matplotlib, seaborn]
 # ---
 
 # %% [markdown]

@@ -9,7 +9,7 @@
 #     budget_seconds: 120
 #     needs: [F01, F07]
 #     assets: [sarcasm-headlines, wordllama]
-#     topics: [principal component analysis, t-sne, maps]
+#     topics: [principal component analysis, t-SNE, maps]
 # ---
 
 # %% [markdown]

@@ -8,7 +8,7 @@
 #     minutes: 80
 #     budget_seconds: 90
 #     needs: [F02, F07]
-#     topics: [neuron, weights, bias, activations, layers, back-propagation, mse, cross-entropy, mlp in pytorch]
+#     topics: [neuron, weights, bias, activations, layers, back-propagation, MSE, cross-entropy, MLP in PyTorch]
 # ---
 
 # %% [markdown]

@@ -9,7 +9,7 @@
 #     budget_seconds: 120
 #     needs: [F02, F09]
 #     assets: [austen]
-#     topics: [gradient descent, sgd, momentum, rmsprop, adam, weight decay, muon, warm-up]
+#     topics: [gradient descent, SGD, momentum, RMSprop, Adam, weight decay, Muon, warm-up]
 # ---
 
 # %% [markdown]

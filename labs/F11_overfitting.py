@@ -8,7 +8,7 @@
 #     minutes: 60
 #     budget_seconds: 120
 #     needs: [F06, F09, F10]
-#     topics: [overfitting, l1, l2, dropout, early stopping, augmentation]
+#     topics: [overfitting, L1, L2, dropout, early stopping, augmentation]
 # ---
 
 # %% [markdown]

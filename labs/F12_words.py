@@ -9,7 +9,7 @@
 #     budget_seconds: 90
 #     needs: [F00, F05]
 #     assets: [python-docs, wordnet]
-#     topics: [sentences, tokens, stop words, stems, lemmas, n-grams, bag of words, tf-idf, bm25]
+#     topics: [sentences, tokens, stop words, stems, lemmas, n-grams, bag of words, TF-IDF, BM25]
 # ---
 
 # %% [markdown]

@@ -161,7 +161,7 @@ def _check_imports(lab: Lab) -> Iterator[str]:
 def _check_topics(lab: Lab) -> Iterator[str]:
     computed = {term for term, _ in list_terms(lab)}
     for topic in lab.header.topics:
-        if topic not in computed:
+        if topic.lower() not in computed:
             yield f"topic {topic!r} is not bold in the text before a cell that computes it"
 
 

@@ -16,7 +16,8 @@ import pytest
 
 from llmworks import assets
 from llmworks.assets import packages
-from llmworks.assets.catalog import CATALOG, Asset, Deb, PackageTree, Wheel
+from llmworks.assets.asset import Asset, Deb, PackageTree, Wheel
+from llmworks.assets.catalog import CATALOG
 from llmworks.core.errors import AssetError, MissingDependency
 
 

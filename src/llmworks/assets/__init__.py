@@ -13,7 +13,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from llmworks.assets.catalog import CATALOG, Asset
+from llmworks.assets.asset import Asset
+from llmworks.assets.catalog import CATALOG
 from llmworks.assets.packages import download_verified, extract, extract_tree
 from llmworks.core.artifact import sha256_file
 from llmworks.core.errors import AssetError

@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import IO
 
-from llmworks.assets.catalog import Deb, PackageTree, Wheel
+from llmworks.assets.asset import Deb, PackageTree, Wheel
 from llmworks.core.artifact import sha256_file
 from llmworks.core.errors import AssetError, MissingDependency
 

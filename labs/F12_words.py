@@ -27,6 +27,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 
 if importlib.util.find_spec("llmworks") is None:
     wheel = os.environ.get("LLMWORKS_WHEEL", "llmworks[labs]")
@@ -35,6 +36,8 @@ if importlib.util.find_spec("llmworks") is None:
 import matplotlib.pyplot as plt
 from IPython.display import Markdown, display
 
+os.environ["TQDM_DISABLE"] = "1"  # no progress bars
+warnings.filterwarnings("ignore", message="IProgress not found")
 plt.rcParams["figure.figsize"] = (7, 3.6)
 plt.rcParams["figure.constrained_layout.use"] = True
 plt.rcParams["axes.grid"] = True

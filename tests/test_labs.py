@@ -184,6 +184,7 @@ def test_the_learner_gets_no_solution(executed: Path) -> None:
         ("return a + b", "return b", "cell 6 (assert add(1, 2)"),
         ("ax.plot([0, 1])", "import time; time.sleep(5)", "out of time"),
         ("ax.plot([0, 1])", "import os; os._exit(1)", "the kernel died"),
+        ("ax.plot([0, 1])", "ax.plot([0, 1]); import sys; print('oh', file=sys.stderr)", "prints to stderr: oh"),
     ],
 )
 def test_a_lab_that_fails_says_where(tmp_path: Path, old: str, new: str, found: str) -> None:

@@ -94,7 +94,7 @@ def run_lab(lab: Lab) -> dict[str, Any]:
         **ONE_THREAD,
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
+    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(PACKAGE.parent)))
     limit = 2 * lab.header.budget_seconds + 60
     try:
         done = subprocess.run(

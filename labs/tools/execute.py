@@ -28,6 +28,7 @@ _FAULTS = []
 
 def _install():
     import re
+    from matplotlib._pylab_helpers import Gcf
     from matplotlib.backend_bases import FigureCanvasBase
 
     def inspect(figure):
@@ -50,7 +51,8 @@ def _install():
     draw = FigureCanvasBase.print_figure
 
     def print_figure(self, *arguments, **named):
-        inspect(self.figure)
+        if any(manager.canvas.figure is self.figure for manager in Gcf.get_all_fig_managers()):  # the lab's own
+            inspect(self.figure)
         return draw(self, *arguments, **named)
 
     FigureCanvasBase.print_figure = print_figure
@@ -166,6 +168,9 @@ def execute(lab: Lab, out: Path) -> dict[str, Any]:
                 faults, name, message = kernel.run_silent("print('\\n'.join(_FAULTS)); _FAULTS.clear()")
                 if faults.strip() or name:
                     raise LabError(f"{lab.id}: cell {index + 1}: {(faults.strip() or message).splitlines()[0]}")
+                loud = [o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stderr"]
+                if loud:
+                    raise LabError(f"{lab.id}: cell {index + 1} prints to stderr: {' '.join(loud[0].split())[:200]}")
                 if "picture" in roles and not any("image/png" in o.get("data", {}) for o in cell.outputs):
                     raise LabError(f"{lab.id}: cell {index + 1}: is tagged 'picture' and draws none")
             printed, _, message = kernel.run_silent(ENDING)

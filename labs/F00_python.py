@@ -49,13 +49,13 @@ plt.rcParams["axes.grid"] = True
 # name has none.
 
 # %%
-words = 3
+number = 3
 letters = 4.5
 language = "Python"
 known = True
 missing = None
 
-for value in (words, letters, language, known, missing):
+for value in (number, letters, language, known, missing):
     print(f"{value!r:>10} is of type {type(value).__name__}")
 
 # %% [markdown]
@@ -95,7 +95,7 @@ print({title[0] for title in novels})
 
 # %% [markdown]
 # A name is a reference. Two names can refer to one list; a change through one of them is visible through the other. The
-# default value of an argument is made once, when the function is defined, and is shared by all calls. This is the most
+# default value of an argument is made once, when the function is defined, and is shared by all calls. This is a
 # common bug of beginners.
 
 # %%
@@ -136,12 +136,12 @@ print(split_words("It's a truth — universally acknowledged: हिन्दी
 
 # %% [markdown]
 # Read the line of output again: the Hindi word is cut in two, because its vowel signs and its virama are *marks*, not letters,
-# for `str.isalpha`. A rule that is right for English is wrong for a fifth of mankind. Tokenizers (lab S02) start from
+# for `str.isalpha`. A rule that is right for English is wrong for Hindi, Tamil or Thai. Tokenizers (lab S02) start from
 # bytes to avoid such rules. For the novels below, the rule is good enough.
 #
 # ## Read and count
 #
-# An asset is a data set with a name and a digest. `llmworks.load` fetches it once; the stage `data.read` turns it into rows of text.
+# An asset is a data set with a name and a digest; it is fetched once. A *session* runs stages and keeps their results in the folder `workspace`. The stage `data.read` turns files into rows of text, in files of the format Parquet; pandas reads those (lab F05).
 
 # %%
 import pandas
@@ -186,9 +186,9 @@ print("our counts are those of collections.Counter")
 # %% [markdown]
 # ## Draw
 #
-# A word's frequency falls with its rank by a power law: *Zipf's law*. On two logarithmic axes a power law is a straight line.
+# A word's frequency falls roughly as one over its rank: *Zipf's law*. On two logarithmic axes that is a straight line; real words bend away from it at both ends.
 
-# %% tags=["picture"] alt="Frequency of each word against its rank on logarithmic axes: nearly a straight line that falls from the most common word to the words that occur once."
+# %% tags=["picture"] alt="Frequency of each word against its rank on logarithmic axes: it falls along the line 1 / rank in the middle, lies below it for the most common words and bends down for the rare ones."
 frequencies = [number for _, number in ranked]
 ranks = range(1, len(frequencies) + 1)
 fig, ax = plt.subplots()
@@ -217,7 +217,7 @@ plt.show()
 # %% [markdown]
 # ## Errors
 #
-# **Errors** are values, too: exceptions. `raise` throws one, `try` and `except` catch it, `finally` runs in any case. A
+# **Errors** are values, too: exceptions. `raise` throws one, `try` and `except` catch it; `from None` hides an earlier one. A
 # good message says what is wrong, where, and what to do. Catch the narrowest class that you can handle; an `except:`
 # without a class also hides your typing mistakes.
 
@@ -242,7 +242,8 @@ for number, line in enumerate(["Mansfield Park (1814)", "Emma"], 1):
 # ## Classes
 #
 # **Classes** bind data and the functions on it. `__init__` runs when an object is made; methods with two underscores on
-# both sides define what operators and built-in functions do with it. The class below numbers words: the first step of
+# both sides define what operators and built-in functions do with it; `self` is the object. `class B(A)` *inherits*: B has all methods of A, and may
+# define some of them anew. The class below numbers words: the first step of
 # every language model.
 
 
@@ -328,6 +329,7 @@ assert isinstance(found, dict), (
 )
 assert not {"A", "Ä"} & set(found), "upper and lower case are counted apart: use text.lower()"
 assert set(found) <= set("adärgre"), f"these are not letters: {sorted(set(found) - set('adärgre'))}"
+assert "ä" in found, "ä is missing: it is a letter, too (str.isalpha)"
 assert found == {"a": 2, "d": 1, "ä": 1, "r": 2, "g": 1, "e": 1}, f"the numbers are wrong: {found}"
 print("right")
 
@@ -335,7 +337,8 @@ print("right")
 # ### 2. Unknown words
 #
 # `Vocabulary.encode` fails at the first unknown word, and its message does not say where. Write a class `OpenVocabulary(Vocabulary)`
-# whose `encode` returns `len(vocabulary)` for every unknown word.
+# that inherits from `Vocabulary` and whose
+# `encode` returns, for every unknown word, the number of words that the vocabulary has: `len(self)`.
 
 
 # %% tags=["exercise"]
@@ -380,7 +383,7 @@ print("right")
 # ### 3. A message that helps
 #
 # Write `parse_count(text)`, which returns the non-negative whole number in a text such as `"12"` or `" 12 "`. For anything else
-# it raises a `ValueError` whose message contains the text as it was given, in quotation marks (`{text!r}`).
+# it raises a `ValueError` whose message contains the text as it was given, as `repr` shows it (`{text!r}`).
 
 
 # %% tags=["exercise"]
@@ -419,7 +422,7 @@ def parse_count(text):
 
 # %% tags=["check"]
 assert parse_count(" 12 ") == 12, f"parse_count(' 12 ') is {parse_count(' 12 ')!r}, not 12"
-for bad in ("-3", "twelve", "", "1.5"):
+for bad in ("-3", "twelve", " x ", "", "1.5", "+5", "1_000"):
     try:
         found = parse_count(bad)
     except ValueError as error:
@@ -453,7 +456,7 @@ once = sum(number == 1 for number in counts.values())
 top = sum(number for _, number in ranked[:100]) / len(words)
 display(
     Markdown(
-        "We expected that a novelist repeats most of her words. "
+        "We expected that words which occur only once are rare in six novels. "
         f"{once / len(counts):.0%} of the {len(counts):,} different words occur exactly "
         f"once in six novels, while the 100 most common words are {top:.0%} of the text. "
         "A model that knows words by number has seen those rare words a single time. "

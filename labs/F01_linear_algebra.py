@@ -45,7 +45,7 @@ plt.rcParams["axes.grid"] = True
 # ## Vectors
 #
 # **Vectors** are lists of numbers that can be added and multiplied by a number. The *dot product* $x \cdot y = \sum_i x_i y_i$
-# measures how far two vectors point in the same direction. The *norm* $\|x\| = \sqrt{x \cdot x}$ is a vector's length, and
+# is large when two vectors are long and point in the same direction. The *norm* $\|x\| = \sqrt{x \cdot x}$ is a vector's length, and
 # $x \cdot y / (\|x\| \|y\|)$ is the cosine of the angle between two vectors. A language model compares words, sentences and
 # positions by these three formulas.
 
@@ -88,7 +88,7 @@ rng = np.random.default_rng(0)
 a, b = rng.normal(size=(4, 3)), rng.normal(size=(3, 5))
 np.testing.assert_allclose(multiply(a.tolist(), b.tolist()), a @ b)
 print("shapes:", a.shape, "times", b.shape, "is", (a @ b).shape)
-print("order counts:", np.allclose(a[:3] @ b[:, :3], b[:, :3] @ a[:3]))
+print("AB = BA:", np.allclose(a[:3] @ b[:, :3], b[:, :3] @ a[:3]))
 
 # %% [markdown]
 # ## Linear maps
@@ -96,9 +96,9 @@ print("order counts:", np.allclose(a[:3] @ b[:, :3], b[:, :3] @ a[:3]))
 # A matrix is a function: $f(x) = Ax$. Such functions are the **linear maps**: $f(\alpha x + \beta y) = \alpha f(x) + \beta f(y)$. The
 # columns of $A$ are the images of the unit vectors. The product of two matrices is one map after the other. The
 # **determinants** of square matrices measure by which factor the map changes areas (in the plane) or volumes; the sign says
-# whether it mirrors. A determinant of 0 means that the map flattens the plane into a line, and cannot be undone.
+# whether it mirrors. A determinant of 0 means that the map flattens the plane into a line or a point, and cannot be undone.
 
-# %% tags=["picture"] alt="A unit square with a flag on it, and its image under a rotation, a shear, a mirror and a projection; the titles give the determinants 1, 1, -1 and 0."
+# %% tags=["picture"] alt="A unit square with a notch in it, and its image under a rotation, a shear, a mirror and a projection; the titles give the determinants 1, 1, -1 and 0."
 maps = {
     "rotation": np.array([[0.8, -0.6], [0.6, 0.8]]),
     "shear": np.array([[1.0, 0.8], [0.0, 1.0]]),
@@ -172,8 +172,8 @@ print("4 vectors, rank", len(basis), "; numpy:", np.linalg.matrix_rank(vectors))
 # ## Eigenvalues and eigenvectors
 #
 # The **eigenvectors** of a square matrix keep their direction: $Av = \lambda v$. The numbers $\lambda$ are the **eigenvalues**. A symmetric
-# $n \times n$ matrix has $n$ perpendicular eigenvectors. *Power iteration* finds the largest one: multiply any vector by $A$ again and
-# again; the largest eigenvalue wins. Then remove what was found, $A - \lambda v v^\top$, and find the next.
+# $n \times n$ matrix has $n$ perpendicular eigenvectors. *Power iteration* finds that of the largest eigenvalue: multiply any vector by $A$ and scale it to length 1, again and
+# again. Then remove what was found, $A - \lambda v v^\top$, and find the next.
 
 
 # %%
@@ -212,7 +212,7 @@ print(
 
 # %%
 def svd(a, count):
-    """Return the `count` largest singular values with their vectors: U, sigma, V^T."""
+    """Return the `count` largest singular values, not more than the rank: U, sigma, V^T."""
     values, v = eigen(a.T @ a, count)
     sigma = np.sqrt(np.maximum(values, 0))
     return (a @ v.T) / sigma, sigma, v
@@ -237,19 +237,19 @@ print("our singular values are those of numpy.linalg.svd")
 from sklearn.datasets import load_sample_image
 
 photo = load_sample_image("china.jpg").mean(axis=2) / 255
-u, sigma, vt = np.linalg.svd(photo, full_matrices=False)
+left, strength, right = np.linalg.svd(photo, full_matrices=False)
 
 
 def approximate(k):
-    return u[:, :k] * sigma[:k] @ vt[:k]
+    return left[:, :k] * strength[:k] @ right[:k]
 
 
 def share_of_numbers(k):
-    return k * (photo.shape[0] + photo.shape[1] + 1) / photo.size
+    return k * (photo.shape[0] + photo.shape[1]) / photo.size
 
 
 error = np.linalg.norm(photo - approximate(20)) / np.linalg.norm(photo)
-dropped = np.linalg.norm(sigma[20:]) / np.linalg.norm(sigma)
+dropped = np.linalg.norm(strength[20:]) / np.linalg.norm(strength)
 print(f"rank 20: error {error:.4f}, predicted from the dropped values {dropped:.4f}")
 
 # %% tags=["picture"] alt="A photograph of a temple rebuilt from 1, 5, 20 and 64 singular values; with 20 the building is recognizable, with 64 it is nearly sharp."
@@ -263,7 +263,7 @@ plt.show()
 # %% tags=["picture"] alt="Relative error of the approximation against its rank, on a logarithmic axis: it falls steeply up to rank 20 and then slowly; noise of the same size falls much more slowly."
 noise = np.linalg.svd(rng.normal(size=photo.shape), compute_uv=False)
 fig, ax = plt.subplots()
-for values, label in ((sigma, "photograph"), (noise, "random matrix of the same shape")):
+for values, label in ((strength, "photograph"), (noise, "random matrix of the same shape")):
     tail = np.sqrt(np.cumsum(values[::-1] ** 2)[::-1] / np.sum(values**2))
     ax.semilogy(range(len(tail)), tail, label=label)
 ax.set(
@@ -275,8 +275,7 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# The weights of a language model are closer to noise than to a photograph, but the *change* that fine-tuning makes to them is close to a
-# matrix of low rank. LoRA (lab S12) trains only such a change.
+# LoRA, the usual way to fine-tune a language model, trains a *change* of its weight matrices that has a low rank.
 #
 # ## Exercises
 #
@@ -307,13 +306,14 @@ def project(v, u):
 
 
 # %% tags=["check"]
-v, u = np.array([2.0, 1.0, 0.0]), np.array([0.0, 3.0, 4.0])
-found = project(v, u)
+one, other = np.array([2.0, 1.0, 0.0]), np.array([0.0, 3.0, 4.0])
+found = project(one, other)
 assert found is not None, "project returns nothing"
 assert np.shape(found) == (3,), "project returns a number, the length; it has to be a vector along u"
-scaled = project(v, 10 * u)
+scaled = project(one, 10 * other)
 assert np.allclose(found, scaled), "the result changes with the length of u: divide by u · u"
-assert abs((v - found) @ u) < 1e-9, "v - project(v, u) is not perpendicular to u"
+assert np.allclose(np.cross(found, other), 0), "the result is not a multiple of u"
+assert abs((one - found) @ other) < 1e-9, "v - project(v, u) is not perpendicular to u"
 print("right")
 
 # %% [markdown]
@@ -348,6 +348,8 @@ def independent(vectors):
 right = independent([[1, 0, 0], [0, 1, 0]])
 assert right is not None, "independent returns nothing"
 assert right, "two unit vectors are independent, also where the matrix is not square"
+assert independent([[0, 0, 1], [0, 1, 0]]), "these two unit vectors are independent"
+assert not independent([[1, 0], [0, 1], [1, 1]]), "three vectors in a plane are never independent"
 flat = [[1, 0, 1], [0, 1, 1], [1, 1, 2]]
 assert not independent(flat), (
     "of these three vectors, one is the sum of the others; not every pair shows it"
@@ -424,13 +426,12 @@ q1, q2 = (np.linalg.qr(rng.normal(size=(6, 6)))[0] for _ in range(2))
 known = q1 * exact @ q2
 by_squares = np.sqrt(np.abs(np.linalg.eigvalsh(known.T @ known)[::-1]))
 direct = np.linalg.svd(known, compute_uv=False)
-wrong = np.abs(by_squares - exact) / exact
 display(
     Markdown(
         "On paper, the roots of the eigenvalues of $A^\\top A$ are the singular values. We "
         f"built a matrix whose smallest singular value is {exact[-1]:.0e}. By $A^\\top A$ "
         f"it came out as {by_squares[-1]:.0e}; `numpy.linalg.svd` gives {direct[-1]:.0e}. "
-        "Squaring the matrix squares its condition number, and half of the digits are lost: "
+        "Squaring the matrix squares its condition number (largest over smallest singular value): "
         f"values below about {exact[0] * 1e-8:.0e} of the largest one are noise. Our own `svd` "
         "above has this fault."
     )

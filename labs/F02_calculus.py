@@ -78,8 +78,8 @@ plt.show()
 # ## Series
 #
 # **Series** are sums of infinitely many terms. Taylor's series rebuilds a function from its derivatives at one point:
-# $f(x) = \sum_n f^{(n)}(0) \, x^n / n!$. For the exponential function all derivatives at 0 are 1. This is how a machine that
-# can only add and multiply computes $e^x$.
+# $f(x) = \sum_n f^{(n)}(0) \, x^n / n!$. For the exponential function all derivatives at 0 are 1. So a machine that
+# can only add and multiply computes $e^x$ for small $x$; for large negative $x$ the terms cancel, and their digits are lost.
 
 
 # %%
@@ -157,7 +157,7 @@ print("by numbers:", numeric_gradient(f, p))
 # ## Gradient descent
 #
 # Take a step against the gradient, $p \leftarrow p - \eta \nabla f(p)$, and repeat. The *learning rate* $\eta$ decides everything: with a small one
-# the walk is slow, with a large one each step jumps across the valley to a higher place, and the walk diverges. The limit is $2 / L$, where
+# the walk is slow, with a large one each step jumps across the valley to a higher place, and the walk diverges. For a quadratic function the limit is $2 / L$, where
 # $L$ is the largest eigenvalue of the matrix of second derivatives (the curvature of the steepest direction).
 
 
@@ -195,7 +195,7 @@ plt.show()
 #
 # The **chain rule** gives the derivative of a function of a function: $\frac{dz}{dx} = \frac{dz}{dy} \cdot \frac{dy}{dx}$. A neural network is a long
 # chain. Here it is for logistic regression, $z = w \cdot x + b$, $p = 1 / (1 + e^{-z})$, loss $L = -\ln p$ for the label 1 and $-\ln(1 - p)$
-# for the label 0. The middle links simplify to $\partial L / \partial z = p - t$.
+# for the label 0. With the label $t$, the middle links simplify to $\partial L / \partial z = p - t$.
 
 
 # %%
@@ -232,13 +232,17 @@ np.testing.assert_allclose(dw, tw.grad.numpy())
 np.testing.assert_allclose(db, tb.grad.item())
 print("our loss and gradient are those of torch.autograd")
 
+# %% [markdown]
+# Train with it. The noise in the labels decides the length of the best $w$; its direction should be that of the truth, nearly.
+
 # %%
+trained_w, trained_b = w, b
 for step in range(300):
-    loss, dw, db = loss_and_gradient(w, b, inputs, targets)
-    w, b = w - 1.0 * dw, b - 1.0 * db
+    now, slope_w, slope_b = loss_and_gradient(trained_w, trained_b, inputs, targets)
+    trained_w, trained_b = trained_w - 1.0 * slope_w, trained_b - 1.0 * slope_b
     if step in (0, 10, 100, 299):
-        print(f"step {step:3}: loss {loss:.4f}")
-print("direction of w:", (w / np.linalg.norm(w)).round(3))
+        print(f"step {step:3}: loss {now:.4f}")
+print("direction of w:", (trained_w / np.linalg.norm(trained_w)).round(3))
 print("of the truth:  ", (truth / np.linalg.norm(truth)).round(3))
 
 # %% [markdown]
@@ -246,7 +250,7 @@ print("of the truth:  ", (truth / np.linalg.norm(truth)).round(3))
 #
 # ### 1. A better slope
 #
-# Write `derivative(f, x)`: the slope at `x` by the central difference, with a step that gives at least eight right digits for $\sin$ at 1.
+# Write `derivative(f, x)`: the slope at `x` by the central difference, with a step for which the error is below $10^{-8}$ for $\sin$ at 1.
 
 
 # %% tags=["exercise"]
@@ -352,7 +356,7 @@ def largest_learning_rate(hessian):
 
 
 # %% tags=["wrong"]
-# says: smallest curvature
+# says: largest curvature
 def largest_learning_rate(hessian):
     return 2 / np.linalg.eigvalsh(hessian)[0]
 
@@ -370,7 +374,7 @@ assert found is not None, "largest_learning_rate returns nothing"
 below = descend(lambda p: bowl @ p, [1, 1], 0.99 * found, 400)[-1]
 above = descend(lambda p: bowl @ p, [1, 1], 1.01 * found, 400)[-1]
 assert np.linalg.norm(below) < 1, (
-    "the walk diverges below this rate: not the smallest curvature decides"
+    "the walk diverges below this rate: it is 2 over the largest curvature"
 )
 assert np.linalg.norm(above) > 1, "the walk still converges above this rate: it is too careful"
 print("right")
@@ -380,12 +384,12 @@ print("right")
 #
 # <details><summary>Why is the central difference better than the forward one?</summary>
 #
-# The terms in $h^2$ of Taylor's series cancel: its error falls with $h^2$, that of the forward difference with $h$.
+# In $f(x+h) - f(x-h)$ the terms of Taylor's series in $h^2$ cancel. Divided by $2h$, what remains falls with $h^2$; the error of the forward difference falls with $h$.
 # </details>
 #
 # <details><summary>The gradient of the loss is zero. Is this the minimum?</summary>
 #
-# Perhaps. It can also be a maximum, or a saddle: a minimum in one direction and a maximum in another.
+# Perhaps, or a local one. It can also be a maximum, or a saddle: a minimum in one direction and a maximum in another.
 # </details>
 #
 # <details><summary>Why does automatic differentiation run backwards?</summary>
@@ -402,7 +406,7 @@ inside = f(descend(gradient, [-1, 2], 0.98 * limit, 60)[-1])
 outside = f(descend(gradient, [-1, 2], 1.02 * limit, 60)[-1])
 display(
     Markdown(
-        f"The best step of the forward difference is not the smallest one, but {best:.0e}: about the root of the precision of a float, {np.finfo(float).eps:.0e}. "
+        f"The best step of the forward difference is not the smallest one, but {best:.0e}: about the root of the precision of a float, {np.sqrt(np.finfo(float).eps):.0e}. There the error of the slope, which falls with h, meets the rounding error of the difference, which grows as one over h. "
         f"With a step of {steps[0]:.0e} the slope is wrong by {forward[0] / math.cos(1):.0%}.\n\n"
         f"And the edge of the learning rate is sharp: at 98 % of the limit the walk of 60 steps ends at f = {inside:.2g}, at 102 % at f = {outside:.2g}. "
         "Training that explodes may need a change of a few percent only."
@@ -412,7 +416,7 @@ display(
 # %% [markdown]
 # ## In llmworks
 #
-# `train lr_finder` raises the learning rate step by step on a real model and reports where the loss falls fastest and where it diverges:
+# `train lr_finder` raises the learning rate step by step on a real model and draws the loss against it; it suggests a rate:
 #
 # ```
 # llmworks train lr_finder --model asset:smollm2-135m-instruct --data chats --out rates

@@ -4,7 +4,7 @@
 #     text_representation: {extension: .py, format_name: percent}
 #   kernelspec: {display_name: Python 3, language: python, name: python3}
 #   lab:
-#     learn: Build the six classical models from nothing, and recognize each one by the boundaries that it draws.
+#     learn: Build the six classical models from nothing, and recognize classifiers by the boundaries that they draw.
 #     minutes: 80
 #     budget_seconds: 60
 #     needs: [F02, F06]
@@ -12,9 +12,9 @@
 # ---
 
 # %% [markdown]
-# # F07 scikit-learn: six models on one plane
+# # F07 scikit-learn: six classical models
 #
-# **You will learn**: Build the six classical models from nothing, and recognize each one by the boundaries that it draws.
+# **You will learn**: Build the six classical models from nothing, and recognize classifiers by the boundaries that they draw.
 #
 # **Time**: 80 minutes to read and to do the exercises.
 #
@@ -89,7 +89,7 @@ print(f"explained variance (R²): {1 - residual.var() / ink_test.var():.3f}")
 # %% [markdown]
 # ## Logistic regression
 #
-# **Logistic regression** predicts a probability: $p = \sigma(x \cdot w + b)$. There is no formula for the best weights. *Newton's method* takes steps $w \leftarrow w - H^{-1} \nabla L$ with the matrix $H$ of second
+# **Logistic regression** predicts a probability: $p = \sigma(x \cdot w + b)$ with $\sigma(z) = 1 / (1 + e^{-z})$. It minimizes the cross-entropy $L$ (lab F02), here with a penalty on large weights. There is no formula for the best weights. *Newton's method* takes steps $w \leftarrow w - H^{-1} \nabla L$ with the matrix $H$ of second
 # derivatives, and needs a handful of them.
 
 
@@ -169,7 +169,7 @@ print("right on the moons:", np.mean([ask(tree, row) for row in moons] == side).
 # %% [markdown]
 # ## Random forests
 #
-# **Random forests** average many deep trees, each grown on rows drawn with replacement (*bagging*) and on a few random columns per question. Single trees are wrong in different ways; the average is not. Below, our
+# **Random forests** average many deep trees, each grown on rows drawn with replacement (*bagging*) and on a few random columns per question. Single trees are wrong in different ways, and their errors cancel in the average. Below, our
 # trees vote; for speed each one sees a random eighth of the columns.
 
 
@@ -202,7 +202,7 @@ print("30 trees vote:         ", np.mean(vote(forest, x_test, 10) == y_test).rou
 # ## Neighbors and clusters
 #
 # **k-nearest neighbors** learn nothing: the answer is the commonest class among the $k$ nearest training rows. **k-means** has no labels at all: it finds $k$ centers, by two steps in turn. Each row goes to its nearest
-# center; each center moves to the mean of its rows. The summed squared distance (*inertia*) falls in both steps, so it ends.
+# center; each center moves to the mean of its rows. *Purity* is the share of rows whose digit is the commonest one of their cluster. The summed squared distance (*inertia*) falls in both steps, so it ends.
 
 
 # %%
@@ -247,9 +247,9 @@ knn = KNeighborsClassifier(5, algorithm="brute").fit(x_train, y_train)
 assert np.mean(neighbors(x_train, y_train, x_test, 5) == knn.predict(x_test)) > 0.998  # ties
 means = KMeans(10, init=start, n_init=1).fit(x_train)
 np.testing.assert_allclose(inertia, means.inertia_, rtol=1e-3)
-print("our five models give scikit-learn's predictions")
+print("our five models give scikit-learn's predictions (a forest is random: no two are alike)")
 
-# %% tags=["picture"] alt="Decision regions of six models on two interleaved half moons: a straight line for logistic regression, rectangles for the tree, smoothed rectangles for the forest, ragged islands for one neighbor, a smooth curve for fifteen, and two halves for k-means."
+# %% tags=["picture"] alt="Decision regions of six models on two interleaved half moons: a straight line for logistic regression, rectangles for the tree, smoothed rectangles for the forest, ragged islands for one neighbor, a smooth curve for fifteen, and two halves for k-means, whose colors are arbitrary, as its clusters have no names."
 from sklearn.ensemble import RandomForestClassifier
 
 models = {
@@ -274,7 +274,7 @@ plt.show()
 # %% [markdown]
 # ## Bias and variance
 #
-# A model that is too simple misses the shape (*bias*); one that is too flexible learns the noise (*variance*). The score on the training set always rises with flexibility; the score on new rows has a maximum.
+# A model that is too simple misses the shape (*bias*); one that is too flexible learns the noise (*variance*). The score on the training set does not fall with flexibility; the score on new rows has a maximum.
 
 # %% tags=["picture"] alt="Accuracy against the depth of a tree, on training and new rows of the moons: on training rows it rises to 1, on new rows it has a maximum at a small depth and then falls."
 fresh, fresh_side = make_moons(4000, noise=0.3, random_state=1)
@@ -357,7 +357,7 @@ def fit_ridge(x, t, penalty):
 
 
 # %% tags=["wrong"]
-# says: bias
+# says: bias was shrunk
 def fit_ridge(x, t, penalty):
     ones = np.column_stack([x, np.ones(len(x))])
     w = np.linalg.solve(ones.T @ ones + penalty * np.eye(ones.shape[1]), ones.T @ t)
@@ -377,8 +377,14 @@ result = fit_ridge(left, ink, 30.0)
 assert result is not None, "fit_ridge returns nothing"
 expected = Ridge(alpha=30.0).fit(left, ink)
 assert not np.allclose(result[0], w), "the weights are those without a penalty"
+assert len(result) == 2, "return weights and bias, two values"
+assert not np.isclose(result[1], ink.mean()), (
+    "the bias is not the mean of t: subtract the mean of x times w"
+)
+assert np.allclose(result[0], expected.coef_, rtol=0.05), (
+    "the weights are wrong, or the bias was shrunk, too"
+)
 assert abs(result[1] - expected.intercept_) < 1e-6, "the bias is wrong: it must not be shrunk"
-assert np.allclose(result[0], expected.coef_), "the weights are wrong"
 print(
     "right: the weights shrink from",
     np.linalg.norm(w).round(2),
@@ -465,7 +471,7 @@ trees = RandomForestClassifier(200, random_state=0).fit(x_train, y_train).score(
 display(
     Markdown(
         f"One nearest neighbor, a method without any training, reads {nearest:.1%} of the digits; a forest of 200 trees reads {trees:.1%}. On the moons the same method is right for {one:.1%} of new rows, since each noisy row is an island; 15 neighbors for {fifteen:.1%}. "
-        f"And the tree that knows every training row ({seen[-1]:.0%} at depth {depths[-1]}) is right for {unseen[-1]:.1%} of new rows, less than the one with {depths[best]} questions ({unseen[best]:.1%})."
+        f"And the tree that knows every training row ({seen[-1]:.0%} at depth {depths[-1]}) is right for {unseen[-1]:.1%} of new rows, less than the one of depth {depths[best]} ({unseen[best]:.1%})."
     )
 )
 

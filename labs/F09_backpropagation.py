@@ -68,7 +68,7 @@ print("XOR", [neuron(h, (1, 1), -1.5) for h in hidden])
 # **Activations** have to be nonlinear: without them, two layers are one matrix product, $W_2 (W_1 x) = (W_2 W_1) x$. The slope of the activation multiplies the gradient on its way back. The slope of the sigmoid is at most a quarter; that of
 # ReLU is 1 wherever the neuron is active.
 
-# %% tags=["picture"] alt="Sigmoid, tanh, ReLU and GELU on the left, their slopes on the right: the slope of the sigmoid stays below 0.25, that of tanh reaches 1 at 0, that of ReLU is 0 or 1."
+# %% tags=["picture"] alt="Sigmoid, tanh, ReLU and GELU on the left, their slopes on the right: the slope of the sigmoid is at most a quarter, that of tanh reaches 1 at 0, that of ReLU is 0 or 1, that of GELU rises slightly above 1."
 import torch
 
 z = torch.linspace(-4, 4, 401, requires_grad=True)
@@ -272,7 +272,7 @@ for _ in range(300):
 np.testing.assert_allclose(history, torch_history, rtol=1e-6)
 print("300 losses equal those of PyTorch")
 
-# %% tags=["picture"] alt="Loss of the network on digits over 300 steps, ours and PyTorch's, which lie on top of each other and fall from above 2 to about 0.1."
+# %% tags=["picture"] alt="Loss of the network on digits over 300 steps, ours and PyTorch's, which lie on top of each other and fall from above 2 to below 0.1."
 fig, ax = plt.subplots()
 ax.semilogy(history, label="ours", linewidth=4, alpha=0.4)
 ax.semilogy(torch_history, "--", label="PyTorch")
@@ -285,7 +285,7 @@ plt.show()
 #
 # Multiply many slopes, and the product vanishes or explodes. Twenty layers of 64 neurons, with random weights of the right size: how large is the gradient at each layer?
 
-# %% tags=["picture"] alt="Norm of the gradient at each of 20 layers on a logarithmic axis: with sigmoid it falls by many orders of magnitude towards the first layer, with tanh a little, with ReLU it stays nearly constant."
+# %% tags=["picture"] alt="Norm of the gradient at each of 20 layers on a logarithmic axis: with sigmoid it falls by many orders of magnitude towards the first layer, with tanh and ReLU it stays within one order of magnitude."
 fig, ax = plt.subplots()
 norms = {}
 for name in ("sigmoid", "tanh", "ReLU"):
@@ -380,6 +380,8 @@ tx.requires_grad_(), tw.requires_grad_()
 result = layer_backward(tx.detach().numpy(), tw.detach().numpy(), tg.numpy())
 assert result is not None, "layer_backward returns nothing"
 dx, dw, db = result
+assert np.shape(dx) == (7, 4), f"dX has the shape of X, found {np.shape(dx)}"
+assert np.shape(dw) == (4, 3), f"dW has the shape of W, found {np.shape(dw)}"
 assert np.shape(db) == (3,), (
     f"the bias has 3 numbers, its gradient has shape {np.shape(db)}: sum over the rows"
 )
@@ -431,6 +433,7 @@ assert not np.isclose(found, 2 * expected), "this is the sum over the rows, not 
 assert np.isclose(found, expected), f"expected {expected:.4f}, found {found:.4f}"
 large = cross_entropy(logits * 1000, right_classes)
 assert np.isfinite(large), "large logits overflow: subtract the largest one of each row first"
+assert np.isclose(large, 1500), f"for large logits the loss is 1500, found {large:.1f}: do not clip"
 print("right")
 
 # %% [markdown]
@@ -461,8 +464,8 @@ for _ in range(300):
     zeros = [w - 0.5 * g for w, g in zip(zeros, gradients, strict=True)]
 display(
     Markdown(
-        f"Through 20 sigmoid layers the gradient shrinks by a factor of {ratio:.0e}: the first layers learn nothing. With ReLU the factor is {norms['ReLU'][-1] / norms['ReLU'][0]:.1f}. One function made deep networks possible.\n\n"
-        f"And weights that all start at zero never learn: after 300 steps the loss is {zero_loss:.3f} nats, in place of {history[-1]:.3f}. All hidden neurons stay 0, and no gradient passes them."
+        f"Through 20 sigmoid layers the gradient shrinks by a factor of {ratio:.0e}: the first layers learn nothing. With ReLU the factor is {norms['ReLU'][-1] / norms['ReLU'][0]:.1f}, with tanh {norms['tanh'][-1] / norms['tanh'][0]:.1f}, since their slopes reach 1 and the initial weights fit them. The choice of one function decides whether a deep network learns.\n\n"
+        f"And weights that all start at zero learn next to nothing: after 300 steps the loss is {zero_loss:.3f} nats, in place of {history[-1]:.3f}. All hidden neurons stay 0 and no gradient passes them; only the last biases move."
     )
 )
 

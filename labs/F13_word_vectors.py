@@ -222,7 +222,7 @@ for word in ("sister", "october", "function"):
 # %% [markdown]
 # ## FastText
 #
-# **FastText** is Word2Vec on **sub-words**: a word's vector is the mean of its own vector and those of its character n-grams, `<wor`, `word`, `ords`, `rds>` ... The n-grams are hashed into a fixed number of rows. A word that was never seen has n-grams, too, and so a vector.
+# **FastText** is Word2Vec on **sub-words**: a word's vector is the mean of its own vector and those of its character n-grams, for *words* `<wo`, `wor`, `word`, `rds>` ... The n-grams are hashed into a fixed number of rows. A word that was never seen has n-grams, too, and so a vector.
 # Training it is left to gensim here; how a vector comes from n-grams is checked by hand.
 
 # %%
@@ -320,7 +320,7 @@ for a, b, c, d in questions:
     answers = {name: analogy(table, a, b, c) for name, table in vectors.items()}
     print(f"{a} : {b} = {c} : {d}?", answers)
 
-# %% tags=["picture"] alt="Two-dimensional map of the Word2Vec vectors of family words, months and programming terms: three separate groups, with male and female words at corresponding places."
+# %% tags=["picture"] alt="Two-dimensional map of the Word2Vec vectors of family words, months and programming terms: three separate groups."
 groups = {
     "family": ["brother", "sister", "father", "mother", "uncle", "aunt", "husband", "wife"],
     "months": ["january", "march", "april", "june", "july", "october", "november", "december"],
@@ -382,7 +382,7 @@ print("right")
 # %% [markdown]
 # ### 2. Remove the common direction
 #
-# The mean of all vectors is a direction that all words share; without it, cosines tell more. Write `center(table)`: subtract the mean vector, then scale each row to length 1.
+# The mean of all vectors is a direction that all words share. Does removing it help? Write `center(table)`: subtract the mean vector, then scale each row to length 1.
 
 
 # %% tags=["exercise"]
@@ -417,7 +417,7 @@ def center(table):
 
 # %% tags=["check"]
 test = np.array([[3.0, 1.0, 0.0], [1.0, 1.0, 2.0], [2.0, 4.0, 1.0]])
-found = center(test)
+found = center(test.copy())
 wanted = (test - [2, 2, 1]) / np.linalg.norm(test - [2, 2, 1], axis=1, keepdims=True)
 assert found is not None, "center returns nothing"
 unit = test / np.linalg.norm(test, axis=1, keepdims=True)
@@ -475,7 +475,7 @@ print("right")
 #
 # <details><summary>Are <em>good</em> and <em>bad</em> near each other?</summary>
 #
-# Usually yes: they stand in the same surroundings. The vectors know company, not truth.
+# Often nearer than their meanings suggest: they stand in the same surroundings. Print `neighbors(vectors["GloVe"], "good", 60)`. The vectors know company, not truth.
 # </details>
 #
 # <details><summary>What does a bank of a river share with a bank for money in such a table?</summary>
@@ -490,7 +490,7 @@ best, last = max(scores, key=scores.get), min(scores, key=scores.get)
 display(
     Markdown(
         f"On this small corpus the best correlation with people is that of *{best}*, {scores[best]:.2f}, the last one that of *{last}*, {scores[last]:.2f}. Counting and one matrix decomposition reach {scores['PPMI and SVD']:.2f}, without a learning rate or an epoch. "
-        "The published order of the methods comes from corpora a thousand times as large; with little data, try counting first.\n\n"
+        f"With {len(rated)} pairs, differences of a tenth are luck, and the methods saw the text for different numbers of epochs; but with little data, counting is a strong start.\n\n"
         f"Of {len(questions)} analogies, "
         + ", ".join(f"{name} solves {sum(right)}" for name, right in solved.items())
         + "."

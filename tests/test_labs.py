@@ -101,6 +101,7 @@ def test_labs_link_labs_that_exist() -> None:
         ("--set max_rank=16", "--set rank=16", "merge.extract has no field 'rank'"),
         ("llmworks merge extract --model", "llmworks merge extract --models", "has no input 'models'"),
         ("llmworks merge extract", "llmworks extract", "no such command"),
+        ("--base base ", "", "merge.extract needs the input 'base'"),
         ("## Self-test", "## Questions", "has no section 'Self-test'"),
         ("<details><summary>What does", "<p>What does", "has 2 self-test questions"),
         ("Eckart and Young, 1936", "the error was 0.136", "a figure stands in the prose, 0.136"),

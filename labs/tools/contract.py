@@ -218,9 +218,12 @@ def find_command_error(command: str) -> str:
     if not name:
         return "no such command"
     stage = resolve_stage(name)
-    for flag in (word[2:].replace("-", "_") for word in words if word.startswith("--")):
-        if flag not in {*stage.inputs, "out", "set", "config", "seed", "workers", "workspace"}:
-            return f"{name} has no input {flag!r}"
+    flags = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
+    for flag in sorted(flags - {*stage.inputs, "out", "set", "config", "seed", "workers", "workspace"}):
+        return f"{name} has no input {flag!r}"
+    for key, one in stage.inputs.items():
+        if one.required and key not in flags:
+            return f"{name} needs the input {key!r}"
     for key in (after for word, after in pairwise(words) if word == "--set"):
         if (field := key.partition("=")[0].partition(".")[0]) not in stage.config.model_fields:
             return f"{name} has no field {field!r}"

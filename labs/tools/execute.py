@@ -8,6 +8,7 @@ and `OUT/record.json`: seconds, memory, exercises, and the files of llmworks tha
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 import time
@@ -171,6 +172,9 @@ def execute(lab: Lab, out: Path) -> dict[str, Any]:
                 loud = [o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stderr"]
                 if loud:
                     raise LabError(f"{lab.id}: cell {index + 1} prints to stderr: {' '.join(loud[0].split())[:200]}")
+                for output in cell.outputs:
+                    if found := re.search(r"\{[a-z_]+[^{}]*\}", output.get("data", {}).get("text/markdown", "")):
+                        raise LabError(f"{lab.id}: cell {index + 1}: {found[0]} is not formatted: an f is missing")
                 if "picture" in roles and not any("image/png" in o.get("data", {}) for o in cell.outputs):
                     raise LabError(f"{lab.id}: cell {index + 1}: is tagged 'picture' and draws none")
             printed, _, message = kernel.run_silent(ENDING)

@@ -66,8 +66,9 @@ docs: $(DEVELOPED)
 labs: $(DEVELOPED)
 	$(BIN)/python -m labs.tools.build --workers $(WORKERS)
 
-# the site in docs/build/html, with the labs that are built
+# the site in docs/build/html; labs that are not built have pages without results
 site: $(DEVELOPED)
+	$(BIN)/python -m labs.tools.build --pages
 	$(BIN)/python -m sphinx -q -W -b html docs docs/build/html
 
 $(VENV)/bin/python:

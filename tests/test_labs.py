@@ -163,6 +163,8 @@ def test_the_learner_gets_no_solution(executed: Path) -> None:
     assert picture.metadata.mystnb.image.alt.startswith("A straight line")
     assert "hide-cell" in next(cell.metadata.tags for cell in page.cells if "a + b" in cell.source)
     assert "a * b" not in str(page)
+    write_page(lab, None, executed / "empty.ipynb")  # a lab that is not built
+    assert "make labs" in nbformat.read(executed / "empty.ipynb", as_version=4).cells[0].source
 
 
 @pytest.mark.parametrize(

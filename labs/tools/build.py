@@ -1,4 +1,4 @@
-"""Build the labs: `python -m labs.tools.build [F01 ...] [--changed N] [--rotate N] [--force] [--workers N]`.
+"""Build the labs: `python -m labs.tools.build [F01 ...]`; `--help` lists the options.
 
 Each lab runs in a fresh process without network, with one thread (`execute.py`). The result is cached in `labs/build/`
 by the lab's text, the files of llmworks that it used, its assets and the libraries' versions. The site's notebooks are
@@ -132,6 +132,14 @@ def build_lab(lab: Lab, force: bool = False) -> tuple[dict[str, Any], bool]:
     return record, ran
 
 
+def write_pages(labs: list[Lab]) -> None:
+    """Write pages without results for labs that are not built, so that the site has all of them."""
+    for lab in labs:
+        if not (PAGES / "executed" / f"{lab.path.stem}.ipynb").exists():
+            write_learner(lab, PAGES / "learner" / f"{lab.path.stem}.ipynb")
+            write_page(lab, None, PAGES / f"{lab.path.stem}.ipynb")
+
+
 def select(labs: list[Lab], names: list[str], changed: int, rotate: int) -> list[Lab]:
     """Choose labs by name, by change within the last commits, and some more in turn; all when nothing is said."""
     if unknown := sorted(set(names) - {lab.id for lab in labs} - {lab.path.stem for lab in labs}):
@@ -174,7 +182,11 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--force", action="store_true", help="execute labs that are up to date, too")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="labs at a time (default 2)")
+    parser.add_argument("--pages", action="store_true", help="write pages without results for labs that are not built")
     options = parser.parse_args(arguments)
+    if options.pages:
+        write_pages(list_labs())
+        return 0
     failed = 0
 
     def build(lab: Lab) -> str:

@@ -25,14 +25,18 @@ def write_learner(lab: Lab, path: Path) -> None:
     nbformat.write(notebook, path)
 
 
-def write_page(lab: Lab, executed: Path, path: Path) -> None:
-    """Write the executed notebook as the site shows it: solutions folded, alt texts at the pictures."""
-    notebook = _copy(nbformat.read(executed, as_version=4))
+def write_page(lab: Lab, executed: Path | None, path: Path) -> None:
+    """Write the executed notebook as the site shows it: solutions folded, alt texts at the pictures.
+
+    `executed`: None for a lab that is not built; its page has no results.
+    """
+    notebook = _copy(nbformat.read(executed, as_version=4) if executed else lab.notebook)
     notebook.cells = [cell for cell in notebook.cells if "wrong" not in get_roles(cell)]
     first = notebook.cells[0]
-    first.source += (
-        f"\n\n{{download}}`Notebook to work in <learner/{lab.path.stem}.ipynb>` ·"
-        f" {{download}}`executed, with solutions <executed/{lab.path.stem}.ipynb>`"
+    first.source += f"\n\n{{download}}`Notebook to work in <learner/{lab.path.stem}.ipynb>` · " + (
+        f"{{download}}`executed, with solutions <executed/{lab.path.stem}.ipynb>`"
+        if executed
+        else "not executed here: `make labs` adds the results"
     )
     for cell in notebook.cells:
         roles = get_roles(cell)

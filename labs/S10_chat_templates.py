@@ -436,4 +436,4 @@ display(
 #
 # - OpenAI, *Chat markup language* (2023)
 # - Z. Shi and others, *Instruction tuning with loss over instructions*, arXiv:2405.14394
-# - This is the last lab so far; next comes LoRA.
+# - Next: [S12 LoRA](S12_lora.ipynb)

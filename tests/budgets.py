@@ -8,7 +8,7 @@ TOTAL = 2 * 9 * 60  # of the whole house, when all rooms are built
 NEW_ROOM = 50  # of a room that has no tests of its own yet
 
 BUDGETS = {
-    "": 45,  # the files beside the folders: the command line, the labs
+    "": 43,  # the files beside the folders: the command line, the labs
     "align": 40,
     "assets": 6,
     "core": 5,
